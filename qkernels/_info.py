@@ -1,0 +1,84 @@
+"""`qkernels.info()`: what is installed, what can run, and what `backend="auto"` picks."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import backends
+from ._version import __version__
+
+_AUTO_RULE = "the first available of " + ", ".join(backends._MODULES) + " for the tensor's device and dtype"
+
+
+class Info(dict[str, Any]):
+    """A plain dict that prints as a table."""
+
+    def __str__(self) -> str:
+        lines: list[str] = []
+        _render(self, 0, lines)
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _render(mapping: dict[str, Any], depth: int, lines: list[str]) -> None:
+    width = max((len(str(key)) for key in mapping), default=0) + 2
+    for key, value in mapping.items():
+        label = "  " * depth + str(key).ljust(width)
+        if isinstance(value, dict):
+            lines.append(label.rstrip())
+            _render(value, depth + 1, lines)
+        else:
+            lines.append(label + (", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)))
+
+
+def _package_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py found when this copy was built; empty for a source tree that was never built."""
+    path = Path(__file__).with_name("_build.json")
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def info() -> Info:
+    """Versions, backends with the reason where one cannot run, instruction sets and threads.
+
+    Returns:
+        A dict that prints as a table. `info()["backends"][name]` is "available" or the reason why not;
+        `info()["auto"][device]` is what `backend="auto"` picks for fp32 tensors there.
+    """
+    from .backends import native
+
+    devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
+    names = [name for name in backends.NAMES if name != "auto"]
+    home = {"cuda": devices[-1], "triton": devices[-1]}
+
+    def state(name: str) -> str:
+        return backends.unavailable(name, home.get(name, devices[0]), torch.float32) or "available"
+
+    return Info(
+        qkernels=__version__,
+        versions={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{name: _package_version(name) for name in ("triton", "transformers", "trl")},
+        },
+        platform=f"{platform.system()} {platform.machine()}",
+        backends={name: state(name) for name in names},
+        auto={device.type: backends._resolve("auto", device, torch.float32) for device in devices},
+        auto_rule=_AUTO_RULE,
+        native_extension=native.describe(build_info()),
+        threads={"torch": torch.get_num_threads(), "cores": os.cpu_count()},
+    )

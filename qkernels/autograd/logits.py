@@ -1,0 +1,86 @@
+"""Autograd of the row operations on logits: what is saved, and how upstream gradients reach the kernel.
+
+Saved: the logits themselves (no copy), labels, and the per-row results; nothing of the logits' size. The backward
+turns upstream gradients of all columns into at most five coefficients per row and makes one pass over the logits.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from .. import ops, rows
+from ..rows import RowConfig
+
+# Attribute set on logits whose storage an in-place backward has turned into their gradient: the version of the tensor
+# at that moment, so that a tensor refilled since then is welcome again.
+_OVERWRITTEN = "_qkernels_overwritten"
+
+
+def refuse_overwritten(logits: Tensor, name: str) -> None:
+    """Raise if these logits were overwritten by an in-place backward."""
+    for tensor in (logits, logits._base):
+        if tensor is not None and getattr(tensor, _OVERWRITTEN, None) == tensor._version:
+            raise RuntimeError(
+                f"{name} no longer holds logits: a backward with inplace_backward=True wrote the gradient over them"
+            )
+
+
+class RowStats(torch.autograd.Function):
+    """`(logits [S, T, V], labels [S, T], reference [S, T, V] or None) -> stats [K, S, T]`, differentiable in logits.
+
+    The reference is a constant. Columns without a gradient must be detached by the caller.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, reference, config: RowConfig, inplace: bool):
+        stats = ops.row_stats(
+            logits, labels, reference, config.columns, config.temperature, config.ignore_index, config.backend
+        )
+        with_kl = config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"])
+        ctx.save_for_backward(logits, labels, reference if with_kl else None, stats)
+        ctx.config, ctx.inplace = config, inplace
+        if inplace:
+            # What the backward unpacks is another Python object; the caller's own ones are what must be marked.
+            ctx.owners = [weakref.ref(tensor) for tensor in (logits, logits._base) if tensor is not None]
+        return stats
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, labels, reference, stats = ctx.saved_tensors
+        config: RowConfig = ctx.config
+        coefficients = rows.coefficients(stats, grad, config.columns)
+        state = stats[:3]
+        reference_state = None if reference is None else stats[3:6]
+        args = (labels, reference, state, reference_state, coefficients)
+        how = (config.temperature, config.ignore_index, config.backend)
+        if not ctx.inplace:
+            return ops.row_grad(logits, *args, *how), None, None, None, None
+        out = logits.detach()
+        ops.row_grad_(out, *args, *how)
+        # The write went past autograd: tell it, so that whoever saved these logits refuses to use them.
+        torch.autograd.graph.increment_version(logits)
+        for owner in ctx.owners:
+            if (tensor := owner()) is not None:
+                setattr(tensor, _OVERWRITTEN, tensor._version)
+        return out, None, None, None, None
+
+
+class PairLoss(torch.autograd.Function):
+    """`logps [S, T] -> (loss [], rewards [2B])` for the default objective; its gradient is known after the forward."""
+
+    @staticmethod
+    def forward(ctx, logps, reference_logps, weights, cu_seqlens, beta: float, label_smoothing: float, backend: str):
+        loss, rewards, grad = ops.pair_loss(
+            logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend
+        )
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(rewards)
+        return loss, rewards
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss, None, None, None, None, None, None

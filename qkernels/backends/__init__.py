@@ -1,0 +1,57 @@
+"""Backends: who computes the row operations, and which one `backend="auto"` picks.
+
+A backend is a module with `row_stats`, `row_grad`, `row_grad_`, `pair_loss` (contracts in `qkernels.ops`) and
+`unavailable(device, dtype)`, which returns None when it can take such a tensor and otherwise says why not. To add
+one, write the module and enter it in `_MODULES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+# Name -> module, in the order in which "auto" tries them.
+_MODULES: dict[str, str] = {
+    "cpu": "qkernels.backends.native",
+    "torch": "qkernels.backends.reference",
+}
+NAMES: tuple[str, ...] = ("auto", "cuda", "triton", "cpu", "torch")
+
+
+def get(name: str) -> ModuleType:
+    """The backend module of that name."""
+    return importlib.import_module(_MODULES[name])
+
+
+def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the named backend cannot take a tensor on `device` of `dtype`; None if it can."""
+    if name not in _MODULES:
+        return f"this version of qkernels has no {name} kernels"
+    reason: str | None = get(name).unavailable(device, dtype)
+    return reason
+
+
+@lru_cache(maxsize=256)
+def _resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    if name == "auto":
+        return next(candidate for candidate in _MODULES if unavailable(candidate, device, dtype) is None)
+    if name not in NAMES:
+        raise ValueError(f"backend {name!r} is unknown; expected one of {', '.join(NAMES)}")
+    reason = unavailable(name, device, dtype)
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot run here: {reason}; backend='auto' picks one that can")
+    return name
+
+
+def resolve(name: str, tensor: torch.Tensor) -> str:
+    """The backend that will run on `tensor`: the named one, or for "auto" the first that can.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that cannot take this tensor.
+    """
+    if torch.compiler.is_compiling():
+        return _resolve.__wrapped__(name, tensor.device, tensor.dtype)
+    return _resolve(name, tensor.device, tensor.dtype)

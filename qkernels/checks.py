@@ -1,0 +1,165 @@
+"""Argument checks shared by the public functions. Each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(value: Any, name: str) -> Tensor:
+    """`value`, if it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def logits(value: Any, name: str) -> Tensor:
+    """Logits: floating point, `[..., V]`, last dimension contiguous."""
+    value = tensor(value, name)
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.dim() < 2:
+        raise ValueError(f"{name} must have shape [..., V] with at least one row dimension, got {_shape(value)}")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} has an empty vocabulary: shape {_shape(value)}")
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension, got strides {tuple(value.stride())};"
+            f" use {name}.contiguous()"
+        )
+    return value
+
+
+def labels(value: Any, of: Tensor, of_name: str) -> Tensor:
+    """Labels aligned with the rows of the logits: int64, `[...]`, same device."""
+    value = tensor(value, "labels")
+    if value.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {value.dtype}")
+    if value.shape != of.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {_shape(of)[:-1]}, one for each row of {of_name} {_shape(of)}, got {_shape(value)}"
+        )
+    same_device(value, "labels", of, of_name)
+    return value
+
+
+def like(value: Any, name: str, shape: torch.Size, of: Tensor, of_name: str) -> Tensor:
+    """A floating-point tensor of that shape on the device of another."""
+    value = tensor(value, name)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {_shape(value)}")
+    same_device(value, name, of, of_name)
+    return value
+
+
+def same_device(value: Tensor, name: str, of: Tensor, of_name: str) -> None:
+    """Two arguments on one device."""
+    if value.device != of.device:
+        raise ValueError(f"{name} is on {value.device}, but {of_name} is on {of.device}")
+
+
+def reference_logits(value: Any, of: Tensor, of_name: str) -> Tensor:
+    """Reference logits: same shape and device as the policy's; any floating dtype."""
+    value = logits(value, "reference_logits")
+    if value.shape != of.shape:
+        raise ValueError(f"reference_logits must have the shape of {of_name}, {_shape(of)}, got {_shape(value)}")
+    same_device(value, "reference_logits", of, of_name)
+    # A reference is a constant. (A fp64 reference of a 16-bit policy would be rounded without a word.)
+    if (value.dtype == torch.float64) != (of.dtype == torch.float64):
+        raise TypeError(f"reference_logits is {value.dtype} and {of_name} {of.dtype}: use float64 for both or neither")
+    return value.detach()
+
+
+def positive(value: Any, name: str) -> float:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
+    return float(value)
+
+
+def ignore_index(value: Any) -> int:
+    """An integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+    return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """A bool, given as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def cu_seqlens(value: Any, labels: Tensor) -> Tensor:
+    """Sequence boundaries of a packed batch: int32, `[2B + 1]`, from 0 to N without going back."""
+    value = tensor(value, "cu_seqlens")
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32, got {value.dtype}")
+    if value.dim() != 1 or value.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape [2B + 1], got {_shape(value)}")
+    if labels.dim() != 1:
+        raise ValueError(f"with cu_seqlens, labels must be packed, shape [N], got {_shape(labels)}")
+    same_device(value, "cu_seqlens", labels, "labels")
+    pairs(value.shape[0] - 1, "cu_seqlens describes")
+    # Reading values of a CUDA tensor would make the host wait, and a traced one has none.
+    if not torch.compiler.is_compiling() and (value.device.type == "cpu" or os.environ.get("QKERNELS_CHECK") == "1"):
+        ends = value.tolist()
+        if ends[0] != 0 or ends[-1] != labels.shape[0] or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+            raise ValueError(
+                f"cu_seqlens must start at 0, never decrease and end at N = {labels.shape[0]}, got {_short(ends)}"
+            )
+    return value.contiguous()
+
+
+def pairs(sequences: int, what: str) -> None:
+    """An even, nonzero number of sequences."""
+    if sequences == 0:
+        raise ValueError(f"empty batch: {what} no sequences")
+    if sequences % 2:
+        raise ValueError(
+            f"{what} {sequences} sequences; expected an even number, the first half chosen and the second half rejected"
+        )
+
+
+def choice(value: Any, name: str, allowed: tuple[str, ...]) -> str:
+    """One of a few names."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return str(value)
+
+
+def inplace(flagged: Any, target: Tensor, name: str, others: dict[str, Tensor | None]) -> bool:
+    """Whether the backward may write over `target`: no element twice in memory, nothing else in its storage."""
+    if not flag(flagged, "inplace_backward"):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if any(stride == 0 and size > 1 for size, stride in zip(target.shape, target.stride(), strict=True)):
+        raise ValueError(f"inplace_backward needs {name} with memory of its own for each row, got an expanded tensor")
+    storage = target.untyped_storage().data_ptr()
+    for other_name, other in others.items():
+        if other is not None and other.untyped_storage().data_ptr() == storage and storage:
+            raise ValueError(
+                f"inplace_backward would overwrite {other_name}, which shares its storage with {name};"
+                f" clone it or leave inplace_backward out"
+            )
+    return True
+
+
+def _shape(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape)
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:6]))}, ..., {values[-1]}]"

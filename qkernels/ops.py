@@ -1,0 +1,88 @@
+"""The row operations as torch.library ops: what torch.compile sees, and the one place that calls a backend.
+
+Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides before it (a packed batch is
+`[1, N, V]`); `labels` is a contiguous int64 `[S, T]`; per-row buffers are `[K, S, T]`, fp32 (fp64 for fp64 logits).
+`columns` and the order of every per-row buffer are explained in `qkernels.rows`.
+
+- `row_stats`: the requested columns of each row. One read of each logit. A row with an ignored label is not read; it
+  is 0 in every column. IndexError for a label outside [0, V) on the CPU, NaN in that row elsewhere.
+- `row_grad`: dL/dlogits into a new tensor. One read and one write of each logit; rows that are ignored, or whose
+  coefficients are all 0, are set to 0 without being read.
+- `row_grad_`: the same over the logits' own storage.
+- `pair_loss`: DPO with label smoothing from per-row log-probs: `(loss [], rewards [2B], dloss/dlogps [S, T])`, where
+  rewards are beta times the weighted sums of log-ratios. Rows of weight 0 do not count. `reference_logps` is per
+  token, `[S, T]`, or per sequence, `[2B]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .rows import stats_dtype
+
+_library = torch.library.Library("qkernels", "DEF")
+
+_ROW = "Tensor labels, Tensor? reference"
+_BACK = "Tensor state, Tensor? reference_state, Tensor coefficients"
+_HOW = "float temperature, int ignore_index, str backend"
+_library.define(f"row_stats(Tensor logits, {_ROW}, int columns, {_HOW}) -> Tensor")
+_library.define(f"row_grad(Tensor logits, {_ROW}, {_BACK}, {_HOW}) -> Tensor")
+_library.define(f"row_grad_(Tensor(a!) logits, {_ROW}, {_BACK}, {_HOW}) -> ()")
+_library.define(
+    "pair_loss(Tensor logps, Tensor reference_logps, Tensor weights, Tensor? cu_seqlens, float beta,"
+    " float label_smoothing, str backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _row_stats(logits, labels, reference, columns, temperature, ignore_index, backend):
+    return backends.get(backend).row_stats(logits, labels, reference, columns, temperature, ignore_index)
+
+
+def _row_grad(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index, backend):
+    return backends.get(backend).row_grad(
+        logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index
+    )
+
+
+def _row_grad_(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index, backend):
+    backends.get(backend).row_grad_(
+        logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index
+    )
+
+
+def _pair_loss(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend):
+    return backends.get(backend).pair_loss(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing)
+
+
+def _row_stats_fake(logits, labels, reference, columns, temperature, ignore_index, backend):
+    return logits.new_empty((columns.bit_count(), *labels.shape), dtype=stats_dtype(logits.dtype))
+
+
+def _row_grad_fake(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _row_grad_fake_(*args):
+    return None
+
+
+def _pair_loss_fake(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend):
+    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return logps.new_empty(()), logps.new_empty(sequences), torch.empty_like(logps)
+
+
+for _name, _run, _fake in (
+    ("row_stats", _row_stats, _row_stats_fake),
+    ("row_grad", _row_grad, _row_grad_fake),
+    ("row_grad_", _row_grad_, _row_grad_fake_),
+    ("pair_loss", _pair_loss, _pair_loss_fake),
+):
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
+
+row_stats = torch.ops.qkernels.row_stats.default
+row_grad = torch.ops.qkernels.row_grad.default
+row_grad_ = torch.ops.qkernels.row_grad_.default
+pair_loss = torch.ops.qkernels.pair_loss.default

@@ -1,0 +1,238 @@
+"""From per-token log-probs to a preference loss and token rewards: what every path into an objective shares."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .autograd.logits import PairLoss
+from .objectives import PairScores, Plan
+from .rows import BIT
+from .sequences import Sequences, log_ratios
+
+
+class TokenDPOOutput(NamedTuple):
+    """What the preference losses return. Only `loss` carries gradient.
+
+    loss: `[]`, or `[B]` with reduction="none".
+    chosen_rewards, rejected_rewards: `[B]`, beta times the weighted sum of log-ratios over each sequence.
+    token_logps: log pi(label) per row, shaped like `labels`; 0 at ignored rows, as in all per-token outputs.
+    reference_token_logps: log pi_ref(label) per row; None when the reference came as per-sequence sums.
+    token_rewards: beta * (token_logps - reference_token_logps); None when the reference came as per-sequence sums.
+    logsumexp: per row; V(s) = beta * logsumexp.
+    """
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    token_logps: Tensor
+    reference_token_logps: Tensor | None
+    token_rewards: Tensor | None
+    logsumexp: Tensor
+
+
+class Batch(NamedTuple):
+    """The rows of a preference batch and what each counts for.
+
+    labels: int64 `[S, T]`, with `ignore_index` also where the weight is 0.
+    weights: fp32 `[S, T]`, factors in the sequence sums, LD-DPO's included; 0 at ignored rows.
+    counts: `[2B]`, per sequence the sum of the weights before LD-DPO.
+    sequences, cu_seqlens: the grouping of the rows.
+    """
+
+    labels: Tensor
+    weights: Tensor
+    counts: Tensor
+    base_weights: Tensor
+    sequences: Sequences
+    cu_seqlens: Tensor | None
+
+    @staticmethod
+    def of(
+        labels: Tensor,
+        token_weights: Tensor | None,
+        cu_seqlens: Tensor | None,
+        ld_alpha: float | None,
+        ignore_index: int,
+        dtype: torch.dtype,
+    ) -> Batch:
+        """Fold mask, weights and LD-DPO into one weight per row."""
+        sequences = Sequences.of(labels, cu_seqlens)
+        valid = labels != ignore_index
+        base = valid.to(dtype)
+        if token_weights is not None:
+            base = torch.where(valid, token_weights.to(dtype), 0.0)
+            valid = base != 0
+        weights = base
+        if ld_alpha is not None:
+            position = sequences.positions(valid)
+            chosen, rejected = sequences.sums(valid.double()).chunk(2)
+            shared = sequences.to_tokens(torch.minimum(chosen, rejected).repeat(2))
+            weights = torch.where(position > shared, base * ld_alpha, base)
+        labels = labels.masked_fill(weights == 0, ignore_index)
+        return Batch(labels, weights, sequences.sums(base), base, sequences, cu_seqlens)
+
+
+class Reference(NamedTuple):
+    """Where the reference's log-probs come from: exactly one is set, or none for reference logits.
+
+    tokens: `[S, T]`, per token.
+    sequence_sums: `[2B]`, per sequence.
+    """
+
+    tokens: Tensor | None
+    sequence_sums: Tensor | None
+
+    @staticmethod
+    def of(
+        reference_logps: Any, has_live_reference: bool, live_name: str, plan: Plan, labels: Tensor, batch: Batch
+    ) -> Reference:
+        """Check the caller's choice of reference.
+
+        Args:
+            reference_logps: the argument of that name.
+            has_live_reference: whether the reference model's own rows were given, as the argument `live_name`.
+            plan: the loss, which may do without a reference or insist on a live one.
+            labels: the caller's labels, for their shape and device.
+            batch: the rows, for the number of sequences and the weights.
+        """
+        if has_live_reference:
+            if reference_logps is not None:
+                raise ValueError(f"give either {live_name} or reference_logps, not both")
+            return Reference(None, None)
+        if plan.needs_kl:
+            raise ValueError(f"this loss_type needs KL(reference || policy) per token, hence {live_name}")
+        zeros = torch.zeros_like(batch.weights)
+        if reference_logps is None:
+            if plan.reference_free:
+                return Reference(zeros, None)
+            raise ValueError(
+                f"no reference: give {live_name}, or reference_logps (cached log-probs; 0.0 for reference-free)"
+            )
+        if not isinstance(reference_logps, Tensor):
+            if isinstance(reference_logps, bool) or reference_logps != 0:
+                raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {reference_logps!r}")
+            return Reference(zeros, None)
+        if reference_logps.shape == labels.shape:
+            tokens = checks.like(reference_logps, "reference_logps", labels.shape, labels, "labels").detach()
+            tokens = tokens.to(batch.weights.dtype).reshape(batch.labels.shape)
+            return Reference(torch.where(batch.weights == 0, 0.0, tokens), None)
+        if reference_logps.shape != (batch.sequences.count,):
+            raise ValueError(
+                f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({batch.sequences.count},)"
+                f" (per sequence), got {tuple(reference_logps.shape)}"
+            )
+        shape = torch.Size([batch.sequences.count])
+        sums = checks.like(reference_logps, "reference_logps", shape, labels, "labels").detach()
+        return Reference(None, sums.to(batch.weights.dtype))
+
+
+def check_token_weights(token_weights: Any, labels: Tensor) -> Tensor | None:
+    """Per-token factors: floating point or bool, shaped like the labels, a constant."""
+    if token_weights is None:
+        return None
+    if isinstance(token_weights, Tensor) and token_weights.dtype == torch.bool:
+        token_weights = token_weights.float()
+    weights = checks.like(token_weights, "token_weights", labels.shape, labels, "labels")
+    if weights.requires_grad:
+        raise ValueError("token_weights is a constant and gets no gradient; pass token_weights.detach()")
+    return weights if labels.dim() == 2 else weights.unsqueeze(0)
+
+
+def columns(plan: Plan, has_live_reference: bool) -> int:
+    """The per-row results that a loss needs."""
+    wanted = BIT["logps"] | BIT["logsumexp"]
+    if has_live_reference:
+        wanted |= BIT["reference_logps"]
+    if plan.needs_kl:
+        wanted |= BIT["kl_reference_policy"]
+    if plan.use_weighting:
+        wanted |= BIT["log_sum_sq_probs"]
+    return wanted
+
+
+def loss_and_rewards(
+    stats: dict[str, Tensor],
+    batch: Batch,
+    reference: Reference,
+    plan: Plan,
+    beta: float,
+    reduction: str,
+    backend: str,
+    shape: torch.Size,
+) -> TokenDPOOutput:
+    """Per-row results in, `TokenDPOOutput` out.
+
+    Args:
+        stats: the columns of `columns(...)`, `[S, T]`; `logps` and `kl_reference_policy` may carry gradient.
+        batch: the rows.
+        reference: cached log-probs; when it is empty, `stats` holds the live reference's.
+        plan, beta, reduction: the loss.
+        backend: who computes the default objective.
+        shape: of the caller's labels.
+    """
+    logps = stats["logps"]
+    reference_tokens = stats["reference_logps"] if "reference_logps" in stats else reference.tokens
+    if plan.is_default and reduction == "mean":
+        ref = reference_tokens if reference_tokens is not None else reference.sequence_sums
+        loss, rewards = PairLoss.apply(
+            logps, ref, batch.weights, batch.cu_seqlens, beta, plan.label_smoothing, backend
+        )
+    else:
+        scores = pair_scores(stats, batch, reference_tokens, reference.sequence_sums, plan)
+        losses = plan(scores, beta, _wpo_weights(stats, batch) if plan.use_weighting else None)
+        loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+        rewards = beta * torch.cat([scores.chosen_log_ratios, scores.rejected_log_ratios]).detach()
+    chosen_rewards, rejected_rewards = rewards.chunk(2)
+    logps = logps.detach()
+    token_rewards = None
+    if reference_tokens is not None:
+        token_rewards = (beta * log_ratios(logps, reference_tokens)).view(shape)
+        reference_tokens = reference_tokens.view(shape)
+    return TokenDPOOutput(
+        loss,
+        chosen_rewards,
+        rejected_rewards,
+        logps.view(shape),
+        reference_tokens,
+        token_rewards,
+        stats["logsumexp"].detach().view(shape),
+    )
+
+
+def pair_scores(
+    stats: dict[str, Tensor],
+    batch: Batch,
+    reference_tokens: Tensor | None,
+    reference_sums: Tensor | None,
+    plan: Plan,
+) -> PairScores:
+    """Per-token results summed to what objectives see. Ratios are summed as ratios: sums of log-probs are thousands
+    of times larger, and their difference would have lost the digits."""
+    sequences, weights = batch.sequences, batch.weights
+    logps = sequences.sums(weights * stats["logps"], keep_double=True)
+    if reference_tokens is not None:
+        ratios = sequences.sums(weights * log_ratios(stats["logps"], reference_tokens), keep_double=True)
+        reference = sequences.sums(weights * reference_tokens, keep_double=True)
+    else:
+        assert reference_sums is not None
+        reference = reference_sums.double()
+        ratios = log_ratios(logps, reference)
+    per_sequence = [ratios, logps, reference, batch.counts]
+    if plan.needs_kl:
+        per_sequence.append(sequences.sums(weights * stats["kl_reference_policy"]))
+    halves = [half for total in per_sequence for half in total.to(weights.dtype).chunk(2)]
+    return PairScores(
+        *halves, f_divergence=plan.f_divergence, f_alpha_divergence_coef=plan.f_alpha_divergence_coef
+    )
+
+
+def _wpo_weights(stats: dict[str, Tensor], batch: Batch) -> Tensor:
+    """WPO (Zhou et al. 2024, eq. 2): exp of the mean of log pi - log sum pi^2, of both sequences; no gradient."""
+    aligned = torch.where(batch.weights == 0, 0.0, stats["logps"].detach() - stats["log_sum_sq_probs"])
+    total = batch.sequences.sums(batch.base_weights * aligned)
+    chosen, rejected = torch.exp(total / torch.where(batch.counts > 0, batch.counts, 1.0)).chunk(2)
+    return chosen * rejected

@@ -1,0 +1,131 @@
+"""The vocabulary of the row operations: which numbers a row of logits yields, and in which order they are stored.
+
+A backend implements two operations on rows (`row_stats`, `row_grad`); their results travel as one buffer whose
+leading dimension enumerates *columns*. This file fixes the order of those columns for every backend, Python and C++
+alike (`csrc/core/columns.h` repeats it; a test compares the two).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Order of the per-row results of `row_stats`. z = logits / temperature, m = max of the raw logits of the row.
+COLUMNS: tuple[str, ...] = (
+    "row_max",  # m, in units of the raw logits: exact in fp32
+    "log_sum",  # log sum exp(z - m / temperature); row_max / temperature + log_sum = logsumexp, without its rounding
+    "logps",  # z_label - logsumexp
+    "reference_row_max",
+    "reference_log_sum",
+    "reference_logps",
+    "logsumexp",
+    "reference_logsumexp",
+    "entropy",
+    "kl_reference_policy",
+    "kl_policy_reference",
+    "log_sum_sq_probs",
+    "mean_logits",
+    "is_top1",
+)
+BIT: dict[str, int] = {name: 1 << i for i, name in enumerate(COLUMNS)}
+
+# What a backward pass needs of the forward pass: the first three columns of either model.
+STATE = BIT["row_max"] | BIT["log_sum"] | BIT["logps"]
+REFERENCE_STATE = BIT["reference_row_max"] | BIT["reference_log_sum"] | BIT["reference_logps"]
+
+# Columns that read the reference row, and columns that have a gradient with respect to the policy's logits.
+NEEDS_REFERENCE = (
+    REFERENCE_STATE | BIT["reference_logsumexp"] | BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
+)
+DIFFERENTIABLE: tuple[str, ...] = ("logps", "logsumexp", "entropy", "kl_reference_policy", "kl_policy_reference")
+
+# Order of the per-row coefficients of `row_grad`. A buffer with only the first one stands for the common case in
+# which nothing but `logps` is differentiated. With p, q the softmaxes of policy and reference, entry j of a row is
+#   temperature * dL/dlogits_j = label * (1[j = y] - p_j) + p_j (p + p_logp * log p_j - p_logq * log q_j) - q * q_j
+COEFFICIENTS: tuple[str, ...] = ("label", "p", "p_logp", "p_logq", "q")
+
+
+class RowConfig(NamedTuple):
+    """What a row operation does besides reading its tensors."""
+
+    columns: int
+    temperature: float
+    ignore_index: int
+    backend: str
+
+
+def bits(names: tuple[str, ...] | list[str]) -> int:
+    """The bit mask that asks for the named columns."""
+    mask = 0
+    for name in names:
+        mask |= BIT[name]
+    return mask
+
+
+def column_names(mask: int) -> list[str]:
+    """The columns of a mask, in storage order."""
+    return [name for i, name in enumerate(COLUMNS) if mask >> i & 1]
+
+
+def column_index(mask: int, name: str) -> int:
+    """Where a column lies in the buffer made for this mask."""
+    return (mask & (BIT[name] - 1)).bit_count()
+
+
+def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
+    """Per-row results are fp32, or fp64 for fp64 logits."""
+    return torch.float64 if logits_dtype == torch.float64 else torch.float32
+
+
+def label_error(labels: torch.Tensor, flat_index: int, vocab: int) -> IndexError:
+    """The error for a label outside [0, vocab): its position in `labels` and its value."""
+    position, rest = [], flat_index
+    for size in reversed(labels.shape):
+        position.append(rest % size)
+        rest //= size
+    value = labels.reshape(-1)[flat_index].item()
+    if len(labels.shape) == 2 and labels.shape[0] == 1:  # a flat or packed batch: one number says where
+        position = position[:1]
+    where = ", ".join(str(i) for i in reversed(position))
+    return IndexError(f"labels[{where}] = {value} is outside [0, {vocab}) and is not ignore_index")
+
+
+def coefficients(stats: torch.Tensor, grad: torch.Tensor, columns: int) -> torch.Tensor:
+    """Upstream gradients of the columns -> the coefficients of `row_grad` (chain rule; formulas of each column).
+
+    With H the entropy, K = KL(policy || reference), and upstream gradients g of each output:
+      d logps      = g (1[j=y] - p_j)
+      d logsumexp  = g p_j
+      d entropy    = -g p_j (log p_j + H)
+      d KL(ref||pi) = g (p_j - q_j)
+      d KL(pi||ref) = g p_j (log p_j - log q_j - K)
+
+    Args:
+        stats: `[K, ...]`, what `row_stats` returned for `columns`.
+        grad: `[K, ...]`, dL/dstats.
+        columns: the mask both were made with.
+
+    Returns:
+        `[1, ...]` (only `label`) when nothing but `logps` was asked for, else `[5, ...]` in the order of
+        `COEFFICIENTS`.
+    """
+
+    def upstream(name: str) -> torch.Tensor | None:
+        return grad[column_index(columns, name)] if columns & BIT[name] else None
+
+    label = grad[column_index(columns, "logps")]
+    others = [upstream(name) for name in DIFFERENTIABLE[1:]]
+    if all(g is None for g in others):
+        return label.unsqueeze(0)
+    zero = torch.zeros_like(label)
+    lse, entropy, kl_ref_policy, kl_policy_ref = (zero if g is None else g for g in others)
+
+    def times_value(g: torch.Tensor, name: str) -> torch.Tensor:
+        # A KL divergence may be infinite; where nothing depends on it, it must not turn 0 * inf into NaN.
+        if not columns & BIT[name]:
+            return zero
+        return torch.where(g == 0, zero, g * stats[column_index(columns, name)])
+
+    p = lse + kl_ref_policy - times_value(entropy, "entropy") - times_value(kl_policy_ref, "kl_policy_reference")
+    return torch.stack([label, p, kl_policy_ref - entropy, kl_policy_ref, kl_ref_policy])

@@ -1,0 +1,73 @@
+"""How rows group into sequences: dense `[2B, T]` batches and packed `[1, N]` ones with `cu_seqlens`.
+
+Everything that sums over, counts within, or broadcasts over a sequence goes through `Sequences`, so that the two
+layouts cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def log_ratios(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """log pi - log pi_ref; 0 where both are -inf: a token that both models forbid tells nothing about the reward."""
+    forbidden = (logps == -torch.inf) & (reference_logps == -torch.inf)
+    return torch.where(forbidden, 0.0, logps - reference_logps)
+
+
+class Sequences(NamedTuple):
+    """The rows of a batch, seen as sequences. The first half is chosen, the second half rejected.
+
+    count: number of sequences, 2B.
+    length: rows per sequence of a dense batch; all rows of a packed one.
+    offsets: `[2B + 1]` int64, where each sequence of a packed batch starts and ends; None for a dense one.
+    """
+
+    count: int
+    length: int
+    offsets: Tensor | None
+
+    @staticmethod
+    def of(rows: Tensor, cu_seqlens: Tensor | None) -> Sequences:
+        """The grouping of `rows`: `[2B, T]`, or `[1, N]` when `cu_seqlens` is given."""
+        if cu_seqlens is None:
+            return Sequences(rows.shape[0], rows.shape[1], None)
+        return Sequences(cu_seqlens.shape[0] - 1, rows.shape[1], cu_seqlens.long())
+
+    def sums(self, rows: Tensor, keep_double: bool = False) -> Tensor:
+        """Sum over each sequence, `[S, T] -> [2B]`, accumulated in float64 in a fixed order."""
+        wide = rows.double()
+        if self.offsets is None:
+            total = wide.sum(1)
+        else:
+            total = torch.segment_reduce(wide.reshape(-1), "sum", offsets=self.offsets, initial=0.0, unsafe=True)
+        return total if keep_double else total.to(rows.dtype)
+
+    def to_tokens(self, per_sequence: Tensor) -> Tensor:
+        """Give each row its sequence's value, `[2B] -> [S, T]`."""
+        if self.offsets is None:
+            return per_sequence.unsqueeze(1).expand(self.count, self.length)
+        rows = torch.arange(self.length, device=per_sequence.device)
+        # The sequence of row i is the number of sequences that end at or before i (empty ones included).
+        return per_sequence[torch.searchsorted(self.offsets[1:], rows, right=True)].unsqueeze(0)
+
+    def positions(self, valid: Tensor) -> Tensor:
+        """1-based number of each row among the valid rows of its sequence, `[S, T]` int64."""
+        running = valid.long().cumsum(1)
+        if self.offsets is None:
+            return running
+        before = torch.nn.functional.pad(running[0], (1, 0))[self.offsets[:-1]]
+        return running - self.to_tokens(before)
+
+    def next_valid(self, values: Tensor, valid: Tensor) -> Tensor:
+        """For each valid row, `values` at the next valid row of its sequence; 0 after the last one. `[S, T]`."""
+        # Compact the valid rows, look one further, and put the result back: masked rows are stepped over.
+        flat, n = valid.reshape(-1), valid.numel()
+        slot = torch.where(flat, flat.long().cumsum(0) - 1, n)  # ignored rows all land in the slot n
+        compact = values.new_zeros(n + 2).scatter(0, slot, torch.where(flat, values.reshape(-1), 0.0))
+        position = slot.new_zeros(n + 2).scatter(0, slot, torch.where(flat, self.positions(valid).reshape(-1), 0))
+        starts_a_sequence = position[slot + 1] <= 1
+        return torch.where(flat & ~starts_a_sequence, compact[slot + 1], 0.0).view_as(values)
