@@ -46,3 +46,103 @@ def describe(build: dict[str, Any]) -> dict[str, Any]:
         "compiled_for": _C.instruction_sets(),
         "compiler": _C.compiler(),
     }
+
+
+def _view(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """Address, dtype code and row strides of `[S, T, V]` logits."""
+    if tensor is None:
+        return (0, 0, 0, 0)
+    return (tensor.data_ptr(), _CODES[tensor.dtype], tensor.stride(0), tensor.stride(1))
+
+
+def row_stats(
+    logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
+) -> Tensor:
+    """Per-row results. See `qkernels.ops.row_stats`."""
+    out = torch.empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
+    bad = _C.row_stats(
+        tuple(logits.shape),
+        _view(logits),
+        _view(reference),
+        labels.data_ptr(),
+        ignore_index,
+        temperature,
+        columns,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if bad >= 0:
+        raise label_error(labels, bad, logits.shape[-1])
+    return out
+
+
+def _row_grad_into(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    reference: Tensor | None,
+    state: Tensor,
+    reference_state: Tensor | None,
+    coefficients: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    state, coefficients = state.contiguous(), coefficients.float().contiguous()
+    reference_state = None if reference_state is None else reference_state.contiguous()
+    _C.row_grad(
+        tuple(logits.shape),
+        _view(logits),
+        _view(reference),
+        labels.data_ptr(),
+        ignore_index,
+        temperature,
+        state.data_ptr(),
+        0 if reference_state is None else reference_state.data_ptr(),
+        coefficients.data_ptr(),
+        coefficients.shape[0],
+        _view(out),
+        torch.get_num_threads(),
+    )
+
+
+def row_grad(logits: Tensor, *args: Any) -> Tensor:
+    """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _row_grad_into(out, logits, *args)
+    return out
+
+
+def row_grad_(logits: Tensor, *args: Any) -> None:
+    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
+    _row_grad_into(logits, logits, *args)
+
+
+def pair_loss(
+    logps: Tensor,
+    reference_logps: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    logps, reference_logps, weights = logps.contiguous(), reference_logps.contiguous(), weights.contiguous()
+    offsets = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+    sequences = logps.shape[0] if offsets is None else offsets.shape[0] - 1
+    loss, rewards, grad = torch.empty(()), torch.empty(sequences), torch.empty_like(logps)
+    _C.pair_loss(
+        sequences,
+        logps.shape[1],
+        logps.numel(),
+        0 if offsets is None else offsets.data_ptr(),
+        logps.data_ptr(),
+        reference_logps.data_ptr(),
+        reference_logps.dim() == 1,
+        weights.data_ptr(),
+        beta,
+        label_smoothing,
+        loss.data_ptr(),
+        rewards.data_ptr(),
+        grad.data_ptr(),
+    )
+    return loss, rewards, grad

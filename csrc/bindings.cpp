@@ -1,0 +1,89 @@
+// The Python module `qkernels._C`: the operations on raw addresses. Callers (qkernels/backends/native.py) have checked
+// everything; here only the types are put right and the GIL is released.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "core/columns.h"
+#include "cpu/cpu.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+using View = std::tuple<Address, int, int64_t, int64_t>;  // data, dtype code, outer stride, inner stride
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+qk::Rows rows_of(const View& view) {
+  return {at<void>(std::get<0>(view)), static_cast<qk::DType>(std::get<1>(view)), std::get<2>(view), std::get<3>(view)};
+}
+
+qk::Shape shape_of(const std::tuple<int64_t, int64_t, int64_t>& shape) {
+  return {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)};
+}
+
+// Returns the flat index of the first bad label, or -1 when the rows were computed.
+int64_t row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
+                  int64_t ignore_index, double temperature, uint32_t columns, Address out, int threads) {
+  qk::StatsCall call{shape_of(shape), rows_of(policy), rows_of(reference), {at<int64_t>(labels), ignore_index},
+                     temperature,     columns,         at<float>(out)};
+  py::gil_scoped_release release;
+  const int64_t bad = qk::find_bad_label(call.labels, call.shape);
+  if (bad < 0) qk::row_stats(call, threads);
+  return bad;
+}
+
+void row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
+              int64_t ignore_index, double temperature, Address state, Address reference_state, Address coefficients,
+              int coefficient_count, View out, int threads) {
+  qk::GradCall call{shape_of(shape),
+                    rows_of(policy),
+                    rows_of(reference),
+                    {at<int64_t>(labels), ignore_index},
+                    temperature,
+                    at<float>(state),
+                    at<float>(reference_state),
+                    at<float>(coefficients),
+                    coefficient_count,
+                    rows_of(out)};
+  py::gil_scoped_release release;
+  qk::row_grad(call, threads);
+}
+
+void pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address logps, Address reference,
+               bool per_sequence, Address weights, double beta, double label_smoothing, Address loss, Address rewards,
+               Address grad) {
+  qk::PairCall call{sequences,          length,       rows,
+                    at<int64_t>(offsets), at<float>(logps), at<float>(reference),
+                    per_sequence,       at<float>(weights), beta,
+                    label_smoothing,    at<float>(loss), at<float>(rewards),
+                    at<float>(grad)};
+  py::gil_scoped_release release;
+  qk::pair_loss(call);
+}
+
+template <size_t n>
+std::vector<std::string> names(const char* const (&list)[n]) {
+  return {list, list + n};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Compiled row operations. Knows nothing of torch; see qkernels/backends/native.py.";
+  m.def("row_stats", &row_stats);
+  m.def("row_grad", &row_grad);
+  m.def("pair_loss", &pair_loss);
+  m.def("instruction_set", &qk::instruction_set, "The instruction set in use.");
+  m.def("instruction_sets", &qk::instruction_sets, "Those compiled in that this machine understands, best last.");
+  m.def("use_instruction_set", &qk::use_instruction_set, py::arg("name"), "Use another one; False if it is not there.");
+  m.def("column_names", [] { return names(qk::kColumnNames); });
+  m.def("coefficient_names", [] { return names(qk::kCoefficientNames); });
+  m.def("compiler", [] { return std::string(QK_COMPILER); });
+}

@@ -1,0 +1,61 @@
+// The operations of the extension as plain structs: sizes, strides and pointers, nothing of Python or torch.
+#pragma once
+
+#include <cstdint>
+
+#include "elements.h"
+
+namespace qk {
+
+// [outer, inner, vocab] elements with a contiguous last dimension; row r is (r / inner, r % inner).
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t outer_stride = 0, inner_stride = 0;  // in elements
+};
+
+struct Shape {
+  int64_t outer = 0, inner = 0, vocab = 0;
+  int64_t rows() const { return outer * inner; }
+};
+
+struct Labels {
+  const int64_t* data = nullptr;  // [outer * inner]
+  int64_t ignore_index = -100;
+};
+
+struct StatsCall {
+  Shape shape;
+  Rows policy, reference;  // reference.data is null when there is none
+  Labels labels;
+  double temperature = 1;
+  uint32_t columns = 0;
+  float* out = nullptr;  // [number of columns, rows]
+};
+
+struct GradCall {
+  Shape shape;
+  Rows policy, reference;
+  Labels labels;
+  double temperature = 1;
+  const float* state = nullptr;            // [3, rows]: row_max, log_sum, logps
+  const float* reference_state = nullptr;  // the same of the reference, or null
+  const float* coefficients = nullptr;     // [coefficient_count, rows]
+  int coefficient_count = 1;
+  Rows out;  // may be `policy` itself
+};
+
+struct PairCall {
+  int64_t sequences = 0, length = 0, rows = 0;
+  const int64_t* offsets = nullptr;  // [sequences + 1], or null for dense [sequences, length]
+  const float* logps = nullptr;      // [rows]
+  const float* reference = nullptr;  // [rows], or [sequences] when per_sequence
+  bool per_sequence = false;
+  const float* weights = nullptr;  // [rows]
+  double beta = 0.1, label_smoothing = 0;
+  float* loss = nullptr;     // [1]
+  float* rewards = nullptr;  // [sequences]
+  float* grad = nullptr;     // [rows]
+};
+
+}  // namespace qk

@@ -1,0 +1,146 @@
+// The online softmax of one row: partial sums, how two partial sums merge, and what follows from the whole.
+//
+// With z the raw logits, T the temperature and m the running maximum of the z seen so far, let
+//   t_j = (z_j - m) log2(e) / T <= 0,     e_j = 2^t_j = exp((z_j - m) / T).
+// A row is summed in pieces, each relative to its own maximum. When the maximum moves from m to m', d = (m - m') log2(e)
+// / T, every t_j falls by -d and every e_j shrinks by 2^d:
+//   sum e        <- 2^d sum e
+//   sum e t      <- 2^d (sum e t + d sum e)
+//   sum e^2      <- 4^d sum e^2
+//   sum e (t-t') <- 2^d (sum e (t-t') + (d - d') sum e)      (t', d' of the other model of the pair)
+//
+// The label's own term is left out of all sums and added in `finish`. Then the sum over the other entries keeps its
+// relative precision when the model is almost certain, and with it log pi(label) = -log1p(sum of the others).
+//
+// Differences are taken before anything is added back: the offset of the logits, however large, never meets the
+// logarithm of the sum, except in `logsumexp` itself.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "columns.h"
+#include "macros.h"
+
+namespace qk {
+
+constexpr double kLog2e = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+// Partial sums of one model over a piece of a row, without the label.
+struct Sums {
+  float max = -std::numeric_limits<float>::infinity();  // of the raw logits, the label included
+  double exp = 0;                                       // sum e
+  double exp_t = 0;                                     // sum e t
+  double exp_sq = 0;                                    // sum e^2
+  double cross = 0;                                     // sum e (t - t of the other model)
+  double raw = 0;                                       // sum z, the label included
+  int64_t max_at = 0;                                   // start of the block in which `max` first occurs
+};
+
+// Partial sums of a row under both models (the reference's stay empty when there is none).
+struct RowSums {
+  Sums policy, reference;
+};
+
+// By how much t falls when a maximum moves; 0 where nothing has been summed yet.
+QK_HOST_DEVICE double exponent_shift(float from, float to, double log2e_per_temperature) {
+  if (from == to || from == -std::numeric_limits<float>::infinity()) return 0;
+  return (static_cast<double>(from) - static_cast<double>(to)) * log2e_per_temperature;
+}
+
+// Restate sums relative to a new maximum.
+QK_HOST_DEVICE void rescale(Sums& sums, double shift, double other_shift) {
+  if (shift == 0 && other_shift == 0) return;
+  const double factor = exp2(shift);
+  if (factor == 0) {  // also keeps an infinite `cross` from turning 0 * inf into NaN
+    if (sums.exp == sums.exp) sums.exp = sums.exp_t = sums.exp_sq = sums.cross = 0;
+    return;
+  }
+  if (sums.exp != 0) {
+    sums.exp_t = factor * (sums.exp_t + shift * sums.exp);
+    sums.cross = factor * (sums.cross + (shift - other_shift) * sums.exp);
+  }
+  sums.exp_sq *= factor * factor;
+  sums.exp *= factor;
+}
+
+QK_HOST_DEVICE void add(Sums& a, const Sums& b) {
+  a.exp += b.exp;
+  a.exp_t += b.exp_t;
+  a.exp_sq += b.exp_sq;
+  a.cross += b.cross;
+  a.raw += b.raw;
+  if (b.max > a.max) {
+    a.max = b.max;
+    a.max_at = b.max_at;
+  }
+}
+
+// a <- a and b, where b covers the entries that follow those of a.
+QK_HOST_DEVICE void merge(RowSums& a, RowSums b, double log2e_per_temperature) {
+  const float policy_max = fmaxf(a.policy.max, b.policy.max);
+  const float reference_max = fmaxf(a.reference.max, b.reference.max);
+  const double shift_a = exponent_shift(a.policy.max, policy_max, log2e_per_temperature);
+  const double shift_b = exponent_shift(b.policy.max, policy_max, log2e_per_temperature);
+  const double reference_shift_a = exponent_shift(a.reference.max, reference_max, log2e_per_temperature);
+  const double reference_shift_b = exponent_shift(b.reference.max, reference_max, log2e_per_temperature);
+  rescale(a.policy, shift_a, reference_shift_a);
+  rescale(a.reference, reference_shift_a, shift_a);
+  rescale(b.policy, shift_b, reference_shift_b);
+  rescale(b.reference, reference_shift_b, shift_b);
+  add(a.policy, b.policy);
+  add(a.reference, b.reference);
+}
+
+// The label's logit under one model, and the sums with its term added.
+struct Completed {
+  double t, e, exp, log_sum, logp;
+};
+
+QK_HOST_DEVICE Completed complete(const Sums& sums, float label_logit, double log2e_per_temperature) {
+  Completed c;
+  c.t = (static_cast<double>(label_logit) - static_cast<double>(sums.max)) * log2e_per_temperature;
+  c.e = exp2(c.t);
+  c.exp = sums.exp + c.e;
+  c.log_sum = label_logit == sums.max ? log1p(sums.exp) : log(c.exp);
+  // Nothing but -inf, or a +inf: no softmax.
+  if (sums.max - sums.max != 0) c.log_sum = std::numeric_limits<double>::quiet_NaN();
+  c.logp = c.t * kLn2 - c.log_sum;
+  return c;
+}
+
+// e * x with 0 * inf = 0.
+QK_HOST_DEVICE double weighted(double e, double x) { return e == 0 ? 0 : e * x; }
+
+QK_HOST_DEVICE double at_least_zero(double x) { return x < 0 ? 0 : x; }
+
+// All columns of a row from its complete sums. `values` has kColumnCount entries; `top1` is decided by the caller, who
+// can look at the row again. Columns whose sums were not gathered hold meaningless numbers.
+QK_HOST_DEVICE void finish(const RowSums& sums, float label_logit, float reference_label_logit, bool has_reference,
+                           int64_t vocab, double temperature, bool top1, float* values) {
+  const double log2e_per_temperature = kLog2e / temperature;
+  const Completed p = complete(sums.policy, label_logit, log2e_per_temperature);
+  const double broken = p.log_sum - p.log_sum;  // NaN if there is no softmax, else 0
+  values[kRowMax] = static_cast<float>(sums.policy.max + broken);
+  values[kLogSum] = static_cast<float>(p.log_sum);
+  values[kLogps] = static_cast<float>(p.logp);
+  values[kLogsumexp] = static_cast<float>(sums.policy.max / temperature + p.log_sum);
+  const double mean_t = (sums.policy.exp_t + weighted(p.e, p.t)) / p.exp;
+  values[kEntropy] = static_cast<float>(at_least_zero(p.log_sum - kLn2 * mean_t));
+  values[kLogSumSqProbs] = static_cast<float>(log(sums.policy.exp_sq + p.e * p.e) - 2 * p.log_sum);
+  values[kMeanLogits] = static_cast<float>(sums.policy.raw / static_cast<double>(vocab) / temperature + broken);
+  values[kIsTop1] = static_cast<float>((top1 ? 1.0 : 0.0) + broken);
+  if (!has_reference) return;
+  const Completed q = complete(sums.reference, reference_label_logit, log2e_per_temperature);
+  values[kReferenceRowMax] = static_cast<float>(sums.reference.max + (q.log_sum - q.log_sum));
+  values[kReferenceLogSum] = static_cast<float>(q.log_sum);
+  values[kReferenceLogps] = static_cast<float>(q.logp);
+  values[kReferenceLogsumexp] = static_cast<float>(sums.reference.max / temperature + q.log_sum);
+  const double forward = (sums.policy.cross + weighted(p.e, p.t - q.t)) / p.exp;
+  const double backward = (sums.reference.cross + weighted(q.e, q.t - p.t)) / q.exp;
+  values[kKlPolicyReference] = static_cast<float>(at_least_zero(kLn2 * forward - p.log_sum + q.log_sum));
+  values[kKlReferencePolicy] = static_cast<float>(at_least_zero(kLn2 * backward - q.log_sum + p.log_sum));
+}
+
+}  // namespace qk

@@ -1,0 +1,164 @@
+// Whole calls on the CPU: choice of instruction set, division of the work among threads, the pair loss.
+#include "cpu.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "../core/pair_loss.h"
+#include "row_kernels.h"
+#include "thread_pool.h"
+
+namespace qk {
+
+#if defined(QK_NO_AVX2)
+const RowKernels* avx2_kernels() { return nullptr; }
+#endif
+#if defined(QK_NO_AVX512)
+const RowKernels* avx512_kernels() { return nullptr; }
+#endif
+
+namespace {
+
+bool machine_has(const char* name) {
+  const std::string set = name;
+#if defined(__x86_64__) || defined(_M_X64)
+  __builtin_cpu_init();
+  if (set == "avx512")
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (set == "avx2")
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+  return set == "baseline";
+}
+
+// Compiled in and understood by this machine, best last.
+std::vector<const RowKernels*> usable() {
+  std::vector<const RowKernels*> sets;
+  for (const RowKernels* set : {baseline_kernels(), avx2_kernels(), avx512_kernels()})
+    if (set && machine_has(set->name)) sets.push_back(set);
+  return sets;
+}
+
+std::atomic<const RowKernels*>& current() {
+  static std::atomic<const RowKernels*> chosen{usable().back()};
+  return chosen;
+}
+
+// Rows of a small vocabulary are handed out several at a time: an index should be worth some 10 microseconds.
+constexpr int64_t kGrain = 64 * kBlock;
+
+}  // namespace
+
+int64_t find_bad_label(const Labels& labels, const Shape& shape) {
+  for (int64_t row = 0; row < shape.rows(); ++row) {
+    const int64_t label = labels.data[row];
+    if ((label < 0 || label >= shape.vocab) && label != labels.ignore_index) return row;
+  }
+  return -1;
+}
+
+void row_stats(const StatsCall& call, int threads) {
+  const RowKernels& kernels = *current();
+  const int64_t rows = call.shape.rows(), segments = segments_of(call.shape.vocab);
+  const double log2e_per_temperature = kLog2e / call.temperature;
+  auto ignored = [&](int64_t row) { return call.labels.data[row] == call.labels.ignore_index; };
+  auto clear = [&](int64_t row) {
+    float* out = call.out + row;
+    for (uint32_t left = call.columns; left; left &= left - 1, out += rows) *out = 0;
+  };
+  const bool split = threads > 1 && segments > 1 && rows < 4 * static_cast<int64_t>(threads);
+  if (!split) {
+    const int64_t grain = std::max<int64_t>(1, kGrain / call.shape.vocab);
+    parallel_for((rows + grain - 1) / grain, threads, [&](int64_t chunk) {
+      for (int64_t row = chunk * grain; row < std::min(rows, (chunk + 1) * grain); ++row) {
+        if (ignored(row)) {
+          clear(row);
+          continue;
+        }
+        RowSums total;
+        for (int64_t segment = 0; segment < segments; ++segment) {
+          RowSums sums;
+          kernels.sum_segment(call, row, segment, &sums);
+          merge(total, sums, log2e_per_temperature);
+        }
+        kernels.finish_row(call, row, total);
+      }
+    });
+    return;
+  }
+  // Few rows: threads share a row, segment by segment. Merged in the same order, so with the same bits.
+  std::vector<RowSums> partial(static_cast<size_t>(rows * segments));
+  parallel_for(rows * segments, threads, [&](int64_t i) {
+    if (!ignored(i / segments)) kernels.sum_segment(call, i / segments, i % segments, &partial[static_cast<size_t>(i)]);
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    if (ignored(row)) {
+      clear(row);
+      continue;
+    }
+    RowSums total;
+    for (int64_t segment = 0; segment < segments; ++segment)
+      merge(total, partial[static_cast<size_t>(row * segments + segment)], log2e_per_temperature);
+    kernels.finish_row(call, row, total);
+  }
+}
+
+void row_grad(const GradCall& call, int threads) {
+  const RowKernels& kernels = *current();
+  const int64_t segments = segments_of(call.shape.vocab), items = call.shape.rows() * segments;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::min(call.shape.vocab, kSegment));
+  // Few rows: the segments are the grains.
+  const int64_t step = items < 4 * grain * threads ? 1 : grain;
+  parallel_for((items + step - 1) / step, threads, [&](int64_t chunk) {
+    for (int64_t i = chunk * step; i < std::min(items, (chunk + 1) * step); ++i)
+      kernels.grad_segment(call, i / segments, i % segments);
+  });
+}
+
+void pair_loss(const PairCall& call) {
+  const int64_t pairs = call.sequences / 2;
+  auto begin = [&](int64_t s) { return call.offsets ? call.offsets[s] : s * call.length; };
+  std::vector<double> sums(static_cast<size_t>(call.sequences));
+  for (int64_t s = 0; s < call.sequences; ++s) {
+    double total = 0;
+    for (int64_t row = begin(s); row < begin(s + 1); ++row) {
+      if (call.weights[row] == 0) continue;
+      const double value = call.per_sequence ? call.logps[row] : log_ratio(call.logps[row], call.reference[row]);
+      total += call.weights[row] * value;
+    }
+    sums[static_cast<size_t>(s)] = call.per_sequence ? log_ratio(total, call.reference[s]) : total;
+    call.rewards[s] = static_cast<float>(call.beta * sums[static_cast<size_t>(s)]);
+  }
+  double loss = 0;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const PairResult result = pair_loss(sums[static_cast<size_t>(pair)], sums[static_cast<size_t>(pair + pairs)],
+                                        call.beta, call.label_smoothing);
+    loss += result.loss;
+    for (const int64_t s : {pair, pair + pairs}) {
+      const double slope = (s == pair ? result.slope : -result.slope) / static_cast<double>(pairs);
+      for (int64_t row = begin(s); row < begin(s + 1); ++row)
+        call.grad[row] = call.weights[row] == 0 ? 0 : static_cast<float>(slope * call.weights[row]);
+    }
+  }
+  *call.loss = static_cast<float>(loss / static_cast<double>(pairs));
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const RowKernels* set : usable()) names.emplace_back(set->name);
+  return names;
+}
+
+std::string instruction_set() { return current().load()->name; }
+
+bool use_instruction_set(const std::string& name) {
+  for (const RowKernels* set : usable())
+    if (name == set->name) {
+      current() = set;
+      return true;
+    }
+  return false;
+}
+
+}  // namespace qk

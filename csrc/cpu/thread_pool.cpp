@@ -1,0 +1,121 @@
+// See thread_pool.h. A loop is a counter that its caller and any idle workers draw indices from.
+#include "thread_pool.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace qk {
+namespace {
+
+struct Loop {
+  const std::function<void(int64_t)>* body;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+  int places;   // workers that may still join; guarded by the pool's mutex
+  int active = 0;  // workers inside; guarded by the pool's mutex
+
+  void run() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) (*body)(i);
+  }
+};
+
+class Pool {
+ public:
+  void run(int64_t count, int threads, const std::function<void(int64_t)>& body) {
+    Loop loop;
+    loop.body = &body;
+    loop.count = count;
+    loop.places = threads - 1;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (workers_ < loop.places) {
+        try {
+          std::thread([this] { work(); }).detach();
+        } catch (const std::system_error&) {
+          break;  // no more threads to be had: the loop runs on those there are
+        }
+        ++workers_;
+      }
+      loops_.push_back(&loop);
+    }
+    if (loop.places == 1)
+      wake_.notify_one();
+    else
+      wake_.notify_all();
+    loop.run();
+    std::unique_lock<std::mutex> lock(mutex_);
+    remove(&loop);
+    done_.wait(lock, [&] { return loop.active == 0; });
+  }
+
+ private:
+  void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return !loops_.empty(); });
+      Loop* loop = loops_.front();
+      ++loop->active;
+      if (--loop->places == 0) remove(loop);
+      lock.unlock();
+      loop->run();
+      lock.lock();
+      remove(loop);  // its indices are drawn: nobody else needs to join
+      if (--loop->active == 0) done_.notify_all();
+    }
+  }
+
+  void remove(Loop* loop) {
+    for (auto it = loops_.begin(); it != loops_.end(); ++it)
+      if (*it == loop) {
+        loops_.erase(it);
+        return;
+      }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::deque<Loop*> loops_;  // that workers may join
+  int workers_ = 0;
+};
+
+// Never destroyed: the workers run until the process ends.
+std::mutex pool_mutex;
+Pool* pool = nullptr;
+
+Pool& the_pool() {
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  if (!pool) {
+#if !defined(_WIN32)
+    static const int registered = pthread_atfork([] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
+                                                 [] {
+                                                   pool = nullptr;  // its threads did not follow into the child
+                                                   pool_mutex.unlock();
+                                                 });
+    (void)registered;
+#endif
+    pool = new Pool;
+  }
+  return *pool;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& body) {
+  if (count < threads) threads = static_cast<int>(count);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  the_pool().run(count, threads, body);
+}
+
+}  // namespace qk

@@ -1,0 +1,130 @@
+"""How far a result may be from the float64 truth: every bound of the test suite, with its reason, in one place.
+
+fp32 and 16-bit logits have the same bounds on per-row results: 16-bit logits are exact inputs and everything after the
+load is fp32. eps32 = 6e-8 is half an ulp of fp32 relative to the number.
+
+Per-row results, error <= BOUND * max(1, |truth|):
+
+logps, reference_logps   2e-6. The design's number. x = z_y - m carries one rounding of the temperature quotient and one
+                         of the subtraction (2 eps32 |x|), log(sum) one of the logarithm and the drift of a blocked sum.
+logsumexp                1e-6. The same log(sum) plus m: it has no difference of large numbers, so half of that is room.
+entropy, both KLs        2e-6. sum p_j x_j with p summing to 1: each p_j carries the rounding of its exponent,
+                         |x_j| eps32, and p_j |x_j|^2 stays below ~(log V)^2, which the final sum mixes with alternating
+                         signs. A KL is a mean of differences log p - log q, so its error follows E(|log p| + |log q|),
+                         not itself: that is what `size` stands for (never below 1).
+log_sum_sq_probs         2e-6. Like logps.
+mean_logits              1e-6 of the mean size of the entries (`size`), which may cancel in the mean.
+is_top1                  exact.
+
+Gradients:
+
+fp32    1e-5 of the row's largest entry (the design's number) and, stricter for all the small entries of a row, 1e-5 of
+        the entry's own terms: p_j = exp(x_j) keeps a relative error of |x_j| eps32, at most 104 eps32 before it
+        underflows. The terms' sum of absolute values replaces the entry itself where terms cancel: for nearly equal
+        models p_j - q_j is as small as one likes but keeps the rounding of p_j and q_j, so 2e-6 of the terms is allowed
+        whatever the row's largest entry is.
+16 bit  one ulp of the output dtype (half for the final rounding, half for everything before it); with cancelling terms
+        half an ulp plus 2e-6 of the terms.
+
+float64 results (reference backend only): 1e-12 in place of all of these.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROW_BOUNDS = {
+    "logps": 2e-6,
+    "reference_logps": 2e-6,
+    "logsumexp": 1e-6,
+    "reference_logsumexp": 1e-6,
+    "entropy": 2e-6,
+    "kl_reference_policy": 2e-6,
+    "kl_policy_reference": 2e-6,
+    "log_sum_sq_probs": 2e-6,
+    "mean_logits": 1e-6,
+    "is_top1": 0.0,
+}
+GRADIENT_OF_ROW = 1e-5
+GRADIENT_OF_TERMS = 1e-5
+CANCELLATION = 2e-6
+FLOAT64 = 1e-12
+EPS32 = 2.0**-24
+# Below this a probability is a denormal fp32 number, which a kernel may flush to zero.
+SMALLEST = 2.0**-126
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Spacing of `dtype` at each of the float64 `values` (the smallest subnormal near 0)."""
+    info = torch.finfo(dtype)
+    smallest_normal = info.smallest_normal
+    exponent = torch.floor(torch.log2(values.double().abs().clamp_min(smallest_normal)))
+    return torch.exp2(exponent) * info.eps
+
+
+def assert_within(actual: Tensor, expected: Tensor, allowed: Tensor | float, what: str) -> None:
+    """|actual - expected| <= allowed everywhere; infinities and NaNs must be the same ones."""
+    actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    allowed = torch.as_tensor(allowed, dtype=torch.float64).expand(expected.shape)
+    finite = expected.isfinite()
+    same = torch.where(finite, (actual - expected).abs() <= allowed, actual == expected)
+    same = same | (expected.isnan() & actual.isnan())
+    if bool(same.all()):
+        return
+    error = torch.where(same, 0.0, ((actual - expected).abs() / allowed.clamp_min(1e-300)).nan_to_num(torch.inf))
+    worst = int(error.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), expected.shape))
+    raise AssertionError(
+        f"{what}: {int((~same).sum())} of {same.numel()} values are wrong; worst at {index}:"
+        f" got {actual.reshape(-1)[worst].item():.9g}, expected {expected.reshape(-1)[worst].item():.9g},"
+        f" allowed error {allowed.reshape(-1)[worst].item():.3g}"
+    )
+
+
+def assert_row_output(
+    name: str, actual: Tensor, expected: Tensor, logits_dtype: torch.dtype, size: Tensor | float = 1.0
+) -> None:
+    """One column of per-row results.
+
+    size: the magnitude that the bound is relative to where it is more than the result itself (see above).
+    """
+    wanted = torch.float64 if logits_dtype == torch.float64 else torch.float32
+    wanted = torch.bool if name == "is_top1" else wanted
+    assert actual.dtype == wanted, f"{name} is {actual.dtype}, expected {wanted}"
+    scale = torch.maximum(expected.detach().abs(), torch.as_tensor(size, dtype=torch.float64)).clamp_min(1)
+    bound = FLOAT64 if logits_dtype == torch.float64 else ROW_BOUNDS[name]
+    assert_within(actual, expected, (bound * scale).nan_to_num(posinf=0.0) if bound else 0.0, name)
+
+
+def gradient_allowance(expected: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far each entry of a gradient of this dtype may be from the float64 gradient.
+
+    expected: the float64 gradient, `[..., V]`.
+    terms: per entry, the sum of absolute values of the terms it is the sum of (`oracle.gradient_terms`).
+    """
+    terms = torch.maximum(terms, expected.abs())
+    largest = expected.abs().amax(-1, keepdim=True)
+    if dtype == torch.float64:
+        return FLOAT64 * torch.maximum(terms, largest)
+    if dtype == torch.float32:
+        of_row = torch.maximum(GRADIENT_OF_ROW * largest, CANCELLATION * terms)
+        return torch.minimum(GRADIENT_OF_TERMS * terms, of_row) + SMALLEST * largest.clamp_min(1)
+    one = ulp(expected, dtype)
+    return torch.maximum(one, one / 2 + CANCELLATION * terms)
+
+
+def assert_gradient(actual: Tensor, expected: Tensor, terms: Tensor, what: str = "gradient") -> None:
+    """A gradient with respect to logits, in the logits' dtype."""
+    assert_within(actual, expected, gradient_allowance(expected, terms, actual.dtype), what)
+
+
+def loss_allowance(expected: Tensor, sensitivity: Tensor, dtype: torch.dtype) -> Tensor:
+    """Error of a preference loss: the log-probs' own bound carried through the formula, and a few roundings.
+
+    sensitivity: change of the loss when every log-prob moves by max(1, |itself|) (`oracle.Loss`).
+    """
+    if dtype == torch.float64:
+        return FLOAT64 * (1 + expected.abs() + sensitivity)
+    return ROW_BOUNDS["logps"] * sensitivity + 4 * EPS32 * expected.abs().clamp_min(1)

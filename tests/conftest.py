@@ -1,0 +1,97 @@
+"""Which backends, devices and dtypes every test runs on, and how hypothesis draws.
+
+A test that takes `backend` runs once for each entry of the registry in `qkernels.backends` on each device where that
+backend says it can run, so a backend added there is tested unasked. A test that takes `backend` and `dtype` runs once
+for each pair that the backend accepts; `@pytest.mark.dtypes(torch.float32, ...)` narrows the dtypes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # oracle.py, assertions.py, cases.py, with any import mode
+
+from qkernels import backends
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+hypothesis.settings.register_profile(
+    "qkernels",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("qkernels")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend and a device it runs on."""
+
+    name: str
+    device: torch.device
+
+    def __str__(self) -> str:
+        return self.name if self.device.type == _home(self.name) else f"{self.name}-{self.device.type}"
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether logits of this dtype can be given to it."""
+        return backends.unavailable(self.name, self.device, dtype) is None
+
+    @property
+    def module(self):
+        """The module with its row operations."""
+        return backends.get(self.name)
+
+
+def _home(name: str) -> str:
+    return "cuda" if name in ("cuda", "triton") else "cpu"
+
+
+def runnable_backends() -> list[Backend]:
+    """Every registered backend on every device where it can take fp32 logits."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
+    found = [Backend(name, device) for name in backends._MODULES for device in devices]
+    return [backend for backend in found if backend.takes(torch.float32)]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes of logits that this test runs with")
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" not in metafunc.fixturenames:
+        return
+    found = runnable_backends()
+    if "dtype" not in metafunc.fixturenames:
+        metafunc.parametrize("backend", found, ids=str)
+        return
+    marker = metafunc.definition.get_closest_marker("dtypes")
+    pairs = [(backend, dtype) for backend in found for dtype in (marker.args if marker else DTYPES)]
+    pairs = [(backend, dtype) for backend, dtype in pairs if backend.takes(dtype)]
+    ids = [f"{backend}-{str(dtype).removeprefix('torch.')}" for backend, dtype in pairs]
+    metafunc.parametrize("backend, dtype", pairs, ids=ids)
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_threads():
+    """Each test draws the same numbers whatever ran before it, and leaves torch's thread count as it was."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(20240412)
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compiled_graphs():
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,447 @@
+"""The truth that every backend is tested against: each formula written out in float64, sharing no code with qkernels.
+
+Rows are treated with torch's own `log_softmax`, `gather` and autograd; sequences are plain Python lists of row numbers,
+so that dense and packed batches become the same thing before a formula is applied. Where the literature has a formula
+in terms of likelihood ratios, it is written that way here and not in the form the package uses.
+
+Notation: z = logits / temperature, p = softmax(z), q = softmax(reference / temperature), y = label.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+STATS = (
+    "logps",
+    "logsumexp",
+    "entropy",
+    "kl_reference_policy",
+    "kl_policy_reference",
+    "log_sum_sq_probs",
+    "mean_logits",
+    "is_top1",
+    "reference_logps",
+    "reference_logsumexp",
+)
+WITH_REFERENCE = ("kl_reference_policy", "kl_policy_reference", "reference_logps", "reference_logsumexp")
+WITH_GRADIENT = ("logps", "logsumexp", "entropy", "kl_reference_policy", "kl_policy_reference")
+
+
+def exact(logits: Tensor) -> Tensor:
+    """16-bit and fp32 logits as float64: their values are exact inputs. On the CPU, a leaf of its own."""
+    return logits.detach().cpu().double().clone()
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def token_stats(
+    logits: Tensor,
+    labels: Tensor,
+    reference: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> dict[str, Tensor]:
+    """Every per-token number in float64, differentiable in float64 `logits`; 0 at ignored rows."""
+    assert logits.dtype == torch.float64
+    keep = labels != ignore_index
+    # Ignored rows may hold anything, NaN too; nothing of them may enter.
+    z = torch.where(keep.unsqueeze(-1), logits, torch.zeros_like(logits)) / temperature
+    y = torch.where(keep, labels, torch.zeros_like(labels)).unsqueeze(-1)
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    out = {
+        "logps": log_p.gather(-1, y).squeeze(-1),
+        "logsumexp": z.logsumexp(-1),
+        "entropy": -(p * _finite_where(p, log_p)).sum(-1),
+        "log_sum_sq_probs": (2 * log_p).logsumexp(-1),
+        "mean_logits": z.mean(-1),
+        "is_top1": (z.argmax(-1) == y.squeeze(-1)).double(),
+    }
+    if reference is not None:
+        z_ref = torch.where(keep.unsqueeze(-1), reference, torch.zeros_like(reference)) / temperature
+        log_q = z_ref.log_softmax(-1)
+        q = log_q.exp()
+        out["kl_reference_policy"] = (q * (_finite_where(q, log_q) - _finite_where(q, log_p))).sum(-1)
+        out["kl_policy_reference"] = (p * (_finite_where(p, log_p) - _finite_where(p, log_q))).sum(-1)
+        out["reference_logps"] = log_q.gather(-1, y).squeeze(-1)
+        out["reference_logsumexp"] = z_ref.logsumexp(-1)
+    return {name: torch.where(keep, value, torch.zeros_like(value)) for name, value in out.items()}
+
+
+def _finite_where(probabilities: Tensor, values: Tensor) -> Tensor:
+    """`values`, and 0 where the probability is 0: 0 log 0 = 0."""
+    return values.masked_fill(probabilities == 0, 0.0)
+
+
+def gradient(
+    logits: Tensor,
+    labels: Tensor,
+    upstream: dict[str, Tensor],
+    reference: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """d(sum of upstream * output)/dlogits by float64 autograd."""
+    leaf = exact(logits).requires_grad_()
+    ref = None if reference is None else exact(reference)
+    stats = token_stats(leaf, labels.cpu(), ref, temperature=temperature, ignore_index=ignore_index)
+    total = sum((stats[name] * weight.cpu().double()).sum() for name, weight in upstream.items())
+    (grad,) = torch.autograd.grad(total, leaf)
+    return grad
+
+
+def gradient_terms(
+    logits: Tensor,
+    labels: Tensor,
+    upstream: dict[str, Tensor],
+    reference: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Per entry, the sum of the absolute values of the terms whose signed sum is the gradient.
+
+    Where they cancel (p_j - q_j for equal models), a result in fp32 keeps the rounding of its terms, so this is what an
+    error has to be compared with.
+    """
+    z = exact(logits) / temperature
+    keep = (labels != ignore_index).cpu().unsqueeze(-1)
+    y = labels.cpu().masked_fill(~keep.squeeze(-1), 0).unsqueeze(-1)
+    log_p = torch.where(keep, z, torch.zeros_like(z)).log_softmax(-1)
+    p = log_p.exp()
+    size_p = _finite_where(p, log_p).abs()
+    weights = {name: weight.cpu().double().abs().unsqueeze(-1) for name, weight in upstream.items()}
+    terms = torch.zeros_like(p)
+    if "logps" in weights:
+        # At the label 1 - p is one number (formed without cancellation), elsewhere p.
+        at_label = torch.zeros_like(p).scatter(-1, y, 1.0)
+        terms += weights["logps"] * (at_label - p).abs()
+    if "logsumexp" in weights:
+        terms += weights["logsumexp"] * p
+    if "entropy" in weights:
+        entropy = (p * size_p).sum(-1, keepdim=True)
+        terms += weights["entropy"] * p * (size_p + entropy)
+    if reference is not None:
+        z_ref = exact(reference) / temperature
+        log_q = torch.where(keep, z_ref, torch.zeros_like(z_ref)).log_softmax(-1)
+        q = log_q.exp()
+        size_q = _finite_where(p, log_q).abs()
+        if "kl_reference_policy" in weights:
+            terms += weights["kl_reference_policy"] * (p + q)
+        if "kl_policy_reference" in weights:
+            divergence = (p * (size_p + size_q)).sum(-1, keepdim=True)
+            terms += weights["kl_policy_reference"] * p * (size_p + size_q + divergence)
+    return torch.where(keep, terms, torch.zeros_like(terms)) / temperature
+
+
+# --- sequences ------------------------------------------------------------------------------------------------------
+
+
+def spans(labels: Tensor, cu_seqlens: Tensor | None) -> list[list[int]]:
+    """The flat row numbers of each sequence."""
+    if cu_seqlens is None:
+        count, length = labels.shape
+        return [list(range(i * length, (i + 1) * length)) for i in range(count)]
+    ends = cu_seqlens.tolist()
+    return [list(range(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+@dataclass
+class Pair:
+    """Sums over one pair's valid tokens; w is chosen, l rejected."""
+
+    r_w: Tensor
+    r_l: Tensor
+    logp_w: Tensor
+    logp_l: Tensor
+    ref_w: Tensor
+    ref_l: Tensor
+    n_w: float
+    n_l: float
+    kl_w: Tensor | None = None
+    kl_l: Tensor | None = None
+    importance: float = 1.0  # WPO
+
+
+def pairs(
+    stats: dict[str, Tensor],
+    labels: Tensor,
+    *,
+    reference_logps: Tensor | float | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    ignore_index: int = -100,
+) -> list[Pair]:
+    """Group float64 per-token stats into pairs, sequence by sequence.
+
+    reference_logps: None takes the stats' own (live reference); else 0.0, per token, or per sequence `[2B]`.
+    """
+    flat = {name: value.reshape(-1) for name, value in stats.items()}
+    ids = labels.cpu().reshape(-1).tolist()
+    factors = [1.0] * len(ids) if token_weights is None else token_weights.cpu().double().reshape(-1).tolist()
+    rows = [[t for t in span if ids[t] != ignore_index and factors[t] != 0] for span in spans(labels, cu_seqlens)]
+    half = len(rows) // 2
+    per_sequence = None
+    if reference_logps is None:
+        reference = flat["reference_logps"]
+    elif not isinstance(reference_logps, Tensor):
+        reference = torch.zeros(len(ids), dtype=torch.float64)
+    elif reference_logps.shape == labels.shape:
+        reference = reference_logps.cpu().double().reshape(-1)
+    else:
+        reference, per_sequence = None, reference_logps.cpu().double()
+
+    def total(values: Tensor, span: list[int], weights: list[float]) -> Tensor:
+        result = torch.zeros((), dtype=torch.float64)
+        for t, w in zip(span, weights, strict=True):
+            result = result + w * values[t]
+        return result
+
+    out = []
+    for i in range(half):
+        sides = []
+        shared = min(len(rows[i]), len(rows[half + i]))
+        for s in (i, half + i):
+            base = [factors[t] for t in rows[s]]
+            weights = [w * (ld_alpha if ld_alpha is not None and k >= shared else 1.0) for k, w in enumerate(base)]
+            logp = total(flat["logps"], rows[s], weights)
+            ref = per_sequence[s] if per_sequence is not None else total(reference, rows[s], weights)
+            kl = total(flat["kl_reference_policy"], rows[s], weights) if "kl_reference_policy" in flat else None
+            aligned = total((flat["logps"] - flat["log_sum_sq_probs"]).detach(), rows[s], base)
+            n = sum(base)
+            sides.append((logp - ref, logp, ref, n, kl, math.exp(float(aligned) / n) if n else 1.0))
+        (r_w, lp_w, ref_w, n_w, kl_w, u_w), (r_l, lp_l, ref_l, n_l, kl_l, u_l) = sides
+        out.append(Pair(r_w, r_l, lp_w, lp_l, ref_w, ref_l, n_w, n_l, kl_w, kl_l, u_w * u_l))
+    return out
+
+
+# --- objectives -----------------------------------------------------------------------------------------------------
+
+
+def _sigma(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def _nls(x: Tensor) -> Tensor:
+    """-log sigma(x)."""
+    return torch.nn.functional.softplus(-x)
+
+
+def link(r: Tensor, f_divergence: str = "reverse_kl", a: float = 0.5) -> Tensor:
+    """f'(u) of the f-divergence at the likelihood ratio u = e^r, up to the constants that cancel in a difference."""
+    u = torch.exp(r)
+    if f_divergence == "reverse_kl":
+        return torch.log(u)
+    if f_divergence == "forward_kl":
+        return 1 - 1 / u
+    if f_divergence in ("js", "js_divergence"):
+        return torch.log(2 * u / (1 + u))
+    if f_divergence in ("alpha", "alpha_divergence"):
+        return (u ** (a - 1) - 1) / (a - 1)
+    raise AssertionError(f_divergence)
+
+
+@dataclass
+class Options:
+    """What an objective reads besides the pair."""
+
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    f_divergence: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    discopop_tau: float = 0.05
+    alpha: float = 0.5
+    gamma: float = 0.5
+    extra: dict = field(default_factory=dict)
+
+
+def _mean(total: Tensor, count: float) -> Tensor:
+    return total / count if count else total * 0
+
+
+def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
+    """The losses of all pairs, `[B]`, by the name TRL gives the objective."""
+    eps, beta = o.label_smoothing, o.beta
+
+    def score(r: Tensor) -> Tensor:
+        return link(r, o.f_divergence, o.f_alpha_divergence_coef)
+
+    def margin(pair: Pair) -> Tensor:
+        return score(pair.r_w) - score(pair.r_l)
+
+    if name == "aot":
+        policy = torch.stack([pair.logp_w - pair.logp_l for pair in batch]).sort().values
+        reference = torch.stack([pair.ref_w - pair.ref_l for pair in batch]).sort().values
+        d = policy - reference
+        return (1 - eps) * _nls(beta * d) + eps * _nls(-beta * d)
+    if name == "aot_unpaired":
+        chosen = torch.stack([pair.r_w for pair in batch]).sort().values
+        rejected = torch.stack([pair.r_l for pair in batch]).sort().values
+        d = chosen - rejected
+        return (1 - eps) * _nls(beta * d) + eps * _nls(-beta * d)
+    if name == "sft":
+        tokens = sum(pair.n_w for pair in batch)
+        # Per pair so that the mean over pairs is the mean over the batch's chosen tokens.
+        return torch.stack([-pair.logp_w * len(batch) / (tokens or 1.0) for pair in batch])
+
+    def one(pair: Pair) -> Tensor:
+        x = beta * margin(pair)
+        w, l = beta * pair.r_w, beta * pair.r_l  # noqa: E741
+        if name == "sigmoid":
+            return (1 - eps) * _nls(x) + eps * _nls(-x)
+        if name == "sigmoid_norm":
+            return _nls(beta * (_mean(score(pair.r_w), pair.n_w) - _mean(score(pair.r_l), pair.n_l)))
+        if name == "hinge":
+            return torch.clamp(1 - x, min=0)
+        if name == "ipo":
+            return (_mean(score(pair.r_w), pair.n_w) - _mean(score(pair.r_l), pair.n_l) - 1 / (2 * beta)) ** 2
+        if name == "robust":
+            return ((1 - eps) * _nls(x) - eps * _nls(-x)) / (1 - 2 * eps)
+        if name == "exo_pair":
+            u = _sigma(x)
+            return u * (torch.log(u) - math.log(1 - eps)) + (1 - u) * (torch.log(1 - u) - math.log(eps))
+        if name == "nca_pair":
+            return _nls(w) + 0.5 * _nls(-w) + 0.5 * _nls(-l)
+        if name == "bco_pair":
+            return _nls(w) + _nls(-l)
+        if name == "sppo_hard":
+            return (pair.r_w - 1 / (2 * beta)) ** 2 + (pair.r_l + 1 / (2 * beta)) ** 2
+        if name == "apo_zero":
+            return (1 - _sigma(w)) + _sigma(l)
+        if name == "apo_down":
+            return _sigma(w) + (1 - _sigma(w - l))
+        if name == "discopop":
+            m = _sigma(x / o.discopop_tau)
+            return (1 - m) * _nls(x) + m * torch.exp(-x)
+        if name == "tdpo1":
+            return _nls(beta * (margin(pair) - (pair.kl_l - pair.kl_w)))
+        if name == "tdpo2":
+            return _nls(beta * (margin(pair) - o.alpha * (pair.kl_l - pair.kl_w.detach())))
+        if name == "simpo":
+            return _nls(beta * (_mean(pair.logp_w, pair.n_w) - _mean(pair.logp_l, pair.n_l)) - o.gamma)
+        raise AssertionError(f"the oracle has no formula for {name}")
+
+    return torch.stack([one(pair) for pair in batch])
+
+
+@dataclass
+class Loss:
+    """A preference loss in float64: per pair, its gradient, and how errors of the log-probs carry into it.
+
+    losses: `[B]`.
+    grad: d(reduced)/dlogits, shaped like the logits.
+    sensitivity: the change of the reduced loss (of each pair for "none") if every log-prob, reference log-prob and KL
+        moved by max(1, |itself|).
+    chosen_rewards, rejected_rewards: `[B]`.
+    """
+
+    losses: Tensor
+    loss: Tensor
+    grad: Tensor
+    terms: Tensor
+    sensitivity: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    stats: dict[str, Tensor]
+
+
+def preference(
+    logits: Tensor,
+    labels: Tensor,
+    reference: Tensor | None = None,
+    *,
+    loss_type: str | list[str] = "sigmoid",
+    loss_weights: list[float] | None = None,
+    options: Options | None = None,
+    reference_logps: Tensor | float | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    upstream: Tensor | float = 1.0,
+) -> Loss:
+    """The whole path from logits to a preference loss and its gradient.
+
+    upstream: dL/dloss; `[B]` for reduction "none".
+    """
+    o = options or Options()
+    labels = labels.cpu()
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    factors = loss_weights or [1.0] * len(names)
+    leaf = exact(logits).requires_grad_()
+    stats = token_stats(
+        leaf, labels, None if reference is None else exact(reference), temperature=temperature,
+        ignore_index=ignore_index,
+    )  # fmt: skip
+    inner = {name: value.detach().requires_grad_() for name, value in stats.items()}
+    if reference is None and reference_logps is None:
+        reference_logps = 0.0
+
+    def losses_of(values: dict[str, Tensor]) -> tuple[Tensor, list[Pair]]:
+        batch = pairs(
+            values, labels, reference_logps=reference_logps, token_weights=token_weights, cu_seqlens=cu_seqlens,
+            ld_alpha=ld_alpha, ignore_index=ignore_index,
+        )  # fmt: skip
+        total = sum(f * objective(name, batch, o) for f, name in zip(factors, names, strict=True))
+        if use_weighting:
+            total = total * torch.tensor([pair.importance for pair in batch], dtype=torch.float64)
+        return total, batch
+
+    def reduced(losses: Tensor) -> Tensor:
+        return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+
+    losses, batch = losses_of(stats)
+    loss = reduced(losses)
+    upstream = torch.as_tensor(upstream, dtype=torch.float64).cpu()
+    (grad,) = torch.autograd.grad((loss * upstream).sum(), leaf)
+
+    # First-order error propagation, on the per-token numbers.
+    touched = [name for name in ("logps", "reference_logps", "kl_reference_policy") if name in inner]
+
+    def carried(value: Tensor) -> Tensor:
+        slopes = torch.autograd.grad(value, [inner[name] for name in touched], retain_graph=True, allow_unused=True)
+        return sum(
+            (slope.abs() * inner[name].detach().abs().clamp_min(1)).sum()
+            for name, slope in zip(touched, slopes, strict=True)
+            if slope is not None
+        )
+
+    inner_losses = reduced(losses_of(inner)[0])
+    sensitivity = (
+        carried(inner_losses) if inner_losses.dim() == 0 else torch.stack([carried(value) for value in inner_losses])
+    )
+    slopes = dict(
+        zip(
+            touched,
+            torch.autograd.grad((inner_losses * upstream).sum(), [inner[n] for n in touched], allow_unused=True),
+            strict=True,
+        )
+    )
+    row_upstream = {
+        name: slope for name, slope in slopes.items() if slope is not None and name in WITH_GRADIENT
+    }
+    terms = gradient_terms(
+        logits, labels, row_upstream, reference, temperature=temperature, ignore_index=ignore_index
+    )
+    beta = o.beta
+    return Loss(
+        losses.detach(),
+        loss.detach(),
+        grad,
+        terms,
+        sensitivity.detach(),
+        torch.stack([beta * pair.r_w for pair in batch]).detach(),
+        torch.stack([beta * pair.r_l for pair in batch]).detach(),
+        {name: value.detach() for name, value in stats.items()},
+    )
