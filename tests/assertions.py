@@ -26,6 +26,9 @@ fp32    1e-5 of the row's largest entry (the design's number) and, stricter for 
 16 bit  one ulp of the output dtype (half for the final rounding, half for everything before it); with cancelling terms
         half an ulp plus 2e-6 of the terms.
 
+In either, the terms that belong to a probability below the smallest normal fp32 number may be missing: exp is allowed
+to end there, and no fp32 result could tell.
+
 float64 results (reference backend only): 1e-12 in place of all of these.
 """
 
@@ -33,6 +36,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from oracle import Terms
 
 ROW_BOUNDS = {
     "logps": 2e-6,
@@ -51,8 +56,8 @@ GRADIENT_OF_TERMS = 1e-5
 CANCELLATION = 2e-6
 FLOAT64 = 1e-12
 EPS32 = 2.0**-24
-# Below this a probability is a denormal fp32 number, which a kernel may flush to zero.
-SMALLEST = 2.0**-126
+# Steps of denormal fp32 numbers.
+SMALLEST = 2.0**-148
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,24 +103,24 @@ def assert_row_output(
     assert_within(actual, expected, (bound * scale).nan_to_num(posinf=0.0) if bound else 0.0, name)
 
 
-def gradient_allowance(expected: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor:
+def gradient_allowance(expected: Tensor, terms: Terms, dtype: torch.dtype) -> Tensor:
     """How far each entry of a gradient of this dtype may be from the float64 gradient.
 
     expected: the float64 gradient, `[..., V]`.
-    terms: per entry, the sum of absolute values of the terms it is the sum of (`oracle.gradient_terms`).
+    terms: per entry, the terms it is the sum of (`oracle.gradient_terms`).
     """
-    terms = torch.maximum(terms, expected.abs())
+    size = torch.maximum(terms.size, expected.abs())
     largest = expected.abs().amax(-1, keepdim=True)
     if dtype == torch.float64:
-        return FLOAT64 * torch.maximum(terms, largest)
+        return FLOAT64 * torch.maximum(size, largest)
     if dtype == torch.float32:
-        of_row = torch.maximum(GRADIENT_OF_ROW * largest, CANCELLATION * terms)
-        return torch.minimum(GRADIENT_OF_TERMS * terms, of_row) + SMALLEST * largest.clamp_min(1)
+        of_row = torch.maximum(GRADIENT_OF_ROW * largest, CANCELLATION * size)
+        return torch.minimum(GRADIENT_OF_TERMS * size, of_row) + terms.denormal + SMALLEST
     one = ulp(expected, dtype)
-    return torch.maximum(one, one / 2 + CANCELLATION * terms)
+    return torch.maximum(one, one / 2 + CANCELLATION * size) + terms.denormal
 
 
-def assert_gradient(actual: Tensor, expected: Tensor, terms: Tensor, what: str = "gradient") -> None:
+def assert_gradient(actual: Tensor, expected: Tensor, terms: Terms, what: str = "gradient") -> None:
     """A gradient with respect to logits, in the logits' dtype."""
     assert_within(actual, expected, gradient_allowance(expected, terms, actual.dtype), what)
 

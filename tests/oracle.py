@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +98,22 @@ def gradient(
     return grad
 
 
+class Terms(NamedTuple):
+    """What the entries of a gradient are made of, for judging their errors.
+
+    size: the sum of the absolute values of the terms whose signed sum is the entry. Where they cancel (p_j - q_j for
+        equal models), a result in fp32 keeps the rounding of its terms, so an error has to be compared with this.
+    denormal: the part of `size` that belongs to probabilities below the smallest normal fp32 number.
+    """
+
+    size: Tensor
+    denormal: Tensor
+
+
+# Twice the smallest normal fp32 number: room for the rounding of an exponent.
+DENORMAL = 2.0**-125
+
+
 def gradient_terms(
     logits: Tensor,
     labels: Tensor,
@@ -105,12 +122,8 @@ def gradient_terms(
     *,
     temperature: float = 1.0,
     ignore_index: int = -100,
-) -> Tensor:
-    """Per entry, the sum of the absolute values of the terms whose signed sum is the gradient.
-
-    Where they cancel (p_j - q_j for equal models), a result in fp32 keeps the rounding of its terms, so this is what an
-    error has to be compared with.
-    """
+) -> Terms:
+    """The terms of the gradient of these outputs with these upstream gradients, from the closed formulas."""
     z = exact(logits) / temperature
     keep = (labels != ignore_index).cpu().unsqueeze(-1)
     y = labels.cpu().masked_fill(~keep.squeeze(-1), 0).unsqueeze(-1)
@@ -118,27 +131,32 @@ def gradient_terms(
     p = log_p.exp()
     size_p = _finite_where(p, log_p).abs()
     weights = {name: weight.cpu().double().abs().unsqueeze(-1) for name, weight in upstream.items()}
-    terms = torch.zeros_like(p)
+    of_label = q = of_q = torch.zeros_like(p)  # terms: of_label + p * of_p + q * of_q
+    of_p = torch.zeros_like(p)
     if "logps" in weights:
-        # At the label 1 - p is one number (formed without cancellation), elsewhere p.
+        # At the label 1 - p is one number (formed without cancellation), elsewhere there is only p.
         at_label = torch.zeros_like(p).scatter(-1, y, 1.0)
-        terms += weights["logps"] * (at_label - p).abs()
+        of_label = at_label * weights["logps"] * (1 - p).abs()
+        of_p = of_p + (1 - at_label) * weights["logps"]
     if "logsumexp" in weights:
-        terms += weights["logsumexp"] * p
+        of_p = of_p + weights["logsumexp"]
     if "entropy" in weights:
         entropy = (p * size_p).sum(-1, keepdim=True)
-        terms += weights["entropy"] * p * (size_p + entropy)
+        of_p = of_p + weights["entropy"] * (size_p + entropy)
     if reference is not None:
         z_ref = exact(reference) / temperature
         log_q = torch.where(keep, z_ref, torch.zeros_like(z_ref)).log_softmax(-1)
         q = log_q.exp()
         size_q = _finite_where(p, log_q).abs()
         if "kl_reference_policy" in weights:
-            terms += weights["kl_reference_policy"] * (p + q)
+            of_p = of_p + weights["kl_reference_policy"]
+            of_q = weights["kl_reference_policy"]
         if "kl_policy_reference" in weights:
             divergence = (p * (size_p + size_q)).sum(-1, keepdim=True)
-            terms += weights["kl_policy_reference"] * p * (size_p + size_q + divergence)
-    return torch.where(keep, terms, torch.zeros_like(terms)) / temperature
+            of_p = of_p + weights["kl_policy_reference"] * (size_p + size_q + divergence)
+    size = of_label + p * of_p + q * of_q
+    denormal = torch.where(p < DENORMAL, p * of_p, 0.0) + torch.where(q < DENORMAL, q * of_q, 0.0)
+    return Terms(*(torch.where(keep, part, 0.0) / temperature for part in (size, denormal)))
 
 
 # --- sequences ------------------------------------------------------------------------------------------------------
@@ -346,7 +364,7 @@ class Loss:
     losses: Tensor
     loss: Tensor
     grad: Tensor
-    terms: Tensor
+    terms: Terms
     sensitivity: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor

@@ -35,14 +35,38 @@ QK_HOST_DEVICE float widen(float x) { return x; }
 
 QK_HOST_DEVICE float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
-QK_HOST_DEVICE float widen(Float16 x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
-  // Exponent and mantissa in place; the product moves the bias from 15 to 127 and normalises subnormals.
-  const float value = magnitude >= (0x7c00u << 13) ? float_of(magnitude | 0x7f800000u)
-                                                   : float_of(magnitude) * 0x1p112f;
-  return float_of(bits_of(value) | sign);
+// The half-precision formulas serve single numbers and vectors of lanes: U is an unsigned 32-bit integer (or a vector
+// of them), F the matching fp32 type.
+template <class F, class U>
+QK_HOST_DEVICE F reinterpret_as(U u) {
+  static_assert(sizeof(F) == sizeof(U), "same bits");
+  F f;
+  memcpy(&f, &u, sizeof f);
+  return f;
 }
+
+template <class F, class U>
+QK_HOST_DEVICE F half_to_float(U bits) {
+  const U sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
+  // Exponent and mantissa in place; the product moves the bias from 15 to 127 and normalises subnormals.
+  const U finite = reinterpret_as<U>(reinterpret_as<F>(magnitude) * 0x1p112f);
+  const U value = magnitude >= (0x7c00u << 13) ? magnitude | 0x7f800000u : finite;
+  return reinterpret_as<F>(value | sign);
+}
+
+template <class F, class U>
+QK_HOST_DEVICE U float_to_half(F x) {
+  const U u = reinterpret_as<U>(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu, none = u - u;
+  const U normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  // Subnormal: adding 0.5 puts the last kept bit at the end of the fp32 mantissa, so the addition rounds.
+  const U subnormal = reinterpret_as<U>(reinterpret_as<F>(magnitude) + 0.5f) - 0x3f000000u;
+  U half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? none + 0x7c00u : half;  // rounds to 65536 or more
+  half = magnitude > 0x7f800000u ? none + 0x7e00u : half;   // NaN
+  return half | sign;
+}
+
+QK_HOST_DEVICE float widen(Float16 x) { return half_to_float<float>(static_cast<uint32_t>(x.bits)); }
 
 template <class T>
 T narrow(float x);
@@ -61,17 +85,7 @@ QK_HOST_DEVICE BFloat16 narrow<BFloat16>(float x) {
 
 template <>
 QK_HOST_DEVICE Float16 narrow<Float16>(float x) {
-  const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000;
-  const uint32_t magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00)};
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to 65536 or more
-  if (magnitude < 0x38800000u) {
-    // Subnormal: adding 0.5 puts the last kept bit at the end of the fp32 mantissa, so the addition rounds.
-    const float shifted = float_of(magnitude) + 0.5f;
-    return {static_cast<uint16_t>(sign | (bits_of(shifted) - bits_of(0.5f)))};
-  }
-  const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1);
-  return {static_cast<uint16_t>(sign | ((rounded - (112u << 23)) >> 13))};
+  return {static_cast<uint16_t>(float_to_half<float, uint32_t>(x))};
 }
 
 }  // namespace qk

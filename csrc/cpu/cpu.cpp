@@ -16,6 +16,9 @@ const RowKernels* avx2_kernels() { return nullptr; }
 #if defined(QK_NO_AVX512)
 const RowKernels* avx512_kernels() { return nullptr; }
 #endif
+#if defined(QK_NO_AVX512_BF16)
+const RowKernels* avx512_bf16_kernels() { return nullptr; }
+#endif
 
 namespace {
 
@@ -23,9 +26,10 @@ bool machine_has(const char* name) {
   const std::string set = name;
 #if defined(__x86_64__) || defined(_M_X64)
   __builtin_cpu_init();
-  if (set == "avx512")
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (set == "avx512") return avx512;
+  if (set == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
   if (set == "avx2")
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
@@ -35,7 +39,7 @@ bool machine_has(const char* name) {
 // Compiled in and understood by this machine, best last.
 std::vector<const RowKernels*> usable() {
   std::vector<const RowKernels*> sets;
-  for (const RowKernels* set : {baseline_kernels(), avx2_kernels(), avx512_kernels()})
+  for (const RowKernels* set : {baseline_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()})
     if (set && machine_has(set->name)) sets.push_back(set);
   return sets;
 }

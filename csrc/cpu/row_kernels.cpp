@@ -1,22 +1,27 @@
 // Row kernels for the CPU: per-row statistics and gradients of logits. Compiled once per instruction set.
 //
-// Memory traffic: `sum_segment` reads each logit once from memory. A block is read twice, the second time from the L1
-// cache: first for its maximum, then for the sums relative to the running maximum, so that no term is ever rescaled
-// one by one. 16-bit logits are widened into an 8 KiB buffer on the first read; fp32 logits are used where they lie,
-// but for the block that holds the label (its entry is taken out of the sums) and the last one (padded with -inf).
-// `grad_segment` reads each logit once and writes each gradient once.
+// Memory traffic: `sum_segment` reads each logit once, `grad_segment` reads each logit once and writes each gradient
+// once. Logits are widened in registers and used where they lie; only the block that holds the label (its entry is
+// taken out of the sums) and the last one (padded with -inf) are copied to a buffer in the L1 cache.
 //
-// Aliasing: `out` of a gradient may be the logits themselves. A block is read whole before any of it is written, and
-// blocks do not overlap. The reference is never written.
+// Sums are taken relative to the maximum of the blocks *before* the current one, whose own maximum is found in the
+// same pass. So no pass is made for the maximum alone and no term is rescaled one by one; afterwards the row's sums
+// are restated relative to the new maximum. Terms may exceed 1 meanwhile: up to 2^60, beyond which (and in the first
+// block of a segment, which has nothing before it) the block is summed again relative to its own maximum.
+//
+// Aliasing: `out` of a gradient may be the logits themselves: each vector is read before the same vector is written.
+// The reference is never written.
 //
 // Numerics: see core/softmax.h. Within a block, 4 * kLanes partial sums of at most 2048 / (4 * kLanes) terms each are
 // kept in fp32; blocks are added in double. So no fp32 sum has more than 128 terms (32 with AVX-512), and what a sum
-// loses does not grow with the vocabulary. Products (z - m) * log2(e) / T keep their rounding error in the second
-// operand of a fused multiply-add where the instruction set has one.
+// loses does not grow with the vocabulary.
 #include "row_kernels.h"
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
+#include "fill.h"
 #include "simd.h"
 
 namespace qk {
@@ -44,66 +49,6 @@ float element(const Rows& rows, const Shape& shape, int64_t row, int64_t column)
   return 0;
 }
 
-int64_t round_up(int64_t n) { return (n + kStep - 1) / kStep * kStep; }
-
-// A block of a row as fp32, padded with -inf to a whole number of steps. `max` and `raw_sum` only where asked for.
-struct Block {
-  const float* values;
-  int64_t padded;
-  float max = kMinusInfinity;
-  double raw_sum = 0;
-};
-
-enum class Gather { kNothing, kMax, kMaxAndSum };
-
-// Read elements [start, start + n) of a row; find their maximum (and sum); take the label's entry out if it is there.
-template <class T, Gather kGather>
-Block stage(const T* row, int64_t start, int64_t n, int64_t label, float* buffer) {
-  const T* source = row + start;
-  Block block;
-  block.padded = round_up(n);
-  const bool holds_label = label >= start && label < start + n;
-  const bool copy = sizeof(T) != 4 || block.padded != n || holds_label;
-  block.values = copy ? buffer : reinterpret_cast<const float*>(source);
-  if (!copy && kGather == Gather::kNothing) return block;
-
-  Vec m[kUnroll], s[kUnroll];
-  for (int u = 0; u < kUnroll; ++u) m[u] = splat(kMinusInfinity), s[u] = Vec{};
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep)
-    for (int u = 0; u < kUnroll; ++u) {
-      const Vec v = widen(source + i + u * kLanes);
-      if (copy) store(buffer + i + u * kLanes, v);
-      if (kGather != Gather::kNothing) m[u] = max_ignoring_nan_in_first(v, m[u]);
-      if (kGather == Gather::kMaxAndSum) s[u] += v;
-    }
-  float tail_max = kMinusInfinity;
-  double tail_sum = 0;
-  for (; i < n; ++i) {  // copy is true here
-    const float v = qk::widen(source[i]);
-    buffer[i] = v;
-    if (v > tail_max) tail_max = v;
-    tail_sum += v;
-  }
-  for (; i < block.padded; ++i) buffer[i] = kMinusInfinity;
-  if (kGather != Gather::kNothing)
-    block.max = std::max(tail_max, lane_max(max_ignoring_nan_in_first(max_ignoring_nan_in_first(m[0], m[1]),
-                                                                      max_ignoring_nan_in_first(m[2], m[3]))));
-  if (kGather == Gather::kMaxAndSum) block.raw_sum = lane_sum((s[0] + s[1]) + (s[2] + s[3])) + tail_sum;
-  if (holds_label) buffer[label - start] = kMinusInfinity;
-  return block;
-}
-
-template <Gather kGather>
-Block stage(const Rows& rows, const Shape& shape, int64_t row, int64_t start, int64_t n, int64_t label,
-            float* buffer) {
-  switch (rows.dtype) {
-    case DType::kBFloat16: return stage<BFloat16, kGather>(row_of<BFloat16>(rows, shape, row), start, n, label, buffer);
-    case DType::kFloat16: return stage<Float16, kGather>(row_of<Float16>(rows, shape, row), start, n, label, buffer);
-    default: return stage<float, kGather>(row_of<float>(rows, shape, row), start, n, label, buffer);
-  }
-}
-
 // What t = (z - m) * scale is computed with; a maximum of -inf (nothing but -inf so far) shifts by 0.
 struct Shift {
   Vec max, scale;
@@ -111,113 +56,274 @@ struct Shift {
   Vec exponent(Vec z) const { return (z - max) * scale; }
 };
 
-void fold_exp(const Block& block, const Shift& shift, Sums& sums) {
-  Vec s[kUnroll] = {};
-  for (int64_t i = 0; i < block.padded; i += kStep)
-    for (int u = 0; u < kUnroll; ++u) s[u] += exp2_nonpositive(shift.exponent(load(block.values + i + u * kLanes)));
-  sums.exp += lane_sum((s[0] + s[1]) + (s[2] + s[3]));
+template <int n>
+double total(const Vec (&sums)[n]) {
+  Vec all = sums[0];
+  for (int u = 1; u < n; ++u) all += sums[u];
+  return lane_sum(all);
 }
 
-// Also sum e t and sum e^2, for entropy and log sum p^2.
-void fold_moments(const Block& block, const Shift& shift, Sums& sums) {
-  Vec s[kUnroll] = {}, st[kUnroll] = {}, sq[kUnroll] = {};
-  for (int64_t i = 0; i < block.padded; i += kStep)
+template <int n>
+float maximum(const Vec (&maxima)[n]) {
+  Vec all = maxima[0];
+  for (int u = 1; u < n; ++u) all = max_ignoring_nan_in_first(all, maxima[u]);
+  return lane_max(all);
+}
+
+// A block where it can be summed: in the row itself, or copied as fp32 and padded with -inf to whole steps.
+struct Copy {
+  alignas(64) float values[kBlock];
+  int64_t padded;
+};
+
+// Copy elements [start, start + n) of a row, without the label's if it is among them. Returns their maximum and sum,
+// the label's included.
+struct CopyResult {
+  float max = kMinusInfinity;
+  double raw = 0;
+};
+
+// Blocks that cannot be summed where they lie.
+bool must_copy(int64_t start, int64_t n, int64_t label) {
+  return n % kStep != 0 || (label >= start && label < start + n);
+}
+
+template <class T>
+CopyResult copy_block(const T* row, int64_t start, int64_t n, int64_t label, Copy& copy) {
+  const T* source = row + start;
+  copy.padded = (n + kStep - 1) / kStep * kStep;
+  CopyResult result;
+  Vec m[1] = {splat(kMinusInfinity)}, s[1] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec v = widen(source + i);
+    store(copy.values + i, v);
+    m[0] = max_ignoring_nan_in_first(v, m[0]);
+    s[0] += v;
+  }
+  result.max = maximum(m);
+  result.raw = total(s);
+  for (; i < n; ++i) {
+    const float v = qk::widen(source[i]);
+    copy.values[i] = v;
+    if (v > result.max) result.max = v;
+    result.raw += v;
+  }
+  for (; i < copy.padded; ++i) copy.values[i] = kMinusInfinity;
+  if (label >= start && label < start + n) copy.values[label - start] = kMinusInfinity;
+  return result;
+}
+
+// What is gathered of each entry besides e.
+enum class Gather {
+  kExp,      // nothing
+  kEntropy,  // e t
+  kAll       // e t, e^2 and z
+};
+
+// Sums of a block of one model, and its maximum.
+template <Gather kGather, class T>
+Sums sum_block(const T* z, int64_t n, const Shift& shift) {
+  Vec m[kUnroll], s[kUnroll] = {}, st[kUnroll] = {}, sq[kUnroll] = {}, raw[kUnroll] = {};
+  for (int u = 0; u < kUnroll; ++u) m[u] = splat(kMinusInfinity);
+  for (int64_t i = 0; i < n; i += kStep)
     for (int u = 0; u < kUnroll; ++u) {
-      const Vec t = clamp_exponent(shift.exponent(load(block.values + i + u * kLanes)));
+      const Vec v = widen(z + i + u * kLanes);
+      m[u] = max_ignoring_nan_in_first(v, m[u]);
+      const Vec t = clamp_exponent(shift.exponent(v));
       const Vec e = exp2_clamped(t);
       s[u] += e;
-      st[u] += e * t;
-      sq[u] += e * e;
+      if (kGather != Gather::kExp) st[u] += e * t;
+      if (kGather == Gather::kAll) {
+        sq[u] += e * e;
+        raw[u] += v;
+      }
     }
-  sums.exp += lane_sum((s[0] + s[1]) + (s[2] + s[3]));
-  sums.exp_t += lane_sum((st[0] + st[1]) + (st[2] + st[3]));
-  sums.exp_sq += lane_sum((sq[0] + sq[1]) + (sq[2] + sq[3]));
+  Sums sums;
+  sums.max = maximum(m);
+  sums.exp = total(s);
+  if (kGather != Gather::kExp) sums.exp_t = total(st);
+  if (kGather == Gather::kAll) {
+    sums.exp_sq = total(sq);
+    sums.raw = total(raw);
+  }
+  return sums;
 }
 
-// Both models at once: exponential sums, moments of the policy, and sum e (t - t of the other) of each.
-void fold_pair(const Block& policy, const Block& reference, const Shift& policy_shift, const Shift& reference_shift,
-               Sums& policy_sums, Sums& reference_sums) {
+// The same of both models at once, with sum e (t - t of the other model) of each.
+template <Gather kGather, class T, class R>
+RowSums sum_pair(const T* policy, const R* reference, int64_t n, const Shift& shift, const Shift& reference_shift) {
   constexpr int kPairUnroll = 2;
-  Vec s[kPairUnroll] = {}, st[kPairUnroll] = {}, sq[kPairUnroll] = {}, cross[kPairUnroll] = {};
-  Vec rs[kPairUnroll] = {}, rcross[kPairUnroll] = {};
-  for (int64_t i = 0; i < policy.padded; i += kPairUnroll * kLanes)
+  Vec m[kPairUnroll], s[kPairUnroll] = {}, st[kPairUnroll] = {}, sq[kPairUnroll] = {}, raw[kPairUnroll] = {};
+  Vec rm[kPairUnroll], rs[kPairUnroll] = {}, cross[kPairUnroll] = {}, rcross[kPairUnroll] = {};
+  for (int u = 0; u < kPairUnroll; ++u) m[u] = rm[u] = splat(kMinusInfinity);
+  for (int64_t i = 0; i < n; i += kPairUnroll * kLanes)
     for (int u = 0; u < kPairUnroll; ++u) {
-      const Vec t = policy_shift.exponent(load(policy.values + i + u * kLanes));
-      const Vec rt = reference_shift.exponent(load(reference.values + i + u * kLanes));
+      const Vec v = widen(policy + i + u * kLanes), rv = widen(reference + i + u * kLanes);
+      m[u] = max_ignoring_nan_in_first(v, m[u]);
+      rm[u] = max_ignoring_nan_in_first(rv, rm[u]);
+      const Vec t = shift.exponent(v), rt = reference_shift.exponent(rv);
       const Vec clamped = clamp_exponent(t);
       const Vec e = exp2_clamped(clamped), re = exp2_nonpositive(rt);
       s[u] += e;
       rs[u] += re;
       st[u] += e * clamped;
-      sq[u] += e * e;
-      const Vec difference = t - rt;
-      cross[u] += where_positive(e, e * difference);
-      rcross[u] -= where_positive(re, re * difference);
+      cross[u] = add_weighted(cross[u], e, t - rt);
+      rcross[u] = add_weighted(rcross[u], re, rt - t);
+      if (kGather == Gather::kAll) {
+        sq[u] += e * e;
+        raw[u] += v;
+      }
     }
-  policy_sums.exp += lane_sum(s[0] + s[1]);
-  policy_sums.exp_t += lane_sum(st[0] + st[1]);
-  policy_sums.exp_sq += lane_sum(sq[0] + sq[1]);
-  policy_sums.cross += lane_sum(cross[0] + cross[1]);
-  reference_sums.exp += lane_sum(rs[0] + rs[1]);
-  reference_sums.cross += lane_sum(rcross[0] + rcross[1]);
+  RowSums sums;
+  sums.policy.max = maximum(m);
+  sums.policy.exp = total(s);
+  sums.policy.exp_t = total(st);
+  sums.policy.cross = total(cross);
+  if (kGather == Gather::kAll) {
+    sums.policy.exp_sq = total(sq);
+    sums.policy.raw = total(raw);
+  }
+  sums.reference.max = maximum(rm);
+  sums.reference.exp = total(rs);
+  sums.reference.cross = total(rcross);
+  return sums;
 }
 
-void raise_max(Sums& sums, const Block& block, int64_t start) {
-  sums.raw += block.raw_sum;
-  if (block.max > sums.max) {
-    sums.max = block.max;
-    sums.max_at = start;
+// Terms may grow to 2^kHeadroom before a block has to be summed again: e^2 and sums of 2048 of them stay finite.
+constexpr double kHeadroom = 50;
+
+// Whether sums relative to `base` are of no use for a block whose maximum is `max`.
+bool out_of_reach(float base, float max, double log2e_per_temperature) {
+  return base == kMinusInfinity ? max > base : exponent_shift(max, base, log2e_per_temperature) > kHeadroom;
+}
+
+// Fold the segment [begin, end) of one model's row into `sums`.
+template <Gather kGather, class T>
+void fold_row(const Rows& rows, const StatsCall& call, int64_t row, int64_t begin, int64_t end, Sums& sums) {
+  const double log2e_per_temperature = kLog2e / call.temperature;
+  const float scale = static_cast<float>(log2e_per_temperature);
+  const T* data = row_of<T>(rows, call.shape, row);
+  const int64_t label = call.labels.data[row];
+  Copy copy;
+  for (int64_t start = begin; start < end; start += kBlock) {
+    const int64_t n = std::min(kBlock, end - start);
+    const bool copied = must_copy(start, n, label);
+    CopyResult whole;
+    if (copied) whole = copy_block(data, start, n, label, copy);
+    auto sum = [&](float base) {
+      return copied ? sum_block<kGather>(copy.values, copy.padded, Shift(base, scale))
+                    : sum_block<kGather>(data + start, n, Shift(base, scale));
+    };
+    float base = sums.max;
+    Sums block = sum(base);
+    if (copied) block.max = whole.max, block.raw = whole.raw;
+    const float max = std::max(base, block.max);
+    if (out_of_reach(base, max, log2e_per_temperature)) {
+      rescale(sums, exponent_shift(base, max, log2e_per_temperature), 0);
+      block = sum(base = max);
+      if (copied) block.max = whole.max, block.raw = whole.raw;
+    }
+    block.max_at = start;
+    add(sums, block);
+    rescale(sums, exponent_shift(base, max, log2e_per_temperature), 0);
   }
+}
+
+// Fold the segment [begin, end) of both models' rows into `sums`.
+template <Gather kGather, class T, class R>
+void fold_pair(const StatsCall& call, int64_t row, int64_t begin, int64_t end, RowSums& sums) {
+  const double log2e_per_temperature = kLog2e / call.temperature;
+  const float scale = static_cast<float>(log2e_per_temperature);
+  const T* policy = row_of<T>(call.policy, call.shape, row);
+  const R* reference = row_of<R>(call.reference, call.shape, row);
+  const int64_t label = call.labels.data[row];
+  Copy copy, reference_copy;
+  for (int64_t start = begin; start < end; start += kBlock) {
+    const int64_t n = std::min(kBlock, end - start);
+    const bool copied = must_copy(start, n, label);
+    CopyResult whole, reference_whole;
+    if (copied) {
+      whole = copy_block(policy, start, n, label, copy);
+      reference_whole = copy_block(reference, start, n, label, reference_copy);
+    }
+    auto sum = [&](float base, float reference_base) {
+      const Shift shift(base, scale), reference_shift(reference_base, scale);
+      if (!copied) return sum_pair<kGather>(policy + start, reference + start, n, shift, reference_shift);
+      RowSums block =
+          sum_pair<kGather>(copy.values, reference_copy.values, copy.padded, shift, reference_shift);
+      block.policy.max = whole.max;
+      block.policy.raw = whole.raw;
+      block.reference.max = reference_whole.max;
+      return block;
+    };
+    auto restate = [&](float from, float to, float reference_from, float reference_to) {
+      const double shift = exponent_shift(from, to, log2e_per_temperature);
+      const double reference_shift = exponent_shift(reference_from, reference_to, log2e_per_temperature);
+      rescale(sums.policy, shift, reference_shift);
+      rescale(sums.reference, reference_shift, shift);
+    };
+    float base = sums.policy.max, reference_base = sums.reference.max;
+    RowSums block = sum(base, reference_base);
+    const float max = std::max(base, block.policy.max);
+    const float reference_max = std::max(reference_base, block.reference.max);
+    if (out_of_reach(base, max, log2e_per_temperature) ||
+        out_of_reach(reference_base, reference_max, log2e_per_temperature)) {
+      restate(base, max, reference_base, reference_max);
+      block = sum(base = max, reference_base = reference_max);
+    }
+    block.policy.max_at = start;
+    add(sums.policy, block.policy);
+    add(sums.reference, block.reference);
+    restate(base, max, reference_base, reference_max);
+  }
+}
+
+// Call f with a null pointer of the element type of that code.
+template <class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(static_cast<const float*>(nullptr));
+    case DType::kBFloat16: return f(static_cast<const BFloat16*>(nullptr));
+    case DType::kFloat16: return f(static_cast<const Float16*>(nullptr));
+  }
+}
+
+template <class P>
+using Pointee = std::remove_const_t<std::remove_pointer_t<P>>;
+
+template <Gather kGather>
+void fold_one(const Rows& rows, const StatsCall& call, int64_t row, int64_t begin, int64_t end, Sums& sums) {
+  with_type(rows.dtype, [&](auto t) { fold_row<kGather, Pointee<decltype(t)>>(rows, call, row, begin, end, sums); });
 }
 
 template <Gather kGather>
-void sum_segment_of(const StatsCall& call, int64_t row, int64_t segment, RowSums& sums) {
-  const double log2e_per_temperature = kLog2e / call.temperature;
-  const float scale = static_cast<float>(log2e_per_temperature);
-  const bool with_reference = call.reference.data && (call.columns & kReadsReference);
-  const bool divergence = call.columns & (bit(kKlReferencePolicy) | bit(kKlPolicyReference));
-  const bool moments = call.columns & (bit(kEntropy) | bit(kLogSumSqProbs));
-  const int64_t label = call.labels.data[row];
-  const int64_t end = std::min((segment + 1) * kSegment, call.shape.vocab);
-  alignas(64) float policy_buffer[kBlock], reference_buffer[kBlock];
-  for (int64_t start = segment * kSegment; start < end; start += kBlock) {
-    const int64_t n = std::min(kBlock, end - start);
-    const float old_max = sums.policy.max, old_reference_max = sums.reference.max;
-    const Block policy = stage<kGather>(call.policy, call.shape, row, start, n, label, policy_buffer);
-    raise_max(sums.policy, policy, start);
-    const double shift = exponent_shift(old_max, sums.policy.max, log2e_per_temperature);
-    const Shift policy_shift(sums.policy.max, scale);
-    if (!with_reference) {
-      rescale(sums.policy, shift, 0);
-      if (moments)
-        fold_moments(policy, policy_shift, sums.policy);
-      else
-        fold_exp(policy, policy_shift, sums.policy);
-      continue;
-    }
-    const Block reference = stage<Gather::kMax>(call.reference, call.shape, row, start, n, label, reference_buffer);
-    raise_max(sums.reference, reference, start);
-    const double reference_shift = exponent_shift(old_reference_max, sums.reference.max, log2e_per_temperature);
-    rescale(sums.policy, shift, reference_shift);
-    rescale(sums.reference, reference_shift, shift);
-    const Shift other_shift(sums.reference.max, scale);
-    if (divergence) {
-      fold_pair(policy, reference, policy_shift, other_shift, sums.policy, sums.reference);
-    } else {
-      if (moments)
-        fold_moments(policy, policy_shift, sums.policy);
-      else
-        fold_exp(policy, policy_shift, sums.policy);
-      fold_exp(reference, other_shift, sums.reference);
-    }
-  }
+void fold_both(const StatsCall& call, int64_t row, int64_t begin, int64_t end, RowSums& sums) {
+  with_type(call.policy.dtype, [&](auto t) {
+    with_type(call.reference.dtype, [&](auto r) {
+      fold_pair<kGather, Pointee<decltype(t)>, Pointee<decltype(r)>>(call, row, begin, end, sums);
+    });
+  });
 }
 
 void sum_segment(const StatsCall& call, int64_t row, int64_t segment, RowSums* sums) {
-  if (call.columns & bit(kMeanLogits))
-    sum_segment_of<Gather::kMaxAndSum>(call, row, segment, *sums);
+  const int64_t begin = segment * kSegment, end = std::min(begin + kSegment, call.shape.vocab);
+  const bool everything = call.columns & (bit(kLogSumSqProbs) | bit(kMeanLogits));
+  if (call.columns & (bit(kKlReferencePolicy) | bit(kKlPolicyReference))) {
+    if (everything)
+      fold_both<Gather::kAll>(call, row, begin, end, *sums);
+    else
+      fold_both<Gather::kEntropy>(call, row, begin, end, *sums);
+    return;
+  }
+  if (everything)
+    fold_one<Gather::kAll>(call.policy, call, row, begin, end, sums->policy);
+  else if (call.columns & bit(kEntropy))
+    fold_one<Gather::kEntropy>(call.policy, call, row, begin, end, sums->policy);
   else
-    sum_segment_of<Gather::kMax>(call, row, segment, *sums);
+    fold_one<Gather::kExp>(call.policy, call, row, begin, end, sums->policy);
+  if (call.reference.data && (call.columns & kReadsReference))
+    fold_one<Gather::kExp>(call.reference, call, row, begin, end, sums->reference);
 }
 
 // Whether the label is the first entry that equals the row's maximum.
@@ -271,38 +377,57 @@ RowCoefficients coefficients_of(const GradCall& call, int64_t row) {
   return c;
 }
 
-// Gradient of a block into `out` (fp32). Plain: only the log-prob is differentiated, g = -label p.
-void grad_plain(const Block& block, const Shift& shift, float factor, float* out) {
-  const Vec f = splat(factor);
-  for (int64_t i = 0; i < block.padded; i += kStep)
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = i + u * kLanes;
-      store(out + at, f * exp2_nonpositive(shift.exponent(load(block.values + at))));
-    }
+// out[i] = g(policy vector, reference vector) for a whole segment. The tail goes through vectors of its own.
+template <class T, class R, class G>
+void map_vectors(const T* policy, const R* reference, int64_t n, T* out, G g) {
+  auto one = [&](const T* p, const R* r, T* to) { narrow(to, g(widen(p), widen(r))); };
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep)
+    for (int u = 0; u < kUnroll; ++u) one(policy + i + u * kLanes, reference + i + u * kLanes, out + i + u * kLanes);
+  for (; i + kLanes <= n; i += kLanes) one(policy + i, reference + i, out + i);
+  if (i == n) return;
+  T last[kLanes] = {}, result[kLanes];
+  R reference_last[kLanes] = {};
+  memcpy(static_cast<void*>(last), policy + i, static_cast<size_t>(n - i) * sizeof(T));
+  memcpy(static_cast<void*>(reference_last), reference + i, static_cast<size_t>(n - i) * sizeof(R));
+  one(last, reference_last, result);
+  memcpy(static_cast<void*>(out + i), result, static_cast<size_t>(n - i) * sizeof(T));
 }
 
-void grad_full(const Block& policy, const Block* reference, const Shift& shift, const Shift& reference_shift,
-               const RowCoefficients& c, double temperature, float* out) {
-  const double p_scale = std::exp(-c.log_sum) / temperature;
-  const Vec constant = splat(static_cast<float>(p_scale * (c.p - c.label - c.p_logp * c.log_sum +
-                                                           (reference ? c.p_logq * c.reference_log_sum : 0))));
+// Where only the log-prob (and logsumexp) is differentiated: g = (p coefficient - label coefficient) p.
+template <class T>
+void grad_plain(const GradCall& call, const RowCoefficients& c, const T* policy, int64_t n, T* out) {
+  const Shift shift(c.row_max, static_cast<float>(kLog2e / call.temperature));
+  const Vec factor = splat(static_cast<float>((c.p - c.label) * std::exp(-c.log_sum) / call.temperature));
+  map_vectors(policy, policy, n, out, [&](Vec z, Vec) { return factor * exp2_nonpositive(shift.exponent(z)); });
+}
+
+// The general case. `reference` is ignored unless kReference.
+template <bool kReference, class T, class R>
+void grad_full(const GradCall& call, const RowCoefficients& c, const T* policy, const R* reference, int64_t n, T* out) {
+  const float scale = static_cast<float>(kLog2e / call.temperature);
+  const Shift shift(c.row_max, scale), reference_shift(c.reference_max, scale);
+  const double p_scale = std::exp(-c.log_sum) / call.temperature;
+  // p (p_coef - label_coef + p_logp log p - p_logq log q) - q_coef q, with log p = t ln 2 - log_sum. An infinite t of
+  // the reference must not meet a coefficient of 0.
+  const double constant_part = c.p - c.label - c.p_logp * c.log_sum + c.p_logq * c.reference_log_sum;
+  const Vec constant = splat(static_cast<float>(p_scale * constant_part));
   const Vec slope = splat(static_cast<float>(p_scale * c.p_logp * kLn2));
-  const Vec reference_slope = splat(static_cast<float>(p_scale * c.p_logq * kLn2));
-  const Vec q_scale = splat(reference ? static_cast<float>(c.q * std::exp(-c.reference_log_sum) / temperature) : 0);
-  for (int64_t i = 0; i < policy.padded; i += kLanes) {
-    const Vec t = shift.exponent(load(policy.values + i));
+  const Vec reference_slope = splat(static_cast<float>(-p_scale * c.p_logq * kLn2));
+  const bool sloped = c.p_logq != 0;
+  const Vec q_scale = splat(static_cast<float>(-c.q * std::exp(-c.reference_log_sum) / call.temperature));
+  map_vectors(policy, reference, n, out, [&](Vec z, Vec rz) {
+    const Vec t = shift.exponent(z);
     const Vec e = exp2_nonpositive(t);
     Vec factor = constant + slope * t;
-    Vec g;
-    if (reference) {
-      const Vec rt = reference_shift.exponent(load(reference->values + i));
-      if (c.p_logq != 0) factor -= reference_slope * rt;
-      g = where_positive(e, e * factor) - q_scale * exp2_nonpositive(rt);
-    } else {
-      g = where_positive(e, e * factor);
+    Vec g = e - e;  // 0, or the NaN that add_weighted would leave out
+    if (kReference) {
+      const Vec rt = reference_shift.exponent(rz);
+      if (sloped) factor += reference_slope * rt;
+      g += q_scale * exp2_nonpositive(rt);
     }
-    store(out + i, g + (e - e));  // e - e brings a NaN of the policy back
-  }
+    return add_weighted(g, e, factor);
+  });
 }
 
 // The label's own entry, formed in double and rounded once.
@@ -324,51 +449,28 @@ double grad_at_label(const GradCall& call, const RowCoefficients& c, int64_t row
 }
 
 template <class T>
-void write(const float* values, int64_t n, T* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) narrow(out + i, load(values + i));
-  for (; i < n; ++i) out[i] = qk::narrow<T>(values[i]);
-}
-
-template <class T>
-void zero(T* out, int64_t n) {
-  memset(static_cast<void*>(out), 0, static_cast<size_t>(n) * sizeof(T));
-}
-
-template <class T>
 void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
-  const int64_t begin = segment * kSegment, end = std::min(begin + kSegment, call.shape.vocab);
-  T* out = const_cast<T*>(row_of<T>(call.out, call.shape, row));
+  const int64_t begin = segment * kSegment, n = std::min(kSegment, call.shape.vocab - begin);
+  T* out = const_cast<T*>(row_of<T>(call.out, call.shape, row)) + begin;
   const int64_t label = call.labels.data[row];
   const RowCoefficients c = coefficients_of(call, row);
   const bool silent = c.label == 0 && c.p == 0 && c.p_logp == 0 && c.p_logq == 0 && c.q == 0;
   if (label == call.labels.ignore_index || silent) {
-    zero(out + begin, end - begin);
+    fill_zero(out, static_cast<size_t>(n) * sizeof(T));
     return;
   }
-  const float scale = static_cast<float>(kLog2e / call.temperature);
-  const bool plain = c.p_logp == 0 && c.p_logq == 0 && c.q == 0;
-  const Shift shift(c.row_max, scale), reference_shift(c.reference_max, scale);
-  const float factor = static_cast<float>((c.p - c.label) * std::exp(-c.log_sum) / call.temperature);
   const T at_label = qk::narrow<T>(static_cast<float>(grad_at_label(call, c, row, label)));
-  alignas(64) float policy_buffer[kBlock], reference_buffer[kBlock], grad_buffer[kBlock];
-  for (int64_t start = begin; start < end; start += kBlock) {
-    const int64_t n = std::min(kBlock, end - start);
-    Block policy = stage<Gather::kNothing>(call.policy, call.shape, row, start, n, -1, policy_buffer);
-    // Whole fp32 blocks go straight to their place.
-    const bool direct = sizeof(T) == 4 && policy.padded == n;
-    float* target = direct ? reinterpret_cast<float*>(out + start) : grad_buffer;
-    if (plain) {
-      grad_plain(policy, shift, factor, target);
-    } else if (call.reference_state) {
-      const Block reference = stage<Gather::kNothing>(call.reference, call.shape, row, start, n, -1, reference_buffer);
-      grad_full(policy, &reference, shift, reference_shift, c, call.temperature, target);
-    } else {
-      grad_full(policy, nullptr, shift, reference_shift, c, call.temperature, target);
-    }
-    if (!direct) write(grad_buffer, n, out + start);
-  }
-  if (label >= begin && label < end) out[label] = at_label;
+  const T* policy = row_of<T>(call.policy, call.shape, row) + begin;
+  if (c.p_logp == 0 && c.p_logq == 0 && c.q == 0)
+    grad_plain(call, c, policy, n, out);
+  else if (!call.reference_state)
+    grad_full<false>(call, c, policy, policy, n, out);
+  else
+    with_type(call.reference.dtype, [&](auto r) {
+      using R = Pointee<decltype(r)>;
+      grad_full<true>(call, c, policy, row_of<R>(call.reference, call.shape, row) + begin, n, out);
+    });
+  if (label >= begin && label < begin + n) out[label - begin] = at_label;
 }
 
 void grad_segment(const GradCall& call, int64_t row, int64_t segment) {

@@ -27,5 +27,6 @@ struct RowKernels {
 const RowKernels* baseline_kernels();
 const RowKernels* avx2_kernels();
 const RowKernels* avx512_kernels();
+const RowKernels* avx512_bf16_kernels();
 
 }  // namespace qk

@@ -56,12 +56,13 @@ inline Vec max_ignoring_nan_in_first(Vec a, Vec b) {
 #endif
 }
 
-// x where condition > 0, else 0 (0 too where condition is NaN).
-inline Vec where_positive(Vec condition, Vec x) {
+// sum + e * x where e > 0, else sum (also where e is NaN): 0 * inf adds nothing.
+inline Vec add_weighted(Vec sum, Vec e, Vec x) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)condition, _mm512_setzero_ps(), _CMP_GT_OQ), (__m512)x);
+  const __mmask16 positive = _mm512_cmp_ps_mask((__m512)e, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return (Vec)_mm512_mask3_fmadd_ps((__m512)e, (__m512)x, (__m512)sum, positive);
 #else
-  return (Vec)((IntVec)x & (condition > Vec{}));
+  return sum + (Vec)((IntVec)(e * x) & (e > Vec{}));
 #endif
 }
 
@@ -89,9 +90,17 @@ inline Vec exp2_nonpositive(Vec t) { return exp2_clamped(clamp_exponent(t)); }
 inline Vec widen(const float* p) { return load(p); }
 
 inline Vec widen(const BFloat16* p) {
+#if defined(__AVX512F__)
+  return (Vec)((UintVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#elif defined(__AVX2__)
+  return (Vec)((UintVec)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
+#elif defined(__SSE2__)
+  return (Vec)_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
   ShortVec v;
   memcpy(&v, p, sizeof v);
   return (Vec)(__builtin_convertvector(v, UintVec) << 16);
+#endif
 }
 
 inline Vec widen(const Float16* p) {
@@ -100,19 +109,35 @@ inline Vec widen(const Float16* p) {
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  float out[kLanes];
-  for (int i = 0; i < kLanes; ++i) out[i] = qk::widen(p[i]);
-  return load(out);
+  ShortVec v;
+  memcpy(&v, p, sizeof v);
+  return half_to_float<Vec>(__builtin_convertvector(v, UintVec));
 #endif
 }
 
 inline void narrow(float* p, Vec v) { store(p, v); }
 
 inline void narrow(BFloat16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh out = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &out, sizeof out);
+#else
   // Round to nearest even. The NaNs that arise here are quiet and have room in their upper half.
   const UintVec u = (UintVec)v;
-  const ShortVec out = __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, ShortVec);
+  const UintVec rounded = u + 0x7fffu + ((u >> 16) & 1u);
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)(rounded >> 16)));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)(rounded >> 16), _mm256_setzero_si256());
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0xd8)));
+#elif defined(__SSE2__)
+  const __m128i high = _mm_srai_epi32((__m128i)rounded, 16);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(high, high));
+#else
+  const ShortVec out = __builtin_convertvector(rounded >> 16, ShortVec);
   memcpy(p, &out, sizeof out);
+#endif
+#endif
 }
 
 inline void narrow(Float16* p, Vec v) {
@@ -123,9 +148,8 @@ inline void narrow(Float16* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  float in[kLanes];
-  store(in, v);
-  for (int i = 0; i < kLanes; ++i) p[i] = qk::narrow<Float16>(in[i]);
+  const ShortVec out = __builtin_convertvector(float_to_half<Vec, UintVec>(v), ShortVec);
+  memcpy(p, &out, sizeof out);
 #endif
 }
 
