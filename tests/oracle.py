@@ -9,6 +9,7 @@ Notation: z = logits / temperature, p = softmax(z), q = softmax(reference / temp
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -37,9 +38,25 @@ def exact(logits: Tensor) -> Tensor:
     return logits.detach().cpu().double().clone()
 
 
+def _on_one_thread(function):
+    """Run without torch's threads: `conftest.py` says why."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
+@_on_one_thread
 def token_stats(
     logits: Tensor,
     labels: Tensor,
@@ -80,6 +97,7 @@ def _finite_where(probabilities: Tensor, values: Tensor) -> Tensor:
     return values.masked_fill(probabilities == 0, 0.0)
 
 
+@_on_one_thread
 def gradient(
     logits: Tensor,
     labels: Tensor,
@@ -114,6 +132,7 @@ class Terms(NamedTuple):
 DENORMAL = 2.0**-125
 
 
+@_on_one_thread
 def gradient_terms(
     logits: Tensor,
     labels: Tensor,
@@ -371,6 +390,7 @@ class Loss:
     stats: dict[str, Tensor]
 
 
+@_on_one_thread
 def preference(
     logits: Tensor,
     labels: Tensor,

@@ -98,6 +98,38 @@ def test_flat_and_peaked_rows(backend, dtype, scale):
     check_gradient(backend, rows, random_upstream(rows, oracle.WITH_GRADIENT))
 
 
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("step", [0.5, 8.0, 25.0, 34.0, 36.0, 60.0, 300.0])
+@pytest.mark.parametrize("falling", [False, True])
+def test_rows_that_rise_or_fall_from_block_to_block(backend, dtype, step, falling):
+    """Running maxima that move at every block, by more and less than a running sum can hold."""
+    vocab = 6200
+    stairs = step * (torch.arange(vocab) // 620)
+    rows = make_rows((3,), vocab, dtype, backend.device, scale=2.0)
+    logits = rows.logits.cpu().float() + (-stairs if falling else stairs)
+    reference = rows.reference.cpu().float() + (stairs if falling else -0.5 * stairs)
+    labels = torch.tensor([0, vocab - 1, vocab // 2], device=backend.device)
+    rows = Rows(logits.to(backend.device, dtype), labels, reference.to(backend.device, dtype))
+    check_outputs(backend, rows)
+    check_outputs(backend, rows, ("entropy", "log_sum_sq_probs", "mean_logits", "reference_logps"))
+    check_gradient(backend, rows, random_upstream(rows, oracle.WITH_GRADIENT))
+
+
+@pytest.mark.dtypes(torch.float32, torch.float16)
+@pytest.mark.parametrize("place", [0, 1, 15, 16, 63, 64, 2047, 2048, 2049, 4095, 4096, 4098])
+def test_the_largest_entry_may_stand_anywhere(backend, dtype, place):
+    rows = make_rows((4,), 4099, dtype, backend.device)
+    rows.labels = torch.tensor([place, 0, 4098, min(place + 1, 4098)], device=backend.device)
+    for height in (12.0, 90.0):
+        logits, reference = rows.logits.clone(), rows.reference.clone()
+        logits[:, place] = height
+        reference[:, place // 2] = height
+        spiked = Rows(logits, rows.labels, reference)
+        check_outputs(backend, spiked)
+        check_outputs(backend, spiked, ("logps", "entropy", "is_top1"))
+        check_gradient(backend, spiked, random_upstream(spiked, oracle.WITH_GRADIENT))
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
                                     (torch.float16, torch.bfloat16)])  # fmt: skip
 @pytest.mark.parametrize("vocab", [7, 2049])

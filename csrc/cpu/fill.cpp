@@ -26,7 +26,7 @@ bool detect_clzero() {
 void fill_zero(void* data, size_t bytes) {
   static const bool has_clzero = detect_clzero();
   if (!has_clzero || bytes < 64 * kLine) {
-    memset(data, 0, bytes);
+    if (bytes) memset(data, 0, bytes);
     return;
   }
   char* begin = static_cast<char*>(data);
@@ -39,7 +39,9 @@ void fill_zero(void* data, size_t bytes) {
   memset(last, 0, static_cast<size_t>(end - last));
 }
 #else
-void fill_zero(void* data, size_t bytes) { memset(data, 0, bytes); }
+void fill_zero(void* data, size_t bytes) {
+  if (bytes) memset(data, 0, bytes);
+}
 #endif
 
 }  // namespace qk

@@ -12,9 +12,10 @@
 // Aliasing: `out` of a gradient may be the logits themselves: each vector is read before the same vector is written.
 // The reference is never written.
 //
-// Numerics: see core/softmax.h. Within a block, 4 * kLanes partial sums of at most 2048 / (4 * kLanes) terms each are
-// kept in fp32; blocks are added in double. So no fp32 sum has more than 128 terms (32 with AVX-512), and what a sum
-// loses does not grow with the vocabulary.
+// Numerics: see core/softmax.h. Within a block, 2 * kLanes partial sums of 2048 / (2 * kLanes) terms each are kept in
+// fp32; blocks are added in double. So no fp32 sum has more than 256 terms (64 with AVX-512), and what a sum loses does
+// not grow with the vocabulary. The sum of exponentials has the same bits whatever else is gathered and whether the
+// other model is there: cached and live reference log-probs are equal.
 #include "row_kernels.h"
 
 #include <algorithm>
@@ -28,7 +29,7 @@ namespace qk {
 namespace QK_ISA {
 namespace {
 
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 2;
 constexpr int kStep = kUnroll * kLanes;
 static_assert(kBlock % kStep == 0, "a block is a whole number of unrolled steps");
 
@@ -153,12 +154,11 @@ Sums sum_block(const T* z, int64_t n, const Shift& shift) {
 // The same of both models at once, with sum e (t - t of the other model) of each.
 template <Gather kGather, class T, class R>
 RowSums sum_pair(const T* policy, const R* reference, int64_t n, const Shift& shift, const Shift& reference_shift) {
-  constexpr int kPairUnroll = 2;
-  Vec m[kPairUnroll], s[kPairUnroll] = {}, st[kPairUnroll] = {}, sq[kPairUnroll] = {}, raw[kPairUnroll] = {};
-  Vec rm[kPairUnroll], rs[kPairUnroll] = {}, cross[kPairUnroll] = {}, rcross[kPairUnroll] = {};
-  for (int u = 0; u < kPairUnroll; ++u) m[u] = rm[u] = splat(kMinusInfinity);
-  for (int64_t i = 0; i < n; i += kPairUnroll * kLanes)
-    for (int u = 0; u < kPairUnroll; ++u) {
+  Vec m[kUnroll], s[kUnroll] = {}, st[kUnroll] = {}, sq[kUnroll] = {}, raw[kUnroll] = {};
+  Vec rm[kUnroll], rs[kUnroll] = {}, cross[kUnroll] = {}, rcross[kUnroll] = {};
+  for (int u = 0; u < kUnroll; ++u) m[u] = rm[u] = splat(kMinusInfinity);
+  for (int64_t i = 0; i < n; i += kStep)
+    for (int u = 0; u < kUnroll; ++u) {
       const Vec v = widen(policy + i + u * kLanes), rv = widen(reference + i + u * kLanes);
       m[u] = max_ignoring_nan_in_first(v, m[u]);
       rm[u] = max_ignoring_nan_in_first(rv, rm[u]);
@@ -267,10 +267,13 @@ void fold_pair(const StatsCall& call, int64_t row, int64_t begin, int64_t end, R
     RowSums block = sum(base, reference_base);
     const float max = std::max(base, block.policy.max);
     const float reference_max = std::max(reference_base, block.reference.max);
-    if (out_of_reach(base, max, log2e_per_temperature) ||
-        out_of_reach(reference_base, reference_max, log2e_per_temperature)) {
-      restate(base, max, reference_base, reference_max);
-      block = sum(base = max, reference_base = reference_max);
+    const bool far = out_of_reach(base, max, log2e_per_temperature);
+    const bool reference_far = out_of_reach(reference_base, reference_max, log2e_per_temperature);
+    if (far || reference_far) {
+      // Each model by itself, so that its sums have the bits they have without the other model.
+      const float new_base = far ? max : base, new_reference_base = reference_far ? reference_max : reference_base;
+      restate(base, new_base, reference_base, new_reference_base);
+      block = sum(base = new_base, reference_base = new_reference_base);
     }
     block.policy.max_at = start;
     add(sums.policy, block.policy);

@@ -20,7 +20,7 @@ struct Loop {
   const std::function<void(int64_t)>* body;
   int64_t count;
   std::atomic<int64_t> next{0};
-  int places;   // workers that may still join; guarded by the pool's mutex
+  int places;      // workers that may still join; guarded by the pool's mutex
   int active = 0;  // workers inside; guarded by the pool's mutex
 
   void run() {
@@ -31,13 +31,14 @@ struct Loop {
 class Pool {
  public:
   void run(int64_t count, int threads, const std::function<void(int64_t)>& body) {
+    const int helpers = threads - 1;
     Loop loop;
     loop.body = &body;
     loop.count = count;
-    loop.places = threads - 1;
+    loop.places = helpers;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (workers_ < loop.places) {
+      while (workers_ < helpers) {
         try {
           std::thread([this] { work(); }).detach();
         } catch (const std::system_error&) {
@@ -47,7 +48,7 @@ class Pool {
       }
       loops_.push_back(&loop);
     }
-    if (loop.places == 1)
+    if (helpers == 1)
       wake_.notify_one();
     else
       wake_.notify_all();

@@ -59,7 +59,7 @@ def row_stats(
     logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
 ) -> Tensor:
     """Per-row results. See `qkernels.ops.row_stats`."""
-    out = torch.empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
+    out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
     bad = _C.row_stats(
         tuple(logits.shape),
         _view(logits),
@@ -129,7 +129,7 @@ def pair_loss(
     logps, reference_logps, weights = logps.contiguous(), reference_logps.contiguous(), weights.contiguous()
     offsets = None if cu_seqlens is None else cu_seqlens.long().contiguous()
     sequences = logps.shape[0] if offsets is None else offsets.shape[0] - 1
-    loss, rewards, grad = torch.empty(()), torch.empty(sequences), torch.empty_like(logps)
+    loss, rewards, grad = logps.new_empty(()), logps.new_empty(sequences), torch.empty_like(logps)
     _C.pair_loss(
         sequences,
         logps.shape[1],
