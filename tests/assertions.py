@@ -26,7 +26,7 @@ fp32    1e-5 of the row's largest entry (the design's number) and, stricter for 
 16 bit  one ulp of the output dtype (half for the final rounding, half for everything before it); with cancelling terms
         half an ulp plus 2e-6 of the terms.
 
-        A bf16 result below the smallest normal number may be 0: the conversion instruction of AVX512-BF16 flushes there.
+        A bf16 result below the smallest normal number may be 0: AVX512-BF16's conversion instruction flushes there.
 
 In either, the terms that belong to a probability below the smallest normal fp32 number may be missing: exp is allowed
 to end there, and no fp32 result could tell.
@@ -118,10 +118,11 @@ def gradient_allowance(expected: Tensor, terms: Terms, dtype: torch.dtype) -> Te
         return FLOAT64 * torch.maximum(size, largest)
     if dtype == torch.float32:
         of_row = torch.maximum(GRADIENT_OF_ROW * largest, CANCELLATION * size)
-        return torch.minimum(GRADIENT_OF_TERMS * size, of_row) + terms.denormal + SMALLEST
+        return torch.minimum(GRADIENT_OF_TERMS * size, of_row) + terms.unsure + SMALLEST
     one = ulp(expected, dtype)
-    flushed = torch.where(expected.abs() < BF16_SMALLEST_NORMAL, expected.abs(), 0.0) if dtype == torch.bfloat16 else 0.0
-    return torch.maximum(one, one / 2 + CANCELLATION * size) + terms.denormal + flushed
+    may_be_zero = (expected.abs() < BF16_SMALLEST_NORMAL) & (dtype == torch.bfloat16)
+    flushed = torch.where(may_be_zero, expected.abs(), 0.0)
+    return torch.maximum(one, one / 2 + CANCELLATION * size) + terms.unsure + flushed
 
 
 def assert_gradient(actual: Tensor, expected: Tensor, terms: Terms, what: str = "gradient") -> None:

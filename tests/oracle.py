@@ -121,11 +121,12 @@ class Terms(NamedTuple):
 
     size: the sum of the absolute values of the terms whose signed sum is the entry. Where they cancel (p_j - q_j for
         equal models), a result in fp32 keeps the rounding of its terms, so an error has to be compared with this.
-    denormal: the part of `size` that belongs to probabilities below the smallest normal fp32 number.
+    unsure: what cannot be judged: the part of `size` that belongs to probabilities below the smallest normal fp32
+        number, and at the label the rounding of 1 - p in float64 autograd itself.
     """
 
     size: Tensor
-    denormal: Tensor
+    unsure: Tensor
 
 
 # Twice the smallest normal fp32 number: room for the rounding of an exponent.
@@ -174,8 +175,10 @@ def gradient_terms(
             divergence = (p * (size_p + size_q)).sum(-1, keepdim=True)
             of_p = of_p + weights["kl_policy_reference"] * (size_p + size_q + divergence)
     size = of_label + p * of_p + q * of_q
-    denormal = torch.where(p < DENORMAL, p * of_p, 0.0) + torch.where(q < DENORMAL, q * of_q, 0.0)
-    return Terms(*(torch.where(keep, part, 0.0) / temperature for part in (size, denormal)))
+    unsure = torch.where(p < DENORMAL, p * of_p, 0.0) + torch.where(q < DENORMAL, q * of_q, 0.0)
+    if "logps" in weights:
+        unsure = unsure + at_label * weights["logps"] * 2.0**-51
+    return Terms(*(torch.where(keep, part, 0.0) / temperature for part in (size, unsure)))
 
 
 # --- sequences ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,95 @@
+"""Measuring: copy bandwidth, peak memory, and the machine a figure belongs to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def median_seconds(call: Callable[[], object], rounds: int = 5) -> float:
+    """Median wall time of a call after one warm-up, in seconds."""
+    call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def copy_bandwidth(like: torch.Tensor, rounds: int = 5) -> float:
+    """Bytes per second of `torch.Tensor.copy_` on a tensor of this size, read and write both counted."""
+    target = torch.empty_like(like)
+    return 2 * like.numel() * like.element_size() / median_seconds(lambda: target.copy_(like), rounds)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """By how many bytes the process' resident memory rises at most during a call; None where it cannot be told."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    try:
+        clear.write_text("5")  # resets the high-water mark
+    except OSError:
+        return None
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
+
+
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping (half of it all where the system does not say)."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def machine() -> dict[str, str]:
+    """The machine and software a measurement belongs to."""
+    import qkernels
+
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    facts = qkernels.info()
+    return {
+        "processor": f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "instruction set": str(facts["native_extension"].get("instruction_set", "none")),
+        "software": ", ".join(
+            [f"qkernels {facts['qkernels']}", f"torch {torch.__version__}", f"python {platform.python_version()}"]
+            + [f"{name} {v}" for name in ("trl", "liger-kernel") if (v := _version(name))]
+        ),
+    }
+
+
+def _version(name: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

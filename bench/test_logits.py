@@ -1,0 +1,145 @@
+"""The paths from logits: each piece of work, this package beside its peers, on the same tensors in one run.
+
+Before anything is timed, its results are compared with this package's: a fast wrong answer fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import qkernels
+
+from . import measure
+from .conftest import Data, Size
+from .contenders import CONTENDERS, IGNORE, installed
+
+# A peer's loss may differ by what it rounds: 16-bit log-probs err by about 3e-2 per token, which adds up along a
+# sequence and is scaled by beta.
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-1, "fp16": 1e-1}
+GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+
+
+def record(benchmark, work: str, contender: str, dtype: str, size: Size, data: Data, passes: float) -> None:
+    """What the report needs to know about a benchmark. `passes`: reads and writes of one tensor of logits."""
+    benchmark.group = f"{work} {dtype}"
+    benchmark.extra_info.update(
+        work=work,
+        contender=contender,
+        dtype=dtype,
+        shape=f"{size.rows} rows x {size.vocab}",
+        bytes_moved=int(passes * data.logits_bytes),
+        logits_bytes=data.logits_bytes,
+        copy_bandwidth=data.copy_bandwidth,
+        peak_bytes=None,
+    )
+
+
+class Step:
+    """Forward and backward of a contender on a leaf that holds the policy's logits.
+
+    The leaf is refilled before each round, outside the timing: in place, its storage has become the gradient.
+    """
+
+    def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor], data: Data, labels: Tensor):
+        self.loss, self.data, self.labels = loss, data, labels
+        self.leaf = data.policy.clone()
+
+    def refill(self) -> None:
+        self.leaf = self.leaf.detach()
+        self.leaf.grad = None
+        self.leaf.copy_(self.data.policy)
+        self.leaf.requires_grad_()
+
+    def run(self) -> Tensor:
+        loss = self.loss(self.leaf, self.data.reference, self.labels)
+        loss.backward()
+        return loss.detach()
+
+
+def time_step(benchmark, step: Step, rounds: int) -> None:
+    step.refill()
+    benchmark.extra_info["peak_bytes"] = measure.peak_memory(step.run)
+    benchmark.pedantic(step.run, setup=step.refill, rounds=rounds, warmup_rounds=1)
+    step.leaf.grad = None
+
+
+def sampled_gradient(step: Step) -> Tensor:
+    """Some rows of the gradient, fp32: enough to catch a wrong one without a second tensor of logits."""
+    gradient = step.leaf.grad
+    assert gradient is not None
+    return gradient[:, :: max(1, gradient.shape[1] // 4)].float().clone()
+
+
+@pytest.fixture(scope="session")
+def truth(data: Data, dtype_name: str) -> tuple[Tensor, Tensor]:
+    """Loss and sampled gradient of this package's in-place path (which the tests hold against float64)."""
+    step = Step(CONTENDERS["qkernels, in place"][0], data, data.labels)
+    step.refill()
+    return step.run(), sampled_gradient(step)
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_dpo(benchmark, contender: str, data: Data, dtype_name: str, size: Size, truth, pytestconfig) -> None:
+    """Forward of policy and reference, loss, backward: each logit read once, the policy's read again and written."""
+    loss, package = CONTENDERS[contender]
+    if not installed(package):
+        pytest.skip(f"{package} is not installed")
+    step = Step(loss, data, data.labels)
+    step.refill()
+    got, gradient = step.run(), sampled_gradient(step)
+    torch.testing.assert_close(got.float(), truth[0].float(), rtol=0, atol=LOSS_TOLERANCE[dtype_name])
+    largest = truth[1].abs().amax()
+    assert (gradient - truth[1]).abs().amax() <= GRADIENT_TOLERANCE[dtype_name] * largest, "gradients differ"
+    record(benchmark, "DPO loss and gradient", contender, dtype_name, size, data, passes=4)
+    time_step(benchmark, step, pytestconfig.getoption("--rounds"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_ignored_rows(benchmark, share: float, data: Data, dtype_name: str, size: Size, pytestconfig) -> None:
+    """Prompt and padding: half of the rows ignored."""
+    labels = data.labels.clone()
+    labels[:, : int(share * size.length)] = IGNORE
+    step = Step(CONTENDERS["qkernels, in place"][0], data, labels)
+    record(benchmark, "Ignored rows", f"{100 * share:.0f} % ignored", dtype_name, size, data, passes=4)
+    time_step(benchmark, step, pytestconfig.getoption("--rounds"))
+
+
+STATS = {
+    "logps": ("logps", "reference_logps"),
+    "+ entropy": ("logps", "reference_logps", "entropy"),
+    "+ entropy, both KLs": ("logps", "reference_logps", "entropy", "kl_reference_policy", "kl_policy_reference"),
+}
+
+
+@pytest.mark.parametrize("asked", STATS)
+def test_stats(benchmark, asked: str, data: Data, dtype_name: str, size: Size, pytestconfig) -> None:
+    """One pass over policy and reference, no gradient."""
+
+    def run() -> qkernels.TokenStats:
+        return qkernels.token_stats(data.policy, data.labels, reference_logits=data.reference, outputs=STATS[asked])
+
+    record(benchmark, "Token statistics", asked, dtype_name, size, data, passes=2)
+    benchmark.extra_info["peak_bytes"] = measure.peak_memory(run)
+    benchmark.pedantic(run, rounds=pytestconfig.getoption("--rounds"), warmup_rounds=1)
+
+
+def test_one_row(benchmark, data: Data, dtype_name: str, size: Size) -> None:
+    """A single token, as in decoding: everything included."""
+    row, label = data.policy[0, :1].clone(), data.labels[0, :1]
+    record(benchmark, "One token", "qkernels.token_logps", dtype_name, size, data, passes=1 / size.rows)
+    benchmark.extra_info["shape"] = f"1 row x {size.vocab}"
+    benchmark.pedantic(lambda: qkernels.token_logps(row, label), rounds=200, iterations=5, warmup_rounds=5)
+
+
+def test_one_row_eager(benchmark, data: Data, dtype_name: str, size: Size) -> None:
+    """The same in eager torch."""
+    row, label = data.policy[0, :1].clone(), data.labels[0, :1]
+    record(benchmark, "One token", "eager torch", dtype_name, size, data, passes=1 / size.rows)
+    benchmark.extra_info["shape"] = f"1 row x {size.vocab}"
+    benchmark.pedantic(
+        lambda: row.log_softmax(-1).gather(-1, label[:, None]), rounds=200, iterations=5, warmup_rounds=5
+    )
