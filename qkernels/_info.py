@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,12 +44,6 @@ def _package_version(name: str) -> str:
         return "not installed"
 
 
-def build_info() -> dict[str, Any]:
-    """What setup.py found when this copy was built; empty for a source tree that was never built."""
-    path = Path(__file__).with_name("_build.json")
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
 def info() -> Info:
     """Versions, backends with the reason where one cannot run, instruction sets and threads.
 
@@ -79,6 +71,6 @@ def info() -> Info:
         backends={name: state(name) for name in names},
         auto={device.type: backends._resolve("auto", device, torch.float32) for device in devices},
         auto_rule=_AUTO_RULE,
-        native_extension=native.describe(build_info()),
+        native_extension=native.describe(),
         threads={"torch": torch.get_num_threads(), "cores": os.cpu_count()},
     )

@@ -6,7 +6,8 @@ they come here; what is left to decide is the layout of the output buffers. The 
 
 from __future__ import annotations
 
-import os
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot take such a tensor; None if it can."""
     if _C is None:
-        return f"the compiled extension is not there ({_missing}); reinstall qkernels where a C++ compiler is on the PATH"
+        return why_missing()
     if device.type != "cpu":
         return f"its kernels run on the CPU, the tensor is on {device}"
     if dtype not in _CODES:
@@ -36,10 +37,25 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def describe(build: dict[str, Any]) -> dict[str, Any]:
+def why_missing() -> str:
+    """Why there is no compiled extension, and what to do about it."""
+    build = build_info()
+    if not build:
+        return "this source tree was never built: run `pip install -e .` in it, or leave it to use the installed package"
+    reason = build["reason"] or f"it does not load: {_missing}"
+    return f"the compiled extension is missing: {reason}; reinstall qkernels where GCC or Clang is on the PATH"
+
+
+def build_info() -> dict[str, Any]:
+    """What setup.py noted when this copy was built; empty for a source tree that was never built."""
+    path = Path(__file__).parents[1] / "_build.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def describe() -> dict[str, Any]:
     """What `qkernels.info()` says about the extension."""
     if _C is None:
-        return {"available": False, "reason": build.get("reason") or _missing}
+        return {"available": False, "reason": why_missing()}
     return {
         "available": True,
         "instruction_set": _C.instruction_set(),

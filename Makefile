@@ -1,0 +1,52 @@
+# `make demo` and `make test` set up everything they need in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= demo_output
+ARGS   ?=
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+READY  := $(VENV)/.ready
+
+.PHONY: help demo test bench lint types sanitize clean
+
+help:
+	@echo "make demo      train a small model with token-level DPO and write a report to $(OUT)/"
+	@echo "make test      run the test suite"
+	@echo "make bench     compare with eager torch, torch.compile and installed peers"
+	@echo "make lint      ruff;  make types: mypy;  make sanitize: C++ core under sanitizers"
+	@echo "ARGS='...' is passed on to demo, test and bench"
+
+# torch comes first and pinned, so that nothing else pulls in another build of it.
+$(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e '.[demo,test]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/qkernels demo --out $(OUT) $(ARGS)
+
+test: $(READY)
+	$(BIN)/pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
+
+lint: $(READY)
+	$(PIP) ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(PIP) mypy
+	$(BIN)/mypy
+
+sanitize: $(READY)
+	for kind in address,undefined thread; do \
+	  PATH=$(abspath $(BIN)):$$PATH cmake -S csrc -B build/$$kind -G Ninja -DQK_TESTS=ON -DQK_SANITIZE=$$kind \
+	    -DCMAKE_BUILD_TYPE=RelWithDebInfo && \
+	  PATH=$(abspath $(BIN)):$$PATH cmake --build build/$$kind && build/$$kind/test_core || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) build demo_output *.egg-info qkernels/_C*.so qkernels/_build.json
