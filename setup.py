@@ -39,6 +39,8 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         package = ROOT / "qkernels" if self.inplace else Path(self.build_lib).resolve() / "qkernels"
         package.mkdir(parents=True, exist_ok=True)
+        for stale in package.glob("_C.*"):
+            stale.unlink()
         reason = why_not_native()
         if reason is None:
             self.build_native(package)
@@ -53,6 +55,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
+            "--fresh",  # an earlier build may have used tools of a build environment that is gone
             "-S",
             str(ROOT / "csrc"),
             "-B",

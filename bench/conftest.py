@@ -18,11 +18,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("qkernels benchmarks")
-    group.addoption("--rows", type=int, default=None, help="positions in the batch (default: what memory holds, <= 1024)")
+    group.addoption(
+        "--rows", type=int, default=None, help="positions in the batch (default: what memory holds, <= 1024)"
+    )
     group.addoption("--vocab", type=int, default=128256, help="size of the vocabulary (default: 128256)")
     group.addoption("--dtypes", default="fp32,bf16", help="comma-separated among fp32, bf16, fp16 (default: fp32,bf16)")
     group.addoption("--rounds", type=int, default=5, help="timed rounds of each contender (default: 5)")
-    group.addoption("--report", default=None, metavar="DIR", help="write results.md, results.json and results.png there")
+    group.addoption(
+        "--report", default=None, metavar="DIR", help="write results.md, results.json and results.png there"
+    )
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,7 @@ IGNORE = -100
 
 
 def qkernels_in_place(policy: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
-    return qkernels.fused_token_dpo(
-        policy, labels, reference_logits=reference, beta=BETA, inplace_backward=True
-    ).loss
+    return qkernels.fused_token_dpo(policy, labels, reference_logits=reference, beta=BETA, inplace_backward=True).loss
 
 
 def qkernels_new_gradient(policy: Tensor, reference: Tensor, labels: Tensor) -> Tensor:

@@ -36,7 +36,10 @@ class Entry:
     def of(benchmark: Any) -> Entry:
         info, stats = benchmark.extra_info, benchmark.stats
         return Entry(
-            milliseconds=stats.median * 1e3, fastest=stats.min * 1e3, slowest=stats.max * 1e3, **{
+            milliseconds=stats.median * 1e3,
+            fastest=stats.min * 1e3,
+            slowest=stats.max * 1e3,
+            **{
                 key: info[key]
                 for key in ("work", "contender", "dtype", "shape", "bytes_moved", "peak_bytes", "logits_bytes")
             },
@@ -71,7 +74,9 @@ def markdown(entries: list[Entry], machine: dict[str, str]) -> str:
     lines = [f"- {key}: {value}" for key, value in machine.items()]
     for (work, dtype, shape), group in _groups(entries).items():
         lines += ["", f"**{work}**, {dtype}, {shape}", ""]
-        lines += ["| | median | min–max | against the first | GB/s | time / copy of the same bytes | peak beyond inputs |"]
+        lines += [
+            "| | median | min–max | against the first | GB/s | time / copy of the same bytes | peak beyond inputs |"
+        ]
         lines += ["|---|---|---|---|---|---|---|"]
         for entry in group:
             lines.append(

@@ -42,16 +42,10 @@ int64_t row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View
 void row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
               int64_t ignore_index, double temperature, Address state, Address reference_state, Address coefficients,
               int coefficient_count, View out, int threads) {
-  qk::GradCall call{shape_of(shape),
-                    rows_of(policy),
-                    rows_of(reference),
-                    {at<int64_t>(labels), ignore_index},
-                    temperature,
-                    at<float>(state),
-                    at<float>(reference_state),
-                    at<float>(coefficients),
-                    coefficient_count,
-                    rows_of(out)};
+  qk::GradCall call{
+      shape_of(shape),   rows_of(policy),  rows_of(reference),         {at<int64_t>(labels), ignore_index},
+      temperature,       at<float>(state), at<float>(reference_state), at<float>(coefficients),
+      coefficient_count, rows_of(out)};
   py::gil_scoped_release release;
   qk::row_grad(call, threads);
 }
@@ -59,10 +53,18 @@ void row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View ref
 void pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address logps, Address reference,
                bool per_sequence, Address weights, double beta, double label_smoothing, Address loss, Address rewards,
                Address grad) {
-  qk::PairCall call{sequences,          length,       rows,
-                    at<int64_t>(offsets), at<float>(logps), at<float>(reference),
-                    per_sequence,       at<float>(weights), beta,
-                    label_smoothing,    at<float>(loss), at<float>(rewards),
+  qk::PairCall call{sequences,
+                    length,
+                    rows,
+                    at<int64_t>(offsets),
+                    at<float>(logps),
+                    at<float>(reference),
+                    per_sequence,
+                    at<float>(weights),
+                    beta,
+                    label_smoothing,
+                    at<float>(loss),
+                    at<float>(rewards),
                     at<float>(grad)};
   py::gil_scoped_release release;
   qk::pair_loss(call);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from typing import Any
@@ -115,7 +116,7 @@ def cu_seqlens(value: Any, labels: Tensor) -> Tensor:
     # Reading values of a CUDA tensor would make the host wait, and a traced one has none.
     if not torch.compiler.is_compiling() and (value.device.type == "cpu" or os.environ.get("QKERNELS_CHECK") == "1"):
         ends = value.tolist()
-        if ends[0] != 0 or ends[-1] != labels.shape[0] or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != labels.shape[0] or any(b < a for a, b in itertools.pairwise(ends)):
             raise ValueError(
                 f"cu_seqlens must start at 0, never decrease and end at N = {labels.shape[0]}, got {_short(ends)}"
             )

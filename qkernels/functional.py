@@ -225,9 +225,8 @@ def token_stats(
     outputs = tuple(outputs)
     unknown = [name for name in outputs if name not in TokenStats._fields]
     if unknown or not outputs:
-        raise ValueError(
-            f"outputs must name at least one of {', '.join(TokenStats._fields)}; got {', '.join(map(repr, unknown)) or ()}"
-        )
+        got = ", ".join(map(repr, unknown)) or "none"
+        raise ValueError(f"outputs must name at least one of {', '.join(TokenStats._fields)}; got {got}")
     columns = rows.bits(outputs)
     needing = [name for name in outputs if BIT[name] & rows.NEEDS_REFERENCE]
     if needing and reference_logits is None:
@@ -310,7 +309,7 @@ def fused_token_dpo(
         cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
     weights = preference.check_token_weights(token_weights, labels)
     dtype = rows.stats_dtype(policy_logits.dtype)
-    batch = Batch.of(call.labels, weights, cu_seqlens, plan.ld_alpha, ignore_index, dtype)
+    batch = Batch.of(call.labels, weights, cu_seqlens, plan, ignore_index, dtype)
     live = reference_logits is not None
     reference = Reference.of(reference_logps, live, "reference_logits", plan, labels, batch)
     stats = call._replace(labels=batch.labels).stats(preference.columns(plan, live))

@@ -341,9 +341,9 @@ class Plan:
                 options = {**options, "label_smoothing": self.label_smoothing}
             loss = term.function(scores, beta=beta, **options) if term.name else _call(term, scores, beta, options)
             if loss.shape != scores.chosen_logps.shape:
+                expected = tuple(scores.chosen_logps.shape)
                 raise ValueError(
-                    f"loss_type {_label(term)} must return one loss per pair, shape {tuple(scores.chosen_logps.shape)}; "
-                    f"it returned shape {tuple(loss.shape)}"
+                    f"loss_type {_label(term)} must return one loss per pair, shape {expected}; got {tuple(loss.shape)}"
                 )
             if pair_weights is not None:
                 loss = loss * pair_weights
@@ -369,13 +369,15 @@ def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
     if isinstance(loss_type, str):
         if loss_type not in OBJECTIVES:
             known = ", ".join(sorted(OBJECTIVES))
-            raise ValueError(f"loss_type {loss_type!r} is unknown; expected one of: {known}; or a callable on PairScores")
+            raise ValueError(
+                f"loss_type {loss_type!r} is unknown; expected one of: {known}; or a callable on PairScores"
+            )
         return OBJECTIVES[loss_type]
     if not callable(loss_type):
         raise TypeError(f"loss_type must be a name, a callable or a list of them, got {type(loss_type).__name__}")
-    for known in OBJECTIVES.values():
-        if loss_type is known.function:
-            return known
+    for registered in OBJECTIVES.values():
+        if loss_type is registered.function:
+            return registered
     parameters = inspect.signature(loss_type).parameters
     options = {
         name: p.default
@@ -426,7 +428,9 @@ def resolve(
     for term, (low, high) in ranges:
         if not low <= label_smoothing < high:
             interval = f"[0, {high:g})" if low == 0 else f"(0, {high:g})"
-            raise ValueError(f"label_smoothing must lie in {interval} for loss_type {_label(term)}, got {label_smoothing}")
+            raise ValueError(
+                f"label_smoothing must lie in {interval} for loss_type {_label(term)}, got {label_smoothing}"
+            )
 
     kwargs = dict(loss_kwargs or {})
     scored = any(term.scored for term in objectives)

@@ -17,7 +17,6 @@ Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from . import backends
 from .rows import stats_dtype

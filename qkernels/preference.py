@@ -39,14 +39,15 @@ class Batch(NamedTuple):
 
     labels: int64 `[S, T]`, with `ignore_index` also where the weight is 0.
     weights: fp32 `[S, T]`, factors in the sequence sums, LD-DPO's included; 0 at ignored rows.
-    counts: `[2B]`, per sequence the sum of the weights before LD-DPO.
+    base_weights: the same before LD-DPO.
+    counts: `[2B]`, per sequence the sum of the base weights.
     sequences, cu_seqlens: the grouping of the rows.
     """
 
     labels: Tensor
     weights: Tensor
-    counts: Tensor
     base_weights: Tensor
+    counts: Tensor
     sequences: Sequences
     cu_seqlens: Tensor | None
 
@@ -55,7 +56,7 @@ class Batch(NamedTuple):
         labels: Tensor,
         token_weights: Tensor | None,
         cu_seqlens: Tensor | None,
-        ld_alpha: float | None,
+        plan: Plan,
         ignore_index: int,
         dtype: torch.dtype,
     ) -> Batch:
@@ -67,13 +68,15 @@ class Batch(NamedTuple):
             base = torch.where(valid, token_weights.to(dtype), 0.0)
             valid = base != 0
         weights = base
-        if ld_alpha is not None:
+        if plan.ld_alpha is not None:
             position = sequences.positions(valid)
             chosen, rejected = sequences.sums(valid.double()).chunk(2)
             shared = sequences.to_tokens(torch.minimum(chosen, rejected).repeat(2))
-            weights = torch.where(position > shared, base * ld_alpha, base)
-        labels = labels.masked_fill(weights == 0, ignore_index)
-        return Batch(labels, weights, sequences.sums(base), base, sequences, cu_seqlens)
+            weights = torch.where(position > shared, base * plan.ld_alpha, base)
+        # WPO averages over all tokens, also those that LD-DPO gives no weight in the loss.
+        unused = (base if plan.use_weighting else weights) == 0
+        labels = labels.masked_fill(unused, ignore_index)
+        return Batch(labels, weights, base, sequences.sums(base), sequences, cu_seqlens)
 
 
 class Reference(NamedTuple):
@@ -120,12 +123,12 @@ class Reference(NamedTuple):
             tokens = checks.like(reference_logps, "reference_logps", labels.shape, labels, "labels").detach()
             tokens = tokens.to(batch.weights.dtype).reshape(batch.labels.shape)
             return Reference(torch.where(batch.weights == 0, 0.0, tokens), None)
-        if reference_logps.shape != (batch.sequences.count,):
+        if reference_logps.shape != (batch.sequences.number,):
             raise ValueError(
-                f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({batch.sequences.count},)"
+                f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({batch.sequences.number},)"
                 f" (per sequence), got {tuple(reference_logps.shape)}"
             )
-        shape = torch.Size([batch.sequences.count])
+        shape = torch.Size([batch.sequences.number])
         sums = checks.like(reference_logps, "reference_logps", shape, labels, "labels").detach()
         return Reference(None, sums.to(batch.weights.dtype))
 
@@ -175,12 +178,10 @@ def loss_and_rewards(
         shape: of the caller's labels.
     """
     logps = stats["logps"]
-    reference_tokens = stats["reference_logps"] if "reference_logps" in stats else reference.tokens
+    reference_tokens = stats.get("reference_logps", reference.tokens)
     if plan.is_default and reduction == "mean":
         ref = reference_tokens if reference_tokens is not None else reference.sequence_sums
-        loss, rewards = PairLoss.apply(
-            logps, ref, batch.weights, batch.cu_seqlens, beta, plan.label_smoothing, backend
-        )
+        loss, rewards = PairLoss.apply(logps, ref, batch.weights, batch.cu_seqlens, beta, plan.label_smoothing, backend)
     else:
         scores = pair_scores(stats, batch, reference_tokens, reference.sequence_sums, plan)
         losses = plan(scores, beta, _wpo_weights(stats, batch) if plan.use_weighting else None)
@@ -225,14 +226,26 @@ def pair_scores(
     if plan.needs_kl:
         per_sequence.append(sequences.sums(weights * stats["kl_reference_policy"]))
     halves = [half for total in per_sequence for half in total.to(weights.dtype).chunk(2)]
+    chosen_kl, rejected_kl = halves[8:] if plan.needs_kl else (None, None)
     return PairScores(
-        *halves, f_divergence=plan.f_divergence, f_alpha_divergence_coef=plan.f_alpha_divergence_coef
+        chosen_log_ratios=halves[0],
+        rejected_log_ratios=halves[1],
+        chosen_logps=halves[2],
+        rejected_logps=halves[3],
+        reference_chosen_logps=halves[4],
+        reference_rejected_logps=halves[5],
+        chosen_counts=halves[6],
+        rejected_counts=halves[7],
+        chosen_kl=chosen_kl,
+        rejected_kl=rejected_kl,
+        f_divergence=plan.f_divergence,
+        f_alpha_divergence_coef=plan.f_alpha_divergence_coef,
     )
 
 
 def _wpo_weights(stats: dict[str, Tensor], batch: Batch) -> Tensor:
     """WPO (Zhou et al. 2024, eq. 2): exp of the mean of log pi - log sum pi^2, of both sequences; no gradient."""
-    aligned = torch.where(batch.weights == 0, 0.0, stats["logps"].detach() - stats["log_sum_sq_probs"])
+    aligned = torch.where(batch.base_weights == 0, 0.0, stats["logps"].detach() - stats["log_sum_sq_probs"])
     total = batch.sequences.sums(batch.base_weights * aligned)
     chosen, rejected = torch.exp(total / torch.where(batch.counts > 0, batch.counts, 1.0)).chunk(2)
     return chosen * rejected

@@ -35,9 +35,7 @@ STATE = BIT["row_max"] | BIT["log_sum"] | BIT["logps"]
 REFERENCE_STATE = BIT["reference_row_max"] | BIT["reference_log_sum"] | BIT["reference_logps"]
 
 # Columns that read the reference row, and columns that have a gradient with respect to the policy's logits.
-NEEDS_REFERENCE = (
-    REFERENCE_STATE | BIT["reference_logsumexp"] | BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
-)
+NEEDS_REFERENCE = REFERENCE_STATE | BIT["reference_logsumexp"] | BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "logsumexp", "entropy", "kl_reference_policy", "kl_policy_reference")
 
 # Order of the per-row coefficients of `row_grad`. A buffer with only the first one stands for the common case in

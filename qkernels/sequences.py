@@ -21,12 +21,12 @@ def log_ratios(logps: Tensor, reference_logps: Tensor) -> Tensor:
 class Sequences(NamedTuple):
     """The rows of a batch, seen as sequences. The first half is chosen, the second half rejected.
 
-    count: number of sequences, 2B.
+    number: how many sequences, 2B.
     length: rows per sequence of a dense batch; all rows of a packed one.
     offsets: `[2B + 1]` int64, where each sequence of a packed batch starts and ends; None for a dense one.
     """
 
-    count: int
+    number: int
     length: int
     offsets: Tensor | None
 
@@ -49,7 +49,7 @@ class Sequences(NamedTuple):
     def to_tokens(self, per_sequence: Tensor) -> Tensor:
         """Give each row its sequence's value, `[2B] -> [S, T]`."""
         if self.offsets is None:
-            return per_sequence.unsqueeze(1).expand(self.count, self.length)
+            return per_sequence.unsqueeze(1).expand(self.number, self.length)
         rows = torch.arange(self.length, device=per_sequence.device)
         # The sequence of row i is the number of sequences that end at or before i (empty ones included).
         return per_sequence[torch.searchsorted(self.offsets[1:], rows, right=True)].unsqueeze(0)

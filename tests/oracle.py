@@ -9,6 +9,7 @@ Notation: z = logits / temperature, p = softmax(z), q = softmax(reference / temp
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
@@ -266,10 +267,6 @@ def pairs(
 # --- objectives -----------------------------------------------------------------------------------------------------
 
 
-def _sigma(x: Tensor) -> Tensor:
-    return 1 / (1 + torch.exp(-x))
-
-
 def _nls(x: Tensor) -> Tensor:
     """-log sigma(x)."""
     return torch.nn.functional.softplus(-x)
@@ -277,9 +274,9 @@ def _nls(x: Tensor) -> Tensor:
 
 def link(r: Tensor, f_divergence: str = "reverse_kl", a: float = 0.5) -> Tensor:
     """f'(u) of the f-divergence at the likelihood ratio u = e^r, up to the constants that cancel in a difference."""
-    u = torch.exp(r)
     if f_divergence == "reverse_kl":
-        return torch.log(u)
+        return r  # log u
+    u = torch.exp(r)
     if f_divergence == "forward_kl":
         return 1 - 1 / u
     if f_divergence in ("js", "js_divergence"):
@@ -346,8 +343,8 @@ def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
         if name == "robust":
             return ((1 - eps) * _nls(x) - eps * _nls(-x)) / (1 - 2 * eps)
         if name == "exo_pair":
-            u = _sigma(x)
-            return u * (torch.log(u) - math.log(1 - eps)) + (1 - u) * (torch.log(1 - u) - math.log(eps))
+            u = torch.sigmoid(x)
+            return u * (-_nls(x) - math.log(1 - eps)) + (1 - u) * (-_nls(-x) - math.log(eps))
         if name == "nca_pair":
             return _nls(w) + 0.5 * _nls(-w) + 0.5 * _nls(-l)
         if name == "bco_pair":
@@ -355,11 +352,11 @@ def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
         if name == "sppo_hard":
             return (pair.r_w - 1 / (2 * beta)) ** 2 + (pair.r_l + 1 / (2 * beta)) ** 2
         if name == "apo_zero":
-            return (1 - _sigma(w)) + _sigma(l)
+            return (1 - torch.sigmoid(w)) + torch.sigmoid(l)
         if name == "apo_down":
-            return _sigma(w) + (1 - _sigma(w - l))
+            return torch.sigmoid(w) + (1 - torch.sigmoid(w - l))
         if name == "discopop":
-            m = _sigma(x / o.discopop_tau)
+            m = torch.sigmoid(x / o.discopop_tau)
             return (1 - m) * _nls(x) + m * torch.exp(-x)
         if name == "tdpo1":
             return _nls(beta * (margin(pair) - (pair.kl_l - pair.kl_w)))
@@ -370,6 +367,40 @@ def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
         raise AssertionError(f"the oracle has no formula for {name}")
 
     return torch.stack([one(pair) for pair in batch])
+
+
+# Objectives whose slope is a difference of terms that nearly cancel (apo_down, discopop) or that saturate through
+# sigma' = sigma (1 - sigma) (apo_zero): near such points the slope keeps the rounding of its terms.
+SLOPE_CANCELS = {
+    "apo_zero": lambda o: o.beta,
+    "apo_down": lambda o: o.beta,
+    "discopop": lambda o: o.beta / o.discopop_tau,
+}
+
+
+def slope_error(name: str, batch: list[Pair], o: Options, sizes: list[float]) -> list[float]:
+    """By how much dL/dr of each sequence may err, chosen first, for a sum of losses.
+
+    sizes: the sum over each sequence's tokens of w * max(1, |log-prob|), policy and reference. 2e-7 of it is the error
+    of r: log-probs err by a tenth of their bound, and rarely all in one direction. Two roundings of the slope's own
+    terms come on top.
+    """
+    ratios = [getattr(pair, side).detach().requires_grad_() for side in ("r_w", "r_l") for pair in batch]
+    half = len(batch)
+    moved = [
+        dataclasses.replace(pair, r_w=ratios[i], r_l=ratios[half + i]) for i, pair in enumerate(batch)
+    ]
+    slopes = torch.autograd.grad(objective(name, moved, o).sum(), ratios, create_graph=True)
+    links = link(torch.stack(ratios), o.f_divergence, o.f_alpha_divergence_coef)
+    steepness = torch.autograd.grad(links.sum(), ratios)
+    errors = []
+    for slope, steep in zip(slopes, steepness, strict=True):
+        error = 2.0**-23 * SLOPE_CANCELS[name](o) * abs(float(steep))
+        curvature = torch.autograd.grad(slope, ratios, retain_graph=True, allow_unused=True)
+        for second, size in zip(curvature, sizes, strict=True):
+            error += 2e-7 * size * abs(float(second)) if second is not None else 0.0
+        errors.append(error)
+    return errors
 
 
 @dataclass
@@ -475,6 +506,21 @@ def preference(
     terms = gradient_terms(
         logits, labels, row_upstream, reference, temperature=temperature, ignore_index=ignore_index
     )
+    for factor, name in zip(factors, names, strict=True):
+        if name in SLOPE_CANCELS:
+            ratios = [ratio for pair in losses_of(inner)[1] for ratio in (pair.r_w, pair.r_l)]
+            (weights,) = torch.autograd.grad(sum(ratios), inner["logps"], retain_graph=True)
+            sizes = weights * (stats["logps"].abs().clamp_min(1) + stats.get("reference_logps", weights * 0).abs() + 1)
+            rows = spans(labels, cu_seqlens)
+            errors = slope_error(name, batch, o, [float(sizes.reshape(-1)[span].sum()) for span in rows])
+            per_row = torch.zeros(labels.numel(), dtype=torch.float64)
+            for span, error in zip(rows, errors, strict=True):
+                per_row[span] = error * abs(factor) * float(upstream.abs().max())
+            per_row = per_row.view(labels.shape) * weights / (len(batch) if reduction == "mean" else 1)
+            unsure = gradient_terms(
+                logits, labels, {"logps": per_row}, temperature=temperature, ignore_index=ignore_index
+            ).size
+            terms = Terms(terms.size, terms.unsure + unsure)
     beta = o.beta
     return Loss(
         losses.detach(),

@@ -334,7 +334,8 @@ def test_training_can_start_from_the_reference(backend, name, packed):
     batch = pack(batch) if packed else batch
     _, grad = check_preference(backend, batch, name, options=CASES[name])
     touched = grad[batch.labels != IGNORE].abs().amax(-1) > 0
-    assert bool(touched.any() if name == "sft" else touched.all())
+    # sft reads only the chosen half; in apo_down the two pulls on the chosen half cancel at step 0.
+    assert bool(touched.any() if name in ("sft", "apo_down") else touched.all())
 
 
 def test_hinge_at_step_zero(backend):

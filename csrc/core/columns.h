@@ -23,12 +23,20 @@ enum Column : int {
   kColumnCount
 };
 
-constexpr const char* kColumnNames[kColumnCount] = {
-    "row_max",         "log_sum",   "logps",
-    "reference_row_max", "reference_log_sum", "reference_logps",
-    "logsumexp",       "reference_logsumexp", "entropy",
-    "kl_reference_policy", "kl_policy_reference", "log_sum_sq_probs",
-    "mean_logits",     "is_top1"};
+constexpr const char* kColumnNames[kColumnCount] = {"row_max",
+                                                    "log_sum",
+                                                    "logps",
+                                                    "reference_row_max",
+                                                    "reference_log_sum",
+                                                    "reference_logps",
+                                                    "logsumexp",
+                                                    "reference_logsumexp",
+                                                    "entropy",
+                                                    "kl_reference_policy",
+                                                    "kl_policy_reference",
+                                                    "log_sum_sq_probs",
+                                                    "mean_logits",
+                                                    "is_top1"};
 
 // Entry j of a gradient row, times the temperature:
 //   label * (1[j = y] - p_j) + p_j (p + p_logp log p_j - p_logq log q_j) - q q_j

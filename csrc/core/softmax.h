@@ -2,8 +2,8 @@
 //
 // With z the raw logits, T the temperature and m the running maximum of the z seen so far, let
 //   t_j = (z_j - m) log2(e) / T <= 0,     e_j = 2^t_j = exp((z_j - m) / T).
-// A row is summed in pieces, each relative to its own maximum. When the maximum moves from m to m', d = (m - m') log2(e)
-// / T, every t_j falls by -d and every e_j shrinks by 2^d:
+// A row is summed in pieces, each relative to its own maximum. When the maximum moves from m to m', d = (m - m')
+// log2(e) / T, every t_j falls by -d and every e_j shrinks by 2^d:
 //   sum e        <- 2^d sum e
 //   sum e t      <- 2^d (sum e t + d sum e)
 //   sum e^2      <- 4^d sum e^2

@@ -250,8 +250,7 @@ void fold_pair(const StatsCall& call, int64_t row, int64_t begin, int64_t end, R
     auto sum = [&](float base, float reference_base) {
       const Shift shift(base, scale), reference_shift(reference_base, scale);
       if (!copied) return sum_pair<kGather>(policy + start, reference + start, n, shift, reference_shift);
-      RowSums block =
-          sum_pair<kGather>(copy.values, reference_copy.values, copy.padded, shift, reference_shift);
+      RowSums block = sum_pair<kGather>(copy.values, reference_copy.values, copy.padded, shift, reference_shift);
       block.policy.max = whole.max;
       block.policy.raw = whole.raw;
       block.reference.max = reference_whole.max;
@@ -342,8 +341,8 @@ void finish_row(const StatsCall& call, int64_t row, const RowSums& sums) {
   float values[kColumnCount];
   const float policy_label = element(call.policy, call.shape, row, label);
   const float reference_label = with_reference ? element(call.reference, call.shape, row, label) : 0;
-  const bool top1 = (call.columns & bit(kIsTop1)) && policy_label == sums.policy.max &&
-                    is_top1(call, row, sums.policy, label);
+  const bool top1 =
+      (call.columns & bit(kIsTop1)) && policy_label == sums.policy.max && is_top1(call, row, sums.policy, label);
   finish(sums, policy_label, reference_label, with_reference, call.shape.vocab, call.temperature, top1, values);
   float* out = call.out + row;
   for (int column = 0; column < kColumnCount; ++column)

@@ -141,7 +141,7 @@ void check_rows(std::mt19937& random, qk::DType dtype, qk::DType reference_dtype
   std::vector<float> coefficients(rows * qk::kCoefficientCount);
   for (float& c : coefficients) c = normal(random);
   Logits gradient(dtype, shape, gap, offset), plain(dtype, shape, gap, offset);
-  qk::GradCall grad{shape,        policy.rows(),       reference.rows(), {labels.data(), -100}, temperature,
+  qk::GradCall grad{shape,        policy.rows(),           reference.rows(),    {labels.data(), -100}, temperature,
                     stats.data(), stats.data() + 3 * rows, coefficients.data(), qk::kCoefficientCount, gradient.rows()};
   qk::row_grad(grad, threads);
   qk::GradCall simple = grad;
@@ -186,7 +186,9 @@ void check_rows(std::mt19937& random, qk::DType dtype, qk::DType reference_dtype
 
     long double largest = 0, plain_largest = 0;
     std::vector<long double> want(p.p.size()), plain_want(p.p.size());
-    auto c = [&](qk::Coefficient k) { return static_cast<long double>(coefficients[static_cast<size_t>(k) * rows + i]); };
+    auto c = [&](qk::Coefficient k) {
+      return static_cast<long double>(coefficients[static_cast<size_t>(k) * rows + i]);
+    };
     for (size_t j = 0; j < want.size(); ++j) {
       plain_want[j] = c(qk::kLabel) * ((j == label) - p.p[j]) / temperature;
       long double g = c(qk::kLabel) * ((j == label) - p.p[j]) - c(qk::kQ) * q.p[j];
@@ -199,7 +201,8 @@ void check_rows(std::mt19937& random, qk::DType dtype, qk::DType reference_dtype
       const int64_t at = gradient.index(shape, row, static_cast<int64_t>(j));
       const double slack = 1e-5 * static_cast<double>(largest) + ulp(dtype, static_cast<double>(want[j]));
       expect(std::fabs(gradient.get(at) - want[j]) <= slack, name + ": gradient");
-      const double plain_slack = 1e-5 * static_cast<double>(plain_largest) + ulp(dtype, static_cast<double>(plain_want[j]));
+      const double plain_slack =
+          1e-5 * static_cast<double>(plain_largest) + ulp(dtype, static_cast<double>(plain_want[j]));
       expect(std::fabs(plain.get(at) - plain_want[j]) <= plain_slack, name + ": plain gradient");
     }
   }
@@ -223,8 +226,10 @@ void check_special_rows() {
     std::vector<float> z = cases[i];
     const int64_t label = 1;
     float out[3];
-    qk::StatsCall call{{1, 1, 3},    {z.data(), qk::DType::kFloat32, 3, 3}, {}, {&label, -100}, 1,
-                       qk::bit(qk::kLogps) | qk::bit(qk::kLogsumexp) | qk::bit(qk::kEntropy), out};
+    qk::StatsCall call{{1, 1, 3}, {z.data(), qk::DType::kFloat32, 3, 3},
+                       {},        {&label, -100},
+                       1,         qk::bit(qk::kLogps) | qk::bit(qk::kLogsumexp) | qk::bit(qk::kEntropy),
+                       out};
     qk::row_stats(call, 1);
     const bool broken = i < 3;
     for (float value : out) expect(std::isnan(value) == broken, "special row " + std::to_string(i));
@@ -270,7 +275,8 @@ void check_pool() {
   auto sum = [](int threads) {
     std::vector<int> hits(1000, 0);
     qk::parallel_for(1000, threads, [&](int64_t i) { hits[static_cast<size_t>(i)] += 1; });
-    for (int hit : hits) if (hit != 1) return false;
+    for (int hit : hits)
+      if (hit != 1) return false;
     return true;
   };
   for (int threads : {1, 2, 7}) expect(sum(threads), "each index once with " + std::to_string(threads) + " threads");
@@ -301,11 +307,10 @@ int main() {
     for (qk::DType dtype : types) {
       for (int64_t vocab : {1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 1003, 2047, 2048, 2049, 4111})
         check_rows(random, dtype, dtype, {2, 3, vocab}, vocab % 5, vocab % 7, 1, 3, false, 1);
-      for (qk::DType reference : types)
-        check_rows(random, dtype, reference, {1, 4, 2500}, 3, 1, 0.7, 4, true, 2);
-      check_rows(random, dtype, dtype, {1, 2, 33001}, 0, 3, 1.3, 10, false, 3);   // more than one segment, shared
-      check_rows(random, dtype, dtype, {3, 100, 11}, 2, 0, 1, 1, false, 2);       // many short rows
-      check_rows(random, dtype, dtype, {1, 2, 5000}, 0, 0, 1, 300, false, 1);     // sums restated again and again
+      for (qk::DType reference : types) check_rows(random, dtype, reference, {1, 4, 2500}, 3, 1, 0.7, 4, true, 2);
+      check_rows(random, dtype, dtype, {1, 2, 33001}, 0, 3, 1.3, 10, false, 3);  // more than one segment, shared
+      check_rows(random, dtype, dtype, {3, 100, 11}, 2, 0, 1, 1, false, 2);      // many short rows
+      check_rows(random, dtype, dtype, {1, 2, 5000}, 0, 0, 1, 300, false, 1);    // sums restated again and again
     }
     check_special_rows();
     std::printf("%s: ok so far, %d checks\n", set.c_str(), checks);

@@ -73,9 +73,7 @@ class PairLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logps, reference_logps, weights, cu_seqlens, beta: float, label_smoothing: float, backend: str):
-        loss, rewards, grad = ops.pair_loss(
-            logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend
-        )
+        loss, rewards, grad = ops.pair_loss(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(rewards)
         return loss, rewards

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import column_names, label_error
+from ..rows import label_error
 
 try:
     from .. import _C
+
     _missing = None
 except ImportError as error:  # no compiler at installation, or a build for another platform
     _C = None  # type: ignore[assignment]
@@ -41,7 +42,9 @@ def why_missing() -> str:
     """Why there is no compiled extension, and what to do about it."""
     build = build_info()
     if not build:
-        return "this source tree was never built: run `pip install -e .` in it, or leave it to use the installed package"
+        return (
+            "this source tree was never built: run `pip install -e .` in it, or leave it to use the installed package"
+        )
     reason = build["reason"] or f"it does not load: {_missing}"
     return f"the compiled extension is missing: {reason}; reinstall qkernels where GCC or Clang is on the PATH"
 
@@ -64,6 +67,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def _shape(logits: Tensor) -> tuple[int, int, int]:
+    sequences, rows, vocab = logits.shape
+    return sequences, rows, vocab
+
+
 def _view(tensor: Tensor | None) -> tuple[int, int, int, int]:
     """Address, dtype code and row strides of `[S, T, V]` logits."""
     if tensor is None:
@@ -77,7 +85,7 @@ def row_stats(
     """Per-row results. See `qkernels.ops.row_stats`."""
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
     bad = _C.row_stats(
-        tuple(logits.shape),
+        _shape(logits),
         _view(logits),
         _view(reference),
         labels.data_ptr(),
@@ -106,7 +114,7 @@ def _row_grad_into(
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     reference_state = None if reference_state is None else reference_state.contiguous()
     _C.row_grad(
-        tuple(logits.shape),
+        _shape(logits),
         _view(logits),
         _view(reference),
         labels.data_ptr(),
