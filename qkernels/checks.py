@@ -146,8 +146,14 @@ def inplace(flagged: Any, target: Tensor, name: str, others: dict[str, Tensor | 
         return False
     if torch.compiler.is_compiling():
         return True
-    if any(stride == 0 and size > 1 for size, stride in zip(target.shape, target.stride(), strict=True)):
-        raise ValueError(f"inplace_backward needs {name} with memory of its own for each row, got an expanded tensor")
+    reach = 1  # elements spanned by the dimensions looked at so far; the next stride has to step over them
+    for stride, size in sorted((s, n) for s, n in zip(target.stride(), target.shape, strict=True) if n > 1):
+        if stride < reach:
+            raise ValueError(
+                f"inplace_backward needs {name} with memory of its own for each row; got an expanded or overlapping"
+                f" view, shape {_shape(target)} with strides {tuple(target.stride())}"
+            )
+        reach += (size - 1) * stride
     storage = target.untyped_storage().data_ptr()
     for other_name, other in others.items():
         if other is not None and other.untyped_storage().data_ptr() == storage and storage:

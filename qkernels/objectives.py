@@ -120,6 +120,26 @@ _SMOOTHED = (0.0, 1.0)
 _ABOVE_ZERO = 5e-324
 
 
+_REQUIRED = "required"  # stands for the default of an option that has none
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into a signature and need not
+def _parameters(function: Callable[..., Tensor]) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults of a loss function's parameters after the first; "**" among them if it takes any keyword."""
+    options: dict[str, Any] = {}
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        if parameter.kind is parameter.VAR_KEYWORD:
+            options["**"] = None
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            options[parameter.name] = _REQUIRED if parameter.default is parameter.empty else parameter.default
+    return tuple(options.items())
+
+
+def _options(function: Callable[..., Tensor]) -> dict[str, Any]:
+    """A loss function's own options, by name, with their defaults."""
+    return {k: v for k, v in _parameters(function) if k not in ("beta", "label_smoothing", "**")}
+
+
 def objective(
     *,
     smoothing: tuple[float, float] | None = None,
@@ -131,13 +151,8 @@ def objective(
     """Register a function as `loss_type=<its name>`. The flags are those of `Objective`."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        options = {
-            name: parameter.default
-            for name, parameter in inspect.signature(function).parameters.items()
-            if name not in ("scores", "beta", "label_smoothing")
-        }
         OBJECTIVES[function.__name__] = Objective(
-            function.__name__, function, options, smoothing, scored, needs_kl, reference_free, separable
+            function.__name__, function, _options(function), smoothing, scored, needs_kl, reference_free, separable
         )
         return function
 
@@ -359,8 +374,7 @@ def _label(term: Objective) -> str:
 
 def _call(term: Objective, scores: PairScores, beta: float, options: dict[str, Any]) -> Tensor:
     """Call a user's function with those of (beta, options) that its signature takes."""
-    parameters = inspect.signature(term.function).parameters
-    if "beta" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if any(name in ("beta", "**") for name, _ in _parameters(term.function)):
         options = {**options, "beta": beta}
     return term.function(scores, **options)
 
@@ -378,14 +392,9 @@ def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
     for registered in OBJECTIVES.values():
         if loss_type is registered.function:
             return registered
-    parameters = inspect.signature(loss_type).parameters
-    options = {
-        name: p.default
-        for i, (name, p) in enumerate(parameters.items())
-        if i > 0 and name not in ("beta", "label_smoothing") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
+    smoothed = any(name == "label_smoothing" for name, _ in _parameters(loss_type))
     # A user's function may couple pairs, so nothing is assumed of it.
-    return Objective("", loss_type, options, _SMOOTHED if "label_smoothing" in parameters else None, separable=False)
+    return Objective("", loss_type, _options(loss_type), _SMOOTHED if smoothed else None, separable=False)
 
 
 def resolve(
@@ -443,7 +452,7 @@ def resolve(
         key
         for term in objectives
         for key, default in term.options.items()
-        if default is inspect.Parameter.empty and key not in kwargs
+        if default == _REQUIRED and key not in kwargs
     )
     if missing:
         raise ValueError(f"loss_type {names} needs loss_kwargs {missing}")

@@ -6,26 +6,26 @@ turns upstream gradients of all columns into at most five coefficients per row a
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import ops, rows
 from ..rows import RowConfig
 
-# Attribute set on logits whose storage an in-place backward has turned into their gradient: the version of the tensor
-# at that moment, so that a tensor refilled since then is welcome again.
+# Attribute set on the storage that an in-place backward has turned into a gradient: the version of its tensors at that
+# moment, so that logits refilled since then are welcome again. All views share both, the storage and the version.
 _OVERWRITTEN = "_qkernels_overwritten"
 
 
 def refuse_overwritten(logits: Tensor, name: str) -> None:
     """Raise if these logits were overwritten by an in-place backward."""
-    for tensor in (logits, logits._base):
-        if tensor is not None and getattr(tensor, _OVERWRITTEN, None) == tensor._version:
-            raise RuntimeError(
-                f"{name} no longer holds logits: a backward with inplace_backward=True wrote the gradient over them"
-            )
+    if torch.compiler.is_compiling():  # traced tensors have no storage; the compiler tracks mutations itself
+        return
+    if getattr(logits.untyped_storage(), _OVERWRITTEN, None) == logits._version:
+        raise RuntimeError(
+            f"{name} no longer holds logits: a backward with inplace_backward=True wrote the gradient over them"
+        )
 
 
 class RowStats(torch.autograd.Function):
@@ -42,12 +42,10 @@ class RowStats(torch.autograd.Function):
         with_kl = config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"])
         ctx.save_for_backward(logits, labels, reference if with_kl else None, stats)
         ctx.config, ctx.inplace = config, inplace
-        if inplace:
-            # What the backward unpacks is another Python object; the caller's own ones are what must be marked.
-            ctx.owners = [weakref.ref(tensor) for tensor in (logits, logits._base) if tensor is not None]
         return stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         logits, labels, reference, stats = ctx.saved_tensors
         config: RowConfig = ctx.config
@@ -60,11 +58,10 @@ class RowStats(torch.autograd.Function):
             return ops.row_grad(logits, *args, *how), None, None, None, None
         out = logits.detach()
         ops.row_grad_(out, *args, *how)
-        # The write went past autograd: tell it, so that whoever saved these logits refuses to use them.
-        torch.autograd.graph.increment_version(logits)
-        for owner in ctx.owners:
-            if (tensor := owner()) is not None:
-                setattr(tensor, _OVERWRITTEN, tensor._version)
+        if not torch.compiler.is_compiling():
+            # The write went past autograd: tell it, so that whoever saved these logits refuses to use them.
+            torch.autograd.graph.increment_version(logits)
+            setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
         return out, None, None, None, None
 
 
@@ -79,6 +76,7 @@ class PairLoss(torch.autograd.Function):
         return loss, rewards
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, _):
         (grad,) = ctx.saved_tensors
         return grad * grad_loss, None, None, None, None, None, None

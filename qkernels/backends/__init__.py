@@ -35,7 +35,7 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
 
 
 @lru_cache(maxsize=256)
-def _resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def _lookup(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         return next(candidate for candidate in _MODULES if unavailable(candidate, device, dtype) is None)
     if name not in NAMES:
@@ -46,12 +46,15 @@ def _resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+@torch.compiler.assume_constant_result  # torch.compile need not look inside: the answer depends on nothing else
+def _resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    return _lookup(name, device, dtype)
+
+
 def resolve(name: str, tensor: torch.Tensor) -> str:
     """The backend that will run on `tensor`: the named one, or for "auto" the first that can.
 
     Raises:
         ValueError: an unknown name, or a named backend that cannot take this tensor.
     """
-    if torch.compiler.is_compiling():
-        return _resolve.__wrapped__(name, tensor.device, tensor.dtype)
     return _resolve(name, tensor.device, tensor.dtype)

@@ -1,0 +1,57 @@
+"""Progress on a terminal as a bar, elsewhere as a handful of lines."""
+
+from __future__ import annotations
+
+import time
+from typing import TextIO
+
+_LINES_PER_PHASE = 5
+
+
+class Phase:
+    """One counted stretch of work; use as a context manager."""
+
+    def __init__(self, name: str, total: int, stream: TextIO) -> None:
+        self._name, self._total, self._stream = name, total, stream
+        self._done, self._start = 0, time.monotonic()
+        self._bar = None
+        if stream.isatty() and total:
+            from tqdm import tqdm  # comes with transformers
+
+            self._bar = tqdm(total=total, desc=name, file=stream, dynamic_ncols=True, leave=True)
+
+    def __enter__(self) -> Phase:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def step(self, note: str = "") -> None:
+        """One step is done; `note` says how it stands."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update()
+            return
+        every = max(1, -(-self._total // _LINES_PER_PHASE))
+        if self._done % every == 0 or self._done == self._total:
+            seconds = time.monotonic() - self._start
+            print(
+                f"  {self._name} {self._done}/{self._total}  {note}  {seconds:.0f} s", file=self._stream, flush=True
+            )
+
+
+class Progress:
+    """Where a run says what it is doing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        print(text, file=self._stream, flush=True)
+
+    def phase(self, name: str, total: int) -> Phase:
+        """Begin `total` steps of work."""
+        return Phase(name, total, self._stream)

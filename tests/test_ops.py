@@ -1,0 +1,321 @@
+"""The torch.library ops and torch.compile: schemas, fake implementations, whole graphs, one compilation for all lengths."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from assertions import assert_within
+from cases import make_pairs, make_rows, normal, pack
+
+from qkernels import fused_token_dpo, ops, token_logps, token_mdp, token_stats
+from qkernels.rows import BIT, COEFFICIENTS, REFERENCE_STATE, STATE
+
+PLAIN = (torch.float32, torch.bfloat16)
+HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+
+
+# --- ops --------------------------------------------------------------------------------------------------------------
+
+
+def row_inputs(backend, dtype, strided=False):
+    rows = make_rows((2, 3), 17, dtype, backend.device)
+    logits, reference = rows.logits, rows.reference
+    if strided:
+        wide = torch.zeros(2, 5, 20, dtype=dtype, device=backend.device)
+        wide[:, :3, :17] = logits
+        logits = wide[:, :3, :17]
+    return logits, rows.labels, reference
+
+
+def stats_columns():
+    return STATE | REFERENCE_STATE | BIT["kl_reference_policy"] | BIT["is_top1"]
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("columns", [BIT["logps"], STATE | BIT["entropy"]])
+def test_row_stats_without_reference(backend, dtype, columns, strided):
+    logits, labels, _ = row_inputs(backend, dtype, strided)
+    torch.library.opcheck(ops.row_stats, (logits, labels, None, columns, 1.0, -100, backend.name))
+
+
+def test_row_stats_with_reference(backend, dtype):
+    logits, labels, reference = row_inputs(backend, dtype)
+    torch.library.opcheck(ops.row_stats, (logits, labels, reference, stats_columns(), 0.7, -100, backend.name))
+
+
+def grad_args(backend, dtype, full, strided=False):
+    logits, labels, reference = row_inputs(backend, dtype, strided)
+    columns = STATE | REFERENCE_STATE
+    stats = ops.row_stats(logits, labels, reference, columns, 0.7, -100, backend.name)
+    coefficients = normal(len(COEFFICIENTS) if full else 1, 2, 3).to(stats)
+    if full:
+        return (logits, labels, reference, stats[:3], stats[3:6], coefficients, 0.7, -100, backend.name)
+    return (logits, labels, None, stats[:3], None, coefficients, 0.7, -100, backend.name)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_row_grad(backend, dtype, full, strided):
+    args = grad_args(backend, dtype, full, strided)
+    torch.library.opcheck(ops.row_grad, args)
+    torch.library.opcheck(ops.row_grad_, args)
+
+
+def test_row_grad_in_place_equals_out_of_place(backend, dtype):
+    args = grad_args(backend, dtype, True, strided=True)
+    expected = ops.row_grad(*args)
+    assert expected.is_contiguous() and expected.data_ptr() != args[0].data_ptr()
+    assert ops.row_grad_(*args) is None
+    assert torch.equal(args[0], expected)
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_pair_loss(backend, packed, per_sequence):
+    shape = (1, 12) if packed else (4, 3)
+    ends = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32, device=backend.device) if packed else None
+    logps = normal(*shape).to(backend.device)
+    reference = (normal(4) if per_sequence else normal(*shape, key=(1,))).to(backend.device)
+    weights = torch.ones(shape, device=backend.device)
+    torch.library.opcheck(ops.pair_loss, (logps, reference, weights, ends, 0.1, 0.05, backend.name))
+
+
+@pytest.mark.parametrize("dtype", PLAIN, ids=str)
+def test_fake_results_have_the_real_shapes_and_dtypes(dtype):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for columns in (BIT["logps"], STATE | BIT["entropy"], stats_columns()):
+        with FakeTensorMode() as mode:
+            logits = mode.from_tensor(torch.zeros(2, 3, 17, dtype=dtype))
+            labels = mode.from_tensor(torch.zeros(2, 3, dtype=torch.int64))
+            fake = ops.row_stats(logits, labels, logits, columns, 1.0, -100, "torch")
+        assert fake.shape == (columns.bit_count(), 2, 3) and fake.dtype == torch.float32
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+LOSS_OPTIONS = {
+    "default": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "sum": {"reduction": "sum"},
+    "ipo": {"loss_type": "ipo"},
+    "tdpo2": {"loss_type": "tdpo2"},
+    "several": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [1.0, 0.5, 0.1]},
+    "wpo": {"loss_kwargs": {"use_weighting": True}},
+    "ld": {"loss_kwargs": {"ld_alpha": 0.5}},
+}
+
+
+def loss_function(backend, batch, inplace=False, **options):
+    """The loss, a token output and the gradient, as one function of the logits."""
+
+    def run(logits):
+        out = fused_token_dpo(
+            logits, batch.labels, reference_logits=batch.reference, cu_seqlens=batch.cu_seqlens,
+            inplace_backward=inplace, backend=backend.name, **options,
+        )  # fmt: skip
+        return out.loss, out.token_rewards, out.chosen_rewards
+
+    return run
+
+
+def assert_same(compiled, eager, logits, exact=True):
+    """Values and gradients of a compiled function and of the function itself."""
+    results = []
+    for function in (eager, compiled):
+        leaf = logits.clone().requires_grad_()
+        values = function(leaf)
+        values = values if isinstance(values, tuple) else (values,)
+        values[0].sum().backward()
+        results.append((*(v.detach() for v in values), leaf.grad))
+    for expected, actual in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype and actual.shape == expected.shape
+        if exact:
+            assert torch.equal(actual, expected)
+        else:
+            unit = 2.0**-7 if expected.dtype == torch.bfloat16 else 1e-6
+            assert_within(actual, expected.double(), unit * (1 + expected.double().abs().cpu()), "compiled")
+
+
+@pytest.fixture(params=["aot_eager", "inductor"])
+def compiler(request):
+    torch._dynamo.reset()
+    if request.param == "inductor" and not HAS_COMPILER:
+        pytest.skip("a C++ compiler is missing")
+    return request.param
+
+
+@pytest.mark.dtypes(*PLAIN)
+def test_compiled_logps(backend, dtype, compiler):
+    rows = make_rows((2, 5), 40, dtype, backend.device)
+
+    def run(logits):
+        return token_logps(logits, rows.labels, temperature=0.9, backend=backend.name)
+
+    assert_same(torch.compile(run, backend=compiler, fullgraph=True), run, rows.logits, exact=compiler != "inductor")
+
+
+@pytest.mark.dtypes(torch.float32)
+def test_compiled_stats(backend, dtype, compiler):
+    rows = make_rows((2, 5), 40, dtype, backend.device)
+
+    def run(logits):
+        stats = token_stats(
+            logits, rows.labels, reference_logits=rows.reference, backend=backend.name,
+            outputs=("logps", "entropy", "kl_policy_reference", "is_top1", "logsumexp"),
+        )  # fmt: skip
+        return stats.logps + stats.entropy - stats.kl_policy_reference, stats.is_top1, stats.logsumexp
+
+    assert_same(torch.compile(run, backend=compiler, fullgraph=True), run, rows.logits, exact=compiler != "inductor")
+
+
+@pytest.mark.parametrize("options", LOSS_OPTIONS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.dtypes(torch.float32)
+def test_compiled_losses(backend, dtype, options, packed):
+    torch._dynamo.reset()
+    batch = make_pairs(2, 6, 30, dtype, backend.device)
+    batch = pack(batch) if packed else batch
+    run = loss_function(backend, batch, **LOSS_OPTIONS[options])
+    assert_same(torch.compile(run, backend="aot_eager", fullgraph=True), run, batch.logits)
+
+
+@pytest.mark.dtypes(torch.bfloat16)
+def test_compiled_loss_with_inductor(backend, dtype, compiler):
+    batch = make_pairs(2, 6, 30, dtype, backend.device)
+    for options in ({}, {"loss_type": "ipo"}):
+        run = loss_function(backend, batch, **options)
+        compiled = torch.compile(run, backend=compiler, fullgraph=True)
+        assert_same(compiled, run, batch.logits, exact=compiler != "inductor")
+
+
+@pytest.mark.dtypes(*PLAIN)
+def test_compiled_in_place_backward(backend, dtype, compiler):
+    batch = make_pairs(2, 6, 30, dtype, backend.device)
+    weight = (0.3 * normal(8, 30)).to(backend.device, dtype)
+    hidden = normal(4, 6, 8).to(backend.device, dtype)
+
+    def run(w, inplace=True):
+        out = loss_function(backend, batch, inplace)(hidden @ w)
+        return out[0], out[1]
+
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
+    assert_same(compiled, lambda w: run(w, False), weight, exact=False)
+
+
+@pytest.mark.dtypes(torch.float32)
+def test_compiled_without_gradients(backend, dtype):
+    torch._dynamo.reset()
+    batch = make_pairs(2, 6, 30, dtype, backend.device)
+
+    def run(logits):
+        mdp = token_mdp(logits, batch.labels, reference_logits=batch.reference, backend=backend.name)
+        return mdp.Q, mdp.V, mdp.A, mdp.implicit_rewards, mdp.bellman_rewards
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for actual, expected in zip(compiled(batch.logits), run(batch.logits), strict=True):
+            assert torch.equal(actual, expected)
+
+
+class CountingCompiler:
+    """A torch.compile backend that runs graphs as they are and counts them."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        from torch._dynamo.backends.debugging import aot_eager
+
+        self.graphs += 1
+        return aot_eager(graph, inputs)
+
+
+@pytest.mark.dtypes(torch.float32)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"loss_type": "ipo"}])
+def test_one_compilation_serves_all_lengths(backend, dtype, packed, options):
+    """known bug 22: recompilation for each length (Liger#1362)."""
+    torch._dynamo.reset()
+    counter = CountingCompiler()
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def run(logits, labels, reference, ends):
+        return fused_token_dpo(
+            logits, labels, reference_logits=reference, cu_seqlens=ends, backend=backend.name, **options
+        ).loss
+
+    for length in (5, 6, 9, 13):
+        batch = make_pairs(3, length, 30, dtype, backend.device)
+        batch = pack(batch) if packed else batch
+        leaf = batch.logits.clone().requires_grad_()
+        loss = run(leaf, batch.labels, batch.reference, batch.cu_seqlens)
+        loss.backward()
+        eager = fused_token_dpo(
+            batch.logits, batch.labels, reference_logits=batch.reference, cu_seqlens=batch.cu_seqlens,
+            backend=backend.name, **options,
+        )  # fmt: skip
+        assert torch.equal(loss, eager.loss)
+    assert counter.graphs == 1
+
+
+@pytest.mark.dtypes(torch.float32)
+def test_one_compilation_of_logps_serves_all_lengths_and_vocabularies(backend, dtype):
+    torch._dynamo.reset()
+    counter = CountingCompiler()
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def run(logits, labels):
+        return token_logps(logits, labels, backend=backend.name)
+
+    for length, vocab in ((5, 30), (6, 31), (9, 40), (13, 7)):
+        rows = make_rows((2, length), vocab, dtype, backend.device)
+        leaf = rows.logits.clone().requires_grad_()
+        logps = run(leaf, rows.labels)
+        logps.sum().backward()
+        assert torch.equal(logps, token_logps(rows.logits, rows.labels, backend=backend.name))
+    assert counter.graphs == 1
+
+
+@pytest.mark.dtypes(torch.float32)
+def test_the_default_mode_compiles_twice_at_most(backend, dtype):
+    """Without dynamic=True torch specialises on the first length and generalises at the second; then it is done."""
+    torch._dynamo.reset()
+    counter = CountingCompiler()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def run(logits, labels):
+        return token_logps(logits, labels, backend=backend.name)
+
+    for length in (5, 6, 9, 13, 17):
+        rows = make_rows((2, length), 30, dtype, backend.device)
+        run(rows.logits.clone().requires_grad_(), rows.labels).sum().backward()
+    assert counter.graphs <= 2
+
+
+@pytest.mark.dtypes(torch.float32)
+def test_compiled_call_still_refuses_a_label_outside_the_vocabulary(backend, dtype):
+    torch._dynamo.reset()
+    rows = make_rows((2, 5), 30, dtype, backend.device)
+    rows.labels[1, 2] = 30
+    compiled = torch.compile(
+        lambda x, y: token_logps(x, y, backend=backend.name), backend="aot_eager", fullgraph=True
+    )
+    if backend.device.type == "cpu":
+        with pytest.raises(IndexError, match=r"labels\[1, 2\] = 30"):
+            compiled(rows.logits, rows.labels)
+    else:
+        assert bool(compiled(rows.logits, rows.labels)[1, 2].isnan())
+
+
+@pytest.mark.dtypes(torch.float32)
+def test_compiled_call_still_raises_argument_errors(backend, dtype):
+    torch._dynamo.reset()
+    rows = make_rows((3, 5), 30, dtype, backend.device)
+    compiled = torch.compile(
+        lambda x, y: fused_token_dpo(x, y, reference_logps=0.0, backend=backend.name).loss, backend="aot_eager"
+    )
+    with pytest.raises(Exception, match="even number"):
+        compiled(rows.logits, rows.labels)
