@@ -83,7 +83,7 @@ def positive(value: Any, name: str) -> float:
     """A finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and above 0, got {value}")
     return float(value)
 

@@ -427,7 +427,7 @@ def resolve(
         raise ValueError(f"loss_weights has {len(loss_weights)} entries for {len(objectives)} loss types")
     else:
         weights = [float(weight) for weight in loss_weights]
-        if not all(math.isfinite(weight) for weight in weights):
+        if not all(-math.inf < weight < math.inf for weight in weights):
             raise ValueError(f"loss_weights must be finite, got {weights}")
     names = ", ".join(_label(term) for term in objectives)
 

@@ -147,7 +147,7 @@ def compiler(request):
     return request.param
 
 
-@pytest.mark.dtypes(*PLAIN)
+@pytest.mark.dtypes(torch.bfloat16)
 def test_compiled_logps(backend, dtype, compiler):
     rows = make_rows((2, 5), 40, dtype, backend.device)
 
@@ -171,8 +171,11 @@ def test_compiled_stats(backend, dtype, compiler):
     assert_same(torch.compile(run, backend=compiler, fullgraph=True), run, rows.logits, exact=compiler != "inductor")
 
 
-@pytest.mark.parametrize("options", LOSS_OPTIONS)
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "options, packed",
+    [("default", False), ("default", True), ("smoothed", True), ("sum", False), ("ipo", True), ("tdpo2", False),
+     ("several", False), ("wpo", True), ("ld", True)],
+)  # fmt: skip
 @pytest.mark.dtypes(torch.float32)
 def test_compiled_losses(backend, dtype, options, packed):
     torch._dynamo.reset()
@@ -185,13 +188,12 @@ def test_compiled_losses(backend, dtype, options, packed):
 @pytest.mark.dtypes(torch.bfloat16)
 def test_compiled_loss_with_inductor(backend, dtype, compiler):
     batch = make_pairs(2, 6, 30, dtype, backend.device)
-    for options in ({}, {"loss_type": "ipo"}):
-        run = loss_function(backend, batch, **options)
-        compiled = torch.compile(run, backend=compiler, fullgraph=True)
-        assert_same(compiled, run, batch.logits, exact=compiler != "inductor")
+    run = loss_function(backend, batch, loss_type=["sigmoid", "ipo"])
+    compiled = torch.compile(run, backend=compiler, fullgraph=True)
+    assert_same(compiled, run, batch.logits, exact=compiler != "inductor")
 
 
-@pytest.mark.dtypes(*PLAIN)
+@pytest.mark.dtypes(torch.float32)
 def test_compiled_in_place_backward(backend, dtype, compiler):
     batch = make_pairs(2, 6, 30, dtype, backend.device)
     weight = (0.3 * normal(8, 30)).to(backend.device, dtype)
@@ -220,79 +222,67 @@ def test_compiled_without_gradients(backend, dtype):
             assert torch.equal(actual, expected)
 
 
-class CountingCompiler:
-    """A torch.compile backend that runs graphs as they are and counts them."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        from torch._dynamo.backends.debugging import aot_eager
-
-        self.graphs += 1
-        return aot_eager(graph, inputs)
+no_recompilation = torch._dynamo.config.patch(error_on_recompile=True)
 
 
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", [{}, {"loss_type": "ipo"}])
+@pytest.mark.parametrize("options", [{}, {"loss_type": ["sigmoid", "ipo"]}], ids=["default", "several"])
 def test_one_compilation_serves_all_lengths(backend, dtype, packed, options):
     """known bug 22: recompilation for each length (Liger#1362)."""
     torch._dynamo.reset()
-    counter = CountingCompiler()
 
-    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def run(logits, labels, reference, ends):
         return fused_token_dpo(
             logits, labels, reference_logits=reference, cu_seqlens=ends, backend=backend.name, **options
         ).loss
 
-    for length in (5, 6, 9, 13):
-        batch = make_pairs(3, length, 30, dtype, backend.device)
+    for length in (5, 6, 9):
+        batch = make_pairs(3, length, 101, dtype, backend.device)
         batch = pack(batch) if packed else batch
         leaf = batch.logits.clone().requires_grad_()
-        loss = run(leaf, batch.labels, batch.reference, batch.cu_seqlens)
-        loss.backward()
+        with no_recompilation:
+            loss = run(leaf, batch.labels, batch.reference, batch.cu_seqlens)
+            loss.backward()
+        again = batch.logits.clone().requires_grad_()
         eager = fused_token_dpo(
-            batch.logits, batch.labels, reference_logits=batch.reference, cu_seqlens=batch.cu_seqlens,
+            again, batch.labels, reference_logits=batch.reference, cu_seqlens=batch.cu_seqlens,
             backend=backend.name, **options,
         )  # fmt: skip
-        assert torch.equal(loss, eager.loss)
-    assert counter.graphs == 1
+        eager.loss.backward()
+        assert torch.equal(loss, eager.loss) and torch.equal(leaf.grad, again.grad)
 
 
 @pytest.mark.dtypes(torch.float32)
 def test_one_compilation_of_logps_serves_all_lengths_and_vocabularies(backend, dtype):
     torch._dynamo.reset()
-    counter = CountingCompiler()
 
-    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def run(logits, labels):
         return token_logps(logits, labels, backend=backend.name)
 
     for length, vocab in ((5, 30), (6, 31), (9, 40), (13, 7)):
-        rows = make_rows((2, length), vocab, dtype, backend.device)
-        leaf = rows.logits.clone().requires_grad_()
-        logps = run(leaf, rows.labels)
-        logps.sum().backward()
+        rows = make_rows((3, length), vocab, dtype, backend.device)
+        with no_recompilation:
+            logps = run(rows.logits.clone().requires_grad_(), rows.labels)
+            logps.sum().backward()
         assert torch.equal(logps, token_logps(rows.logits, rows.labels, backend=backend.name))
-    assert counter.graphs == 1
 
 
 @pytest.mark.dtypes(torch.float32)
-def test_the_default_mode_compiles_twice_at_most(backend, dtype):
-    """Without dynamic=True torch specialises on the first length and generalises at the second; then it is done."""
+def test_the_default_mode_generalises_at_the_second_length(backend, dtype):
+    """Without dynamic=True torch specialises on the first length and compiles once more at the second; never again."""
     torch._dynamo.reset()
-    counter = CountingCompiler()
 
-    @torch.compile(backend=counter, fullgraph=True)
+    @torch.compile(backend="aot_eager", fullgraph=True)
     def run(logits, labels):
         return token_logps(logits, labels, backend=backend.name)
 
-    for length in (5, 6, 9, 13, 17):
-        rows = make_rows((2, length), 30, dtype, backend.device)
-        run(rows.logits.clone().requires_grad_(), rows.labels).sum().backward()
-    assert counter.graphs <= 2
+    for i, length in enumerate((5, 6, 9, 13, 17)):
+        rows = make_rows((3, length), 30, dtype, backend.device)
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            run(rows.logits.clone().requires_grad_(), rows.labels).sum().backward()
 
 
 @pytest.mark.dtypes(torch.float32)

@@ -45,42 +45,37 @@ class Truncation(NamedTuple):
     answers: int = 0
     dropped: int = 0
 
-    def __add__(self, other: object) -> Truncation:
-        if not isinstance(other, Truncation):
-            return NotImplemented
-        return Truncation(
-            self.prompts + other.prompts, self.answers + other.answers, self.dropped + other.dropped
-        )
+
+def encode(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
+    """Tokenise pairs, whole."""
+    end = int(tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
+    encoded = []
+    for source, pair in enumerate(pairs):
+        chosen, _ = encode_text(tokenizer, pair.chosen)
+        rejected, offsets = encode_text(tokenizer, pair.rejected)
+        planted = [any(start < b and a < stop for a, b in pair.planted) for start, stop in offsets]
+        prompt = encode_prompt(tokenizer, pair.prompt)
+        encoded.append(EncodedPair(prompt, [*chosen, end], [*rejected, end], [*planted, False], source))
+    return encoded
 
 
-def encode(
-    pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[EncodedPair], Truncation]:
-    """Tokenise pairs and cut them to `max_length` tokens, prompt and answer together.
+def truncate(pairs: Sequence[EncodedPair], max_length: int) -> tuple[list[EncodedPair], Truncation]:
+    """Cut pairs to `max_length` tokens, prompt and answer together.
 
     A prompt is cut from the left, an answer from the right. The answers come first: a prompt keeps what they leave,
     but never less than a quarter of the room.
     """
-    encoded, cut = [], [0, 0, 0]
-    end = int(tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
-    for source, pair in enumerate(pairs):
-        prompt = encode_prompt(tokenizer, pair.prompt)
-        chosen, _ = encode_text(tokenizer, pair.chosen)
-        rejected, offsets = encode_text(tokenizer, pair.rejected)
-        planted = [any(start < b and a < stop for a, b in pair.planted) for start, stop in offsets]
-        chosen, rejected, planted = [*chosen, end], [*rejected, end], [*planted, False]
-        for_prompt = max(max_length - max(len(chosen), len(rejected)), max_length // 4)
-        if len(prompt) > for_prompt:
-            prompt = prompt[-for_prompt:]
-            cut[0] += 1
+    kept, prompts, answers = [], 0, 0
+    for pair in pairs:
+        for_prompt = max(max_length - max(len(pair.chosen), len(pair.rejected)), max_length // 4)
+        prompt = pair.prompt[-for_prompt:]
         room = max_length - len(prompt)
-        cut[1] += (len(chosen) > room) + (len(rejected) > room)
-        chosen, rejected, planted = chosen[:room], rejected[:room], planted[:room]
-        if chosen == rejected:
-            cut[2] += 1
-        else:
-            encoded.append(EncodedPair(prompt, chosen, rejected, planted, source))
-    return encoded, Truncation(*cut)
+        prompts += len(prompt) < len(pair.prompt)
+        answers += (len(pair.chosen) > room) + (len(pair.rejected) > room)
+        chosen, rejected = pair.chosen[:room], pair.rejected[:room]
+        if chosen != rejected:
+            kept.append(pair._replace(prompt=prompt, chosen=chosen, rejected=rejected, planted=pair.planted[:room]))
+    return kept, Truncation(prompts, answers, len(pairs) - len(kept))
 
 
 class TokenBatch(NamedTuple):

@@ -69,7 +69,10 @@ def run_demo(options: DemoOptions, stream: TextIO | None = None) -> dict[str, An
     clock = _Clock()
     data = _own_data(options) if options.data is not None else _generated_data(options)
     with _quiet_transformers(), output:
-        metrics = _train_and_write(options, data, output.path, progress, clock)
+        try:
+            metrics = _train_and_write(options, data, output.path, progress, clock)
+        except OSError as error:  # a full disk, above all
+            raise DemoError(f"--out {options.out}: cannot be written ({error.strerror or error})") from error
         output.commit()
     return metrics
 
@@ -78,7 +81,7 @@ def _train_and_write(
     options: DemoOptions, data: Data, folder: Path, progress: Progress, clock: _Clock
 ) -> dict[str, Any]:
     # Imported here: `qkernels demo --help` and every refusal come without waiting for transformers.
-    from .encode import encode
+    from .encode import encode, truncate
     from .evaluate import pair_logps, score_tokens
     from .page import write_page
     from .tokenizer import train_tokenizer
@@ -87,12 +90,11 @@ def _train_and_write(
     progress.say(_data_line(options, data))
     texts = [text for pair in data.train for text in (*(m.content for m in pair.prompt), pair.chosen, pair.rejected)]
     tokenizer = train_tokenizer(texts, options.base_sizes().vocabulary_size)
-    unlimited = sys.maxsize
-    whole, _ = encode(data.train + data.held_out, tokenizer, options.max_length or unlimited)
-    sizes = options.sizes(len(data.train), max(pair.length for pair in whole))
-    train, cut_train = encode(data.train, tokenizer, sizes.max_length)
-    held_out, cut_held_out = encode(data.held_out, tokenizer, sizes.max_length)
-    cut = cut_train + cut_held_out
+    pairs = encode(data.train + data.held_out, tokenizer)
+    sizes = options.sizes(len(data.train), max(pair.length for pair in pairs))
+    kept, cut = truncate(pairs, sizes.max_length)
+    train = [pair for pair in kept if pair.source < len(data.train)]
+    held_out = [pair for pair in kept if pair.source >= len(data.train)]
     _require_pairs(options, train, held_out, cut, sizes)
     for line in _truncation_lines(cut, len(data.train) + len(data.held_out), sizes.max_length):
         progress.say(line)
@@ -109,8 +111,8 @@ def _train_and_write(
     reference.requires_grad_(False)
     clock.lap("sft")
 
-    name = "token-level DPO" if options.loss == "sigmoid" else f"loss {options.loss}"
-    progress.say(f"2. The result is frozen as the reference; preference training, {name} ({sizes.steps} steps)")
+    loss = "token-level DPO" if options.loss == "sigmoid" else f"loss {options.loss}"
+    progress.say(f"2. The result is frozen as the reference; preference training, {loss} ({sizes.steps} steps)")
     policy = copy.deepcopy(reference).requires_grad_(True)
     held_out_reference = pair_logps(reference, held_out, sizes.batch_size)
     curves = train_preferences(
@@ -121,10 +123,9 @@ def _train_and_write(
     progress.say("3. Scoring the held-out pairs, writing model and report")
     scores = score_tokens(policy, held_out, held_out_reference, options.beta, sizes.batch_size)
     results = _results(scores, held_out)
-    policy.save_pretrained(folder / MODEL)
-    reference.save_pretrained(folder / REFERENCE)
-    for part in (MODEL, REFERENCE):
-        tokenizer.save_pretrained(folder / part)
+    for name, model in ((MODEL, policy), (REFERENCE, reference)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     clock.lap("scoring")
     metrics = {
         "results": results,
@@ -151,7 +152,7 @@ def _train_and_write(
         "threads": torch.get_num_threads(),
         "elapsed_seconds": clock.seconds,
     }
-    write_page(folder / REPORT, metrics, data.held_out, held_out, scores, tokenizer)
+    write_page(folder / REPORT, metrics, data.train + data.held_out, held_out, scores, tokenizer)
     text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / METRICS).write_text(text + "\n", encoding="utf-8")
     return metrics
