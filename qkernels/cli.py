@@ -59,7 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, metavar="N", help="steps of preference training (default: by the data)")
     add("--batch-size", type=int, metavar="N", help="pairs per step (default: 32; 8 with --data)")
     add("--beta", type=float, default=0.1, metavar="X", help="strength of the KL constraint (default: 0.1)")
-    add("--loss", default="sigmoid", metavar="NAME", help=f"one of {', '.join(sorted(OBJECTIVES))} (default: sigmoid, DPO)")
+    add(
+        "--loss",
+        default="sigmoid",
+        metavar="NAME",
+        help=f"one of {', '.join(sorted(OBJECTIVES))} (default: sigmoid, DPO)",
+    )
     add(
         "--sft-weight",
         type=float,

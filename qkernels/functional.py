@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def _as_3d(logits: Tensor, name: str) -> Tensor:
     if logits.dim() == 2:
         return logits.unsqueeze(0)
     try:
-        return logits.view(logits.shape[0], -1, logits.shape[-1])
+        return logits.view(logits.shape[0], math.prod(logits.shape[1:-1]), logits.shape[-1])
     except RuntimeError:
         raise ValueError(
             f"the row dimensions of {name} {tuple(logits.shape)} with strides {tuple(logits.stride())} do not merge;"
@@ -156,7 +157,7 @@ def _as_3d(logits: Tensor, name: str) -> Tensor:
 def _as_2d(per_row: Tensor) -> Tensor:
     if per_row.dim() == 1:
         return per_row.unsqueeze(0).contiguous()
-    return per_row.reshape(per_row.shape[0], -1).contiguous()
+    return per_row.reshape(per_row.shape[0], math.prod(per_row.shape[1:])).contiguous()
 
 
 def token_logps(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -99,27 +100,25 @@ def token_mdp(
         As `fused_token_dpo`.
     """
     beta = checks.positive(beta, "beta")
-    outputs = ["logps", "logsumexp"]
+    logits = checks.logits(logits, "logits").detach()
+    labels = checks.labels(labels, logits, "logits")
     if (reference_logits is None) == (reference_logps is None):
         raise ValueError("give either reference_logits or reference_logps (cached log-probs; 0.0 for reference-free)")
-    if reference_logits is not None:
-        outputs.append("reference_logps")
-    logits = checks.logits(logits, "logits").detach()
+    cached = reference_logps
+    if isinstance(cached, Tensor):
+        cached = checks.like(cached, "reference_logps", labels.shape, labels, "labels").detach()
+    elif cached is not None and (isinstance(cached, bool) or cached != 0):
+        raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {cached!r}")
+    if cu_seqlens is not None:
+        cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
+    outputs = ["logps", "logsumexp"] + (["reference_logps"] if cached is None else [])
     stats = token_stats(
         logits, labels, reference_logits=reference_logits, outputs=outputs, ignore_index=ignore_index, backend=backend
     )
-    assert stats.logps is not None and stats.logsumexp is not None
-    if cu_seqlens is not None:
-        cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
-    if reference_logits is not None:
-        reference = stats.reference_logps
-    elif isinstance(reference_logps, Tensor):
-        reference = checks.like(reference_logps, "reference_logps", labels.shape, labels, "labels").to(stats.logps)
-    elif reference_logps == 0:
-        reference = stats.logps * 0
-    else:
-        raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {reference_logps!r}")
-    assert reference is not None
+    logps, logsumexp, reference = stats.logps, stats.logsumexp, stats.reference_logps
+    assert logps is not None and logsumexp is not None
+    if reference is None:
+        reference = cached.to(logps.dtype) if isinstance(cached, Tensor) else torch.zeros_like(logps)
     return token_mdp_from_logps(
-        stats.logps, stats.logsumexp, reference, beta=beta, valid=labels != ignore_index, cu_seqlens=cu_seqlens
+        logps, logsumexp, reference, beta=beta, valid=labels != ignore_index, cu_seqlens=cu_seqlens
     )

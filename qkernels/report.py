@@ -159,7 +159,9 @@ def _heat_legend(scale: float, with_planted: bool) -> str:
 def _card(pair: ScoredPair, index: int, scale: float) -> str:
     right = pair.margin > 0
     badge = (
-        '<span class="badge right">✓ ranked right</span>' if right else '<span class="badge wrong">✗ ranked wrong</span>'
+        '<span class="badge right">✓ ranked right</span>'
+        if right
+        else '<span class="badge wrong">✗ ranked wrong</span>'
     )
     twins = _twins(pair)
     note = f'<p class="note">{escape(pair.note)}</p>' if pair.note else ""
@@ -195,7 +197,9 @@ def _twins(pair: ScoredPair) -> tuple[list[int | None], list[int | None]]:
 
 def _answer(side: str, tokens: Sequence[Token], scale: float, twins: Sequence[int | None]) -> str:
     total = sum(token.reward for token in tokens)
-    body = "".join(_token(token, scale, twin, i == 0) for i, (token, twin) in enumerate(zip(tokens, twins, strict=True)))
+    body = "".join(
+        _token(token, scale, twin, i == 0) for i, (token, twin) in enumerate(zip(tokens, twins, strict=True))
+    )
     return f"""<section class="answer {side}"><div class="side"><span class="name">{side}</span>\
 <b title="reward of the answer: the sum of its tokens' rewards">{number(total, 3, True)}</b></div>
 <div class="tokens" role="group" aria-label="{side} answer, tokens with rewards" dir="auto">{body}</div></section>"""
@@ -267,9 +271,7 @@ def line_chart(
         percent: whether y is a share, labelled in percent.
         description: a sentence below the title.
     """
-    kept = [
-        (line, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)]) for line in series
-    ]
+    kept = [(line, [(x, y) for x, y in line.points if math.isfinite(x) and math.isfinite(y)]) for line in series]
     xs = [x for _, points in kept for x, _ in points] or [0.0, 1.0]
     ys = [y for _, points in kept for _, y in points] or [0.0, 1.0]
     y_ticks = ticks(*y_range) if y_range else ticks(min(0.0, *ys), max(0.0, *ys))

@@ -226,11 +226,11 @@ no_recompilation = torch._dynamo.config.patch(error_on_recompile=True)
 
 
 @pytest.mark.dtypes(torch.float32)
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("options", [{}, {"loss_type": ["sigmoid", "ipo"]}], ids=["default", "several"])
+@pytest.mark.parametrize("options, packed", [("default", False), ("default", True), ("several", True)])
 def test_one_compilation_serves_all_lengths(backend, dtype, packed, options):
     """known bug 22: recompilation for each length (Liger#1362)."""
     torch._dynamo.reset()
+    options = LOSS_OPTIONS[options]
 
     @torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)
     def run(logits, labels, reference, ends):

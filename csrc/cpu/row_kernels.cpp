@@ -115,6 +115,28 @@ CopyResult copy_block(const T* row, int64_t start, int64_t n, int64_t label, Cop
   return result;
 }
 
+// Call f with a null pointer of the element type of that code.
+template <class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(static_cast<const float*>(nullptr));
+    case DType::kBFloat16: return f(static_cast<const BFloat16*>(nullptr));
+    case DType::kFloat16: return f(static_cast<const Float16*>(nullptr));
+  }
+}
+
+template <class P>
+using Pointee = std::remove_const_t<std::remove_pointer_t<P>>;
+
+CopyResult copy_block(const Rows& rows, const Shape& shape, int64_t row, int64_t start, int64_t n, int64_t label,
+                      Copy& copy) {
+  CopyResult result;
+  with_type(rows.dtype, [&](auto t) {
+    result = copy_block(row_of<Pointee<decltype(t)>>(rows, shape, row), start, n, label, copy);
+  });
+  return result;
+}
+
 // What is gathered of each entry besides e.
 enum class Gather {
   kExp,      // nothing
@@ -152,8 +174,8 @@ Sums sum_block(const T* z, int64_t n, const Shift& shift) {
 }
 
 // The same of both models at once, with sum e (t - t of the other model) of each.
-template <Gather kGather, class T, class R>
-RowSums sum_pair(const T* policy, const R* reference, int64_t n, const Shift& shift, const Shift& reference_shift) {
+template <Gather kGather, class T>
+RowSums sum_pair(const T* policy, const T* reference, int64_t n, const Shift& shift, const Shift& reference_shift) {
   Vec m[kUnroll], s[kUnroll] = {}, st[kUnroll] = {}, sq[kUnroll] = {}, raw[kUnroll] = {};
   Vec rm[kUnroll], rs[kUnroll] = {}, cross[kUnroll] = {}, rcross[kUnroll] = {};
   for (int u = 0; u < kUnroll; ++u) m[u] = rm[u] = splat(kMinusInfinity);
@@ -230,22 +252,23 @@ void fold_row(const Rows& rows, const StatsCall& call, int64_t row, int64_t begi
   }
 }
 
-// Fold the segment [begin, end) of both models' rows into `sums`.
-template <Gather kGather, class T, class R>
+// Fold the segment [begin, end) of both models' rows into `sums`. Rows of different types meet as fp32 copies.
+template <Gather kGather, class T>
 void fold_pair(const StatsCall& call, int64_t row, int64_t begin, int64_t end, RowSums& sums) {
   const double log2e_per_temperature = kLog2e / call.temperature;
   const float scale = static_cast<float>(log2e_per_temperature);
   const T* policy = row_of<T>(call.policy, call.shape, row);
-  const R* reference = row_of<R>(call.reference, call.shape, row);
+  const bool same_type = call.reference.dtype == call.policy.dtype;
+  const T* reference = same_type ? row_of<T>(call.reference, call.shape, row) : nullptr;
   const int64_t label = call.labels.data[row];
   Copy copy, reference_copy;
   for (int64_t start = begin; start < end; start += kBlock) {
     const int64_t n = std::min(kBlock, end - start);
-    const bool copied = must_copy(start, n, label);
+    const bool copied = !same_type || must_copy(start, n, label);
     CopyResult whole, reference_whole;
     if (copied) {
       whole = copy_block(policy, start, n, label, copy);
-      reference_whole = copy_block(reference, start, n, label, reference_copy);
+      reference_whole = copy_block(call.reference, call.shape, row, start, n, label, reference_copy);
     }
     auto sum = [&](float base, float reference_base) {
       const Shift shift(base, scale), reference_shift(reference_base, scale);
@@ -281,19 +304,6 @@ void fold_pair(const StatsCall& call, int64_t row, int64_t begin, int64_t end, R
   }
 }
 
-// Call f with a null pointer of the element type of that code.
-template <class F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(static_cast<const float*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<const BFloat16*>(nullptr));
-    case DType::kFloat16: return f(static_cast<const Float16*>(nullptr));
-  }
-}
-
-template <class P>
-using Pointee = std::remove_const_t<std::remove_pointer_t<P>>;
-
 template <Gather kGather>
 void fold_one(const Rows& rows, const StatsCall& call, int64_t row, int64_t begin, int64_t end, Sums& sums) {
   with_type(rows.dtype, [&](auto t) { fold_row<kGather, Pointee<decltype(t)>>(rows, call, row, begin, end, sums); });
@@ -301,11 +311,7 @@ void fold_one(const Rows& rows, const StatsCall& call, int64_t row, int64_t begi
 
 template <Gather kGather>
 void fold_both(const StatsCall& call, int64_t row, int64_t begin, int64_t end, RowSums& sums) {
-  with_type(call.policy.dtype, [&](auto t) {
-    with_type(call.reference.dtype, [&](auto r) {
-      fold_pair<kGather, Pointee<decltype(t)>, Pointee<decltype(r)>>(call, row, begin, end, sums);
-    });
-  });
+  with_type(call.policy.dtype, [&](auto t) { fold_pair<kGather, Pointee<decltype(t)>>(call, row, begin, end, sums); });
 }
 
 void sum_segment(const StatsCall& call, int64_t row, int64_t segment, RowSums* sums) {
@@ -467,11 +473,15 @@ void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
     grad_plain(call, c, policy, n, out);
   else if (!call.reference_state)
     grad_full<false>(call, c, policy, policy, n, out);
+  else if (call.reference.dtype == call.policy.dtype)
+    grad_full<true>(call, c, policy, row_of<T>(call.reference, call.shape, row) + begin, n, out);
   else
-    with_type(call.reference.dtype, [&](auto r) {
-      using R = Pointee<decltype(r)>;
-      grad_full<true>(call, c, policy, row_of<R>(call.reference, call.shape, row) + begin, n, out);
-    });
+    for (int64_t start = 0; start < n; start += kBlock) {
+      Copy reference;
+      const int64_t block = std::min(kBlock, n - start);
+      copy_block(call.reference, call.shape, row, begin + start, block, -1, reference);
+      grad_full<true>(call, c, policy + start, reference.values, block, out + start);
+    }
   if (label >= begin && label < begin + n) out[label - begin] = at_label;
 }
 
