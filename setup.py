@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         package = ROOT / "qkernels" if self.inplace else Path(self.build_lib).resolve() / "qkernels"
         package.mkdir(parents=True, exist_ok=True)
-        for stale in package.glob("_C.*"):
+        for stale in [*package.glob("_C*.so"), *package.glob("_C*.pyd")]:
             stale.unlink()
         reason = why_not_native()
         if reason is None:

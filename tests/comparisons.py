@@ -66,7 +66,9 @@ def random_upstream(rows: Rows, outputs: tuple[str, ...], key: int = 0) -> dict[
     for i, name in enumerate(outputs):
         g = torch.randn(rows.labels.shape, generator=generator(key, i, rows.vocab))
         g.view(-1)[-2:-1] = 0.0
-        upstream[name] = g.to(rows.logits.device, torch.float64 if rows.logits.dtype == torch.float64 else torch.float32)
+        upstream[name] = g.to(
+            rows.logits.device, torch.float64 if rows.logits.dtype == torch.float64 else torch.float32
+        )
     return upstream
 
 

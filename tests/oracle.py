@@ -387,9 +387,7 @@ def slope_error(name: str, batch: list[Pair], o: Options, sizes: list[float]) ->
     """
     ratios = [getattr(pair, side).detach().requires_grad_() for side in ("r_w", "r_l") for pair in batch]
     half = len(batch)
-    moved = [
-        dataclasses.replace(pair, r_w=ratios[i], r_l=ratios[half + i]) for i, pair in enumerate(batch)
-    ]
+    moved = [dataclasses.replace(pair, r_w=ratios[i], r_l=ratios[half + i]) for i, pair in enumerate(batch)]
     slopes = torch.autograd.grad(objective(name, moved, o).sum(), ratios, create_graph=True)
     links = link(torch.stack(ratios), o.f_divergence, o.f_alpha_divergence_coef)
     steepness = torch.autograd.grad(links.sum(), ratios)
@@ -500,12 +498,8 @@ def preference(
             strict=True,
         )
     )
-    row_upstream = {
-        name: slope for name, slope in slopes.items() if slope is not None and name in WITH_GRADIENT
-    }
-    terms = gradient_terms(
-        logits, labels, row_upstream, reference, temperature=temperature, ignore_index=ignore_index
-    )
+    row_upstream = {name: slope for name, slope in slopes.items() if slope is not None and name in WITH_GRADIENT}
+    terms = gradient_terms(logits, labels, row_upstream, reference, temperature=temperature, ignore_index=ignore_index)
     for factor, name in zip(factors, names, strict=True):
         if name in SLOPE_CANCELS:
             ratios = [ratio for pair in losses_of(inner)[1] for ratio in (pair.r_w, pair.r_l)]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
+from torch import nn
+
+import oracle
 from assertions import assert_gradient, assert_within
 from cases import IGNORE, make_pairs, make_rows, normal, pack
 from comparisons import check_preference, random_upstream
 from oracle import Options
-from torch import nn
-
 from qkernels import fused_token_dpo, token_logps, token_mdp, token_stats
 
 EXACT = torch.float64

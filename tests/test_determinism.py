@@ -6,12 +6,12 @@ import multiprocessing
 import sys
 import threading
 
-import oracle
 import pytest
 import torch
+
+import oracle
 from cases import Rows, make_pairs, make_rows, normal
 from comparisons import check_logps
-
 from qkernels import fused_token_dpo, token_logps, token_stats
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -197,9 +197,7 @@ def test_data_loader_workers_can_call_the_kernels(backend):
     on_cpu(backend)
     data = Scored(backend.name)
     expected = torch.stack([data[i] for i in range(6)])
-    loader = torch.utils.data.DataLoader(
-        data, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60
-    )
+    loader = torch.utils.data.DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context="fork", timeout=60)
     assert torch.equal(torch.cat(list(loader)), expected)
 
 

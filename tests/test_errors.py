@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
-from cases import IGNORE, normal
 
 import qkernels
+from cases import IGNORE, normal
 from qkernels import fused_token_dpo, objectives, shift_labels, token_logps, token_mdp, token_stats
 
 V, T, S = 11, 5, 4
@@ -136,9 +136,7 @@ def test_an_ignored_label_is_never_out_of_range(backend):
 
 def test_row_dimensions_must_merge():
     x = logits(2, 3, 4, V).transpose(0, 1)
-    refuses(
-        ValueError, "logits", "strides", "contiguous", call=lambda: token_logps(x.transpose(1, 2), labels(3, 4, 2))
-    )
+    refuses(ValueError, "logits", "strides", "contiguous", call=lambda: token_logps(x.transpose(1, 2), labels(3, 4, 2)))
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1.0, float("nan"), float("inf")])
@@ -230,9 +228,7 @@ def test_reference_logits():
     refuses(ValueError, "reference_logits", "meta", "cpu", call=lambda: run(x.to("meta")))
     refuses(ValueError, "reference_logits", "contiguous", call=lambda: run(logits(S, V, T).transpose(1, 2)))
     refuses(TypeError, "reference_logits", "float64", "float32", call=lambda: run(x.double()))
-    refuses(
-        TypeError, "reference_logits", "float64", call=lambda: fused_token_dpo(x.double(), y, reference_logits=x)
-    )
+    refuses(TypeError, "reference_logits", "float64", call=lambda: fused_token_dpo(x.double(), y, reference_logits=x))
 
 
 # --- fused_token_dpo --------------------------------------------------------------------------------------------------
@@ -265,9 +261,7 @@ def test_sequences_come_in_pairs():
 
 
 def test_an_empty_batch_is_refused():
-    refuses(
-        ValueError, "empty batch", call=lambda: fused_token_dpo(logits(0, T, V), labels(0, T), reference_logps=0.0)
-    )
+    refuses(ValueError, "empty batch", call=lambda: fused_token_dpo(logits(0, T, V), labels(0, T), reference_logps=0.0))
     refuses(
         ValueError, "empty batch", call=lambda: fused_token_dpo(
             logits(0, V), labels(0), reference_logps=0.0, cu_seqlens=torch.zeros(1, dtype=torch.int32)
@@ -292,16 +286,10 @@ def test_one_reference_and_no_more():
         ValueError, "reference_logits", "reference_logps", "not both",
         call=lambda: dpo(reference_logits=logits(), reference_logps=torch.zeros(S, T)),
     )  # fmt: skip
-    refuses(
-        ValueError, "reference_logits", "reference_logps", "not both", call=lambda: dpo(reference_logits=logits())
-    )
-    refuses(
-        ValueError, "reference_logits", "reference_logps", "0.0", call=lambda: fused_token_dpo(logits(), labels())
-    )
+    refuses(ValueError, "reference_logits", "reference_logps", "not both", call=lambda: dpo(reference_logits=logits()))
+    refuses(ValueError, "reference_logits", "reference_logps", "0.0", call=lambda: fused_token_dpo(logits(), labels()))
     for name in ("ipo", "sigmoid", "aot"):
-        refuses(
-            ValueError, "no reference", call=lambda n=name: fused_token_dpo(logits(), labels(), loss_type=n)
-        )
+        refuses(ValueError, "no reference", call=lambda n=name: fused_token_dpo(logits(), labels(), loss_type=n))
     refuses(
         ValueError, "no reference",
         call=lambda: fused_token_dpo(logits(), labels(), loss_type=["simpo", "sigmoid"]),
@@ -406,9 +394,7 @@ def test_loss_kwargs():
         ValueError, "f_alpha_divergence_coef", "no meaning",
         call=lambda: dpo(loss_kwargs={"f_divergence": "js", "f_alpha_divergence_coef": 0.3}),
     )  # fmt: skip
-    refuses(
-        ValueError, "f_alpha_divergence_coef", call=lambda: dpo(loss_kwargs={"f_alpha_divergence_coef": 0.3})
-    )
+    refuses(ValueError, "f_alpha_divergence_coef", call=lambda: dpo(loss_kwargs={"f_alpha_divergence_coef": 0.3}))
     for bad in (-0.1, 1.5, float("nan")):
         refuses(ValueError, "ld_alpha", r"\[0, 1\]", str(bad), call=lambda b=bad: dpo(loss_kwargs={"ld_alpha": b}))
     for bad in (0.0, -1.0):

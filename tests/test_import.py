@@ -79,9 +79,7 @@ def test_info_tells_what_runs_and_why_not(backend):
 
 
 def test_auto_takes_the_first_backend_that_can(backend):
-    able = [
-        name for name in backends._MODULES if backends.unavailable(name, backend.device, torch.float32) is None
-    ]
+    able = [name for name in backends._MODULES if backends.unavailable(name, backend.device, torch.float32) is None]
     assert backends.resolve("auto", torch.zeros(1, device=backend.device)) == able[0]
     assert backends.resolve("auto", torch.zeros(1, dtype=torch.float64, device=backend.device)) == "torch"
     if "cpu" in able:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
+
+import oracle
 from cases import Rows, make_rows
 from comparisons import check_gradient, check_logps, check_outputs, random_upstream, row_gradient
 from conftest import Backend

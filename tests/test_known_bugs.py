@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import pytest
 import torch
+from torch import nn
+
+import oracle
 from assertions import ROW_BOUNDS, assert_gradient, assert_row_output, assert_within
 from cases import IGNORE, PairBatch, Rows, make_pairs, make_rows, normal, pack
 from comparisons import check_gradient, check_logps, check_outputs, check_preference, random_upstream, row_gradient
-from torch import nn
-
 from qkernels import fused_token_dpo, shift_labels, token_logps, token_mdp, token_stats
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -298,9 +298,7 @@ def test_an_odd_number_of_sequences_is_refused(backend, count):
         fused_token_dpo(logits, labels, reference_logps=0.0, backend=backend.name)
     ends = torch.arange(count + 1, dtype=torch.int32, device=backend.device) * 4
     with pytest.raises(ValueError, match=rf"{count} sequences.*even"):
-        fused_token_dpo(
-            logits.view(-1, 9), labels.view(-1), reference_logps=0.0, cu_seqlens=ends, backend=backend.name
-        )
+        fused_token_dpo(logits.view(-1, 9), labels.view(-1), reference_logps=0.0, cu_seqlens=ends, backend=backend.name)
 
 
 def test_every_option_changes_the_result(backend):
@@ -517,9 +515,7 @@ def test_cached_reference_logps_equal_live_ones(backend, dtype):
             assert_within(out.token_rewards * 10, live.token_rewards * 10, allowed, name)
             same = fused_token_dpo(batch.reference, batch.labels, reference_logps=cache, **shared)
             assert_within(same.token_rewards * 10, 0 * allowed, allowed, f"step 0 with {name}")
-        same = fused_token_dpo(
-            batch.reference, batch.labels, reference_logps=caches["token_logps"], **shared
-        )
+        same = fused_token_dpo(batch.reference, batch.labels, reference_logps=caches["token_logps"], **shared)
         assert bool((same.token_rewards == 0).all()), "the same path twice must give the same bits"
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from assertions import assert_within
-from cases import IGNORE, generator, make_pairs, make_rows, pack
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from assertions import assert_within
+from cases import IGNORE, generator, make_pairs, make_rows, pack
 from qkernels import fused_token_dpo, token_logps, token_mdp, token_stats
 
 SYMBOLS, STEPS = 3, 4
@@ -181,7 +181,8 @@ def test_every_reward_of_a_shaping_class_has_the_same_representative(backend, dt
     assert max(abs(v) for v in own.v.values()) < 1e-12
     fixed = mdp_of(own, backend, dtype)
     assert_within(fixed.bellman_rewards, fixed.implicit_rewards.double(), 20 * unit(dtype), "fixed point")
-    assert_within(fixed.implicit_rewards, implicit.double(), 20 * unit(dtype), "representative")
+    assert_within(fixed.implicit_rewards, tree.along(representative), 20 * unit(dtype), "representative")
+    assert_within(implicit, tree.along(representative), 20 * unit(dtype), "implicit rewards")
 
 
 @pytest.mark.dtypes(*EXACT)
@@ -212,8 +213,7 @@ def beam_search(tree: Tree, backend, width: int, steps: int) -> list[State]:
 def planning_value(tree: Tree, sequence: State) -> float:
     """(12): K steps of r + beta log pi_ref, plus V* of the state after them."""
     steps = sum(
-        float(tree.reward[sequence[:t]][a] + tree.beta * tree.log_ref[sequence[:t]][a])
-        for t, a in enumerate(sequence)
+        float(tree.reward[sequence[:t]][a] + tree.beta * tree.log_ref[sequence[:t]][a]) for t, a in enumerate(sequence)
     )
     return steps + tree.v.get(sequence, 0.0)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from itertools import product
 
-import oracle
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle
 from assertions import assert_within
 from cases import IGNORE, PairBatch, generator, make_labels, make_pairs, normal, pack
 from comparisons import check_preference
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from oracle import Options
-
 from qkernels import PairScores, fused_token_dpo, objectives, token_logps
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -243,9 +243,7 @@ def test_several_objectives_at_once(backend, dtype, weights, packed):
     batch = batch_for(dtype, backend.device)
     batch = pack(batch) if packed else batch
     for reduction in ("mean", "sum"):
-        check_preference(
-            backend, batch, ["sigmoid", "bco_pair", "sft"], loss_weights=weights, reduction=reduction
-        )
+        check_preference(backend, batch, ["sigmoid", "bco_pair", "sft"], loss_weights=weights, reduction=reduction)
 
 
 def test_options_reach_the_objective_that_knows_them(backend):
@@ -392,9 +390,7 @@ def test_per_sequence_reference_logps(backend, dtype, name, packed):
 def test_reference_free(backend, dtype, name, packed):
     batch = batch_for(dtype, backend.device)
     batch = pack(batch) if packed else batch
-    out, _ = check_preference(
-        backend, batch, name, options=CASES[name], live_reference=False, reference_logps=0.0
-    )
+    out, _ = check_preference(backend, batch, name, options=CASES[name], live_reference=False, reference_logps=0.0)
     assert bool((out.reference_token_logps == 0).all())
 
 
@@ -496,9 +492,7 @@ def test_temperature_divides_both_models(backend, dtype):
     batch = batch_for(dtype, backend.device)
     for name, temperature in product(("sigmoid", "tdpo2"), (0.5, 1.3)):
         check_preference(backend, batch, name, temperature=temperature)
-        check_preference(
-            backend, batch, "sigmoid", temperature=temperature, live_reference=False, reference_logps=0.0
-        )
+        check_preference(backend, batch, "sigmoid", temperature=temperature, live_reference=False, reference_logps=0.0)
 
 
 @pytest.mark.dtypes(*PLAIN)

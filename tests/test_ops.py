@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
+
 from assertions import assert_within
 from cases import make_pairs, make_rows, normal, pack
-
 from qkernels import fused_token_dpo, ops, token_logps, token_mdp, token_stats
 from qkernels.rows import BIT, COEFFICIENTS, REFERENCE_STATE, STATE
 
@@ -290,9 +290,7 @@ def test_compiled_call_still_refuses_a_label_outside_the_vocabulary(backend, dty
     torch._dynamo.reset()
     rows = make_rows((2, 5), 30, dtype, backend.device)
     rows.labels[1, 2] = 30
-    compiled = torch.compile(
-        lambda x, y: token_logps(x, y, backend=backend.name), backend="aot_eager", fullgraph=True
-    )
+    compiled = torch.compile(lambda x, y: token_logps(x, y, backend=backend.name), backend="aot_eager", fullgraph=True)
     if backend.device.type == "cpu":
         with pytest.raises(IndexError, match=r"labels\[1, 2\] = 30"):
             compiled(rows.logits, rows.labels)

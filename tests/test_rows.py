@@ -115,6 +115,26 @@ def test_rows_that_rise_or_fall_from_block_to_block(backend, dtype, step, fallin
     check_gradient(backend, rows, random_upstream(rows, oracle.WITH_GRADIENT))
 
 
+@pytest.mark.dtypes(torch.float32, torch.bfloat16)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("place", [100, 3000])
+def test_a_maximum_that_comes_late(backend, dtype, place, temperature):
+    """Confident rows, the usual case: the entropy is small and the sums are dominated by two entries.
+
+    If these are summed relative to an earlier, much lower maximum, the rest of the row is rounded away.
+    """
+    tops = torch.arange(5.0, 36.0, 1.0) * temperature
+    logits = 0.5 * normal(len(tops), 4100)
+    logits[:, place] = tops
+    logits[:, place + 1] = tops - 2 * temperature
+    labels = torch.full((len(tops),), 3, device=backend.device)
+    labels[::3] = place + 1
+    rows = Rows(logits.to(backend.device, dtype), labels, logits.flip(0).to(backend.device, dtype), temperature)
+    check_outputs(backend, rows, ("logps", "logsumexp", "entropy", "log_sum_sq_probs", "mean_logits"))
+    check_outputs(backend, rows)
+    check_gradient(backend, rows, random_upstream(rows, ("logps", "entropy")))
+
+
 @pytest.mark.dtypes(torch.float32, torch.float16)
 @pytest.mark.parametrize("place", [0, 1, 15, 16, 63, 64, 2047, 2048, 2049, 4095, 4096, 4098])
 def test_the_largest_entry_may_stand_anywhere(backend, dtype, place):
@@ -182,7 +202,9 @@ def check_layout(backend, rows: Rows) -> None:
     check_logps(backend, rows)
     upstream = random_upstream(rows, oracle.WITH_GRADIENT)
     grad = check_gradient(backend, rows, upstream)
-    own_memory = all(stride > 0 or size == 1 for size, stride in zip(rows.logits.shape, rows.logits.stride(), strict=True))
+    own_memory = all(
+        stride > 0 or size == 1 for size, stride in zip(rows.logits.shape, rows.logits.stride(), strict=True)
+    )
     if own_memory and rows.logits.untyped_storage().data_ptr() != rows.reference.untyped_storage().data_ptr():
         clone = strided(rows.logits, rows.logits.stride(), rows.logits.storage_offset())
         rows = Rows(clone, rows.labels, rows.reference, rows.temperature)

@@ -4,6 +4,10 @@
 #include <algorithm>
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "../core/pair_loss.h"
 #include "row_kernels.h"
 #include "thread_pool.h"
@@ -22,16 +26,23 @@ const RowKernels* avx512_bf16_kernels() { return nullptr; }
 
 namespace {
 
+#if defined(__x86_64__)
+// By hand: older Clangs do not know the name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+#endif
+
 bool machine_has(const char* name) {
   const std::string set = name;
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (set == "avx512") return avx512;
   if (set == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
-  if (set == "avx2")
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (set == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
   return set == "baseline";
 }

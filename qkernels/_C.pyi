@@ -1,0 +1,54 @@
+"""The compiled extension: operations on raw addresses. See csrc/bindings.cpp."""
+
+_Shape = tuple[int, int, int]  # outer, inner, vocab
+_View = tuple[int, int, int, int]  # address, dtype code, outer stride, inner stride
+
+def row_stats(
+    shape: _Shape,
+    policy: _View,
+    reference: _View,
+    labels: int,
+    ignore_index: int,
+    temperature: float,
+    columns: int,
+    out: int,
+    threads: int,
+    /,
+) -> int: ...
+def row_grad(
+    shape: _Shape,
+    policy: _View,
+    reference: _View,
+    labels: int,
+    ignore_index: int,
+    temperature: float,
+    state: int,
+    reference_state: int,
+    coefficients: int,
+    coefficient_count: int,
+    out: _View,
+    threads: int,
+    /,
+) -> None: ...
+def pair_loss(
+    sequences: int,
+    length: int,
+    rows: int,
+    offsets: int,
+    logps: int,
+    reference: int,
+    per_sequence: bool,
+    weights: int,
+    beta: float,
+    label_smoothing: float,
+    loss: int,
+    rewards: int,
+    grad: int,
+    /,
+) -> None: ...
+def instruction_set() -> str: ...
+def instruction_sets() -> list[str]: ...
+def use_instruction_set(name: str) -> bool: ...
+def column_names() -> list[str]: ...
+def coefficient_names() -> list[str]: ...
+def compiler() -> str: ...

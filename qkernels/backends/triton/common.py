@@ -1,0 +1,171 @@
+"""What the Triton kernels share: where a row lies, how it is cut into tiles, and accurate scalar functions.
+
+Walking a row. A row of n elements is cut into a head that ends at the first 16-byte line computed from its *address*,
+whole tiles of LANES x VEC elements, and a tail. Whole tiles need no mask and are read and written 16 bytes at a time
+whatever V, the strides and the base address are; hints never depend on what an argument is divisible by. The tile
+that holds the label is treated like head and tail, element by element, so that the loop over whole tiles never
+compares an element with the label. In order, a row is
+
+    part 0   tile -1 (the head; left out where it is empty)
+    part 1   tiles 0 .. L-1 whole, then tile L, which holds the label (the tail's tile if it lies there)
+    part 2   tiles L+1 .. whole, then the tail (nothing left of it if part 1 had it)
+
+which one loop over parts does, with one copy of the code for whole tiles and one for the others.
+
+Scalars. Numbers that a Python float holds exactly and fp32 does not (1 / temperature, beta) travel as two fp32 parameters and are
+put together in fp64. Everything that happens once per row happens in fp64: it costs nothing beside the row, and
+log(1 + x) or 1 - p keep their digits. `tl.log` and `tl.exp` of fp32 do not: lg2.approx is off by 2^-22 near 1.
+"""
+
+# No `from __future__ import annotations` in kernel files: Triton reads the annotations of a kernel's parameters.
+import contextlib
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LANES = 256  # rows of a tile; 2 per thread
+WARPS = 4
+# fp fusion is on by default up to triton 3.9 and off later: what the tables in docs/kernels.md show was compiled so.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_LOG2E = tl.constexpr(1.4426950408889634074)
+_INF = tl.constexpr(float("inf"))
+
+
+# --- host -------------------------------------------------------------------------------------------------------------
+
+
+def two_floats(x: float) -> tuple[float, float]:
+    """x as a sum of two fp32 numbers."""
+    high = torch.tensor(x, dtype=torch.float64).to(torch.float32).item()
+    return high, x - high
+
+
+def vector_length(*tensors: Tensor) -> int:
+    """Elements per 16 bytes, of the narrowest type."""
+    return max(16 // tensor.element_size() for tensor in tensors)
+
+
+def same_alignment(a: Tensor, b: Tensor, vector: int) -> bool:
+    """Whether each row of `a` lies as many elements past a line of `vector` elements as the same row of `b`."""
+    bases = [tensor.data_ptr() // tensor.element_size() for tensor in (a, b)]
+    strides = [
+        (a.stride(dim), b.stride(dim)) for dim in range(2) if a.shape[dim] > 1
+    ]
+    return all((x - y) % vector == 0 for x, y in [tuple(bases), *strides])
+
+
+def row_strides(tensor: Tensor) -> tuple[int, int]:
+    """Strides of the two leading dimensions of `[S, T, V]`."""
+    return tensor.stride(0), tensor.stride(1)
+
+
+def on_device_of(tensor: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; the interpreter has none and takes a small GPU's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+def splits_for(rows: int, vocab: int, tile: int, device: torch.device) -> int:
+    """Over how many programs a row is spread: 1 unless there are fewer than 4 rows per processor.
+
+    Then enough programs for 8 per processor, of at least 4 tiles each, and no more than the combining program reads at
+    once.
+    """
+    count = processors(device)
+    if rows >= 4 * count:
+        return 1
+    return max(1, min(-(-8 * count // max(rows, 1)), vocab // (4 * tile), MAX_SPLITS))
+
+
+MAX_SPLITS = 64
+
+
+def span_of(vocab: int, splits: int, vector: int) -> int:
+    """Elements per program of a split row; a multiple of the vector, so that all pieces lie alike in memory."""
+    return -(-vocab // (splits * vector)) * vector
+
+
+# --- where things lie -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_of(pointer, row, inner, outer_stride, inner_stride):
+    """First element of a row of `[S, T, V]`; inner = T. Offsets are 64-bit: row * stride passes 2^31."""
+    return pointer + (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+@triton.jit
+def head_of(pointer, VEC: tl.constexpr):
+    """How many elements lie before the first line of VEC elements. `%` is that of C: operands are not negative."""
+    size: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+    lead = (pointer.to(tl.int64) // size) % VEC
+    return ((VEC - lead) % VEC).to(tl.int32)
+
+
+@triton.jit
+def tile_offsets(LANES: tl.constexpr, VEC: tl.constexpr):
+    return tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def whole_tiles(n, head, TILE: tl.constexpr):
+    """Number of tiles that need no mask."""
+    return tl.maximum(n - head, 0) // TILE
+
+
+@triton.jit
+def label_tile(label, head, tiles, TILE: tl.constexpr):
+    """The tile that holds the label, or the first or last one where it lies outside of them."""
+    return tl.minimum(tl.maximum(label - head, 0) // TILE, tiles)
+
+
+@triton.jit
+def part_bounds(part, at_label, tiles):
+    """`(start, stop, is_there)` of a part: whole tiles [start, stop), then tile `stop` with a mask if it is there."""
+    start = tl.where(part == 2, at_label + 1, tl.where(part == 1, 0, -1))
+    stop = tl.where(part == 2, tiles, tl.where(part == 1, at_label, -1))
+    return start, stop, (part != 2) | (at_label < tiles)
+
+
+# --- fp64 scalars -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def joined(high, low):
+    return high.to(tl.float64) + low.to(tl.float64)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of x >= 0 in fp64, to the last digits of x: log(u) / (u - 1) hardly depends on the rounding of u."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 of x <= 0 in fp64, relative error below 1e-13: a series near 0, where the difference would cancel."""
+    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(x > -0.01, series, tl.exp(x) - 1)
+
+
+@triton.jit
+def weighted(e, x):
+    """e * x with 0 * inf = 0."""
+    return tl.where(e == 0, 0.0, e * x)
+
+
+@triton.jit
+def exponent_shift(old, new, scale):
+    """By how much exponents relative to `old` fall when the maximum becomes `new`; 0 where nothing was summed yet."""
+    return tl.where((old == -_INF) | (old == new), 0.0, (old - new) * scale)

@@ -1,0 +1,345 @@
+"""row_stats
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...rows import BIT, COLUMNS, NEEDS_REFERENCE
+from . import common
+from .common import (
+    _INF,
+    _LOG2E,
+    exponent_shift,
+    head_of,
+    joined,
+    label_tile,
+    log1p,
+    part_bounds,
+    row_of,
+    tile_offsets,
+    weighted,
+    whole_tiles,
+)
+
+# What is done with the reference's row.
+NO_REFERENCE, AFTER, TOGETHER = 0, 1, 2
+_AFTER, _TOGETHER = tl.constexpr(AFTER), tl.constexpr(TOGETHER)
+STAGES = 3
+
+# Partial sums of a piece of a row, in the order in which the scratch buffer holds them.
+PARTIALS = ("max", "exp", "exp_t", "exp_sq", "raw", "before", "cross", "r_max", "r_exp", "r_cross")
+_PARTIALS = tl.constexpr(len(PARTIALS))
+_C = {name: tl.constexpr(i) for i, name in enumerate(COLUMNS)}
+
+
+# --- one tile into the running sums of its lanes ----------------------------------------------------------------------
+
+
+@triton.jit
+def _move(m, z, scale):
+    """Running maxima m [LANES] with a tile z [LANES, VEC]: `(new m, base, fall of old exponents, factor of old sums)`.
+
+    The base of the exponents is the maximum, or 0 while a lane has seen nothing but -inf.
+    """
+    new = tl.maximum(m, tl.max(z, 1))
+    base = tl.where(new == -_INF, 0.0, new)
+    shift = exponent_shift(m, base, scale)
+    return new, base, shift, tl.exp2(shift)
+
+
+@triton.jit
+def _fold(z, scale, m, s, st, sq, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr):
+    m, base, shift, a = _move(m, z, scale)
+    t = (z - base[:, None]) * scale
+    e = tl.exp2(t)
+    if ENTROPY:
+        # An exponent below -200 has e = 0; bounded, it does not make 0 * -inf. e itself comes from the unbounded t,
+        # which may be the NaN that `maximum` leaves out.
+        st = tl.where(a == 0, 0.0, a * (st + shift * s)) + tl.sum(e * tl.maximum(t, -200.0), 1)
+    if EXTRAS:
+        sq = a * a * sq + tl.sum(e * e, 1)
+    s = tl.fma(a, s, tl.sum(e, 1))
+    return m, s, st, sq
+
+
+@triton.jit
+def _fold_pair(z, rz, scale, m, s, st, sq, c, rm, rs, rc, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr):
+    m, base, shift, a = _move(m, z, scale)
+    rm, r_base, r_shift, ra = _move(rm, rz, scale)
+    t = (z - base[:, None]) * scale
+    rt = (rz - r_base[:, None]) * scale
+    e = tl.exp2(t)
+    re = tl.exp2(rt)
+    if ENTROPY:
+        st = tl.where(a == 0, 0.0, a * (st + shift * s)) + tl.sum(e * tl.maximum(t, -200.0), 1)
+    if EXTRAS:
+        sq = a * a * sq + tl.sum(e * e, 1)
+    d = t - rt
+    c = tl.where(a == 0, 0.0, a * (c + (shift - r_shift) * s)) + tl.sum(weighted(e, d), 1)
+    rc = tl.where(ra == 0, 0.0, ra * (rc + (r_shift - shift) * rs)) + tl.sum(weighted(re, -d), 1)
+    s = tl.fma(a, s, tl.sum(e, 1))
+    rs = tl.fma(ra, rs, tl.sum(re, 1))
+    return m, s, st, sq, c, rm, rs, rc
+
+
+# --- one row, or a piece of it ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _walk(
+    row, n, label, scale,
+    ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Per-lane sums of n elements from `row` on, without the one at `label`."""
+    TILE: tl.constexpr = LANES * VEC
+    m = tl.full([LANES], -_INF, tl.float32)
+    before = tl.full([LANES], -_INF, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    st = tl.zeros([LANES], tl.float32)
+    sq = tl.zeros([LANES], tl.float32)
+    raw = tl.zeros([LANES], tl.float32)
+    head = head_of(row, VEC)
+    tiles = whole_tiles(n, head, TILE)
+    at_label = label_tile(label, head, tiles, TILE)
+    body = tl.multiple_of(row + head, 16)
+    off = tile_offsets(LANES, VEC)
+    for part in range((head == 0).to(tl.int32), 3):
+        start, stop, there = part_bounds(part, at_label, tiles)
+        for i in tl.range(start, stop, num_stages=STAGES):
+            z = tl.load(body + i.to(tl.int64) * TILE + off, eviction_policy="evict_first").to(tl.float32)
+            if EXTRAS:
+                raw += tl.sum(z, 1)
+            m, s, st, sq = _fold(z, scale, m, s, st, sq, ENTROPY, EXTRAS)
+        at = head + stop * TILE + off
+        inside = (at >= 0) & (at < tl.where(part == 0, tl.minimum(head, n), n)) & there & (at != label)
+        z = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
+        if EXTRAS:
+            raw += tl.sum(z, 1)
+        z = tl.where(inside, z, -_INF)
+        if EXTRAS:
+            # What comes before the label: all of m so far if this tile starts before it, and part of this tile.
+            so_far = tl.maximum(m, tl.max(tl.where(at < label, z, -_INF), 1))
+            before = tl.where((part < 2) & (head + stop * TILE <= label), so_far, before)
+        m, s, st, sq = _fold(z, scale, m, s, st, sq, ENTROPY, EXTRAS)
+    return m, s, st, sq, raw, before
+
+
+@triton.jit
+def _walk_pair(
+    row, ref, n, label, scale,
+    ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, ALIGNED: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same of both models, in step: tiles begin where the policy's lines do, and the reference's too if ALIGNED."""
+    TILE: tl.constexpr = LANES * VEC
+    m = tl.full([LANES], -_INF, tl.float32)
+    before = tl.full([LANES], -_INF, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    st = tl.zeros([LANES], tl.float32)
+    sq = tl.zeros([LANES], tl.float32)
+    raw = tl.zeros([LANES], tl.float32)
+    c = tl.zeros([LANES], tl.float32)
+    rm = tl.full([LANES], -_INF, tl.float32)
+    rs = tl.zeros([LANES], tl.float32)
+    rc = tl.zeros([LANES], tl.float32)
+    head = head_of(row, VEC)
+    tiles = whole_tiles(n, head, TILE)
+    at_label = label_tile(label, head, tiles, TILE)
+    body = tl.multiple_of(row + head, 16)
+    r_body = ref + head
+    if ALIGNED:
+        r_body = tl.multiple_of(r_body, 16)
+    off = tile_offsets(LANES, VEC)
+    for part in range((head == 0).to(tl.int32), 3):
+        start, stop, there = part_bounds(part, at_label, tiles)
+        for i in tl.range(start, stop, num_stages=STAGES):
+            shift = i.to(tl.int64) * TILE + off
+            z = tl.load(body + shift, eviction_policy="evict_first").to(tl.float32)
+            rz = tl.load(r_body + shift, eviction_policy="evict_first").to(tl.float32)
+            if EXTRAS:
+                raw += tl.sum(z, 1)
+            m, s, st, sq, c, rm, rs, rc = _fold_pair(z, rz, scale, m, s, st, sq, c, rm, rs, rc, ENTROPY, EXTRAS)
+        at = head + stop * TILE + off
+        inside = (at >= 0) & (at < tl.where(part == 0, tl.minimum(head, n), n)) & there & (at != label)
+        z = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
+        rz = tl.load(ref + at, mask=inside, other=0.0).to(tl.float32)
+        if EXTRAS:
+            raw += tl.sum(z, 1)
+        z = tl.where(inside, z, -_INF)
+        rz = tl.where(inside, rz, -_INF)
+        if EXTRAS:
+            so_far = tl.maximum(m, tl.max(tl.where(at < label, z, -_INF), 1))
+            before = tl.where((part < 2) & (head + stop * TILE <= label), so_far, before)
+        m, s, st, sq, c, rm, rs, rc = _fold_pair(z, rz, scale, m, s, st, sq, c, rm, rs, rc, ENTROPY, EXTRAS)
+    return m, s, st, sq, raw, before, c, rm, rs, rc
+
+
+@triton.jit
+def _merge(m, s, st, sq, scale):
+    """Sums of lanes (or pieces of a row), each relative to its own maximum, as sums relative to the largest."""
+    top = tl.max(m, 0)
+    base = tl.where(top == -_INF, 0.0, top)
+    shift = exponent_shift(m, base, scale)
+    a = tl.exp2(shift)
+    return top, tl.sum(a * s, 0), tl.sum(tl.where(a == 0, 0.0, a * (st + shift * s)), 0), tl.sum(a * a * sq, 0), shift, a
+
+
+@triton.jit
+def _merge_cross(c, s, shift, other_shift, a):
+    return tl.sum(tl.where(a == 0, 0.0, a * (c + (shift - other_shift) * s)), 0)
+
+
+# --- from sums to columns ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _complete(m, s, label_logit, inverse_temperature):
+    """The sums of a row, relative to the maximum of its other entries, with the label's term added. fp64 scalars.
+
+    Returns the maximum, the fall of the old exponents and their factor, the label's exponent and term, the whole sum,
+    log_sum and the log-prob.
+    """
+    scale = inverse_temperature * _LOG2E
+    top = tl.maximum(m, label_logit)
+    d = exponent_shift(m.to(tl.float64), top.to(tl.float64), scale)
+    f = tl.exp2(d)
+    t = (label_logit.to(tl.float64) - top.to(tl.float64)) * scale
+    e = tl.exp2(t)
+    others = f * s.to(tl.float64)
+    log_sum = tl.where(label_logit == top, log1p(others), tl.log(others + e))
+    log_sum = tl.where(top - top == 0, log_sum, float("nan"))  # nothing but -inf, or a +inf: no softmax
+    logp = (label_logit.to(tl.float64) - top.to(tl.float64)) * inverse_temperature - log_sum
+    return top, d, f, t, e, others + e, log_sum, logp
+
+
+@triton.jit
+def _put(out, columns, slot, value, rows, COLUMN: tl.constexpr):
+    """Store a column if it was asked for; the slot of the next one."""
+    wanted = (columns >> COLUMN) & 1
+    tl.store(out + slot.to(tl.int64) * rows, value.to(tl.float32), mask=wanted != 0)
+    return slot + wanted
+
+
+@triton.jit
+def _fill(out, columns, value, rows, COLUMNS: tl.constexpr):
+    slot = columns * 0
+    for column in tl.static_range(COLUMNS):
+        slot = _put(out, columns, slot, value, rows, column)
+
+
+@triton.jit
+def _finish(
+    out, columns, rows, vocab, inverse_temperature, y, ry,
+    m, s, st, sq, raw, before, c, rm, rs, rc,
+    REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """All columns of a row from its complete sums, in the order of `rows.COLUMNS`."""
+    ln2: tl.constexpr = 0.69314718055994530942
+    top, d, f, t, e, total, log_sum, logp = _complete(m, s, y, inverse_temperature)
+    broken = log_sum - log_sum  # NaN if there is no softmax, else 0
+    slot = columns * 0
+    slot = _put(out, columns, slot, top.to(tl.float64) + broken, rows, 0)
+    slot = _put(out, columns, slot, log_sum, rows, 1)
+    slot = _put(out, columns, slot, logp, rows, 2)
+    if REFERENCE:
+        r_top, rd, rf, rt, re, r_total, r_log_sum, r_logp = _complete(rm, rs, ry, inverse_temperature)
+        slot = _put(out, columns, slot, r_top.to(tl.float64) + (r_log_sum - r_log_sum), rows, 3)
+        slot = _put(out, columns, slot, r_log_sum, rows, 4)
+        slot = _put(out, columns, slot, r_logp, rows, 5)
+    slot = _put(out, columns, slot, top.to(tl.float64) * inverse_temperature + log_sum, rows, 6)
+    if REFERENCE:
+        slot = _put(out, columns, slot, r_top.to(tl.float64) * inverse_temperature + r_log_sum, rows, 7)
+    s64 = s.to(tl.float64)
+    if ENTROPY:
+        weighted_t = weighted(f, st.to(tl.float64) + d * s64) + weighted(e, t)
+        entropy = log_sum - ln2 * (weighted_t / total)
+        slot = _put(out, columns, slot, tl.where(entropy < 0, 0.0, entropy), rows, 8)
+    if REFERENCE == _TOGETHER:
+        rs64 = rs.to(tl.float64)
+        r_cross = weighted(rf, rc.to(tl.float64) + (rd - d) * rs64) + weighted(re, rt - t)
+        kl = ln2 * (r_cross / r_total) - r_log_sum + log_sum
+        slot = _put(out, columns, slot, tl.where(kl < 0, 0.0, kl), rows, 9)
+        cross = weighted(f, c.to(tl.float64) + (d - rd) * s64) + weighted(e, t - rt)
+        kl = ln2 * (cross / total) - log_sum + r_log_sum
+        slot = _put(out, columns, slot, tl.where(kl < 0, 0.0, kl), rows, 10)
+    if EXTRAS:
+        sum_sq = sq.to(tl.float64) * f * f + e * e
+        slot = _put(out, columns, slot, tl.log(sum_sq) - 2 * log_sum, rows, 11)
+        mean = (raw.to(tl.float64) + y.to(tl.float64)) / vocab * inverse_temperature
+        slot = _put(out, columns, slot, mean + broken, rows, 12)
+        first = (y == top) & (before < y)
+        slot = _put(out, columns, slot, tl.where(first, 1.0, 0.0) + broken, rows, 13)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+_RUNTIME = (
+    "logits", "reference", "labels", "out", "partial", "inner", "vocab", "outer_stride", "inner_stride",
+    "r_outer_stride", "r_inner_stride", "ignore_index", "inverse_high", "inverse_low", "columns", "splits", "span",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def row_stats_kernel(
+    logits,  # (S, T, V)
+    reference,  # (S, T, V), or anything without one
+    labels,  # (S, T) int64
+    out,  # (K, S, T)
+    partial,  # (S * T, PARTIALS, splits) fp32 if SPLIT
+    inner: tl.int32,  # T
+    vocab: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    r_outer_stride: tl.int64,
+    r_inner_stride: tl.int64,
+    ignore_index: tl.int64,
+    inverse_high: tl.float32,  # 1 / temperature
+    inverse_low: tl.float32,
+    columns: tl.int32,
+    splits: tl.int32,
+    span: tl.int32,  # elements per program
+    REFERENCE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    R_VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0)
+    rows = tl.num_programs(0)
+    start = 0
+    n = vocab
+    if SPLIT:
+        piece = row % splits
+        row = row // splits
+        rows = rows // splits
+        start = piece * span
+        n = tl.minimum(span, vocab - start)
+    out += row
+    label64 = tl.load(labels + row)
+    unusable = (label64 < 0) | (label64 >= vocab)
+    if (label64 == ignore_index) | unusable:
+        if not SPLIT:
+            value = tl.where(label64 == ignore_index, 0.0, float("nan"))
+            _fill(out, columns, value, rows, COLUMNS)
+        return
+    inverse_temperature = joined(inverse_high, inverse_low)
+    scale = (inverse_temperature * _LOG2E).to(tl.float32)
+    label = label64.to(tl.int32) - start
+    z_row = row_of(logits, row, inner, outer_stride, inner_stride) + start
+    r_row = row_of(reference, row, inner, r_outer_stride, r_inner_stride) + start
+    if REFERENCE == _TOGETHER:
+        m, s, st, sq, raw, before, c, rm, rs, rc = _walk_pair(
+            z_row, r_row, n, label, scale, ENTROPY, EXTRAS, ALIGNED, LANES, VEC, STAGES
+        )
+        m, s, st, sq, shift, a = _merge(m, s, st, sq, scale)
+        raw = tl.sum(raw, 0)
+        before = tl.max(before, 0)
+    else:
+        m, s, st, sq, raw, before = _walk(z_row, n, label, scale, ENTROPY, EXTRAS, LANES, VEC, STAGES)
