@@ -41,11 +41,18 @@ int64_t row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View
 
 void row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
               int64_t ignore_index, double temperature, Address state, Address reference_state, Address coefficients,
-              int coefficient_count, View out, int threads) {
-  qk::GradCall call{
-      shape_of(shape),   rows_of(policy),  rows_of(reference),         {at<int64_t>(labels), ignore_index},
-      temperature,       at<float>(state), at<float>(reference_state), at<float>(coefficients),
-      coefficient_count, rows_of(out)};
+              int coefficient_count, View out, bool out_is_zero, int threads) {
+  qk::GradCall call{shape_of(shape),
+                    rows_of(policy),
+                    rows_of(reference),
+                    {at<int64_t>(labels), ignore_index},
+                    temperature,
+                    at<float>(state),
+                    at<float>(reference_state),
+                    at<float>(coefficients),
+                    coefficient_count,
+                    rows_of(out),
+                    out_is_zero};
   py::gil_scoped_release release;
   qk::row_grad(call, threads);
 }

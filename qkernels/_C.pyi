@@ -27,6 +27,7 @@ def row_grad(
     coefficients: int,
     coefficient_count: int,
     out: _View,
+    out_is_zero: bool,
     threads: int,
     /,
 ) -> None: ...

@@ -65,20 +65,28 @@ def runnable_backends() -> list[Backend]:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes of logits that this test runs with")
+    config.addinivalue_line("markers", "only_backends(*names): the backends that promise what this test checks")
+    config.addinivalue_line("markers", "not_backends(*names): backends that do not promise what this test checks")
 
 
 def pytest_generate_tests(metafunc):
     if "backend" not in metafunc.fixturenames:
         return
-    found = runnable_backends()
+
+    def names(marker: str) -> tuple | None:
+        found = metafunc.definition.get_closest_marker(marker)
+        return found.args if found else None
+
+    only, excluded = names("only_backends"), names("not_backends") or ()
+    found = [b for b in runnable_backends() if b.name not in excluded and (only is None or b.name in only)]
+    wanted = "the backend " + " or ".join(only) if only else "a backend with kernels"
+    missing = pytest.mark.skip(reason=f"{wanted} cannot run here")
     if "dtype" not in metafunc.fixturenames:
-        metafunc.parametrize("backend", found, ids=str)
+        metafunc.parametrize("backend", found or [pytest.param(None, marks=missing)], ids=str)
         return
-    marker = metafunc.definition.get_closest_marker("dtypes")
-    pairs = [(backend, dtype) for backend in found for dtype in (marker.args if marker else DTYPES)]
-    pairs = [(backend, dtype) for backend, dtype in pairs if backend.takes(dtype)]
-    ids = [f"{backend}-{str(dtype).removeprefix('torch.')}" for backend, dtype in pairs]
-    metafunc.parametrize("backend, dtype", pairs, ids=ids)
+    pairs = [(backend, dtype) for backend in found for dtype in names("dtypes") or DTYPES if backend.takes(dtype)]
+    ids = [f"{backend}-{str(dtype).removeprefix('torch.')}" for backend, dtype in pairs] or ["missing"]
+    metafunc.parametrize("backend, dtype", pairs or [pytest.param(None, None, marks=missing)], ids=ids)
 
 
 @pytest.fixture(autouse=True)

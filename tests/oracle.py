@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -191,7 +192,7 @@ def spans(labels: Tensor, cu_seqlens: Tensor | None) -> list[list[int]]:
         count, length = labels.shape
         return [list(range(i * length, (i + 1) * length)) for i in range(count)]
     ends = cu_seqlens.tolist()
-    return [list(range(start, end)) for start, end in zip(ends, ends[1:], strict=False)]
+    return [list(range(start, end)) for start, end in itertools.pairwise(ends)]
 
 
 @dataclass
@@ -393,10 +394,10 @@ def slope_error(name: str, batch: list[Pair], o: Options, sizes: list[float]) ->
     steepness = torch.autograd.grad(links.sum(), ratios)
     errors = []
     for slope, steep in zip(slopes, steepness, strict=True):
-        error = 2.0**-23 * SLOPE_CANCELS[name](o) * abs(float(steep))
+        error = 2.0**-23 * SLOPE_CANCELS[name](o) * abs(steep.item())
         curvature = torch.autograd.grad(slope, ratios, retain_graph=True, allow_unused=True)
         for second, size in zip(curvature, sizes, strict=True):
-            error += 2e-7 * size * abs(float(second)) if second is not None else 0.0
+            error += 2e-7 * size * abs(second.item()) if second is not None else 0.0
         errors.append(error)
     return errors
 

@@ -428,7 +428,7 @@ def test_in_place_gradients_accumulate_into_weights(backend):
 
 
 def test_logps_in_a_loss_of_ones_own(backend, dtype):
-    """GRPO-like: ratios, clipping, an entropy bonus and a KL penalty around token_stats, against the same in float64."""
+    """GRPO-like: ratios, clipping, an entropy bonus and a KL penalty, against the same in float64."""
     rows = make_rows((3, 5), 40, dtype, backend.device)
     old = (normal(3, 5) * 0.1).to(backend.device)
 

@@ -64,32 +64,27 @@ def test_loss_has_the_same_bits_from_run_to_run(backend, dtype):
         assert all(same_bits(run(loss_type), first) for _ in range(3))
 
 
-@pytest.fixture
-def native(backend):
-    if backend.name != "cpu":
-        pytest.skip("thread counts are promised for the compiled CPU kernels only")
-    return backend
-
-
 # A single row, a few rows, more rows than threads; one segment of the vocabulary and many.
 SHAPES = [((1,), 1), ((1,), 128256), ((2,), 128257), ((3,), 40000), ((5,), 4097), ((33,), 515), ((64,), 7)]
 
 
+@pytest.mark.only_backends("cpu")
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("shape, vocab", SHAPES)
-def test_same_bits_for_any_number_of_threads(native, dtype, shape, vocab):
+def test_same_bits_for_any_number_of_threads(backend, dtype, shape, vocab):
     rows = make_rows(shape, vocab, dtype, temperature=0.9)
     rows.labels[0] = vocab // 2
     results = []
     for threads in (1, 2, 3, 4, 7):
         torch.set_num_threads(threads)
-        results.append(everything(native, rows))
+        results.append(everything(backend, rows))
     assert all(same_bits(result, results[0]) for result in results[1:])
-    check_logps(native, rows)
+    check_logps(backend, rows)
 
 
+@pytest.mark.only_backends("cpu")
 @pytest.mark.dtypes(*PLAIN)
-def test_loss_has_the_same_bits_for_any_number_of_threads(native, dtype):
+def test_loss_has_the_same_bits_for_any_number_of_threads(backend, dtype):
     batch = make_pairs(4, 30, 300, dtype)
     results = []
     for threads in (1, 2, 3, 4):
@@ -111,13 +106,12 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, dtype):
         assert torch.equal(alone[0], together[i])
 
 
+@pytest.mark.not_backends("torch")
 def test_results_do_not_depend_on_alignment(backend, dtype):
-    """Wide loads may start anywhere, sums may not: the kernels promise one summation order per row.
+    """Wide loads may start anywhere, sums may not: the kernels have one summation order per row.
 
-    (Not promised by the torch backend, whose sums are torch's.)
+    (Torch's own sums, which the reference uses, do not promise that.)
     """
-    if backend.name == "torch":
-        pytest.skip("torch's own sums decide their order from the alignment")
     rows = make_rows((3,), 4099, dtype, backend.device)
     expected = token_logps(rows.logits, rows.labels, backend=backend.name)
     for offset in range(1, 8):

@@ -53,7 +53,8 @@ def test_logits_must_be_a_floating_point_tensor(function):
     refuses(TypeError, name, "torch.Tensor", "NoneType", call=lambda: run(None, labels()))
     for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
         refuses(
-            TypeError, name, "float32", str(dtype), call=lambda dtype=dtype: run(torch.zeros(S, T, V).to(dtype), labels())
+            TypeError, name, "float32", str(dtype),
+            call=lambda dtype=dtype: run(torch.zeros(S, T, V).to(dtype), labels()),
         )  # fmt: skip
 
 
@@ -144,7 +145,8 @@ def test_temperature_must_be_positive(value):
     for name in ("token_logps", "token_stats", "fused_token_dpo"):
         run, _ = FUNCTIONS[name]
         refuses(
-            ValueError, "temperature", "above 0", str(value), call=lambda run=run: run(logits(), labels(), temperature=value)
+            ValueError, "temperature", "above 0", str(value),
+            call=lambda run=run: run(logits(), labels(), temperature=value),
         )  # fmt: skip
 
 

@@ -492,7 +492,7 @@ def test_with_equal_models_the_loss_is_ln_2_and_every_reward_is_exactly_zero(bac
 
 
 def test_cached_reference_logps_equal_live_ones(backend, dtype):
-    """known bug 25 (TRL#7084): whichever function made the cache, every token reward of an equal policy is exactly 0."""
+    """known bug 25 (TRL#7084): whichever function made the cache; from the same path, rewards are exactly 0."""
     for vocab in (30, 2049, 4097):
         batch = make_pairs(2, 6, vocab, dtype, backend.device)
         shared = {"temperature": 0.7, "backend": backend.name}

@@ -1,4 +1,4 @@
-"""The torch.library ops and torch.compile: schemas, fake implementations, whole graphs, one compilation for all lengths."""
+"""The torch.library ops and torch.compile: schemas, fake results, whole graphs, one compilation for all lengths."""
 
 from __future__ import annotations
 

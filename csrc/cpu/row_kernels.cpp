@@ -6,8 +6,8 @@
 //
 // Sums are taken relative to the maximum of the blocks *before* the current one, whose own maximum is found in the
 // same pass. So no pass is made for the maximum alone and no term is rescaled one by one; afterwards the row's sums
-// are restated relative to the new maximum. Terms may exceed 1 meanwhile: up to 2^60, beyond which (and in the first
-// block of a segment, which has nothing before it) the block is summed again relative to its own maximum.
+// are restated relative to the new maximum. A block that raises the maximum by more than a factor of 4 in probability
+// (and the first one of a segment, which has nothing before it) is summed again relative to its own maximum.
 //
 // Aliasing: `out` of a gradient may be the logits themselves: each vector is read before the same vector is written.
 // The reference is never written.
@@ -212,8 +212,9 @@ RowSums sum_pair(const T* policy, const T* reference, int64_t n, const Shift& sh
   return sums;
 }
 
-// Terms may grow to 2^kHeadroom before a block has to be summed again: e^2 and sums of 2048 of them stay finite.
-constexpr double kHeadroom = 50;
+// Terms may grow to 2^kHeadroom before a block is summed again. Not for the range of fp32 but for its digits: next to a
+// term of 2^25, the rest of the row would be rounded away, and sum e t would cancel when it is restated.
+constexpr double kHeadroom = 2;
 
 // Whether sums relative to `base` are of no use for a block whose maximum is `max`.
 bool out_of_reach(float base, float max, double log2e_per_temperature) {
@@ -464,7 +465,7 @@ void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
   const RowCoefficients c = coefficients_of(call, row);
   const bool silent = c.label == 0 && c.p == 0 && c.p_logp == 0 && c.p_logq == 0 && c.q == 0;
   if (label == call.labels.ignore_index || silent) {
-    fill_zero(out, static_cast<size_t>(n) * sizeof(T));
+    if (!call.out_is_zero) fill_zero(out, static_cast<size_t>(n) * sizeof(T));
     return;
   }
   const T at_label = qk::narrow<T>(static_cast<float>(grad_at_label(call, c, row, label)));

@@ -7,6 +7,7 @@ they come here; what is left to decide is the layout of the output buffers. The 
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,25 @@ def row_stats(
     return out
 
 
+# From this size on malloc itself maps fresh pages for a tensor.
+_LARGE = 32 * 2**20
+
+
+def _untouched_zeros(like: Tensor) -> Tensor | None:
+    """A contiguous tensor of zeros that takes no memory until it is written, page by page; None for small ones.
+
+    The gradient rows of ignored labels stay untouched in it: prompt and padding cost neither time nor memory.
+    """
+    size = like.numel() * like.element_size()
+    if size < _LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return None
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
+
+
 def _row_grad_into(
     out: Tensor,
+    out_is_zero: bool,
     logits: Tensor,
     labels: Tensor,
     reference: Tensor | None,
@@ -125,20 +143,22 @@ def _row_grad_into(
         coefficients.data_ptr(),
         coefficients.shape[0],
         _view(out),
+        out_is_zero,
         torch.get_num_threads(),
     )
 
 
 def row_grad(logits: Tensor, *args: Any) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _row_grad_into(out, logits, *args)
+    zeros = _untouched_zeros(logits)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format) if zeros is None else zeros
+    _row_grad_into(out, zeros is not None, logits, *args)
     return out
 
 
 def row_grad_(logits: Tensor, *args: Any) -> None:
     """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
-    _row_grad_into(logits, logits, *args)
+    _row_grad_into(logits, False, logits, *args)
 
 
 def pair_loss(

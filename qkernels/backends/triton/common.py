@@ -26,10 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rows import label_error
+
 LANES = 256  # rows of a tile; 2 per thread
 WARPS = 4
 # fp fusion is on by default up to triton 3.9 and off later: what the tables in docs/kernels.md show was compiled so.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+
+COMBINE = {"num_warps": 1, "enable_fp_fusion": True}
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -58,6 +62,14 @@ def same_alignment(a: Tensor, b: Tensor, vector: int) -> bool:
         (a.stride(dim), b.stride(dim)) for dim in range(2) if a.shape[dim] > 1
     ]
     return all((x - y) % vector == 0 for x, y in [tuple(bases), *strides])
+
+
+def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """IndexError for a label outside [0, V), on the CPU and with QKERNELS_CHECK=1 (which makes the host wait)."""
+    if labels.device.type == "cpu" or os.environ.get("QKERNELS_CHECK") == "1":
+        bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+        if bool(bad.any()):
+            raise label_error(labels, int(bad.reshape(-1).nonzero()[0]), vocab)
 
 
 def row_strides(tensor: Tensor) -> tuple[int, int]:
@@ -142,7 +154,7 @@ def part_bounds(part, at_label, tiles):
 
 @triton.jit
 def joined(high, low):
-    return high.to(tl.float64) + low.to(tl.float64)
+    return tl.cast(high, tl.float64) + tl.cast(low, tl.float64)
 
 
 @triton.jit

@@ -108,7 +108,7 @@ def _walk(
     for part in range((head == 0).to(tl.int32), 3):
         start, stop, there = part_bounds(part, at_label, tiles)
         for i in tl.range(start, stop, num_stages=STAGES):
-            z = tl.load(body + i.to(tl.int64) * TILE + off, eviction_policy="evict_first").to(tl.float32)
+            z = tl.load(body + tl.cast(i, tl.int64) * TILE + off, eviction_policy="evict_first").to(tl.float32)
             if EXTRAS:
                 raw += tl.sum(z, 1)
             m, s, st, sq = _fold(z, scale, m, s, st, sq, ENTROPY, EXTRAS)
@@ -155,7 +155,7 @@ def _walk_pair(
     for part in range((head == 0).to(tl.int32), 3):
         start, stop, there = part_bounds(part, at_label, tiles)
         for i in tl.range(start, stop, num_stages=STAGES):
-            shift = i.to(tl.int64) * TILE + off
+            shift = tl.cast(i, tl.int64) * TILE + off
             z = tl.load(body + shift, eviction_policy="evict_first").to(tl.float32)
             rz = tl.load(r_body + shift, eviction_policy="evict_first").to(tl.float32)
             if EXTRAS:
@@ -177,18 +177,22 @@ def _walk_pair(
 
 
 @triton.jit
-def _merge(m, s, st, sq, scale):
+def _merge(m, s, st, sq, raw, before, c, rm, rs, rc, scale, PAIR: tl.constexpr):
     """Sums of lanes (or pieces of a row), each relative to its own maximum, as sums relative to the largest."""
     top = tl.max(m, 0)
-    base = tl.where(top == -_INF, 0.0, top)
-    shift = exponent_shift(m, base, scale)
+    shift = exponent_shift(m, tl.where(top == -_INF, 0.0, top), scale)
     a = tl.exp2(shift)
-    return top, tl.sum(a * s, 0), tl.sum(tl.where(a == 0, 0.0, a * (st + shift * s)), 0), tl.sum(a * a * sq, 0), shift, a
-
-
-@triton.jit
-def _merge_cross(c, s, shift, other_shift, a):
-    return tl.sum(tl.where(a == 0, 0.0, a * (c + (shift - other_shift) * s)), 0)
+    r_top = tl.max(rm, 0)
+    r_shift = exponent_shift(rm, tl.where(r_top == -_INF, 0.0, r_top), scale)
+    ra = tl.exp2(r_shift)
+    st = tl.sum(tl.where(a == 0, 0.0, a * (st + shift * s)), 0)
+    if PAIR:
+        c = tl.where(a == 0, 0.0, a * (c + (shift - r_shift) * s))
+        rc = tl.where(ra == 0, 0.0, ra * (rc + (r_shift - shift) * rs))
+    return (
+        top, tl.sum(a * s, 0), st, tl.sum(a * a * sq, 0), tl.sum(raw, 0), tl.max(before, 0), tl.sum(c, 0),
+        r_top, tl.sum(ra * rs, 0), tl.sum(rc, 0),
+    )  # fmt: skip
 
 
 # --- from sums to columns ---------------------------------------------------------------------------------------------
@@ -273,6 +277,19 @@ def _finish(
         slot = _put(out, columns, slot, tl.where(first, 1.0, 0.0) + broken, rows, 13)
 
 
+@triton.jit
+def _label_logits(
+    logits, reference, labels, row, inner, outer_stride, inner_stride, r_outer_stride, r_inner_stride, label,
+    REFERENCE: tl.constexpr,
+):  # fmt: skip
+    """The label's logit under both models."""
+    y = tl.load(row_of(logits, row, inner, outer_stride, inner_stride) + label).to(tl.float32)
+    ry = y
+    if REFERENCE:
+        ry = tl.load(row_of(reference, row, inner, r_outer_stride, r_inner_stride) + label).to(tl.float32)
+    return y, ry
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 _RUNTIME = (
@@ -338,8 +355,141 @@ def row_stats_kernel(
         m, s, st, sq, raw, before, c, rm, rs, rc = _walk_pair(
             z_row, r_row, n, label, scale, ENTROPY, EXTRAS, ALIGNED, LANES, VEC, STAGES
         )
-        m, s, st, sq, shift, a = _merge(m, s, st, sq, scale)
-        raw = tl.sum(raw, 0)
-        before = tl.max(before, 0)
+        m, s, st, sq, raw, before, c, rm, rs, rc = _merge(
+            m, s, st, sq, raw, before, c, rm, rs, rc, scale, True
+        )
     else:
+        nothing = tl.full([LANES], -_INF, tl.float32)
+        zero = tl.zeros([LANES], tl.float32)
         m, s, st, sq, raw, before = _walk(z_row, n, label, scale, ENTROPY, EXTRAS, LANES, VEC, STAGES)
+        m, s, st, sq, raw, before, c, rm, rs, rc = _merge(
+            m, s, st, sq, raw, before, zero, nothing, zero, zero, scale, False
+        )
+        if REFERENCE == _AFTER:
+            rm, rs, _, _, _, _ = _walk(r_row, n, label, scale, False, False, LANES, R_VEC, STAGES)
+            rm, rs, _, _, _, _, _, _, _, _ = _merge(
+                rm, rs, zero, zero, zero, nothing, zero, nothing, zero, zero, scale, False
+            )
+    if SPLIT:
+        to = partial + (row.to(tl.int64) * splits + piece) * _PARTIALS
+        tl.store(to + 0, m)
+        tl.store(to + 1, s)
+        tl.store(to + 2, st)
+        tl.store(to + 3, sq)
+        tl.store(to + 4, raw)
+        tl.store(to + 5, before)
+        tl.store(to + 6, c)
+        tl.store(to + 7, rm)
+        tl.store(to + 8, rs)
+        tl.store(to + 9, rc)
+    else:
+        y, ry = _label_logits(logits, reference, labels, row, inner, outer_stride, inner_stride, r_outer_stride,
+                              r_inner_stride, label64, REFERENCE)
+        _finish(
+            out, columns, rows, vocab, inverse_temperature, y, ry, m, s, st, sq, raw, before, c, rm, rs, rc,
+            REFERENCE, ENTROPY, EXTRAS,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def combine_kernel(
+    logits, reference, labels, out,  # as above
+    partial,  # (S * T, splits, PARTIALS) fp32
+    inner: tl.int32,
+    vocab: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    r_outer_stride: tl.int64,
+    r_inner_stride: tl.int64,
+    ignore_index: tl.int64,
+    inverse_high: tl.float32,
+    inverse_low: tl.float32,
+    columns: tl.int32,
+    splits: tl.int32,
+    span: tl.int32,
+    REFERENCE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    rows = tl.num_programs(0)
+    out += row
+    label64 = tl.load(labels + row)
+    unusable = (label64 < 0) | (label64 >= vocab)
+    if (label64 == ignore_index) | unusable:
+        _fill(out, columns, tl.where(label64 == ignore_index, 0.0, float("nan")), rows, COLUMNS)
+        return
+    inverse_temperature = joined(inverse_high, inverse_low)
+    scale = (inverse_temperature * _LOG2E).to(tl.float32)
+    piece = tl.arange(0, MAX_SPLITS)
+    there = piece < splits
+    at = partial + (row.to(tl.int64) * splits + piece) * _PARTIALS
+    m = tl.load(at, mask=there, other=-_INF)
+    s = tl.load(at + 1, mask=there, other=0.0)
+    st = tl.load(at + 2, mask=there, other=0.0)
+    sq = tl.load(at + 3, mask=there, other=0.0)
+    raw = tl.load(at + 4, mask=there, other=0.0)
+    before = tl.load(at + 5, mask=there, other=-_INF)
+    c = tl.load(at + 6, mask=there, other=0.0)
+    rm = tl.load(at + 7, mask=there, other=-_INF)
+    rs = tl.load(at + 8, mask=there, other=0.0)
+    rc = tl.load(at + 9, mask=there, other=0.0)
+    m, s, st, sq, raw, before, c, rm, rs, rc = _merge(
+        m, s, st, sq, raw, before, c, rm, rs, rc, scale, REFERENCE == _TOGETHER
+    )
+    y, ry = _label_logits(logits, reference, labels, row, inner, outer_stride, inner_stride, r_outer_stride,
+                          r_inner_stride, label64, REFERENCE)
+    _finish(
+        out, columns, rows, vocab, inverse_temperature, y, ry, m, s, st, sq, raw, before, c, rm, rs, rc,
+        REFERENCE, ENTROPY, EXTRAS,
+    )  # fmt: skip
+
+
+# --- host -------------------------------------------------------------------------------------------------------------
+
+
+def gathers(columns: int) -> dict[str, int | bool]:
+    """Which sums the columns need: the compile-time part of a call, besides dtypes."""
+    pair = bool(columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
+    return {
+        "REFERENCE": TOGETHER if pair else AFTER if columns & NEEDS_REFERENCE else NO_REFERENCE,
+        "ENTROPY": bool(columns & BIT["entropy"]),
+        "EXTRAS": bool(columns & (BIT["log_sum_sq_probs"] | BIT["mean_logits"] | BIT["is_top1"])),
+    }
+
+
+def row_stats(
+    logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
+) -> Tensor:
+    """Per-row results. See `qkernels.ops.row_stats`."""
+    common.check_labels(labels, logits.shape[-1], ignore_index)
+    out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
+    rows, vocab = labels.numel(), logits.shape[-1]
+    if rows == 0:
+        return out
+    how = gathers(columns)
+    if reference is None or how["REFERENCE"] == NO_REFERENCE:
+        reference, how["REFERENCE"] = logits, NO_REFERENCE
+    vector, r_vector = common.vector_length(logits), common.vector_length(reference)
+    aligned = True
+    if how["REFERENCE"] == TOGETHER:
+        vector = r_vector = max(vector, r_vector)
+        aligned = common.same_alignment(logits, reference, vector)
+    lanes = common.LANES
+    splits = common.splits_for(rows, vocab, lanes * vector, logits.device)
+    partial = out if splits == 1 else out.new_empty((rows, splits, len(PARTIALS)))
+    args = (
+        logits, reference, labels, out, partial, logits.shape[1], vocab, *common.row_strides(logits),
+        *common.row_strides(reference), ignore_index, *common.two_floats(1 / temperature), columns, splits,
+        common.span_of(vocab, splits, 8),
+    )  # fmt: skip
+    with common.on_device_of(logits):
+        row_stats_kernel[(rows * splits,)](
+            *args, **how, ALIGNED=aligned, SPLIT=splits > 1, COLUMNS=len(COLUMNS), LANES=lanes, VEC=vector,
+            R_VEC=r_vector, STAGES=STAGES, **common.OPTIONS,
+        )  # fmt: skip
+        if splits > 1:
+            combine_kernel[(rows,)](*args, **how, COLUMNS=len(COLUMNS), MAX_SPLITS=common.MAX_SPLITS, **common.COMBINE)
+    return out
