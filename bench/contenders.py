@@ -28,9 +28,12 @@ def qkernels_new_gradient(policy: Tensor, reference: Tensor, labels: Tensor) -> 
 
 
 def dpo(policy_logps: Tensor, reference_logps: Tensor, labels: Tensor) -> Tensor:
-    """The sigmoid loss from per-token log-probs, as every trainer writes it."""
+    """The sigmoid loss from per-token log-probs, as every trainer writes it.
+
+    Summed in fp32, whatever the log-probs come in: a bf16 sum over a long answer would be off by whole nats.
+    """
     mask = labels != IGNORE
-    policy, reference = ((logps * mask).sum(-1) for logps in (policy_logps, reference_logps))
+    policy, reference = ((logps.float() * mask).sum(-1) for logps in (policy_logps, reference_logps))
     chosen, rejected = (policy - reference).chunk(2)
     return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 

@@ -17,10 +17,10 @@ from . import measure
 from .conftest import Data, Size
 from .contenders import CONTENDERS, IGNORE, installed
 
-# A peer's loss may differ by what it rounds: 16-bit log-probs err by about 3e-2 per token, which adds up along a
-# sequence and is scaled by beta.
-LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-1, "fp16": 1e-1}
-GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+# A peer may differ by what it rounds. Log-probs rounded to bf16 err by about 3e-2 per token, hence by about half a nat
+# over an answer; times beta, that moves the loss and the sigmoid in front of every gradient by some percent.
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-1, "fp16": 3e-2}
+GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-1, "fp16": 3e-2}
 
 
 def record(benchmark, work: str, contender: str, dtype: str, size: Size, data: Data, passes: float) -> None:
@@ -99,12 +99,15 @@ def test_dpo(benchmark, contender: str, data: Data, dtype_name: str, size: Size,
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_ignored_rows(benchmark, share: float, data: Data, dtype_name: str, size: Size, pytestconfig) -> None:
-    """Prompt and padding: half of the rows ignored."""
+@pytest.mark.parametrize("mode", ["in place", "new gradient"])
+def test_ignored_rows(
+    benchmark, mode: str, share: float, data: Data, dtype_name: str, size: Size, pytestconfig
+) -> None:
+    """Prompt and padding: half of the rows ignored. In place, their gradient rows still have to be zeroed."""
     labels = data.labels.clone()
     labels[:, : int(share * size.length)] = IGNORE
-    step = Step(CONTENDERS["qkernels, in place"][0], data, labels)
-    record(benchmark, "Ignored rows", f"{100 * share:.0f} % ignored", dtype_name, size, data, passes=4)
+    step = Step(CONTENDERS[f"qkernels, {mode}"][0], data, labels)
+    record(benchmark, f"Ignored rows, {mode}", f"{100 * share:.0f} % ignored", dtype_name, size, data, passes=4)
     time_step(benchmark, step, pytestconfig.getoption("--rounds"))
 
 

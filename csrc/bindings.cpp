@@ -7,6 +7,7 @@
 
 #include "core/columns.h"
 #include "cpu/cpu.h"
+#include "cpu/thread_pool.h"
 
 namespace py = pybind11;
 
@@ -92,6 +93,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("instruction_set", &qk::instruction_set, "The instruction set in use.");
   m.def("instruction_sets", &qk::instruction_sets, "Those compiled in that this machine understands, best last.");
   m.def("use_instruction_set", &qk::use_instruction_set, py::arg("name"), "Use another one; False if it is not there.");
+  m.def("use_own_threads", &qk::use_own_threads, "Never borrow an OpenMP team in this process.");
+  m.def("thread_source", [] { return std::string(qk::thread_source()); });
   m.def("column_names", [] { return names(qk::kColumnNames); });
   m.def("coefficient_names", [] { return names(qk::kCoefficientNames); });
   m.def("compiler", [] { return std::string(QK_COMPILER); });

@@ -91,7 +91,8 @@ def read_preferences(path: str | PathLike[str], *, minimum: int = 1) -> Preferen
             JSON syntax) or the record (JSON).
     """
     text = _text(Path(path))
-    pairs, ignored = [], set()
+    pairs: list[Preference] = []
+    ignored: set[str] = set()
     for place, record in _records(Path(path), text):
         try:
             pairs.append(_preference(record))

@@ -1,4 +1,4 @@
-"""Self-contained HTML reports: token heat maps of answer pairs, line charts, tables; no file or network beside the page.
+"""Self-contained HTML reports: token heat maps of answer pairs, line charts, tables, on one page without resources.
 
 Every function returns a piece of HTML in which all text from outside is escaped; `page` puts pieces together with the
 style sheet and the script. The script is allowed by its hash alone, so that nothing else on the page can run.
@@ -149,7 +149,8 @@ def _heat_legend(scale: float, with_planted: bool) -> str:
     planted = '<span class="key"><span class="t planted">word</span> planted error</span>' if with_planted else ""
     return f"""<div class="heat-legend">
 <span class="key">token reward</span>
-<span class="ramp"><span>≤ {number(-scale, 2)}</span><span class="bar" aria-hidden="true"></span><span>≥ {number(scale, 2, True)}</span></span>
+<span class="ramp"><span>≤ {number(-scale, 2)}</span><span class="bar" aria-hidden="true"></span>\
+<span>≥ {number(scale, 2, True)}</span></span>
 <span class="key"><b class="swatch neg"></b> less likely than under the reference</span>
 <span class="key"><b class="swatch pos"></b> more likely</span>
 {planted}
@@ -182,7 +183,8 @@ def _prompt(prompt: Sequence[tuple[str, str]]) -> str:
         return f'<div class="prompt">{turns}</div>'
     last = prompt[-1][1].strip()
     opening = escape(last if len(last) <= 160 else last[:157] + "...")
-    return f'<details class="prompt"><summary dir="auto">{opening} <span class="more">whole prompt</span></summary>{turns}</details>'
+    summary = f'<summary dir="auto">{opening} <span class="more">whole prompt</span></summary>'
+    return f'<details class="prompt">{summary}{turns}</details>'
 
 
 def _twins(pair: ScoredPair) -> tuple[list[int | None], list[int | None]]:
@@ -275,6 +277,8 @@ def line_chart(
     xs = [x for _, points in kept for x, _ in points] or [0.0, 1.0]
     ys = [y for _, points in kept for _, y in points] or [0.0, 1.0]
     y_ticks = ticks(*y_range) if y_range else ticks(min(0.0, *ys), max(0.0, *ys))
+    if y_range:
+        y_ticks = [y for y in y_ticks if y_range[0] <= y <= y_range[1]]
     x_ticks = [x for x in ticks(min(xs), max(xs), 6) if min(xs) <= x <= max(xs)]
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
     y_low, y_high = (y_ticks[0], y_ticks[-1]) if y_range is None else y_range
@@ -311,7 +315,7 @@ def line_chart(
             f' x2="21" y1="4" y2="4"/></svg>{escape(line.name)} <output></output></span>'
         )
         data.append([[round(px(x), 1), x, round(y, 4)] for x, y in points])
-    parts.append(f'<line class="cursor" y1="{_TOP}" y2="{floor}" x1="-9" x2="-9"/>')
+    parts.append(f'<line class="cursor" y1="{_TOP}" y2="{floor}" x1="0" x2="0"/>')
     summary = ", ".join(
         f"{line.name} from {points[0][1]:.3g} to {points[-1][1]:.3g}" for line, points in kept if points
     )
@@ -344,7 +348,7 @@ def charts(figures: Sequence[str]) -> str:
 def tiles(figures: Sequence[Figure]) -> str:
     """Key figures in a row."""
     body = "".join(
-        f'<div class="tile"><span class="label">{escape(f.label)}</span><span class="value">{escape(f.value)}</span>'
+        f'<div class="tile"><span class="value">{escape(f.value)}</span><span class="label">{escape(f.label)}</span>'
         f'<span class="remark">{escape(f.remark)}</span></div>'
         for f in figures
     )
@@ -380,6 +384,7 @@ class Page:
     def html(self) -> str:
         """The document, complete in itself."""
         digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+        policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
         body = "\n".join(
             f"<section class=part><h2>{escape(s.heading)}</h2>"
             + (f"<p class=intro>{escape(s.intro)}</p>" if s.intro else "")
@@ -392,7 +397,7 @@ class Page:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escape(self.title)}</title>
 <style>{STYLE}</style>
 </head>

@@ -30,10 +30,10 @@ p { margin: 0 0 .6em; }
 .tiles { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); margin-top: 26px; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px; display: flex;
   flex-direction: column; }
-.tile .label { color: var(--soft); font-size: .9rem; }
+.tile .label { font-size: .95rem; line-height: 1.35; font-weight: 600; }
 .tile .value { font-size: 2.1rem; line-height: 1.2; font-weight: 650; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; }
-.tile .remark { color: var(--soft); font-size: .86rem; line-height: 1.35; }
+.tile .remark { color: var(--soft); font-size: .86rem; line-height: 1.35; margin-top: 3px; }
 
 .heat-legend, .legend { display: flex; flex-wrap: wrap; gap: 6px 20px; align-items: center; color: var(--soft);
   font-size: .88rem; }
@@ -46,7 +46,8 @@ p { margin: 0 0 .6em; }
 .swatch.neg { background: var(--neg); }
 .swatch.pos { background: var(--pos); }
 
-.pair { background: var(--card); border: 1px solid var(--line); border-radius: 12px; margin: 0 0 16px; overflow: hidden; }
+.pair { background: var(--card); border: 1px solid var(--line); border-radius: 12px; margin: 0 0 16px;
+  overflow: hidden; }
 .pair > header { display: flex; flex-wrap: wrap; gap: 4px 24px; justify-content: space-between; align-items: baseline;
   padding: 12px 18px 10px; border-bottom: 1px solid var(--line); }
 .prompt { flex: 1 1 320px; min-width: 0; }
@@ -69,20 +70,22 @@ details .turn { margin-top: .5em; }
 .answer.chosen .side b { color: var(--chosen); }
 .answer.rejected .side b { color: var(--rejected); }
 .tokens { line-height: 2; }
-.t { padding: .17em .16em; border-radius: .28em; cursor: default; -webkit-box-decoration-break: clone;
+.t { padding: .17em .11em; border-radius: .28em; cursor: default; -webkit-box-decoration-break: clone;
   box-decoration-break: clone; unicode-bidi: isolate; }
 .t.p { background: color-mix(in srgb, var(--pos) var(--a), transparent); }
 .t.n { background: color-mix(in srgb, var(--neg) var(--a), transparent); }
 .t.nan { text-decoration: wavy underline var(--bad); }
 .t.ws, .t.special { color: var(--soft); font-size: .84em; }
-.t.special { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .74em; margin-left: .35em; }
-.t.planted { outline: 2px solid var(--ink); outline-offset: 0; }
+.t.special { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .74em;
+  margin-left: .35em; }
+.t.planted { outline: 2px solid var(--ink); margin: 0 2px; }
 .t.twin, .t.on { box-shadow: 0 0 0 2px var(--focus); }
 .t:focus { outline: none; box-shadow: 0 0 0 3px var(--focus); }
 .t.planted:focus { outline: 2px solid var(--ink); }
 
 #tip { position: absolute; z-index: 9; max-width: 300px; background: var(--ink); color: var(--bg); border-radius: 9px;
-  padding: 9px 13px; font-size: .88rem; line-height: 1.45; pointer-events: none; box-shadow: 0 6px 24px rgb(0 0 0 / .25); }
+  padding: 9px 13px; font-size: .88rem; line-height: 1.45; pointer-events: none;
+  box-shadow: 0 6px 24px rgb(0 0 0 / .25); }
 #tip[hidden] { display: none; }
 #tip strong { display: block; overflow-wrap: anywhere; }
 #tip dl { display: grid; grid-template-columns: auto auto; gap: 0 14px; margin: 3px 0 0;
@@ -92,7 +95,8 @@ details .turn { margin-top: .5em; }
 #tip em { display: block; font-style: normal; font-weight: 600; margin-top: 3px; }
 
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-.chart { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px 10px; }
+.chart { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  padding: 16px 18px 10px; }
 .chart figcaption .unit { color: var(--soft); font-size: .88rem; margin-left: .4em; }
 .chart figcaption p { color: var(--soft); font-size: .88rem; margin: 2px 0 0; }
 .legend { margin: 8px 0 2px; min-height: 1.5em; }
@@ -107,7 +111,8 @@ details .turn { margin-top: .5em; }
 .c-chosen { stroke: var(--chosen); }
 .c-rejected { stroke: var(--rejected); }
 .c-neutral { stroke: var(--neutral); }
-.cursor { stroke: var(--soft); stroke-dasharray: 3 3; }
+.cursor { stroke: var(--soft); stroke-dasharray: 3 3; visibility: hidden; }
+.reading .cursor { visibility: visible; }
 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
@@ -219,6 +224,7 @@ SCRIPT = """
       const point = nearest(longest, (event.clientX - box.left) * plot.viewBox.baseVal.width / box.width);
       cursor.setAttribute('x1', point[0]);
       cursor.setAttribute('x2', point[0]);
+      plot.classList.add('reading');
       at.textContent = plot.dataset.x + ' ' + point[1];
       lines.forEach((points, i) => {
         if (!points.length) return;
@@ -227,8 +233,7 @@ SCRIPT = """
       });
     });
     plot.addEventListener('pointerleave', () => {
-      cursor.setAttribute('x1', -9);
-      cursor.setAttribute('x2', -9);
+      plot.classList.remove('reading');
       at.textContent = '';
       outputs.forEach(output => { output.textContent = ''; });
     });

@@ -124,7 +124,7 @@ class Terms(NamedTuple):
     size: the sum of the absolute values of the terms whose signed sum is the entry. Where they cancel (p_j - q_j for
         equal models), a result in fp32 keeps the rounding of its terms, so an error has to be compared with this.
     unsure: what cannot be judged: the part of `size` that belongs to probabilities below the smallest normal fp32
-        number, and at the label the rounding of 1 - p in float64 autograd itself.
+        number (and one step between such numbers), and at the label the rounding of 1 - p in float64 autograd itself.
     """
 
     size: Tensor
@@ -133,6 +133,7 @@ class Terms(NamedTuple):
 
 # Twice the smallest normal fp32 number: room for the rounding of an exponent.
 DENORMAL = 2.0**-125
+STEP = 2.0**-149  # between denormal fp32 numbers
 
 
 @_on_one_thread
@@ -177,7 +178,7 @@ def gradient_terms(
             divergence = (p * (size_p + size_q)).sum(-1, keepdim=True)
             of_p = of_p + weights["kl_policy_reference"] * (size_p + size_q + divergence)
     size = of_label + p * of_p + q * of_q
-    unsure = torch.where(p < DENORMAL, p * of_p, 0.0) + torch.where(q < DENORMAL, q * of_q, 0.0)
+    unsure = torch.where(p < DENORMAL, (p + STEP) * of_p, 0.0) + torch.where(q < DENORMAL, (q + STEP) * of_q, 0.0)
     if "logps" in weights:
         unsure = unsure + at_label * weights["logps"] * 2.0**-51
     return Terms(*(torch.where(keep, part, 0.0) / temperature for part in (size, unsure)))
@@ -370,9 +371,12 @@ def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
     return torch.stack([one(pair) for pair in batch])
 
 
-# Objectives whose slope is a difference of terms that nearly cancel (apo_down, discopop) or that saturate through
-# sigma' = sigma (1 - sigma) (apo_zero): near such points the slope keeps the rounding of its terms.
+# Objectives whose slope is a difference of terms that can nearly cancel (ipo and sppo_hard close to their target,
+# apo_down, discopop), or that saturates through sigma' = sigma (1 - sigma) (apo_zero): there the slope keeps the
+# rounding of its terms. Values: the size of those terms.
 SLOPE_CANCELS = {
+    "ipo": lambda o: 1 / o.beta,
+    "sppo_hard": lambda o: 1 / o.beta,
     "apo_zero": lambda o: o.beta,
     "apo_down": lambda o: o.beta,
     "discopop": lambda o: o.beta / o.discopop_tau,
@@ -400,6 +404,32 @@ def slope_error(name: str, batch: list[Pair], o: Options, sizes: list[float]) ->
             error += 2e-7 * size * abs(second.item()) if second is not None else 0.0
         errors.append(error)
     return errors
+
+
+def row_slope_errors(
+    name: str,
+    batch: list[Pair],
+    o: Options,
+    rows: list[list[int]],
+    ratios: list[Tensor],
+    logps: Tensor,
+    stats: dict[str, Tensor],
+) -> Tensor:
+    """`slope_error` of each row: its sequence's, times its weight in the sequence's sum.
+
+    rows: of each sequence. ratios: r of all sequences, functions of `logps`.
+    """
+    if not any(ratio.requires_grad for ratio in ratios):
+        return torch.zeros_like(stats["logps"])
+    (weights,) = torch.autograd.grad(sum(ratios), logps)
+    sizes = stats["logps"].abs().clamp_min(1)
+    if "reference_logps" in stats:
+        sizes = sizes + stats["reference_logps"].abs().clamp_min(1)
+    sizes = (weights * sizes).reshape(-1)
+    errors = torch.zeros_like(sizes)
+    for span, error in zip(rows, slope_error(name, batch, o, [sizes[span].sum().item() for span in rows]), strict=True):
+        errors[span] = error
+    return errors.view_as(weights) * weights
 
 
 @dataclass
@@ -467,6 +497,8 @@ def preference(
         total = sum(f * objective(name, batch, o) for f, name in zip(factors, names, strict=True))
         if use_weighting:
             total = total * torch.tensor([pair.importance for pair in batch], dtype=torch.float64)
+        if not total.requires_grad:  # no valid token anywhere: a constant, whose gradient is 0
+            total = total + 0 * values["logps"].sum()
         return total, batch
 
     def reduced(losses: Tensor) -> Tensor:
@@ -501,20 +533,16 @@ def preference(
     )
     row_upstream = {name: slope for name, slope in slopes.items() if slope is not None and name in WITH_GRADIENT}
     terms = gradient_terms(logits, labels, row_upstream, reference, temperature=temperature, ignore_index=ignore_index)
+    per_loss = float(upstream.abs().max()) / (len(batch) if reduction == "mean" else 1)
+    known = {name: value.detach() for name, value in stats.items()}
     for factor, name in zip(factors, names, strict=True):
-        if name in SLOPE_CANCELS:
+        if name in SLOPE_CANCELS and row_upstream:
             ratios = [ratio for pair in losses_of(inner)[1] for ratio in (pair.r_w, pair.r_l)]
-            (weights,) = torch.autograd.grad(sum(ratios), inner["logps"], retain_graph=True)
-            sizes = weights * (stats["logps"].abs().clamp_min(1) + stats.get("reference_logps", weights * 0).abs() + 1)
-            rows = spans(labels, cu_seqlens)
-            errors = slope_error(name, batch, o, [float(sizes.reshape(-1)[span].sum()) for span in rows])
-            per_row = torch.zeros(labels.numel(), dtype=torch.float64)
-            for span, error in zip(rows, errors, strict=True):
-                per_row[span] = error * abs(factor) * float(upstream.abs().max())
-            per_row = per_row.view(labels.shape) * weights / (len(batch) if reduction == "mean" else 1)
+            errors = row_slope_errors(name, batch, o, spans(labels, cu_seqlens), ratios, inner["logps"], known)
             unsure = gradient_terms(
-                logits, labels, {"logps": per_row}, temperature=temperature, ignore_index=ignore_index
-            ).size
+                logits, labels, {"logps": errors * abs(factor) * per_loss}, temperature=temperature,
+                ignore_index=ignore_index,
+            ).size  # fmt: skip
             terms = Terms(terms.size, terms.unsure + unsure)
     beta = o.beta
     return Loss(
@@ -525,5 +553,5 @@ def preference(
         sensitivity.detach(),
         torch.stack([beta * pair.r_w for pair in batch]).detach(),
         torch.stack([beta * pair.r_l for pair in batch]).detach(),
-        {name: value.detach() for name, value in stats.items()},
+        known,
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
 import sys
 import threading
 
@@ -266,3 +268,19 @@ def test_errors_in_one_thread_do_not_disturb_another(backend):
     for thread in threads:
         thread.join(60)
     assert problems == []
+
+
+def test_a_process_that_used_the_kernels_ends(backend):
+    """Worker threads must not keep the interpreter from exiting, or crash it while it does."""
+    code = (
+        "import torch; torch.set_num_threads(4); from qkernels import token_logps\n"
+        f"x = torch.randn(8, 9001, device={str(backend.device)!r}, requires_grad=True)\n"
+        f"y = torch.ones(8, dtype=torch.int64, device={str(backend.device)!r})\n"
+        f"token_logps(x, y, backend={backend.name!r}).sum().backward(); print('done')"
+    )
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

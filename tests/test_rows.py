@@ -162,6 +162,34 @@ def test_reference_logits_of_another_dtype(backend, dtypes, vocab):
     check_gradient(backend, rows, random_upstream(rows, oracle.WITH_GRADIENT))
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 25.0, 1000.0])
+def test_extreme_temperatures(backend, dtype, temperature):
+    rows = make_rows((6,), 517, dtype, backend.device, temperature=temperature)
+    check_outputs(backend, rows)
+    check_outputs(backend, rows, ("logps", "entropy", "mean_logits"))
+    check_gradient(backend, rows, random_upstream(rows, ("logps", "logsumexp")))
+    check_gradient(backend, rows, random_upstream(rows, oracle.WITH_GRADIENT))
+
+
+def test_huge_logits_do_not_overflow(backend, dtype):
+    """Differences of logits beyond any exponent: probabilities 0 and 1, divergences as large as the logits."""
+    huge = 60000.0 if dtype == torch.float16 else 1e30
+    rows = make_rows((6,), 300, dtype, backend.device)
+    rows.labels = torch.tensor([7, 7, 8, 0, 299, 20], device=backend.device)
+    logits, reference = rows.logits.clone(), rows.reference.clone()
+    logits[:3, 7] = huge
+    logits[3:, 20:] = -huge
+    reference[0] = logits[0]
+    reference[1, 8] = huge
+    reference[3:, 20:] = -huge
+    reference[5] = 0
+    extreme = Rows(logits, rows.labels, reference)
+    check_outputs(backend, extreme)
+    check_outputs(backend, extreme, ("logps", "logsumexp", "entropy", "log_sum_sq_probs"))
+    grad = check_gradient(backend, extreme, random_upstream(extreme, ("logps", "entropy", "kl_reference_policy")))
+    assert bool(grad.isfinite().all())
+
+
 def test_entropy_of_a_uniform_row_is_log_vocab_and_divergences_of_equal_rows_are_zero(backend, dtype):
     logits = torch.full((2, 1003), 1.5, dtype=dtype, device=backend.device)
     labels = torch.zeros(2, dtype=torch.int64, device=backend.device)

@@ -10,6 +10,7 @@
 #include <vector>
 
 #if !defined(_WIN32)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -20,7 +21,7 @@ struct Loop {
   const std::function<void(int64_t)>* body;
   int64_t count;
   std::atomic<int64_t> next{0};
-  int places;      // workers that may still join; guarded by the pool's mutex
+  int places = 0;  // workers that may still join; guarded by the pool's mutex
   int active = 0;  // workers inside; guarded by the pool's mutex
 
   void run() {
@@ -94,19 +95,34 @@ Pool* pool = nullptr;
 
 Pool& the_pool() {
   std::lock_guard<std::mutex> lock(pool_mutex);
-  if (!pool) {
-#if !defined(_WIN32)
-    static const int registered = pthread_atfork([] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
-                                                 [] {
-                                                   pool = nullptr;  // its threads did not follow into the child
-                                                   pool_mutex.unlock();
-                                                 });
-    (void)registered;
-#endif
-    pool = new Pool;
-  }
+  if (!pool) pool = new Pool;
   return *pool;
 }
+
+// GOMP_parallel(body, data, threads, flags): runs body(data) on every thread of a team. GCC's runtime has it, and
+// LLVM's and Intel's under the same name.
+using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+std::atomic<bool> team_allowed{true};
+
+Team find_team() {
+#if defined(_WIN32)
+  return nullptr;
+#else
+  static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return team_allowed.load(std::memory_order_relaxed) ? team : nullptr;
+#endif
+}
+
+#if !defined(_WIN32)
+// At load time, so that no fork goes unseen.
+const int fork_handlers = pthread_atfork([] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
+                                         [] {
+                                           pool = nullptr;  // its threads did not follow into the child
+                                           team_allowed = false;
+                                           pool_mutex.unlock();
+                                         });
+#endif
 
 }  // namespace
 
@@ -116,7 +132,18 @@ void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
+  if (const Team team = find_team()) {
+    Loop loop;
+    loop.body = &body;
+    loop.count = count;
+    team([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, static_cast<unsigned>(threads), 0);
+    return;
+  }
   the_pool().run(count, threads, body);
 }
+
+void use_own_threads() { team_allowed = false; }
+
+const char* thread_source() { return find_team() ? "OpenMP" : "own"; }
 
 }  // namespace qk

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ try:
 except ImportError as error:  # no compiler at installation, or a build for another platform
     _C = None  # type: ignore[assignment]
     _missing = str(error)
+
+if _C is not None and multiprocessing.parent_process() is not None:
+    # A child that imports this after the fork cannot know whether its parent's OpenMP threads were left behind.
+    _C.use_own_threads()
 
 # dtype codes of csrc/core/elements.h
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -65,6 +70,7 @@ def describe() -> dict[str, Any]:
         "instruction_set": _C.instruction_set(),
         "compiled_for": _C.instruction_sets(),
         "compiler": _C.compiler(),
+        "threads": "torch's OpenMP team" if _C.thread_source() == "OpenMP" else "own pool",
     }
 
 

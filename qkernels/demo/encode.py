@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import Preference
 from ..functional import shift_labels
-from .tokenizer import encode_prompt, encode_text
+from .tokenizer import END, encode_prompt, encode_text, token_id
 
 IGNORE = -100
 
@@ -48,7 +48,7 @@ class Truncation(NamedTuple):
 
 def encode(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
     """Tokenise pairs, whole."""
-    end = int(tokenizer.convert_tokens_to_ids(tokenizer.eos_token))
+    end = token_id(tokenizer, END)
     encoded = []
     for source, pair in enumerate(pairs):
         chosen, _ = encode_text(tokenizer, pair.chosen)

@@ -45,7 +45,9 @@ class OutputFolder:
         if self.target.is_symlink() or not self.target.is_dir():
             raise DemoError(f"--out {self.target}: exists and is not a folder")
         if not self._overwrite:
-            raise DemoError(f"--out {self.target}: the folder exists; choose another one, or replace it with --overwrite")
+            raise DemoError(
+                f"--out {self.target}: the folder exists; choose another one, or replace it with --overwrite"
+            )
         foreign = sorted(entry.name for entry in self.target.iterdir() if entry.name not in _CONTENTS)
         if foreign:
             raise DemoError(

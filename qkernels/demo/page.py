@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,8 @@ def write_page(
     shown = _shown(scores, sizes["shown_pairs"])
     views = [_view(pairs[held_out[i].source], held_out[i], scores[i], tokenizer) for i in shown]
     subtitle = (
-        f"A model of {sizes['parameters'] / 1e6:.2f} M parameters, trained from scratch on {sizes['train_pairs']} pairs of"
-        f" answers and shown {sizes['held_out_pairs']} it has never seen."
+        f"A model of {sizes['parameters'] / 1e6:.2f} M parameters, trained from scratch on {sizes['train_pairs']} pairs"
+        f" of answers and shown {sizes['held_out_pairs']} it has never seen."
     )
     if generated:
         subtitle += " Each rejected answer is the chosen one with a wrong fact planted in it, now and then two."
@@ -150,11 +151,7 @@ def _view(
             for token_id, text, logp, reference, reward, entropy, wrong in zip(*columns, strict=True)
         ]
 
-    cut = [
-        name
-        for name, ids in (("chosen", encoded.chosen), ("rejected", encoded.rejected))
-        if ids[-1] not in special
-    ]
+    cut = [name for name, ids in (("chosen", encoded.chosen), ("rejected", encoded.rejected)) if ids[-1] not in special]
     return ScoredPair(
         [(message.role, message.content) for message in pair.prompt],
         tokens(encoded.chosen, scores[0], [False] * len(encoded.chosen)),
@@ -171,8 +168,8 @@ def _detection(planted: dict[str, Any]) -> Section:
     intro = (
         f"Four scores that could point at the planted error, on {planted['answers']} held-out rejected answers. AUROC:"
         " the chance that a token of the error scores above another token of the same answer. Hit@1: how often the"
-        " highest score is on an error. The generated facts are easy for a model that has learnt them, so log-probs do"
-        " well too; rewards differ in that tokens which are merely rare stay near zero."
+        " highest score is on an error. A model that has learnt these facts finds a wrong one improbable, so plain"
+        " log-probs do well here too; a reward is what preferences alone have added to them."
     )
     return Section("Finding the error", table(("score", "AUROC", "hit@1"), rows, strong=0), intro)
 
@@ -187,7 +184,10 @@ def _curves(metrics: dict[str, Any]) -> str:
     def held_out(key: str) -> list[tuple[float, float]]:
         return [(point["step"], point[key]) for point in curves["held_out"]]
 
-    averaged = f"Training curves: mean over {window} steps of {metrics['sizes']['batch_size']} pairs." if window > 1 else ""
+    averaged = (
+        f"Training curves: mean over {window} steps of {metrics['sizes']['batch_size']} pairs." if window > 1 else ""
+    )
+    accuracies = train("accuracy") + held_out("accuracy")
     figures = [
         line_chart(
             "Rewards",
@@ -219,14 +219,16 @@ def _curves(metrics: dict[str, Any]) -> str:
             ],
             x_label="step",
             y_label="pairs ranked right by reward",
-            y_range=(min(0.5, *(point["accuracy"] for point in curves["train"] + curves["held_out"])), 1.0),
+            y_range=(math.floor(10 * min(0.5, *(y for _, y in accuracies))) / 10, 1.0),
             percent=True,
             description="At step 0 all rewards are 0, and every pair is a tie.",
         ),
     ]
     losses = [("Loss of preference training", [(p["step"], p["loss"]) for p in curves["train"]], "per pair")]
     if curves["sft"]:
-        losses.insert(0, ("Loss of supervised fine-tuning", [(p["step"], p["loss"]) for p in curves["sft"]], "nats per token"))
+        losses.insert(
+            0, ("Loss of supervised fine-tuning", [(p["step"], p["loss"]) for p in curves["sft"]], "nats per token")
+        )
     for title, points, unit in losses:
         figures.append(line_chart(title, [Series("training", points)], x_label="step", y_label=unit))
     return charts(figures)
@@ -234,7 +236,9 @@ def _curves(metrics: dict[str, Any]) -> str:
 
 def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     sizes, data, options = metrics["sizes"], metrics["data"], metrics["options"]
-    terms = " + ".join(name if weight == 1 else f"{weight:g} · {name}" for name, weight in metrics["loss_terms"].items())
+    terms = " + ".join(
+        name if weight == 1 else f"{weight:g} · {name}" for name, weight in metrics["loss_terms"].items()
+    )
     cut = (
         f"{data['truncated_prompts']} prompts (beginning), {data['truncated_answers']} answers (end);"
         f" {data['dropped_pairs']} pairs dropped for no longer differing"
@@ -261,4 +265,4 @@ def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\u00a0%"

@@ -37,9 +37,7 @@ class Phase:
         every = max(1, -(-self._total // _LINES_PER_PHASE))
         if self._done % every == 0 or self._done == self._total:
             seconds = time.monotonic() - self._start
-            print(
-                f"  {self._name} {self._done}/{self._total}  {note}  {seconds:.0f} s", file=self._stream, flush=True
-            )
+            print(f"  {self._name} {self._done}/{self._total}  {note}  {seconds:.0f} s", file=self._stream, flush=True)
 
 
 class Progress:

@@ -26,8 +26,6 @@ from .output import METRICS, MODEL, REFERENCE, REPORT, OutputFolder
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from .encode import EncodedPair, Truncation
     from .evaluate import TokenScores
 
@@ -115,9 +113,7 @@ def _train_and_write(
     progress.say(f"2. The result is frozen as the reference; preference training, {loss} ({sizes.steps} steps)")
     policy = copy.deepcopy(reference).requires_grad_(True)
     held_out_reference = pair_logps(reference, held_out, sizes.batch_size)
-    curves = train_preferences(
-        policy, reference, train, held_out, held_out_reference, options, sizes, progress
-    )
+    curves = train_preferences(policy, reference, train, held_out, held_out_reference, options, sizes, progress)
     clock.lap("preferences")
 
     progress.say("3. Scoring the held-out pairs, writing model and report")

@@ -108,7 +108,11 @@ _ALSO_TRUE = {
 }
 
 _SENTENCES = {
-    "capital": ("The capital of {country} is {value}.", "Its capital is {value}.", "{value} is the seat of government."),
+    "capital": (
+        "The capital of {country} is {value}.",
+        "Its capital is {value}.",
+        "{value} is the seat of government.",
+    ),
     "continent": ("{country} lies in {value}.", "It is a country in {value}.", "You will find it in {value}."),
     "language": (
         "The official language is {value}.",

@@ -61,10 +61,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     """Token ids of a conversation up to and including the role token of the answer."""
     ids: list[int] = []
     for message in messages:
-        ids.append(_id(tokenizer, ROLE_TOKENS[message.role]))
+        ids.append(token_id(tokenizer, ROLE_TOKENS[message.role]))
         ids += encode_text(tokenizer, message.content)[0]
-        ids.append(_id(tokenizer, END))
-    return [*ids, _id(tokenizer, ROLE_TOKENS["assistant"])]
+        ids.append(token_id(tokenizer, END))
+    return [*ids, token_id(tokenizer, ROLE_TOKENS["assistant"])]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -83,8 +83,9 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     return texts
 
 
-def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    return int(tokenizer.convert_tokens_to_ids(token))
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one special token."""
+    return int(tokenizer.get_vocab()[token])
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -16,6 +16,7 @@ from .encode import IGNORE, EncodedPair, chosen_batch, pair_batch
 from .evaluate import PairLogps, mean, pair_logps, ranked_right
 from .options import DemoError, DemoOptions, Sizes
 from .progress import Progress
+from .tokenizer import END, PAD, token_id
 
 # Small models from scratch take larger initial weights than the usual 0.02: with it the facts are learnt in half the
 # steps.
@@ -38,8 +39,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase, sizes: Sizes, seed: int) -> 
         tie_word_embeddings=True,
         initializer_range=_INITIALIZER_RANGE,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids(tokenizer.eos_token),
-        pad_token_id=tokenizer.convert_tokens_to_ids(tokenizer.pad_token),
+        eos_token_id=token_id(tokenizer, END),
+        pad_token_id=token_id(tokenizer, PAD),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -111,7 +112,7 @@ def train_preferences(
     def score_held_out(step: int) -> None:
         scores = pair_logps(model, held_out, sizes.batch_size)
         rewards = [policy.rewards(ref, options.beta) for policy, ref in zip(scores, held_out_reference, strict=True)]
-        chosen, rejected = mean(w for w, _ in rewards), mean(l for _, l in rewards)
+        chosen, rejected = mean(r[0] for r in rewards), mean(r[1] for r in rewards)
         curves.held_out.append(_point(step, chosen, rejected, ranked_right(rewards)))
 
     every = max(1, -(-sizes.steps // sizes.evaluations))
@@ -171,7 +172,9 @@ def _update(
     """One optimiser step; the loss as a number."""
     value = loss.item()
     if not math.isfinite(value):
-        raise DemoError(f"{what} diverged: the loss is {value} at step {step}; try another --beta or a larger --batch-size")
+        raise DemoError(
+            f"{what} diverged: the loss is {value} at step {step}; try another --beta or a larger --batch-size"
+        )
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)

@@ -28,12 +28,14 @@ from torch import Tensor
 
 from ...rows import label_error
 
-LANES = 256  # rows of a tile; 2 per thread
 WARPS = 4
+WARP_SIZE = 64 if torch.version.hip else 32
 # fp fusion is on by default up to triton 3.9 and off later: what the tables in docs/kernels.md show was compiled so.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 COMBINE = {"num_warps": 1, "enable_fp_fusion": True}
+
+LANES = WARPS * WARP_SIZE  # rows of a tile, one per thread: each thread then reads 16 bytes of it
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -26,7 +26,9 @@ from .common import (
 # What is done with the reference's row.
 NO_REFERENCE, AFTER, TOGETHER = 0, 1, 2
 _AFTER, _TOGETHER = tl.constexpr(AFTER), tl.constexpr(TOGETHER)
-STAGES = 3
+# Tiles per trip of the loop over whole tiles. Four 16-byte loads are then under way per thread, without the shared
+# memory, barriers and extra instructions of a cp.async pipeline (9.3 instructions per element instead of 7.5).
+UNROLL = {NO_REFERENCE: 4, AFTER: 4, TOGETHER: 2}
 
 # Partial sums of a piece of a row, in the order in which the scratch buffer holds them.
 PARTIALS = ("max", "exp", "exp_t", "exp_sq", "raw", "before", "cross", "r_max", "r_exp", "r_cross")
@@ -41,11 +43,12 @@ _C = {name: tl.constexpr(i) for i, name in enumerate(COLUMNS)}
 def _move(m, z, scale):
     """Running maxima m [LANES] with a tile z [LANES, VEC]: `(new m, base, fall of old exponents, factor of old sums)`.
 
-    The base of the exponents is the maximum, or 0 while a lane has seen nothing but -inf.
+    The base of the exponents is the maximum, or 0 while a lane has seen nothing but -inf; then nothing has been summed,
+    and its factor of 0 does not matter.
     """
     new = tl.maximum(m, tl.max(z, 1))
     base = tl.where(new == -_INF, 0.0, new)
-    shift = exponent_shift(m, base, scale)
+    shift = (m - base) * scale
     return new, base, shift, tl.exp2(shift)
 
 
@@ -90,7 +93,7 @@ def _fold_pair(z, rz, scale, m, s, st, sq, c, rm, rs, rc, ENTROPY: tl.constexpr,
 @triton.jit
 def _walk(
     row, n, label, scale,
-    ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
+    ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Per-lane sums of n elements from `row` on, without the one at `label`."""
     TILE: tl.constexpr = LANES * VEC
@@ -107,8 +110,8 @@ def _walk(
     off = tile_offsets(LANES, VEC)
     for part in range((head == 0).to(tl.int32), 3):
         start, stop, there = part_bounds(part, at_label, tiles)
-        for i in tl.range(start, stop, num_stages=STAGES):
-            z = tl.load(body + tl.cast(i, tl.int64) * TILE + off, eviction_policy="evict_first").to(tl.float32)
+        for i in tl.range(start, stop, num_stages=1, loop_unroll_factor=UNROLL):
+            z = tl.load(body + tl.cast(i, tl.int64) * TILE + off).to(tl.float32)
             if EXTRAS:
                 raw += tl.sum(z, 1)
             m, s, st, sq = _fold(z, scale, m, s, st, sq, ENTROPY, EXTRAS)
@@ -130,7 +133,7 @@ def _walk(
 def _walk_pair(
     row, ref, n, label, scale,
     ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, ALIGNED: tl.constexpr,
-    LANES: tl.constexpr, VEC: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The same of both models, in step: tiles begin where the policy's lines do, and the reference's too if ALIGNED."""
     TILE: tl.constexpr = LANES * VEC
@@ -147,17 +150,16 @@ def _walk_pair(
     head = head_of(row, VEC)
     tiles = whole_tiles(n, head, TILE)
     at_label = label_tile(label, head, tiles, TILE)
+    # The hint has to stand where the pointer is made; Triton loses it on the way into a helper.
     body = tl.multiple_of(row + head, 16)
-    r_body = ref + head
-    if ALIGNED:
-        r_body = tl.multiple_of(r_body, 16)
+    r_body = tl.multiple_of(ref + head, 16) if ALIGNED else ref + head
     off = tile_offsets(LANES, VEC)
     for part in range((head == 0).to(tl.int32), 3):
         start, stop, there = part_bounds(part, at_label, tiles)
-        for i in tl.range(start, stop, num_stages=STAGES):
-            shift = tl.cast(i, tl.int64) * TILE + off
-            z = tl.load(body + shift, eviction_policy="evict_first").to(tl.float32)
-            rz = tl.load(r_body + shift, eviction_policy="evict_first").to(tl.float32)
+        for i in tl.range(start, stop, num_stages=1, loop_unroll_factor=UNROLL):
+            at = tl.cast(i, tl.int64) * TILE
+            z = tl.load(body + at + off).to(tl.float32)
+            rz = tl.load(r_body + at + off).to(tl.float32)
             if EXTRAS:
                 raw += tl.sum(z, 1)
             m, s, st, sq, c, rm, rs, rc = _fold_pair(z, rz, scale, m, s, st, sq, c, rm, rs, rc, ENTROPY, EXTRAS)
@@ -326,7 +328,7 @@ def row_stats_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     R_VEC: tl.constexpr,
-    STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0)
     rows = tl.num_programs(0)
@@ -353,7 +355,7 @@ def row_stats_kernel(
     r_row = row_of(reference, row, inner, r_outer_stride, r_inner_stride) + start
     if REFERENCE == _TOGETHER:
         m, s, st, sq, raw, before, c, rm, rs, rc = _walk_pair(
-            z_row, r_row, n, label, scale, ENTROPY, EXTRAS, ALIGNED, LANES, VEC, STAGES
+            z_row, r_row, n, label, scale, ENTROPY, EXTRAS, ALIGNED, LANES, VEC, UNROLL
         )
         m, s, st, sq, raw, before, c, rm, rs, rc = _merge(
             m, s, st, sq, raw, before, c, rm, rs, rc, scale, True
@@ -361,12 +363,12 @@ def row_stats_kernel(
     else:
         nothing = tl.full([LANES], -_INF, tl.float32)
         zero = tl.zeros([LANES], tl.float32)
-        m, s, st, sq, raw, before = _walk(z_row, n, label, scale, ENTROPY, EXTRAS, LANES, VEC, STAGES)
+        m, s, st, sq, raw, before = _walk(z_row, n, label, scale, ENTROPY, EXTRAS, LANES, VEC, UNROLL)
         m, s, st, sq, raw, before, c, rm, rs, rc = _merge(
             m, s, st, sq, raw, before, zero, nothing, zero, zero, scale, False
         )
         if REFERENCE == _AFTER:
-            rm, rs, _, _, _, _ = _walk(r_row, n, label, scale, False, False, LANES, R_VEC, STAGES)
+            rm, rs, _, _, _, _ = _walk(r_row, n, label, scale, False, False, LANES, R_VEC, UNROLL)
             rm, rs, _, _, _, _, _, _, _, _ = _merge(
                 rm, rs, zero, zero, zero, nothing, zero, nothing, zero, zero, scale, False
             )
@@ -488,7 +490,7 @@ def row_stats(
     with common.on_device_of(logits):
         row_stats_kernel[(rows * splits,)](
             *args, **how, ALIGNED=aligned, SPLIT=splits > 1, COLUMNS=len(COLUMNS), LANES=lanes, VEC=vector,
-            R_VEC=r_vector, STAGES=STAGES, **common.OPTIONS,
+            R_VEC=r_vector, UNROLL=UNROLL[how["REFERENCE"]], **common.OPTIONS,
         )  # fmt: skip
         if splits > 1:
             combine_kernel[(rows,)](*args, **how, COLUMNS=len(COLUMNS), MAX_SPLITS=common.MAX_SPLITS, **common.COMBINE)

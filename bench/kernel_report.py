@@ -1,0 +1,392 @@
+"""What the Triton kernels became: registers, spills, load widths and instructions, read from their machine code.
+
+    python -m bench.kernel_report                          print the table
+    python -m bench.kernel_report --write docs/kernels.md  put it between the markers of that file
+
+Needs triton but no GPU: every variant is compiled ahead of time, for NVIDIA (read with the cuobjdump and nvdisasm that
+the triton wheel carries) and for AMD (read from its assembly). The last column is an estimate, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# The machine of the estimate: an H200 moving 4.3 TB/s, 132 processors with 128 lanes at 1.8 GHz.
+BYTES_PER_SECOND = 4.3e12
+INSTRUCTIONS_PER_SECOND = 132 * 128 * 1.8e9
+ROWS, VOCAB = 8192, 128256
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+AMD = "gfx942"
+BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
+
+_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as one kind of call compiles it.
+
+    name: what the call does.
+    kernel: "row_stats", "combine", "row_grad" or "pair_loss".
+    dtype, reference: element types of the two models' logits; no reference read if `reference` is "".
+    flags: the compile-time parameters that differ from call to call.
+    written: bytes per logit that the kernel writes.
+    registers: the most registers per thread that the planned occupancy allows (see `PLAN`).
+    """
+
+    name: str
+    kernel: str
+    dtype: str = "bf16"
+    reference: str = ""
+    flags: tuple[tuple[str, Any], ...] = ()
+    written: int = 0
+    registers: int = 255
+
+    @property
+    def bytes_per_logit(self) -> int:
+        """Bytes moved per entry of a policy row."""
+        return _SIZES[self.dtype] + (_SIZES[self.reference] if self.reference else 0) + self.written
+
+
+# 65536 registers per processor, 128 threads per program: 40 registers leave 12 programs per processor (the hardware
+# grants registers in steps of 8), 48 leave 10, 56 leave 9, 64 leave 8, 72 leave 7, 80 leave 6. With four 16-byte loads
+# under way per thread, 6 programs have 48 KiB in flight; 4.3 TB/s at 800 ns of latency take 26 KiB per processor.
+PLAN = {40: 12, 48: 10, 56: 9, 64: 8, 72: 7, 80: 6, 88: 5}
+
+
+def _stats(name: str, registers: int, dtype: str = "bf16", reference: str = "", **flags: Any) -> Variant:
+    return Variant(name, "row_stats", dtype, reference, tuple(flags.items()), 0, registers)
+
+
+def _grad(name: str, registers: int, dtype: str = "bf16", reference: str = "", **flags: Any) -> Variant:
+    return Variant(name, "row_grad", dtype, reference, tuple(flags.items()), _SIZES[dtype], registers)
+
+
+VARIANTS: tuple[Variant, ...] = (
+    _stats("log-probs", 40),
+    _stats("log-probs, fp32", 48, "fp32"),
+    _stats("log-probs, fp16", 40, "fp16"),
+    _stats("log-probs, split rows", 40, SPLIT=True),
+    _stats("with entropy", 48, ENTROPY=True),
+    _stats("all columns without reference", 64, ENTROPY=True, EXTRAS=True),
+    _stats("log-probs of both models", 56, reference="bf16", REFERENCE=1),
+    _stats("with KLs", 72, reference="bf16", REFERENCE=2),
+    _stats("all columns", 80, reference="bf16", REFERENCE=2, ENTROPY=True, EXTRAS=True),
+    _stats("with KLs, fp32 reference", 72, reference="fp32", REFERENCE=2),
+    _stats("with KLs, reference aligned otherwise", 72, reference="bf16", REFERENCE=2, ALIGNED=False),
+    Variant("combine split rows", "combine", reference="bf16", flags=(("REFERENCE", 2), ("ENTROPY", True))),
+    _grad("gradient of log-probs", 40),
+    _grad("gradient of log-probs, fp32", 56, "fp32"),
+    _grad("gradient of log-probs, fp16", 40, "fp16"),
+    _grad("gradient, five coefficients", 48, FULL=True),
+    _grad("gradient with KLs", 56, reference="bf16", FULL=True, WITH_REFERENCE=True),
+    _grad("gradient of log-probs, input aligned otherwise", 56, ALIGNED=False),
+    Variant("pair loss", "pair_loss", "fp32", flags=(("PACKED", True),)),
+)
+
+
+@dataclass
+class Loop:
+    """The innermost loop that moves the most bytes: per trip of one thread.
+
+    elements: entries of the policy's row.
+    instructions, exponentials: machine instructions, and those of them that are EX2.
+    loads, stores: width in bytes -> how many.
+    """
+
+    elements: float = 0
+    instructions: int = 0
+    exponentials: int = 0
+    loads: dict[int, int] = field(default_factory=dict)
+    stores: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def per_element(self) -> float:
+        return self.instructions / self.elements if self.elements else 0.0
+
+
+@dataclass
+class Facts:
+    """What was read from the machine code of one compiled kernel."""
+
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    loop: Loop
+
+
+def unavailable() -> str | None:
+    """Why no report can be made here; None if one can."""
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    from qkernels.backends.triton import common
+
+    if common.INTERPRETED:
+        return "TRITON_INTERPRET=1 replaces the compiler by an interpreter"
+    missing = [name for name in ("cuobjdump", "nvdisasm") if not _tool(name).exists()]
+    return f"triton {triton.__version__} comes without {' and '.join(missing)}" if missing else None
+
+
+def _tool(name: str) -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _target(architecture: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+def source_of(variant: Variant, architecture: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+    """The kernel function, its signature, compile-time values and options, as the launch would choose them."""
+    from qkernels.backends.triton import common, pair_loss_kernel, row_grad_kernel, row_stats_kernel
+
+    flags = dict(variant.flags)
+    sizes = [_SIZES[variant.dtype], _SIZES[variant.reference or variant.dtype]]
+    vector = 16 // min(sizes)
+    tile = {"LANES": common.WARPS * _target(architecture).warp_size, "VEC": vector}
+    pointers = {"logits": variant.dtype, "reference": variant.reference or variant.dtype, "labels": "i64"}
+    options = common.OPTIONS
+    if variant.kernel in ("row_stats", "combine"):
+        gathers = {"REFERENCE": 0, "ENTROPY": False, "EXTRAS": False}
+        values = {**gathers, "COLUMNS": len(row_stats_kernel.COLUMNS), **flags}
+        pointers |= {"out": "fp32", "partial": "fp32"}
+        if variant.kernel == "combine":
+            function, options = row_stats_kernel.combine_kernel, common.COMBINE
+            values |= {"MAX_SPLITS": common.MAX_SPLITS}
+        else:
+            function = row_stats_kernel.row_stats_kernel
+            values = {"ALIGNED": True, "SPLIT": False, **values, **tile, "R_VEC": vector}
+            values["UNROLL"] = row_stats_kernel.UNROLL[values["REFERENCE"]]
+    elif variant.kernel == "row_grad":
+        function = row_grad_kernel.row_grad_kernel
+        values = {"FULL": False, "WITH_REFERENCE": False, "ALIGNED": True, "R_ALIGNED": True, **flags, **tile}
+        values["UNROLL"] = row_grad_kernel.UNROLL[values["WITH_REFERENCE"]]
+        pointers |= {"out": variant.dtype, "state": "fp32", "r_state": "fp32", "coefficients": "fp32"}
+    else:
+        function = pair_loss_kernel.pair_loss_kernel
+        values = {"PER_SEQUENCE": False, "PACKED": False, **flags}
+        values |= {name: getattr(pair_loss_kernel, name) for name in ("BLOCK", "PAIRS", "TOKENS")}
+        pointers = dict.fromkeys(("logps", "reference", "weights", "loss", "rewards", "grad"), "fp32")
+        pointers["offsets"] = "i32"
+    signature = {}
+    for parameter in function.params:
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+        elif parameter.name in pointers:
+            signature[parameter.name] = f"*{pointers[parameter.name]}"
+        else:
+            signature[parameter.name] = parameter.annotation_type
+    return function, signature, values, options
+
+
+@functools.cache
+def compiled(variant: Variant, architecture: str) -> Any:
+    """The variant, compiled; no hint about divisibility of any argument is given, as in a launch."""
+    import triton
+    from triton.compiler import ASTSource
+
+    function, signature, values, options = source_of(variant, architecture)
+    names = list(signature)
+    source = ASTSource(
+        fn=function, signature=signature, constexprs={(names.index(name),): value for name, value in values.items()}
+    )
+    return triton.compile(source, target=_target(architecture), options=dict(options))
+
+
+@functools.cache
+def facts(variant: Variant, architecture: str) -> Facts:
+    """What the machine code says."""
+    kernel = compiled(variant, architecture)
+    element = _SIZES[variant.dtype] + (_SIZES[variant.reference] if variant.reference else 0)
+    if variant.kernel == "row_stats" and dict(variant.flags).get("REFERENCE") == 1:
+        element = _SIZES[variant.dtype]  # one model after the other: the loop walks one row
+    if architecture.startswith("sm_"):
+        return _nvidia_facts(kernel, element)
+    return _amd_facts(kernel, element)
+
+
+def _nvidia_facts(kernel: Any, element: int) -> Facts:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _run("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if not found:
+        raise RuntimeError(f"cuobjdump names no registers:\n{usage}")
+    instructions, labels = [], {}
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+    loop = _main_loop(instructions, labels, r"\bBRA\b.*?(\.L_x_\d+)", _nvidia_width, "EX2", element)
+    spills = sum(bool(re.search(r"\b(LDL|STL)\b", instruction)) for instruction in instructions)
+    return Facts(int(found[1]), int(found[2]), spills, kernel.metadata.shared, loop)
+
+
+def _nvidia_width(instruction: str) -> tuple[str, int] | None:
+    """Whether an instruction loads or stores global memory, and how many bytes."""
+    found = re.search(r"\b(LDGSTS|LDG|STG)\.E([A-Z0-9.]*)", instruction)
+    if not found:
+        return None
+    width = re.search(r"\.(128|64|U16|S16|U8|S8)", found[2])
+    sizes = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return "stores" if found[1] == "STG" else "loads", sizes[width[1]] if width else 4
+
+
+def _amd_facts(kernel: Any, element: int) -> Facts:
+    assembly = kernel.asm["amdgcn"]
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, assembly)
+        if not found:
+            raise RuntimeError(f"no {pattern} in the AMD assembly")
+        return int(found[1])
+
+    instructions, labels = [], {}
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.LBB\d+_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+([vs]_|global_|buffer_|ds_)(.*)", line):
+            instructions.append(instruction[1] + instruction[2])
+    loop = _main_loop(instructions, labels, r"s_c?branch\w*\s+(\.LBB\d+_\d+)", _amd_width, "v_exp_f32", element)
+    spills = number(r"\.vgpr_spill_count:\s*(\d+)") + number(r"\.sgpr_spill_count:\s*(\d+)")
+    return Facts(
+        number(r"\.vgpr_count:\s*(\d+)"), number(r"\.private_segment_fixed_size:\s*(\d+)"), spills,
+        kernel.metadata.shared, loop,
+    )  # fmt: skip
+
+
+def _amd_width(instruction: str) -> tuple[str, int] | None:
+    found = re.match(r"(?:global|buffer)_(load|store)_(\w+)", instruction)
+    if not found:
+        return None
+    for name, size in (("dwordx4", 16), ("dwordx3", 12), ("dwordx2", 8), ("dword", 4), ("short", 2), ("byte", 1)):
+        if name in found[2]:
+            return f"{found[1]}s", size
+    return None
+
+
+def _main_loop(instructions: list[str], labels: dict[str, int], branch: str, width: Any, exp: str, element: int) -> Loop:
+    """The innermost loop whose trip loads the most bytes."""
+    spans = []
+    for end, instruction in enumerate(instructions):
+        target = re.search(branch, instruction)
+        if target and labels.get(target[1], end + 1) <= end:
+            spans.append((labels[target[1]], end + 1))
+    innermost = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    best, most = Loop(), 0
+    for start, end in innermost:
+        body = instructions[start:end]
+        loop = Loop(instructions=len(body), exponentials=sum(exp in instruction for instruction in body))
+        for instruction in body:
+            if access := width(instruction):
+                counts = getattr(loop, access[0])
+                counts[access[1]] = counts.get(access[1], 0) + 1
+        loaded = sum(size * count for size, count in loop.loads.items())
+        loop.elements = loaded / element
+        if loaded > most:
+            best, most = loop, loaded
+    return best
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_tool(tool)), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def estimate(variant: Variant, per_element: float) -> str:
+    """Milliseconds for 8192 rows of 128256 entries: the longer of moving bytes and issuing instructions."""
+    if variant.kernel not in ("row_stats", "row_grad"):
+        return ""
+    twice = 2 if dict(variant.flags).get("REFERENCE") == 1 else 1  # one row after the other
+    moving = ROWS * VOCAB * variant.bytes_per_logit / BYTES_PER_SECOND * 1e3
+    issuing = ROWS * VOCAB * per_element * twice / INSTRUCTIONS_PER_SECOND * 1e3
+    return f"{max(moving, issuing):.2f} ({'memory' if moving >= issuing else 'issue'}: {moving:.2f} / {issuing:.2f})"
+
+
+def _counts(widths: dict[int, int]) -> str:
+    narrow = sum(count for size, count in widths.items() if size < 16)
+    return f"{widths.get(16, 0)} + {narrow}"
+
+
+def table(architectures: Sequence[str] = (*ARCHITECTURES, AMD), variants: Sequence[Variant] = VARIANTS) -> str:
+    """The report as Markdown."""
+    lines = [
+        "| kernel | target | registers | stack | spills | shared bytes | loads 16 B + narrower | stores | EX2"
+        " | instructions per element | bytes per logit | *estimate*, ms (memory / issue) |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for variant in variants:
+        for architecture in architectures:
+            f = facts(variant, architecture)
+            loop = f.loop
+            streams = variant.kernel in ("row_stats", "row_grad")
+            cells: list[object] = [
+                variant.name, architecture, f.registers, f.stack, f.spills, f.shared,
+                _counts(loop.loads) if streams else "", _counts(loop.stores) if variant.kernel == "row_grad" else "",
+                loop.exponentials if streams else "", f"{loop.per_element:.1f}" if streams else "",
+                variant.bytes_per_logit if streams else "",
+                estimate(variant, loop.per_element) if architecture == "sm_90" else "",
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def report(architectures: Sequence[str] = (*ARCHITECTURES, AMD)) -> str:
+    """Table and how to read it."""
+    import triton
+
+    return (
+        f"Compiled with triton {triton.__version__}. Loads, stores, EX2 and instructions are those of one trip of the"
+        " main loop of one thread. The estimate is for N = 8192 rows of V = 128256 on an H200 (4.3 TB/s; 132 x 128"
+        " lane-instructions per clock at 1.8 GHz) from the machine code for sm_90: whichever takes longer, moving the"
+        " bytes or issuing the main loop's instructions. It is not a measurement.\n\n" + table(architectures)
+    )
+
+
+def write(path: Path, text: str) -> None:
+    """Put `text` between the markers of a file."""
+    page = path.read_text(encoding="utf-8")
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise SystemExit(f"{path} must hold the lines {BEGIN} and {END} once each")
+    before, rest = page.split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="update the marked section of this file")
+    parser.add_argument("--targets", nargs="+", default=[*ARCHITECTURES, AMD], help="sm_80, sm_90, sm_100, gfx942 ...")
+    options = parser.parse_args()
+    if reason := unavailable():
+        print(f"no report: {reason}", file=sys.stderr)
+        return 1
+    text = report(options.targets)
+    if options.write:
+        write(options.write, text)
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""row_grad"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .common import (
+    _LOG2E,
+    expm1,
+    head_of,
+    joined,
+    label_tile,
+    part_bounds,
+    row_of,
+    tile_offsets,
+    weighted,
+    whole_tiles,
+)
+
+_LN2 = tl.constexpr(0.69314718055994530942)
+# Tiles per trip of the loop over whole tiles, by whether there is a reference: four 16-byte loads under way per thread.
+UNROLL = {False: 4, True: 2}
+
+
+@triton.jit
+def _entries(
+    z, rz, scale, row_max, r_max, constant, slope, r_slope, q_scale, FULL: tl.constexpr, WITH_REFERENCE: tl.constexpr
+):
+    """Gradient of a tile z [LANES, VEC], the label's entry not yet right."""
+    t = (z - row_max) * scale
+    e = tl.exp2(t)
+    if not FULL:
+        return constant * e
+    factor = constant + slope * t
+    if WITH_REFERENCE:
+        rt = (rz - r_max) * scale
+        factor += tl.where(r_slope != 0, r_slope * rt, 0.0)
+        return weighted(e, factor) + q_scale * tl.exp2(rt)
+    return weighted(e, factor)
+
+
+@triton.jit
+def _fill_row(out, n, value, LANES: tl.constexpr, VEC: tl.constexpr):
+    """n elements from `out` on, all the same."""
+    TILE: tl.constexpr = LANES * VEC
+    head = head_of(out, VEC)
+    tiles = whole_tiles(n, head, TILE)
+    body = tl.multiple_of(out + head, 16)
+    off = tile_offsets(LANES, VEC)
+    same = (tl.zeros([LANES, VEC], tl.float32) + value).to(out.dtype.element_ty)
+    tl.store(out + off, same, mask=off < tl.minimum(head, n))
+    for i in tl.range(0, tiles, num_stages=1):
+        tl.store(body + tl.cast(i, tl.int64) * TILE + off, same)
+    at = head + tiles * TILE + off
+    tl.store(out + at, same, mask=at < n)
+
+
+_RUNTIME = (
+    "logits", "reference", "labels", "state", "r_state", "coefficients", "out", "inner", "vocab", "outer_stride",
+    "inner_stride", "r_outer_stride", "r_inner_stride", "out_outer_stride", "out_inner_stride", "ignore_index",
+    "inverse_high", "inverse_low", "splits", "span",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def row_grad_kernel(
+    logits,  # (S, T, V)
+    reference,  # (S, T, V), or anything without one
+    labels,  # (S, T) int64
+    state,  # (3, S, T): row_max, log_sum, logps
+    r_state,  # (3, S, T), or anything without a reference
+    coefficients,  # (1 or 5, S, T), in the order of rows.COEFFICIENTS
+    out,  # (S, T, V), may be the logits
+    inner: tl.int32,  # T
+    vocab: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    r_outer_stride: tl.int64,
+    r_inner_stride: tl.int64,
+    out_outer_stride: tl.int64,
+    out_inner_stride: tl.int64,
+    ignore_index: tl.int64,
+    inverse_high: tl.float32,  # 1 / temperature
+    inverse_low: tl.float32,
+    splits: tl.int32,
+    span: tl.int32,  # elements per program
+    FULL: tl.constexpr,  # five coefficients
+    WITH_REFERENCE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # the logits' rows lie like those of `out`
+    R_ALIGNED: tl.constexpr,  # the reference's do
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    TILE: tl.constexpr = LANES * VEC
+    piece = tl.program_id(0) % splits
+    row = tl.program_id(0) // splits
+    rows = tl.num_programs(0) // splits
+    start = piece * span
+    n = tl.minimum(span, vocab - start)
+    out_row = row_of(out, row, inner, out_outer_stride, out_inner_stride) + start
+
+    label64 = tl.load(labels + row)
+    of_label = tl.load(coefficients + row).to(tl.float64)
+    silent = (label64 == ignore_index) | (of_label == 0)
+    if FULL:
+        of_p = tl.load(coefficients + rows + row).to(tl.float64)
+        of_logp = tl.load(coefficients + 2 * rows + row).to(tl.float64)
+        of_logq = tl.load(coefficients + 3 * rows + row).to(tl.float64)
+        of_q = tl.load(coefficients + 4 * rows + row).to(tl.float64)
+        others = (of_p == 0) & (of_logp == 0) & (of_logq == 0) & (of_q == 0)
+        silent = (label64 == ignore_index) | ((of_label == 0) & others)
+    if silent | (label64 < 0) | (label64 >= vocab):
+        _fill_row(out_row, n, tl.where(silent, 0.0, float("nan")), LANES, VEC)
+        return
+
+    inverse_temperature = joined(inverse_high, inverse_low)
+    scale = (inverse_temperature * _LOG2E).to(tl.float32)
+    row_max = tl.load(state + row)
+    log_sum = tl.load(state + rows + row).to(tl.float64)
+    logp = tl.load(state + 2 * rows + row).to(tl.float64)
+    p = tl.exp(logp)
+    p_scale = tl.exp(-log_sum) * inverse_temperature
+    at_label = -of_label * expm1(logp)  # label (1 - p), with all digits when p -> 1
+    constant = -of_label
+    slope = 0.0
+    r_slope = 0.0
+    q_scale = 0.0
+    r_max = 0.0
+    if FULL:
+        constant += of_p - of_logp * log_sum
+        slope = (p_scale * of_logp * _LN2).to(tl.float32)
+        at_p = of_p + tl.where(of_logp == 0, 0.0, of_logp * logp)
+        if WITH_REFERENCE:
+            r_max = tl.load(r_state + row)
+            r_log_sum = tl.load(r_state + rows + row).to(tl.float64)
+            ry = tl.load(row_of(reference, row, inner, r_outer_stride, r_inner_stride) + label64).to(tl.float64)
+            logq = (ry - r_max.to(tl.float64)) * inverse_temperature - r_log_sum
+            at_p -= tl.where(of_logq == 0, 0.0, of_logq * logq)
+            at_label -= of_q * tl.exp(logq)
+            constant += of_logq * r_log_sum
+            r_slope = (-p_scale * of_logq * _LN2).to(tl.float32)
+            q_scale = (-of_q * tl.exp(-r_log_sum) * inverse_temperature).to(tl.float32)
+        at_label += weighted(p, at_p)
+    constant = (p_scale * constant).to(tl.float32)
+    at_label = (at_label * inverse_temperature).to(tl.float32)
+
+    label = label64.to(tl.int32) - start
+    z_row = row_of(logits, row, inner, outer_stride, inner_stride) + start
+    r_row = row_of(reference, row, inner, r_outer_stride, r_inner_stride) + start
+    head = head_of(out_row, VEC)
+    tiles = whole_tiles(n, head, TILE)
+    in_tile = label_tile(label, head, tiles, TILE)
+    # The hint has to stand where the pointer is made; Triton loses it on the way into a helper.
+    body = tl.multiple_of(out_row + head, 16)
+    z_body = tl.multiple_of(z_row + head, 16) if ALIGNED else z_row + head
+    r_body = tl.multiple_of(r_row + head, 16) if R_ALIGNED else r_row + head
+    off = tile_offsets(LANES, VEC)
+    for part in range((head == 0).to(tl.int32), 3):
+        first, last, there = part_bounds(part, in_tile, tiles)
+        for i in tl.range(first, last, num_stages=1, loop_unroll_factor=UNROLL):
+            at64 = tl.cast(i, tl.int64) * TILE
+            z = tl.load(z_body + at64 + off).to(tl.float32)
+            rz = z
+            if WITH_REFERENCE:
+                rz = tl.load(r_body + at64 + off).to(tl.float32)
+            g = _entries(z, rz, scale, row_max, r_max, constant, slope, r_slope, q_scale, FULL, WITH_REFERENCE)
+            tl.store(body + at64 + off, g.to(out.dtype.element_ty))
+        at = head + last * TILE + off
+        inside = (at >= 0) & (at < tl.where(part == 0, tl.minimum(head, n), n)) & there
+        z = tl.load(z_row + at, mask=inside, other=0.0).to(tl.float32)
+        rz = z
+        if WITH_REFERENCE:
+            rz = tl.load(r_row + at, mask=inside, other=0.0).to(tl.float32)
+        g = _entries(z, rz, scale, row_max, r_max, constant, slope, r_slope, q_scale, FULL, WITH_REFERENCE)
+        g = tl.where(at == label, at_label, g)
+        tl.store(out_row + at, g.to(out.dtype.element_ty), mask=inside)
+
+
+# --- host -------------------------------------------------------------------------------------------------------------
+
+
+def _row_grad_into(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    reference: Tensor | None,
+    state: Tensor,
+    reference_state: Tensor | None,
+    coefficients: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    rows, vocab = labels.numel(), logits.shape[-1]
+    if rows == 0:
+        return
+    state, coefficients = state.contiguous(), coefficients.float().contiguous()
+    full = coefficients.shape[0] > 1
+    if not full or reference is None or reference_state is None:
+        reference, reference_state = None, None
+    ref, r_state = (logits, state) if reference is None else (reference, reference_state.contiguous())
+    vector = common.vector_length(logits, ref)
+    splits = common.splits_for(rows, vocab, common.LANES * vector, logits.device)
+    with common.on_device_of(logits):
+        row_grad_kernel[(rows * splits,)](
+            logits, ref, labels, state, r_state, coefficients, out, logits.shape[1], vocab,
+            *common.row_strides(logits), *common.row_strides(ref), *common.row_strides(out), ignore_index,
+            *common.two_floats(1 / temperature), splits, common.span_of(vocab, splits, 8),
+            FULL=full, WITH_REFERENCE=reference is not None, ALIGNED=common.same_alignment(out, logits, vector),
+            R_ALIGNED=common.same_alignment(out, ref, vector), LANES=common.LANES, VEC=vector, UNROLL=UNROLL[reference is not None],
+            **common.OPTIONS,
+        )  # fmt: skip
+
+
+def row_grad(logits: Tensor, *args) -> Tensor:
+    """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _row_grad_into(out, logits, *args)
+    return out
+
+
+def row_grad_(logits: Tensor, *args) -> None:
+    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
+    _row_grad_into(logits, logits, *args)
