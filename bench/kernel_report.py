@@ -41,7 +41,7 @@ class Variant:
     dtype, reference: element types of the two models' logits; no reference read if `reference` is "".
     flags: the compile-time parameters that differ from call to call.
     written: bytes per logit that the kernel writes.
-    registers: the most registers per thread that the planned occupancy allows (see `PLAN`).
+    registers: the most registers per thread that the planned occupancy allows on sm_90 and sm_100 (see `PLAN`).
     """
 
     name: str
@@ -61,7 +61,9 @@ class Variant:
 # 65536 registers per processor, 128 threads per program: 40 registers leave 12 programs per processor (the hardware
 # grants registers in steps of 8), 48 leave 10, 56 leave 9, 64 leave 8, 72 leave 7, 80 leave 6. With four 16-byte loads
 # under way per thread, 6 programs have 48 KiB in flight; 4.3 TB/s at 800 ns of latency take 26 KiB per processor.
+# An A100 (sm_80) moves less than half of that: 72 registers are always few enough there.
 PLAN = {40: 12, 48: 10, 56: 9, 64: 8, 72: 7, 80: 6, 88: 5}
+SM_80_REGISTERS = 72
 
 
 def _stats(name: str, registers: int, dtype: str = "bf16", reference: str = "", **flags: Any) -> Variant:
@@ -79,7 +81,7 @@ VARIANTS: tuple[Variant, ...] = (
     _stats("log-probs, split rows", 40, SPLIT=True),
     _stats("with entropy", 48, ENTROPY=True),
     _stats("all columns without reference", 64, ENTROPY=True, EXTRAS=True),
-    _stats("log-probs of both models", 56, reference="bf16", REFERENCE=1),
+    _stats("log-probs of both models", 48, reference="bf16", REFERENCE=1),
     _stats("with KLs", 72, reference="bf16", REFERENCE=2),
     _stats("all columns", 80, reference="bf16", REFERENCE=2, ENTROPY=True, EXTRAS=True),
     _stats("with KLs, fp32 reference", 72, reference="fp32", REFERENCE=2),
@@ -89,7 +91,7 @@ VARIANTS: tuple[Variant, ...] = (
     _grad("gradient of log-probs, fp32", 56, "fp32"),
     _grad("gradient of log-probs, fp16", 40, "fp16"),
     _grad("gradient, five coefficients", 48, FULL=True),
-    _grad("gradient with KLs", 56, reference="bf16", FULL=True, WITH_REFERENCE=True),
+    _grad("gradient with KLs", 72, reference="bf16", FULL=True, WITH_REFERENCE=True),
     _grad("gradient of log-probs, input aligned otherwise", 56, ALIGNED=False),
     Variant("pair loss", "pair_loss", "fp32", flags=(("PACKED", True),)),
 )
@@ -197,6 +199,11 @@ def source_of(variant: Variant, architecture: str) -> tuple[Any, dict[str, str],
     return function, signature, values, options
 
 
+def planned_registers(variant: Variant, architecture: str) -> int:
+    """The most registers per thread that the planned occupancy allows."""
+    return max(variant.registers, SM_80_REGISTERS) if architecture == "sm_80" else variant.registers
+
+
 @functools.cache
 def compiled(variant: Variant, architecture: str) -> Any:
     """The variant, compiled; no hint about divisibility of any argument is given, as in a launch."""
@@ -217,7 +224,7 @@ def facts(variant: Variant, architecture: str) -> Facts:
     kernel = compiled(variant, architecture)
     element = _SIZES[variant.dtype] + (_SIZES[variant.reference] if variant.reference else 0)
     if variant.kernel == "row_stats" and dict(variant.flags).get("REFERENCE") == 1:
-        element = _SIZES[variant.dtype]  # one model after the other: the loop walks one row
+        element = _SIZES[variant.dtype]  # each model by itself: the loop walks one row
     if architecture.startswith("sm_"):
         return _nvidia_facts(kernel, element)
     return _amd_facts(kernel, element)
@@ -286,7 +293,9 @@ def _amd_width(instruction: str) -> tuple[str, int] | None:
     return None
 
 
-def _main_loop(instructions: list[str], labels: dict[str, int], branch: str, width: Any, exp: str, element: int) -> Loop:
+def _main_loop(
+    instructions: list[str], labels: dict[str, int], branch: str, width: Any, exp: str, element: int
+) -> Loop:
     """The innermost loop whose trip loads the most bytes."""
     spans = []
     for end, instruction in enumerate(instructions):
@@ -317,7 +326,7 @@ def estimate(variant: Variant, per_element: float) -> str:
     """Milliseconds for 8192 rows of 128256 entries: the longer of moving bytes and issuing instructions."""
     if variant.kernel not in ("row_stats", "row_grad"):
         return ""
-    twice = 2 if dict(variant.flags).get("REFERENCE") == 1 else 1  # one row after the other
+    twice = 2 if dict(variant.flags).get("REFERENCE") == 1 else 1  # each model's row by itself
     moving = ROWS * VOCAB * variant.bytes_per_logit / BYTES_PER_SECOND * 1e3
     issuing = ROWS * VOCAB * per_element * twice / INSTRUCTIONS_PER_SECOND * 1e3
     return f"{max(moving, issuing):.2f} ({'memory' if moving >= issuing else 'issue'}: {moving:.2f} / {issuing:.2f})"

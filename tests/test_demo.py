@@ -24,7 +24,7 @@ from qkernels.cli import main
 from qkernels.data import Message, Preference
 from qkernels.demo import DemoError, DemoOptions, evaluate, run, synthetic, train
 from qkernels.demo.encode import IGNORE, encode, pair_batch, truncate
-from qkernels.demo.tokenizer import encode_prompt, encode_text, token_texts, train_tokenizer
+from qkernels.demo.tokenizer import encode_prompts, encode_texts, token_texts, train_tokenizer
 from qkernels.objectives import OBJECTIVES
 
 REAL_PAIRS = Path(__file__).parents[1] / "../shared/data/dpo_en_demo.json"
@@ -375,12 +375,12 @@ def test_the_chat_template_is_the_layout_trained_on(tokenizer) -> None:
     rendered = tokenizer.apply_chat_template(
         [message._asdict() for message in messages], add_generation_prompt=True, return_dict=False
     )
-    assert rendered == encode_prompt(tokenizer, messages)
+    assert rendered == encode_prompts(tokenizer, [messages])[0]
     assert tokenizer.decode(rendered) == "<|system|>Be brief.<|end|><|user|>Tell me\nabout Peru. 😀<|end|><|assistant|>"
 
 
 def test_a_special_token_in_the_text_is_text(tokenizer) -> None:
-    ids, offsets = encode_text(tokenizer, "a<|end|>b")
+    ((ids, offsets),) = encode_texts(tokenizer, ["a<|end|>b"])
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert "".join(token_texts(tokenizer, ids)) == "a<|end|>b"
     assert offsets[0] == (0, 1) and offsets[-1] == (8, 9)
@@ -389,7 +389,7 @@ def test_a_special_token_in_the_text_is_text(tokenizer) -> None:
 
 
 def test_bytes_that_are_no_character_are_shown_as_bytes(tokenizer) -> None:
-    ids, _ = encode_text(tokenizer, "é😀")
+    ((ids, _),) = encode_texts(tokenizer, ["é😀"])
     assert token_texts(tokenizer, ids) == ["<C3>", "<A9>", "<F0>", "<9F>", "<98>", "<80>"]
     assert token_texts(tokenizer, [tokenizer.eos_token_id]) == ["<|end|>"]
 

@@ -1,4 +1,4 @@
-"""Runs `triton_checks.py`, the Triton kernels against the oracle: in Triton's interpreter, and on a GPU if there is one.
+"""Runs `triton_checks.py`, the Triton kernels against the oracle: in the interpreter, and on a GPU if there is one.
 
 In a process of its own, because Triton decides at its import whether it interprets. Without a GPU this is the only
 way the values of the kernels can be tested; `test_triton_aot.py` looks at their machine code.

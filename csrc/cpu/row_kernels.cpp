@@ -5,9 +5,9 @@
 // taken out of the sums) and the last one (padded with -inf) are copied to a buffer in the L1 cache.
 //
 // Sums are taken relative to the maximum of the blocks *before* the current one, whose own maximum is found in the
-// same pass. So no pass is made for the maximum alone and no term is rescaled one by one; afterwards the row's sums
-// are restated relative to the new maximum. A block that raises the maximum by more than a factor of 4 in probability
-// (and the first one of a segment, which has nothing before it) is summed again relative to its own maximum.
+// same pass. So no pass is made for the maximum alone (but for the first block of a segment, which has nothing before
+// it) and no term is rescaled one by one; afterwards the row's sums are restated relative to the new maximum. A block
+// that raises the maximum by more than a factor of 4 in probability is summed again relative to its own.
 //
 // Aliasing: `out` of a gradient may be the logits themselves: each vector is read before the same vector is written.
 // The reference is never written.
@@ -144,6 +144,16 @@ enum class Gather {
   kAll       // e t, e^2 and z
 };
 
+// The maximum of a block, for the first one of a segment: cheaper than summing it relative to nothing, and again.
+template <class T>
+float max_of_block(const T* z, int64_t n) {
+  Vec m[kUnroll];
+  for (int u = 0; u < kUnroll; ++u) m[u] = splat(kMinusInfinity);
+  for (int64_t i = 0; i < n; i += kStep)
+    for (int u = 0; u < kUnroll; ++u) m[u] = max_ignoring_nan_in_first(widen(z + i + u * kLanes), m[u]);
+  return maximum(m);
+}
+
 // Sums of a block of one model, and its maximum.
 template <Gather kGather, class T>
 Sums sum_block(const T* z, int64_t n, const Shift& shift) {
@@ -239,6 +249,7 @@ void fold_row(const Rows& rows, const StatsCall& call, int64_t row, int64_t begi
                     : sum_block<kGather>(data + start, n, Shift(base, scale));
     };
     float base = sums.max;
+    if (start == begin) base = copied ? whole.max : max_of_block(data + start, n);
     Sums block = sum(base);
     if (copied) block.max = whole.max, block.raw = whole.raw;
     const float max = std::max(base, block.max);
@@ -287,6 +298,10 @@ void fold_pair(const StatsCall& call, int64_t row, int64_t begin, int64_t end, R
       rescale(sums.reference, reference_shift, shift);
     };
     float base = sums.policy.max, reference_base = sums.reference.max;
+    if (start == begin) {
+      base = copied ? whole.max : max_of_block(policy + start, n);
+      reference_base = copied ? reference_whole.max : max_of_block(reference + start, n);
+    }
     RowSums block = sum(base, reference_base);
     const float max = std::max(base, block.policy.max);
     const float reference_max = std::max(reference_base, block.reference.max);

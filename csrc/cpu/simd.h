@@ -66,11 +66,26 @@ inline Vec add_weighted(Vec sum, Vec e, Vec x) {
 #endif
 }
 
-// Below this exponent 2^t is 0. NaN stays NaN.
+// 2^t for t <= 0, in two steps, because sums of e t want the clamped t. Exactly 1 at 0, exactly 0 at the clamp (and for
+// -inf), NaN for NaN. Relative error 1.5e-7: a polynomial of degree 5 over one octave with error 9.2e-8, and rounding.
+#if defined(__AVX512F__)
+// 2^-160 is 0 in fp32; scalef rounds results below 2^-126 to subnormals.
+inline Vec clamp_exponent(Vec t) { return max_ignoring_nan_in_first(splat(-160.0f), t); }
+
+inline Vec exp2_clamped(Vec t) {
+  // f = t - floor(t) in one instruction; scalef multiplies by 2^floor(t).
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Vec p = splat(1.867130050e-3f);
+  p = p * f + 9.017030708e-3f;
+  p = p * f + 5.579991266e-2f;
+  p = p * f + 2.401644439e-1f;
+  p = p * f + 6.931512952e-1f;
+  p = p * f + 1.0f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)t);
+}
+#else
 inline Vec clamp_exponent(Vec t) { return max_ignoring_nan_in_first(splat(-127.0f), t); }
 
-// 2^t for -127 <= t <= 0. Exactly 1 at 0, exactly 0 at -127, NaN for NaN. Relative error 1.2e-7: a polynomial of
-// degree 5 on [-1/2, 1/2] with error 9.2e-8, and the rounding of its last step.
 inline Vec exp2_clamped(Vec t) {
   // Adding 1.5 * 2^23 + 127 rounds t to an integer n and leaves n + 127 in the low bits: the exponent of 2^n.
   const Vec magic = splat(12582912.0f + 127.0f);
@@ -84,6 +99,7 @@ inline Vec exp2_clamped(Vec t) {
   p = p * f + 1.0f;
   return p * (Vec)((UintVec)rounded << 23);
 }
+#endif
 
 inline Vec exp2_nonpositive(Vec t) { return exp2_clamped(clamp_exponent(t)); }
 
@@ -153,17 +169,21 @@ inline void narrow(Float16* p, Vec v) {
 #endif
 }
 
-// Sum of the lanes in a fixed order, in double.
+// Sum of the lanes in a fixed order (halves onto halves: short chains), in double.
 inline double lane_sum(Vec v) {
-  double total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  double lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = v[i];
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
 }
 
 inline float lane_max(Vec v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  float lane[kLanes];
+  store(lane, v);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i + width] > lane[i] ? lane[i + width] : lane[i];
+  return lane[0];
 }
 
 }  // namespace QK_ISA

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import Preference
 from ..functional import shift_labels
-from .tokenizer import END, encode_prompt, encode_text, token_id
+from .tokenizer import END, encode_prompts, encode_texts, token_id
 
 IGNORE = -100
 
@@ -49,13 +49,15 @@ class Truncation(NamedTuple):
 def encode(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
     """Tokenise pairs, whole."""
     end = token_id(tokenizer, END)
+    prompts = encode_prompts(tokenizer, [pair.prompt for pair in pairs])
+    all_chosen = encode_texts(tokenizer, [pair.chosen for pair in pairs])
+    all_rejected = encode_texts(tokenizer, [pair.rejected for pair in pairs])
     encoded = []
-    for source, pair in enumerate(pairs):
-        chosen, _ = encode_text(tokenizer, pair.chosen)
-        rejected, offsets = encode_text(tokenizer, pair.rejected)
-        planted = [any(start < b and a < stop for a, b in pair.planted) for start, stop in offsets]
-        prompt = encode_prompt(tokenizer, pair.prompt)
-        encoded.append(EncodedPair(prompt, [*chosen, end], [*rejected, end], [*planted, False], source))
+    for source, (pair, prompt, chosen, rejected) in enumerate(
+        zip(pairs, prompts, all_chosen, all_rejected, strict=True)
+    ):
+        planted = [any(start < b and a < stop for a, b in pair.planted) for start, stop in rejected.offsets]
+        encoded.append(EncodedPair(prompt, [*chosen.ids, end], [*rejected.ids, end], [*planted, False], source))
     return encoded
 
 

@@ -117,7 +117,7 @@ _SENTENCES = {
     "language": (
         "The official language is {value}.",
         "Official papers are in {value}.",
-        "{value} is the official language.",
+        "Laws are written in {value}.",
     ),
     "currency": ("Its currency is the {value}.", "People pay with the {value}.", "Prices are counted in the {value}."),
     "dish": ("A dish to try is {value}.", "Visitors should taste {value}.", "Many families cook {value}."),

@@ -8,6 +8,7 @@ A conversation is a role token, the text and an end token per message, then the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -51,20 +52,30 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
     return wrapped
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a text and the characters `[start, end)` of each; "<|end|>" in the text is just text."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-    return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
+class EncodedText(NamedTuple):
+    """Token ids of a text and the characters `[start, end)` that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation up to and including the role token of the answer."""
-    ids: list[int] = []
-    for message in messages:
-        ids.append(token_id(tokenizer, ROLE_TOKENS[message.role]))
-        ids += encode_text(tokenizer, message.content)[0]
-        ids.append(token_id(tokenizer, END))
-    return [*ids, token_id(tokenizer, ROLE_TOKENS["assistant"])]
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[EncodedText]:
+    """Tokenise texts all at once; a special token such as "<|end|>" that occurs in one is just text."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    columns = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [EncodedText(list(ids), [(start, end) for start, end in offsets]) for ids, offsets in columns]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
+    """Token ids of conversations up to and including the role token of the answer."""
+    roles = {role: token_id(tokenizer, token) for role, token in ROLE_TOKENS.items()}
+    end = token_id(tokenizer, END)
+    encoded = iter(encode_texts(tokenizer, [message.content for messages in prompts for message in messages]))
+    result = []
+    for messages in prompts:
+        ids = [token for message in messages for token in (roles[message.role], *next(encoded).ids, end)]
+        result.append([*ids, roles["assistant"]])
+    return result
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

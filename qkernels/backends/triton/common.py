@@ -12,9 +12,9 @@ compares an element with the label. In order, a row is
 
 which one loop over parts does, with one copy of the code for whole tiles and one for the others.
 
-Scalars. Numbers that a Python float holds exactly and fp32 does not (1 / temperature, beta) travel as two fp32 parameters and are
-put together in fp64. Everything that happens once per row happens in fp64: it costs nothing beside the row, and
-log(1 + x) or 1 - p keep their digits. `tl.log` and `tl.exp` of fp32 do not: lg2.approx is off by 2^-22 near 1.
+Scalars. Numbers that fp32 would round (1 / temperature, beta) travel as two fp32 parameters and are put together in
+fp64. Everything that happens once per row happens in fp64: it costs nothing beside the row, and log(1 + x) or 1 - p
+keep their digits. `tl.log` and `tl.exp` of fp32 do not: lg2.approx is off by 2^-22 near 1.
 """
 
 # No `from __future__ import annotations` in kernel files: Triton reads the annotations of a kernel's parameters.
@@ -60,9 +60,7 @@ def vector_length(*tensors: Tensor) -> int:
 def same_alignment(a: Tensor, b: Tensor, vector: int) -> bool:
     """Whether each row of `a` lies as many elements past a line of `vector` elements as the same row of `b`."""
     bases = [tensor.data_ptr() // tensor.element_size() for tensor in (a, b)]
-    strides = [
-        (a.stride(dim), b.stride(dim)) for dim in range(2) if a.shape[dim] > 1
-    ]
+    strides = [(a.stride(dim), b.stride(dim)) for dim in range(2) if a.shape[dim] > 1]
     return all((x - y) % vector == 0 for x, y in [tuple(bases), *strides])
 
 

@@ -1,4 +1,37 @@
-"""row_grad"""
+"""`row_grad`: dL/dlogits from the logits, what the forward kept of each row, and up to five coefficients per row.
+
+Maths. With the coefficients a (label), b (p), c (p_logp), d (p_logq), h (q) of `rows.COEFFICIENTS`, entry j of a row is
+
+    g_j = [ a (1[j=y] - p_j) + p_j (b + c log p_j - d log q_j) - h q_j ] / T
+
+With t = (z - row_max) log2(e) / T, e = 2^t, log p = t ln 2 - log_sum and primes for the reference this is, j != y,
+
+    g_j = e (constant + slope t + r_slope t') + q_scale e'
+
+    constant = exp(-log_sum) (b - a - c log_sum + d log_sum') / T     slope   =  exp(-log_sum) c ln 2 / T
+    q_scale  = -h exp(-log_sum') / T                                  r_slope = -exp(-log_sum) d ln 2 / T
+
+whose four numbers are made once per row in fp64. Where only `logps` is differentiated it is constant * e.
+
+The label's entry is made apart, in fp64 from its saved log-prob: -a expm1(logp) = a (1 - p) with all digits when
+p -> 1, and rounded once. The tile that holds the label is never one of the whole tiles, so its entry is put in its
+place before that tile is stored: no second store, and no order of stores to rely on.
+
+Memory traffic. Each logit (and each of the reference's, if c, d or h can need it) is read once, each gradient written
+once. Ignored rows and rows whose coefficients are all 0 are written 0 without being read. Tiles begin where the lines
+of `out` do, so all stores of whole tiles are of 16 bytes. Loads are too if the logits' rows lie like those of `out`
+(in place always, and for contiguous logits), else as narrow as the elements.
+
+Aliasing. `out` may be the logits: a tile is read by the threads that write it, before they write it, and no tile
+overlaps another. State, coefficients, labels and the reference are not written; `functional` refuses a reference in
+the same storage.
+
+Numerics. e of an entry below the smallest normal number is 0. -inf logits have e = 0 and gradient 0 whatever the
+factor is; -inf of the reference only matters where r_slope is not 0. NaN in the state makes the row NaN, and so does a
+label outside [0, V).
+
+Few rows are split over programs; pieces of a row do not depend on each other.
+"""
 
 import torch
 import triton
@@ -198,9 +231,9 @@ def _row_grad_into(
         return
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     full = coefficients.shape[0] > 1
-    if not full or reference is None or reference_state is None:
-        reference, reference_state = None, None
-    ref, r_state = (logits, state) if reference is None else (reference, reference_state.contiguous())
+    ref, r_state, with_reference = logits, state, False
+    if full and reference is not None and reference_state is not None:
+        ref, r_state, with_reference = reference, reference_state.contiguous(), True
     vector = common.vector_length(logits, ref)
     splits = common.splits_for(rows, vocab, common.LANES * vector, logits.device)
     with common.on_device_of(logits):
@@ -208,9 +241,9 @@ def _row_grad_into(
             logits, ref, labels, state, r_state, coefficients, out, logits.shape[1], vocab,
             *common.row_strides(logits), *common.row_strides(ref), *common.row_strides(out), ignore_index,
             *common.two_floats(1 / temperature), splits, common.span_of(vocab, splits, 8),
-            FULL=full, WITH_REFERENCE=reference is not None, ALIGNED=common.same_alignment(out, logits, vector),
-            R_ALIGNED=common.same_alignment(out, ref, vector), LANES=common.LANES, VEC=vector, UNROLL=UNROLL[reference is not None],
-            **common.OPTIONS,
+            FULL=full, WITH_REFERENCE=with_reference, ALIGNED=common.same_alignment(out, logits, vector),
+            R_ALIGNED=common.same_alignment(out, ref, vector), LANES=common.LANES, VEC=vector,
+            UNROLL=UNROLL[with_reference], **common.OPTIONS,
         )  # fmt: skip
 
 

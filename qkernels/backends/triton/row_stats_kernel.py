@@ -1,4 +1,40 @@
-"""row_stats
+"""`row_stats`: every per-row number of one or two models in one read of their logits.
+
+Maths. z = raw logits of a row, T the temperature, scale = log2(e) / T, y the label. Each lane of a tile keeps, over
+the entries it has met and relative to its own running maximum m, with t_j = (z_j - m) scale <= 0 and e_j = 2^t_j:
+
+    s = sum e    st = sum e t    sq = sum e^2    raw = sum z    c = sum e (t - t of the other model)
+
+When a lane's maximum moves by shift = (m_old - m_new) scale, s becomes 2^shift s, st becomes 2^shift (st + shift s), c
+becomes 2^shift (c + (shift - shift of the other model) s). That is one exponential per tile and lane, none per
+element. At the end lanes are merged by the same rule. The label's entry is left out of all sums (and is not counted
+in m); `_complete` adds it in fp64, so that log pi = -log1p(sum of the others) keeps its digits when the model is
+almost certain. Formulas of the columns are those of csrc/core/softmax.h.
+
+Programs. One per row of 4 warps; two where both models' log-probs are asked for but no divergence (one each, which
+needs fewer registers than one after the other). Divergences need both rows in step. Fewer rows than 4 per processor
+are split into pieces of a row: fp32 partial sums go to a scratch buffer, `combine_kernel` merges them in order and
+finishes the row. No atomics: results have the same bits from run to run.
+
+Memory traffic. Each logit is read once, 16 bytes at a time whatever V, strides and addresses are (`common`); the
+label's logit twice. Ignored rows are not read. The reference's row is read in step with the policy's; where the two lie
+differently relative to 16-byte lines (ALIGNED = False, decided by the host for the whole call) the reference's loads
+are as narrow as its elements. Written: 4 bytes per column and row.
+
+Aliasing. Nothing that is written is read, except the scratch buffer by the second kernel.
+
+Numerics.
+- exp2((z - m) scale), never exp2(z scale - m scale): the difference of two close numbers is exact, so a common offset
+  of the logits costs nothing.
+- s is formed by the same instructions (an explicit fma) whatever else is gathered, and in the same order for either
+  model. So cached and live log-probs of the same row at the same alignment and dtype have equal bits. They may differ
+  in the last bit where a row lies differently relative to a 16-byte line (lanes then hold other entries), between
+  split rows and whole ones, and in a divergence with a reference of another dtype or alignment.
+- m starts at -inf and is replaced by 0 as a base while it is -inf: logits as low as the type allows need no sentinel.
+- e comes from the unbounded t, which may be NaN; where e multiplies t, t is bounded or 0 * inf replaced by 0.
+- A NaN, a +inf or nothing but -inf: NaN in all of that model's columns, by arithmetic (s is NaN, or the maximum is not
+  finite). Both divergences then are NaN as well. A label outside [0, V): NaN without reading the row.
+- is_top1 compares the label with the largest entry, and with the largest one before it (`before`).
 """
 
 import torch
@@ -31,9 +67,9 @@ _AFTER, _TOGETHER = tl.constexpr(AFTER), tl.constexpr(TOGETHER)
 UNROLL = {NO_REFERENCE: 4, AFTER: 4, TOGETHER: 2}
 
 # Partial sums of a piece of a row, in the order in which the scratch buffer holds them.
-PARTIALS = ("max", "exp", "exp_t", "exp_sq", "raw", "before", "cross", "r_max", "r_exp", "r_cross")
+PARTIALS = ("max", "exp", "exp_t", "exp_sq", "raw", "before", "r_max", "r_exp", "cross", "r_cross")
 _PARTIALS = tl.constexpr(len(PARTIALS))
-_C = {name: tl.constexpr(i) for i, name in enumerate(COLUMNS)}
+_LN2 = tl.constexpr(0.69314718055994530942)
 
 
 # --- one tile into the running sums of its lanes ----------------------------------------------------------------------
@@ -221,75 +257,68 @@ def _complete(m, s, label_logit, inverse_temperature):
 
 
 @triton.jit
-def _put(out, columns, slot, value, rows, COLUMN: tl.constexpr):
-    """Store a column if it was asked for; the slot of the next one."""
-    wanted = (columns >> COLUMN) & 1
-    tl.store(out + slot.to(tl.int64) * rows, value.to(tl.float32), mask=wanted != 0)
-    return slot + wanted
+def _put(out, columns, value, rows, COLUMN: tl.constexpr):
+    """Store a column if it was asked for, in the slot that the columns before it leave."""
+    x = columns & ((1 << COLUMN) - 1)  # count its bits
+    x = x - ((x >> 1) & 0x5555)
+    x = (x & 0x3333) + ((x >> 2) & 0x3333)
+    x = (x + (x >> 4)) & 0x0F0F
+    slot = (x + (x >> 8)) & 0x1F
+    tl.store(out + slot.to(tl.int64) * rows, value.to(tl.float32), mask=((columns >> COLUMN) & 1) != 0)
+
+
+@triton.jit
+def _finish_policy(
+    out, columns, rows, vocab, inverse_temperature, y, m, s, st, sq, raw, before,
+    ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """The policy's columns of a row from its complete sums. Numbers are those of `rows.COLUMNS`."""
+    top, d, f, t, e, total, log_sum, logp = _complete(m, s, y, inverse_temperature)
+    broken = log_sum - log_sum  # NaN if there is no softmax, else 0
+    _put(out, columns, top.to(tl.float64) + broken, rows, 0)
+    _put(out, columns, log_sum, rows, 1)
+    _put(out, columns, logp, rows, 2)
+    _put(out, columns, top.to(tl.float64) * inverse_temperature + log_sum, rows, 6)
+    if ENTROPY:
+        weighted_t = weighted(f, st.to(tl.float64) + d * s.to(tl.float64)) + weighted(e, t)
+        entropy = log_sum - _LN2 * (weighted_t / total)
+        _put(out, columns, tl.where(entropy < 0, 0.0, entropy), rows, 8)
+    if EXTRAS:
+        _put(out, columns, tl.log(sq.to(tl.float64) * f * f + e * e) - 2 * log_sum, rows, 11)
+        mean = (raw.to(tl.float64) + y.to(tl.float64)) / vocab * inverse_temperature
+        _put(out, columns, mean + broken, rows, 12)
+        first = (y == top) & (before < y)
+        _put(out, columns, tl.where(first, 1.0, 0.0) + broken, rows, 13)
+
+
+@triton.jit
+def _finish_reference(out, columns, rows, inverse_temperature, y, m, s):
+    """The reference's own columns."""
+    top, _, _, _, _, _, log_sum, logp = _complete(m, s, y, inverse_temperature)
+    _put(out, columns, top.to(tl.float64) + (log_sum - log_sum), rows, 3)
+    _put(out, columns, log_sum, rows, 4)
+    _put(out, columns, logp, rows, 5)
+    _put(out, columns, top.to(tl.float64) * inverse_temperature + log_sum, rows, 7)
+
+
+@triton.jit
+def _finish_divergences(out, columns, rows, inverse_temperature, y, ry, m, s, c, rm, rs, rc):
+    """Both KLs; never below 0, where the rounding of a sum that should cancel can leave them."""
+    _, d, f, t, e, total, log_sum, _ = _complete(m, s, y, inverse_temperature)
+    _, rd, rf, rt, re, r_total, r_log_sum, _ = _complete(rm, rs, ry, inverse_temperature)
+    r_cross = weighted(rf, rc.to(tl.float64) + (rd - d) * rs.to(tl.float64)) + weighted(re, rt - t)
+    kl = _LN2 * (r_cross / r_total) - r_log_sum + log_sum
+    _put(out, columns, tl.where(kl < 0, 0.0, kl), rows, 9)
+    cross = weighted(f, c.to(tl.float64) + (d - rd) * s.to(tl.float64)) + weighted(e, t - rt)
+    kl = _LN2 * (cross / total) - log_sum + r_log_sum
+    _put(out, columns, tl.where(kl < 0, 0.0, kl), rows, 10)
 
 
 @triton.jit
 def _fill(out, columns, value, rows, COLUMNS: tl.constexpr):
-    slot = columns * 0
+    """The same value in all columns."""
     for column in tl.static_range(COLUMNS):
-        slot = _put(out, columns, slot, value, rows, column)
-
-
-@triton.jit
-def _finish(
-    out, columns, rows, vocab, inverse_temperature, y, ry,
-    m, s, st, sq, raw, before, c, rm, rs, rc,
-    REFERENCE: tl.constexpr, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
-):  # fmt: skip
-    """All columns of a row from its complete sums, in the order of `rows.COLUMNS`."""
-    ln2: tl.constexpr = 0.69314718055994530942
-    top, d, f, t, e, total, log_sum, logp = _complete(m, s, y, inverse_temperature)
-    broken = log_sum - log_sum  # NaN if there is no softmax, else 0
-    slot = columns * 0
-    slot = _put(out, columns, slot, top.to(tl.float64) + broken, rows, 0)
-    slot = _put(out, columns, slot, log_sum, rows, 1)
-    slot = _put(out, columns, slot, logp, rows, 2)
-    if REFERENCE:
-        r_top, rd, rf, rt, re, r_total, r_log_sum, r_logp = _complete(rm, rs, ry, inverse_temperature)
-        slot = _put(out, columns, slot, r_top.to(tl.float64) + (r_log_sum - r_log_sum), rows, 3)
-        slot = _put(out, columns, slot, r_log_sum, rows, 4)
-        slot = _put(out, columns, slot, r_logp, rows, 5)
-    slot = _put(out, columns, slot, top.to(tl.float64) * inverse_temperature + log_sum, rows, 6)
-    if REFERENCE:
-        slot = _put(out, columns, slot, r_top.to(tl.float64) * inverse_temperature + r_log_sum, rows, 7)
-    s64 = s.to(tl.float64)
-    if ENTROPY:
-        weighted_t = weighted(f, st.to(tl.float64) + d * s64) + weighted(e, t)
-        entropy = log_sum - ln2 * (weighted_t / total)
-        slot = _put(out, columns, slot, tl.where(entropy < 0, 0.0, entropy), rows, 8)
-    if REFERENCE == _TOGETHER:
-        rs64 = rs.to(tl.float64)
-        r_cross = weighted(rf, rc.to(tl.float64) + (rd - d) * rs64) + weighted(re, rt - t)
-        kl = ln2 * (r_cross / r_total) - r_log_sum + log_sum
-        slot = _put(out, columns, slot, tl.where(kl < 0, 0.0, kl), rows, 9)
-        cross = weighted(f, c.to(tl.float64) + (d - rd) * s64) + weighted(e, t - rt)
-        kl = ln2 * (cross / total) - log_sum + r_log_sum
-        slot = _put(out, columns, slot, tl.where(kl < 0, 0.0, kl), rows, 10)
-    if EXTRAS:
-        sum_sq = sq.to(tl.float64) * f * f + e * e
-        slot = _put(out, columns, slot, tl.log(sum_sq) - 2 * log_sum, rows, 11)
-        mean = (raw.to(tl.float64) + y.to(tl.float64)) / vocab * inverse_temperature
-        slot = _put(out, columns, slot, mean + broken, rows, 12)
-        first = (y == top) & (before < y)
-        slot = _put(out, columns, slot, tl.where(first, 1.0, 0.0) + broken, rows, 13)
-
-
-@triton.jit
-def _label_logits(
-    logits, reference, labels, row, inner, outer_stride, inner_stride, r_outer_stride, r_inner_stride, label,
-    REFERENCE: tl.constexpr,
-):  # fmt: skip
-    """The label's logit under both models."""
-    y = tl.load(row_of(logits, row, inner, outer_stride, inner_stride) + label).to(tl.float32)
-    ry = y
-    if REFERENCE:
-        ry = tl.load(row_of(reference, row, inner, r_outer_stride, r_inner_stride) + label).to(tl.float32)
-    return y, ry
+        _put(out, columns, value, rows, column)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -330,67 +359,94 @@ def row_stats_kernel(
     R_VEC: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    program = tl.program_id(0)
     rows = tl.num_programs(0)
-    start = 0
+    of_reference = program < 0
+    if REFERENCE == _AFTER:
+        of_reference = program % 2 == 1
+        program = program // 2
+        rows = rows // 2
+    row = program
+    piece = program * 0
     n = vocab
     if SPLIT:
-        piece = row % splits
-        row = row // splits
+        piece = program % splits
+        row = program // splits
         rows = rows // splits
-        start = piece * span
-        n = tl.minimum(span, vocab - start)
+        n = tl.minimum(span, vocab - piece * span)
+    start = piece * span
     out += row
     label64 = tl.load(labels + row)
     unusable = (label64 < 0) | (label64 >= vocab)
     if (label64 == ignore_index) | unusable:
         if not SPLIT:
-            value = tl.where(label64 == ignore_index, 0.0, float("nan"))
-            _fill(out, columns, value, rows, COLUMNS)
+            _fill(out, columns, tl.where(label64 == ignore_index, 0.0, float("nan")), rows, COLUMNS)
         return
     inverse_temperature = joined(inverse_high, inverse_low)
     scale = (inverse_temperature * _LOG2E).to(tl.float32)
     label = label64.to(tl.int32) - start
     z_row = row_of(logits, row, inner, outer_stride, inner_stride) + start
     r_row = row_of(reference, row, inner, r_outer_stride, r_inner_stride) + start
+    to = partial + (row.to(tl.int64) * splits + piece) * _PARTIALS
     if REFERENCE == _TOGETHER:
         m, s, st, sq, raw, before, c, rm, rs, rc = _walk_pair(
             z_row, r_row, n, label, scale, ENTROPY, EXTRAS, ALIGNED, LANES, VEC, UNROLL
         )
-        m, s, st, sq, raw, before, c, rm, rs, rc = _merge(
-            m, s, st, sq, raw, before, c, rm, rs, rc, scale, True
-        )
+        m, s, st, sq, raw, before, c, rm, rs, rc = _merge(m, s, st, sq, raw, before, c, rm, rs, rc, scale, True)
+        if SPLIT:
+            _store_policy(to, m, s, st, sq, raw, before)
+            _store_reference(to, rm, rs)
+            tl.store(to + 8, c)
+            tl.store(to + 9, rc)
+        else:
+            y = tl.load(z_row + label).to(tl.float32)
+            ry = tl.load(r_row + label).to(tl.float32)
+            _finish_policy(
+                out, columns, rows, vocab, inverse_temperature, y, m, s, st, sq, raw, before, ENTROPY, EXTRAS
+            )
+            _finish_reference(out, columns, rows, inverse_temperature, ry, rm, rs)
+            _finish_divergences(out, columns, rows, inverse_temperature, y, ry, m, s, c, rm, rs, rc)
     else:
-        nothing = tl.full([LANES], -_INF, tl.float32)
-        zero = tl.zeros([LANES], tl.float32)
-        m, s, st, sq, raw, before = _walk(z_row, n, label, scale, ENTROPY, EXTRAS, LANES, VEC, UNROLL)
-        m, s, st, sq, raw, before, c, rm, rs, rc = _merge(
-            m, s, st, sq, raw, before, zero, nothing, zero, zero, scale, False
-        )
-        if REFERENCE == _AFTER:
+        no_max = tl.full([LANES], -_INF, tl.float32)
+        no_sum = tl.zeros([LANES], tl.float32)
+        if of_reference:
             rm, rs, _, _, _, _ = _walk(r_row, n, label, scale, False, False, LANES, R_VEC, UNROLL)
             rm, rs, _, _, _, _, _, _, _, _ = _merge(
-                rm, rs, zero, zero, zero, nothing, zero, nothing, zero, zero, scale, False
+                rm, rs, no_sum, no_sum, no_sum, no_max, no_sum, no_max, no_sum, no_sum, scale, False
             )
-    if SPLIT:
-        to = partial + (row.to(tl.int64) * splits + piece) * _PARTIALS
-        tl.store(to + 0, m)
-        tl.store(to + 1, s)
-        tl.store(to + 2, st)
-        tl.store(to + 3, sq)
-        tl.store(to + 4, raw)
-        tl.store(to + 5, before)
-        tl.store(to + 6, c)
-        tl.store(to + 7, rm)
-        tl.store(to + 8, rs)
-        tl.store(to + 9, rc)
-    else:
-        y, ry = _label_logits(logits, reference, labels, row, inner, outer_stride, inner_stride, r_outer_stride,
-                              r_inner_stride, label64, REFERENCE)
-        _finish(
-            out, columns, rows, vocab, inverse_temperature, y, ry, m, s, st, sq, raw, before, c, rm, rs, rc,
-            REFERENCE, ENTROPY, EXTRAS,
-        )  # fmt: skip
+            if SPLIT:
+                _store_reference(to, rm, rs)
+            else:
+                ry = tl.load(r_row + label).to(tl.float32)
+                _finish_reference(out, columns, rows, inverse_temperature, ry, rm, rs)
+        else:
+            m, s, st, sq, raw, before = _walk(z_row, n, label, scale, ENTROPY, EXTRAS, LANES, VEC, UNROLL)
+            m, s, st, sq, raw, before, _, _, _, _ = _merge(
+                m, s, st, sq, raw, before, no_sum, no_max, no_sum, no_sum, scale, False
+            )
+            if SPLIT:
+                _store_policy(to, m, s, st, sq, raw, before)
+            else:
+                y = tl.load(z_row + label).to(tl.float32)
+                _finish_policy(
+                    out, columns, rows, vocab, inverse_temperature, y, m, s, st, sq, raw, before, ENTROPY, EXTRAS
+                )
+
+
+@triton.jit
+def _store_policy(to, m, s, st, sq, raw, before):
+    tl.store(to + 0, m)
+    tl.store(to + 1, s)
+    tl.store(to + 2, st)
+    tl.store(to + 3, sq)
+    tl.store(to + 4, raw)
+    tl.store(to + 5, before)
+
+
+@triton.jit
+def _store_reference(to, m, s):
+    tl.store(to + 6, m)
+    tl.store(to + 7, s)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -434,19 +490,20 @@ def combine_kernel(
     sq = tl.load(at + 3, mask=there, other=0.0)
     raw = tl.load(at + 4, mask=there, other=0.0)
     before = tl.load(at + 5, mask=there, other=-_INF)
-    c = tl.load(at + 6, mask=there, other=0.0)
-    rm = tl.load(at + 7, mask=there, other=-_INF)
-    rs = tl.load(at + 8, mask=there, other=0.0)
+    rm = tl.load(at + 6, mask=there, other=-_INF)
+    rs = tl.load(at + 7, mask=there, other=0.0)
+    c = tl.load(at + 8, mask=there, other=0.0)
     rc = tl.load(at + 9, mask=there, other=0.0)
     m, s, st, sq, raw, before, c, rm, rs, rc = _merge(
         m, s, st, sq, raw, before, c, rm, rs, rc, scale, REFERENCE == _TOGETHER
     )
-    y, ry = _label_logits(logits, reference, labels, row, inner, outer_stride, inner_stride, r_outer_stride,
-                          r_inner_stride, label64, REFERENCE)
-    _finish(
-        out, columns, rows, vocab, inverse_temperature, y, ry, m, s, st, sq, raw, before, c, rm, rs, rc,
-        REFERENCE, ENTROPY, EXTRAS,
-    )  # fmt: skip
+    y = tl.load(row_of(logits, row, inner, outer_stride, inner_stride) + label64).to(tl.float32)
+    _finish_policy(out, columns, rows, vocab, inverse_temperature, y, m, s, st, sq, raw, before, ENTROPY, EXTRAS)
+    if REFERENCE:
+        ry = tl.load(row_of(reference, row, inner, r_outer_stride, r_inner_stride) + label64).to(tl.float32)
+        _finish_reference(out, columns, rows, inverse_temperature, ry, rm, rs)
+        if REFERENCE == _TOGETHER:
+            _finish_divergences(out, columns, rows, inverse_temperature, y, ry, m, s, c, rm, rs, rc)
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
@@ -481,6 +538,7 @@ def row_stats(
         aligned = common.same_alignment(logits, reference, vector)
     lanes = common.LANES
     splits = common.splits_for(rows, vocab, lanes * vector, logits.device)
+    programs = 2 if how["REFERENCE"] == AFTER else 1  # a program for each model
     partial = out if splits == 1 else out.new_empty((rows, splits, len(PARTIALS)))
     args = (
         logits, reference, labels, out, partial, logits.shape[1], vocab, *common.row_strides(logits),
@@ -488,7 +546,7 @@ def row_stats(
         common.span_of(vocab, splits, 8),
     )  # fmt: skip
     with common.on_device_of(logits):
-        row_stats_kernel[(rows * splits,)](
+        row_stats_kernel[(rows * splits * programs,)](
             *args, **how, ALIGNED=aligned, SPLIT=splits > 1, COLUMNS=len(COLUMNS), LANES=lanes, VEC=vector,
             R_VEC=r_vector, UNROLL=UNROLL[how["REFERENCE"]], **common.OPTIONS,
         )  # fmt: skip
