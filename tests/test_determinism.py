@@ -14,6 +14,7 @@ import torch
 import oracle
 from cases import Rows, make_pairs, make_rows, normal
 from comparisons import check_logps
+from conftest import runnable_backends
 from qkernels import fused_token_dpo, token_logps, token_stats
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -270,17 +271,17 @@ def test_errors_in_one_thread_do_not_disturb_another(backend):
     assert problems == []
 
 
-def test_a_process_that_used_the_kernels_ends(backend):
+def test_a_process_that_used_the_kernels_ends():
     """Worker threads must not keep the interpreter from exiting, or crash it while it does."""
-    code = (
-        "import torch; torch.set_num_threads(4); from qkernels import token_logps\n"
+    runs = "".join(
         f"x = torch.randn(8, 9001, device={str(backend.device)!r}, requires_grad=True)\n"
         f"y = torch.ones(8, dtype=torch.int64, device={str(backend.device)!r})\n"
-        f"token_logps(x, y, backend={backend.name!r}).sum().backward(); print('done')"
+        f"token_logps(x, y, backend={backend.name!r}).sum().backward()\n"
+        for backend in runnable_backends()
     )
-    path = os.pathsep.join(sys.path)
+    code = f"import torch; torch.set_num_threads(4); from qkernels import token_logps\n{runs}print('done')"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

@@ -233,7 +233,7 @@ no_recompilation = torch._dynamo.config.patch(error_on_recompile=True)
 
 
 @pytest.mark.dtypes(torch.float32)
-@pytest.mark.parametrize("options, packed", [("default", True), ("several", False)])
+@pytest.mark.parametrize("options, packed", [("default", True), ("tdpo2", False)])
 def test_one_compilation_serves_all_lengths(backend, dtype, packed, options):
     """known bug 22: recompilation for each length (Liger#1362)."""
     torch._dynamo.reset()

@@ -43,7 +43,8 @@ def test_no_spills_and_registers_within_the_planned_occupancy(name, architecture
     if variant.kernel in ("row_stats", "row_grad"):
         programs = kernel_report.PLAN[planned]
         assert programs * 128 * planned <= 65536 and programs * facts.shared <= 100 << 10
-        assert programs * 128 * 64 >= 32 << 10, "four 16-byte loads per thread no longer cover the memory's latency"
+        needed = 13 if architecture == "sm_80" else 22 if "all columns" in name else 26
+        assert programs * 128 * 32 >= needed << 10, "the loads under way no longer cover the memory's latency"
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_models_of_different_dtypes(dtypes):
     check_gradient(BACKEND, rows, random_upstream(rows, oracle.WITH_GRADIENT))
 
 
-@pytest.mark.parametrize("place", [0, 5, 511, 512, 513, 1023, 1024, 1100, 2047, 2048, 2052])
+@pytest.mark.parametrize("place", [0, 5, 512, 1023, 1100, 2048, 2052])
 def test_the_label_may_stand_in_any_part_of_a_row(splits, place):
     """Head, first, middle and last whole tile, tail; rows begin 3 elements past a 16-byte line."""
     vocab = 2053

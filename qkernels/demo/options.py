@@ -156,17 +156,17 @@ class Sizes:
 _PASSES = 3
 
 _SYNTHETIC = Sizes(
-    train_pairs=6400,
+    train_pairs=8000,
     held_out_pairs=200,
     vocabulary_size=1600,
     hidden_size=128,
     layers=2,
     heads=4,
     batch_size=32,
-    sft_steps=140,
+    sft_steps=160,
     steps=200,
     sft_lr=5e-3,
-    lr=5e-4,
+    lr=4e-4,
     max_length=256,
     evaluations=10,
     shown_pairs=12,

@@ -111,7 +111,7 @@ _SENTENCES = {
     "capital": (
         "The capital of {country} is {value}.",
         "Its capital is {value}.",
-        "{value} is the seat of government.",
+        "The government sits in {value}.",
     ),
     "continent": ("{country} lies in {value}.", "It is a country in {value}.", "You will find it in {value}."),
     "language": (

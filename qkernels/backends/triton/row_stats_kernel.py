@@ -28,8 +28,8 @@ Numerics.
   of the logits costs nothing.
 - s is formed by the same instructions (an explicit fma) whatever else is gathered, and in the same order for either
   model. So cached and live log-probs of the same row at the same alignment and dtype have equal bits. They may differ
-  in the last bit where a row lies differently relative to a 16-byte line (lanes then hold other entries), between
-  split rows and whole ones, and in a divergence with a reference of another dtype or alignment.
+  in the last bit where a row of a tile or more lies differently relative to a 16-byte line (lanes then hold other
+  entries), between split rows and whole ones, and in a divergence with a reference of another dtype or alignment.
 - m starts at -inf and is replaced by 0 as a base while it is -inf: logits as low as the type allows need no sentinel.
 - e comes from the unbounded t, which may be NaN; where e multiplies t, t is bounded or 0 * inf replaced by 0.
 - A NaN, a +inf or nothing but -inf: NaN in all of that model's columns, by arithmetic (s is NaN, or the maximum is not
@@ -139,7 +139,7 @@ def _walk(
     st = tl.zeros([LANES], tl.float32)
     sq = tl.zeros([LANES], tl.float32)
     raw = tl.zeros([LANES], tl.float32)
-    head = head_of(row, VEC)
+    head = head_of(row, n, VEC, TILE)
     tiles = whole_tiles(n, head, TILE)
     at_label = label_tile(label, head, tiles, TILE)
     body = tl.multiple_of(row + head, 16)
@@ -183,7 +183,7 @@ def _walk_pair(
     rm = tl.full([LANES], -_INF, tl.float32)
     rs = tl.zeros([LANES], tl.float32)
     rc = tl.zeros([LANES], tl.float32)
-    head = head_of(row, VEC)
+    head = head_of(row, n, VEC, TILE)
     tiles = whole_tiles(n, head, TILE)
     at_label = label_tile(label, head, tiles, TILE)
     # The hint has to stand where the pointer is made; Triton loses it on the way into a helper.
