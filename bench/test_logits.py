@@ -107,14 +107,22 @@ def test_ignored_rows(
     labels = data.labels.clone()
     labels[:, : int(share * size.length)] = IGNORE
     step = Step(CONTENDERS[f"qkernels, {mode}"][0], data, labels)
-    record(benchmark, f"Ignored rows, {mode}", f"{100 * share:.0f} % ignored", dtype_name, size, data, passes=4)
+    record(
+        benchmark, f"Ignored rows, {mode}", f"qkernels, {100 * share:.0f} % ignored", dtype_name, size, data, passes=4
+    )
     time_step(benchmark, step, pytestconfig.getoption("--rounds"))
 
 
 STATS = {
-    "logps": ("logps", "reference_logps"),
-    "+ entropy": ("logps", "reference_logps", "entropy"),
-    "+ entropy, both KLs": ("logps", "reference_logps", "entropy", "kl_reference_policy", "kl_policy_reference"),
+    "qkernels, logps": ("logps", "reference_logps"),
+    "qkernels, + entropy": ("logps", "reference_logps", "entropy"),
+    "qkernels, + entropy, both KLs": (
+        "logps",
+        "reference_logps",
+        "entropy",
+        "kl_reference_policy",
+        "kl_policy_reference",
+    ),
 }
 
 
