@@ -107,7 +107,7 @@ def write(entries: list[Entry], machine: dict[str, str], directory: Path) -> Non
 
 
 def plot(entries: list[Entry], path: Path) -> None:
-    """Bars for each piece of work that peers do too: median time, and the time of a copy of the same bytes as a line."""
+    """Bars for each piece of work that peers do too: median times, and a copy of the same bytes as a line."""
     import matplotlib.pyplot as plt
 
     groups = sorted(

@@ -117,12 +117,11 @@ def row_of(pointer, row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
-def head_of(pointer, n, VEC: tl.constexpr, TILE: tl.constexpr):
-    """How many of n elements lie before the first line of VEC elements; 0 if there are fewer than a tile, which then
-    are one masked tile wherever they lie. `%` is that of C: operands are not negative."""
+def head_of(pointer, VEC: tl.constexpr):
+    """How many elements lie before the first line of VEC elements. `%` is that of C: operands are not negative."""
     size: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
     lead = (pointer.to(tl.int64) // size) % VEC
-    return tl.where(n < TILE, 0, (VEC - lead) % VEC).to(tl.int32)
+    return ((VEC - lead) % VEC).to(tl.int32)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def _entries(
 def _fill_row(out, n, value, LANES: tl.constexpr, VEC: tl.constexpr):
     """n elements from `out` on, all the same."""
     TILE: tl.constexpr = LANES * VEC
-    head = head_of(out, n, VEC, TILE)
+    head = head_of(out, VEC)
     tiles = whole_tiles(n, head, TILE)
     body = tl.multiple_of(out + head, 16)
     off = tile_offsets(LANES, VEC)
@@ -183,7 +183,7 @@ def row_grad_kernel(
     label = label64.to(tl.int32) - start
     z_row = row_of(logits, row, inner, outer_stride, inner_stride) + start
     r_row = row_of(reference, row, inner, r_outer_stride, r_inner_stride) + start
-    head = head_of(out_row, n, VEC, TILE)
+    head = head_of(out_row, VEC)
     tiles = whole_tiles(n, head, TILE)
     in_tile = label_tile(label, head, tiles, TILE)
     # The hint has to stand where the pointer is made; Triton loses it on the way into a helper.

@@ -128,7 +128,7 @@ def _fold_pair(z, rz, scale, m, s, st, sq, c, rm, rs, rc, ENTROPY: tl.constexpr,
 
 @triton.jit
 def _walk(
-    row, n, label, scale,
+    row, n, label, scale, head_mask,
     ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Per-lane sums of n elements from `row` on, without the one at `label`."""
@@ -139,7 +139,7 @@ def _walk(
     st = tl.zeros([LANES], tl.float32)
     sq = tl.zeros([LANES], tl.float32)
     raw = tl.zeros([LANES], tl.float32)
-    head = head_of(row, n, VEC, TILE)
+    head = head_of(row, VEC) & head_mask
     tiles = whole_tiles(n, head, TILE)
     at_label = label_tile(label, head, tiles, TILE)
     body = tl.multiple_of(row + head, 16)
@@ -167,7 +167,7 @@ def _walk(
 
 @triton.jit
 def _walk_pair(
-    row, ref, n, label, scale,
+    row, ref, n, label, scale, head_mask,
     ENTROPY: tl.constexpr, EXTRAS: tl.constexpr, ALIGNED: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +183,7 @@ def _walk_pair(
     rm = tl.full([LANES], -_INF, tl.float32)
     rs = tl.zeros([LANES], tl.float32)
     rc = tl.zeros([LANES], tl.float32)
-    head = head_of(row, n, VEC, TILE)
+    head = head_of(row, VEC) & head_mask
     tiles = whole_tiles(n, head, TILE)
     at_label = label_tile(label, head, tiles, TILE)
     # The hint has to stand where the pointer is made; Triton loses it on the way into a helper.
@@ -326,6 +326,7 @@ def _fill(out, columns, value, rows, COLUMNS: tl.constexpr):
 _RUNTIME = (
     "logits", "reference", "labels", "out", "partial", "inner", "vocab", "outer_stride", "inner_stride",
     "r_outer_stride", "r_inner_stride", "ignore_index", "inverse_high", "inverse_low", "columns", "splits", "span",
+    "head_mask",
 )  # fmt: skip
 
 
@@ -348,6 +349,7 @@ def row_stats_kernel(
     columns: tl.int32,
     splits: tl.int32,
     span: tl.int32,  # elements per program
+    head_mask: tl.int32,  # -1; 0 if no row has a whole tile: all of it is one masked tile then, wherever it lies
     REFERENCE: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXTRAS: tl.constexpr,
@@ -390,7 +392,7 @@ def row_stats_kernel(
     to = partial + (row.to(tl.int64) * splits + piece) * _PARTIALS
     if REFERENCE == _TOGETHER:
         m, s, st, sq, raw, before, c, rm, rs, rc = _walk_pair(
-            z_row, r_row, n, label, scale, ENTROPY, EXTRAS, ALIGNED, LANES, VEC, UNROLL
+            z_row, r_row, n, label, scale, head_mask, ENTROPY, EXTRAS, ALIGNED, LANES, VEC, UNROLL
         )
         m, s, st, sq, raw, before, c, rm, rs, rc = _merge(m, s, st, sq, raw, before, c, rm, rs, rc, scale, True)
         if SPLIT:
@@ -410,7 +412,7 @@ def row_stats_kernel(
         no_max = tl.full([LANES], -_INF, tl.float32)
         no_sum = tl.zeros([LANES], tl.float32)
         if of_reference:
-            rm, rs, _, _, _, _ = _walk(r_row, n, label, scale, False, False, LANES, R_VEC, UNROLL)
+            rm, rs, _, _, _, _ = _walk(r_row, n, label, scale, head_mask, False, False, LANES, R_VEC, UNROLL)
             rm, rs, _, _, _, _, _, _, _, _ = _merge(
                 rm, rs, no_sum, no_sum, no_sum, no_max, no_sum, no_max, no_sum, no_sum, scale, False
             )
@@ -420,7 +422,7 @@ def row_stats_kernel(
                 ry = tl.load(r_row + label).to(tl.float32)
                 _finish_reference(out, columns, rows, inverse_temperature, ry, rm, rs)
         else:
-            m, s, st, sq, raw, before = _walk(z_row, n, label, scale, ENTROPY, EXTRAS, LANES, VEC, UNROLL)
+            m, s, st, sq, raw, before = _walk(z_row, n, label, scale, head_mask, ENTROPY, EXTRAS, LANES, VEC, UNROLL)
             m, s, st, sq, raw, before, _, _, _, _ = _merge(
                 m, s, st, sq, raw, before, no_sum, no_max, no_sum, no_sum, scale, False
             )
@@ -465,6 +467,7 @@ def combine_kernel(
     columns: tl.int32,
     splits: tl.int32,
     span: tl.int32,
+    head_mask: tl.int32,
     REFERENCE: tl.constexpr,
     ENTROPY: tl.constexpr,
     EXTRAS: tl.constexpr,
@@ -543,7 +546,7 @@ def row_stats(
     args = (
         logits, reference, labels, out, partial, logits.shape[1], vocab, *common.row_strides(logits),
         *common.row_strides(reference), ignore_index, *common.two_floats(1 / temperature), columns, splits,
-        common.span_of(vocab, splits, 8),
+        common.span_of(vocab, splits, 8), 0 if vocab < lanes * min(vector, r_vector) else -1,
     )  # fmt: skip
     with common.on_device_of(logits):
         row_stats_kernel[(rows * splits * programs,)](
