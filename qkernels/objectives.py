@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ._compile import constant_when_compiled
+
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _F_DIVERGENCE_ALIASES = {"js": "js_divergence", "alpha": "alpha_divergence"}
 # exp of more than this overflows fp32; the alpha link saturates there instead of becoming inf.
@@ -123,7 +125,7 @@ _ABOVE_ZERO = 5e-324
 _REQUIRED = "required"  # stands for the default of an option that has none
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into a signature and need not
+@constant_when_compiled  # torch.compile cannot look into a signature and need not
 def _parameters(function: Callable[..., Tensor]) -> tuple[tuple[str, Any], ...]:
     """Names and defaults of a loss function's parameters after the first; "**" among them if it takes any keyword."""
     options: dict[str, Any] = {}

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import torch
 
+from .._compile import constant_when_compiled
+
 # Name -> module, in the order in which "auto" tries them.
 _MODULES: dict[str, str] = {
     "triton": "qkernels.backends.triton",
@@ -49,7 +51,7 @@ def _lookup(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not look inside: the answer depends on nothing else
+@constant_when_compiled  # torch.compile need not look inside: the answer depends on nothing else
 def _resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return _lookup(name, device, dtype)
 

@@ -33,6 +33,8 @@ class DemoOptions:
     loss: a name of `qkernels.objectives.OBJECTIVES`.
     sft_weight: factor of the chosen answers' mean negative log-likelihood, added to the loss.
     max_length: most tokens of prompt and answer together.
+    threads: of the CPU. Matrices as small as the generated data's gain little from a second thread and lose much when
+        the machine has other work, so their default is 1; with other data it is torch's.
     tiny: a run of seconds that shows that everything works, not that it learns.
     """
 
@@ -47,6 +49,7 @@ class DemoOptions:
     loss: str = "sigmoid"
     sft_weight: float = 1.0
     max_length: int | None = None
+    threads: int | None = None
     tiny: bool = False
 
     def check(self) -> None:
@@ -57,6 +60,7 @@ class DemoOptions:
             ("--steps", self.steps, 1),
             ("--batch-size", self.batch_size, 1),
             ("--max-length", self.max_length, _MIN_LENGTH),
+            ("--threads", self.threads, 1),
         ):
             if value is not None and value < least:
                 raise DemoError(f"{name} must be {least} or more, got {value}")

@@ -66,7 +66,7 @@ def run_demo(options: DemoOptions, stream: TextIO | None = None) -> dict[str, An
     progress = Progress(stream or sys.stderr)
     clock = _Clock()
     data = _own_data(options) if options.data is not None else _generated_data(options)
-    with _quiet_transformers(), output:
+    with _quiet_transformers(), _threads(options), output:
         try:
             metrics = _train_and_write(options, data, output.path, progress, clock)
         except OSError as error:  # a full disk, above all
@@ -104,13 +104,15 @@ def _train_and_write(
         f"Model: {sizes.layers} layers, width {sizes.hidden_size}, {len(tokenizer)} tokens,"
         f" {parameters / 1e6:.2f} M parameters, from scratch"
     )
-    progress.say(f"1. Supervised fine-tuning on the chosen answers ({sizes.sft_steps} steps)")
+    passes = f"{2 * sizes.sft_steps * sizes.batch_size / len(train):.1f} passes"
+    progress.say(f"1. Supervised fine-tuning on the chosen answers ({sizes.sft_steps} steps, {passes} over the data)")
     sft_curve = train_sft(reference, train, sizes, options.seed, progress)
     reference.requires_grad_(False)
     clock.lap("sft")
 
     loss = "token-level DPO" if options.loss == "sigmoid" else f"loss {options.loss}"
-    progress.say(f"2. The result is frozen as the reference; preference training, {loss} ({sizes.steps} steps)")
+    passes = f"{sizes.steps * sizes.batch_size / len(train):.1f} passes"
+    progress.say(f"2. The result is frozen as the reference; {loss} ({sizes.steps} steps, {passes} over the data)")
     policy = copy.deepcopy(reference).requires_grad_(True)
     held_out_reference = pair_logps(reference, held_out, sizes.batch_size)
     curves = train_preferences(policy, reference, train, held_out, held_out_reference, options, sizes, progress)
@@ -300,6 +302,18 @@ def _quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _threads(options: DemoOptions) -> Iterator[None]:
+    """As many CPU threads as the options say, for as long as the run lasts."""
+    before = torch.get_num_threads()
+    small = options.data is None or options.tiny
+    torch.set_num_threads(options.threads or (1 if small else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Clock:

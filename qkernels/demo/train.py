@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -89,9 +90,9 @@ def train_preferences(
 ) -> PreferenceCurves:
     """Train the policy with the loss of the options.
 
-    The reference is frozen, so its log-probs are computed once, before training, and kept per token: one forward pass
-    per pair instead of one per step and pair, and no second set of logits beside the policy's. The TDPO losses need
-    the reference's whole distribution at each token, hence its logits at each step.
+    The reference is frozen, so its log-probs are computed before training and kept per token: one forward pass per
+    pair, however often training comes back to it, and never a second set of logits beside the policy's. The TDPO losses
+    need the reference's whole distribution at each token, hence its logits at each step.
 
     Args:
         model: starts as a copy of `reference`; trained in place.
@@ -101,12 +102,16 @@ def train_preferences(
     """
     needs_logits = options.plan().needs_kl
     pad = model.config.pad_token_id
-    cached: list[PairLogps] = []
-    if not needs_logits:
-        with progress.phase("reference log-probs", _chunks(len(train), sizes.batch_size)) as phase:
-            cached = pair_logps(reference, train, sizes.batch_size, phase.step)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.lr, betas=(0.9, 0.98), weight_decay=0.0)
     batches = _batches(train, sizes.batch_size, random.Random(f"preferences {options.seed}"))
+    schedule = list(itertools.islice(batches, sizes.steps))
+    cached: dict[int, PairLogps] = {}
+    if not needs_logits:
+        # By length, so that little of a batch is padding; pairs that no step reaches are left out.
+        visited = sorted({i for indices in schedule for i in indices}, key=lambda i: train[i].length)
+        with progress.phase("reference log-probs", _chunks(len(visited), sizes.batch_size)) as phase:
+            logps = pair_logps(reference, [train[i] for i in visited], sizes.batch_size, phase.step)
+        cached = dict(zip(visited, logps, strict=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.lr, betas=(0.9, 0.98), weight_decay=0.0)
     curves = PreferenceCurves([], [])
 
     def score_held_out(step: int) -> None:
@@ -118,8 +123,7 @@ def train_preferences(
     every = max(1, -(-sizes.steps // sizes.evaluations))
     score_held_out(0)
     with progress.phase("DPO" if options.loss == "sigmoid" else options.loss, sizes.steps) as phase:
-        for step in range(1, sizes.steps + 1):
-            indices = next(batches)
+        for step, indices in enumerate(schedule, 1):
             batch = pair_batch([train[i] for i in indices], pad)
             given: dict[str, Any] = {}
             if needs_logits:
