@@ -16,7 +16,7 @@ _DEMO = """\
 Train a small language model with token-level DPO and show where its rewards fall.
 
 Without --data the pairs are generated: answers with facts about countries, the rejected ones with wrong facts planted
-in them. About a minute on two cores; nothing is downloaded. Writes OUT/report.html, OUT/metrics.json, and in
+in them. It takes a good minute on a CPU; nothing is downloaded. Writes OUT/report.html, OUT/metrics.json, and in
 transformers format OUT/model and OUT/reference (the SFT model that training started from).
 """
 

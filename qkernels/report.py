@@ -293,6 +293,12 @@ def line_chart(
     def label(y: float) -> str:
         return f"{100 * y:g} %" if percent else f"{y:g}".replace("-", "−")
 
+    def reading(points: Sequence[tuple[float, float]]) -> str:
+        """The last value: what the legend shows while nothing is pointed at."""
+        if not points:
+            return ""
+        return f"{number(100 * points[-1][1], 1)}\u00a0%" if percent else number(points[-1][1])
+
     parts = []
     for y in y_ticks:
         kind = "zero" if y == 0 else "grid"
@@ -312,7 +318,7 @@ def line_chart(
         parts.append(f'<polyline class="line {css}" points="{path}"/>')
         legend.append(
             f'<span class="key"><svg class="mark" viewBox="0 0 22 8" aria-hidden="true"><line class="line {css}" x1="1"'
-            f' x2="21" y1="4" y2="4"/></svg>{escape(line.name)} <output></output></span>'
+            f' x2="21" y1="4" y2="4"/></svg>{escape(line.name)} <output>{reading(points)}</output></span>'
         )
         data.append([[round(px(x), 1), x, round(y, 4)] for x, y in points])
     parts.append(f'<line class="cursor" y1="{_TOP}" y2="{floor}" x1="0" x2="0"/>')
@@ -321,8 +327,9 @@ def line_chart(
     )
     about = f"<p>{escape(description)}</p>" if description else ""
     return f"""<figure class="chart">
-<figcaption><b>{escape(title)}</b> <span class="unit">{escape(y_label)}</span>{about}</figcaption>
-<div class="legend">{"".join(legend)}<span class="key at"></span></div>
+<figcaption><b>{escape(title)}</b> <span class="unit">{escape(y_label)}</span>
+<span class="at">{escape(x_label)} {max(xs):g}</span>{about}</figcaption>
+<div class="legend">{"".join(legend)}</div>
 <svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}: {escape(summary)}"\
  data-x="{escape(x_label)}" data-percent="{int(percent)}" data-lines="{escape(json.dumps(data))}">
 {"".join(parts)}

@@ -99,7 +99,8 @@ details .turn { margin-top: .5em; }
   padding: 16px 18px 10px; }
 .chart figcaption .unit { color: var(--soft); font-size: .88rem; margin-left: .4em; }
 .chart figcaption p { color: var(--soft); font-size: .88rem; margin: 2px 0 0; }
-.legend { margin: 8px 0 2px; min-height: 1.5em; }
+.legend { margin: 8px 0 4px; gap: 2px 20px; }
+.chart .at { float: right; color: var(--soft); font-size: .88rem; font-variant-numeric: tabular-nums; }
 .legend output { color: var(--ink); font-variant-numeric: tabular-nums; font-weight: 600; }
 .mark { width: 22px; height: 8px; }
 .plot { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
@@ -215,6 +216,7 @@ SCRIPT = """
     const outputs = plot.parentElement.querySelectorAll('.legend output');
     const at = plot.parentElement.querySelector('.at');
     const cursor = plot.querySelector('.cursor');
+    const atRest = [at, ...outputs].map(shown => [shown, shown.textContent]);
     const longest = lines.reduce((a, b) => (b.length > a.length ? b : a), []);
     const nearest = (points, x) =>
       points.reduce((a, b) => (Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a), points[0]);
@@ -229,13 +231,12 @@ SCRIPT = """
       lines.forEach((points, i) => {
         if (!points.length) return;
         const y = nearest(points, point[0])[2];
-        outputs[i].textContent = percent ? format(100 * y, 1, false) + ' %' : format(y, 3, false);
+        outputs[i].textContent = percent ? format(100 * y, 1, false) + '\\u00a0%' : format(y, 3, false);
       });
     });
     plot.addEventListener('pointerleave', () => {
       plot.classList.remove('reading');
-      at.textContent = '';
-      outputs.forEach(output => { output.textContent = ''; });
+      atRest.forEach(([shown, text]) => { shown.textContent = text; });
     });
   });
 })();

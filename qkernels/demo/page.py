@@ -77,7 +77,7 @@ def write_page(
         subtitle += " Each rejected answer is the chosen one with a wrong fact planted in it, now and then two."
     page = Page("Where the reward falls, token by token", subtitle, lead=_key_figures(metrics))
     page.sections.append(Section("What a token reward is", _EXPLANATION))
-    page.sections.append(Section("Held-out answers", heat_map(views), _heat_intro(len(shown), scores, generated)))
+    page.sections.append(Section("Held-out answers", heat_map(views), _heat_intro(shown, scores, generated)))
     if "planted_errors" in metrics["results"]:
         page.sections.append(_detection(metrics["results"]["planted_errors"]))
     page.sections.append(Section("Training", _curves(metrics)))
@@ -91,7 +91,8 @@ def _key_figures(metrics: dict[str, Any]) -> str:
         Figure(
             _percent(results["pair_accuracy"]),
             "held-out pairs ranked right",
-            f"by reward; before: {_percent(results['pair_accuracy_before'])} by log-prob of the SFT model",
+            f"by reward, which is 0 before training; by the SFT model's log-prob"
+            f" {_percent(results['pair_accuracy_before'])}",
         ),
         Figure(
             number(results["mean_margin"], 2, True),
@@ -115,11 +116,11 @@ def _key_figures(metrics: dict[str, Any]) -> str:
     return tiles(figures)
 
 
-def _heat_intro(count: int, scores: Sequence[tuple[TokenScores, TokenScores]], generated: bool) -> str:
-    wrong = sum(not _right(pair) for pair in scores)
-    listing = f"The first {count} of {len(scores)} held-out pairs"
-    if wrong and count < len(scores):
-        listing = f"{count} of {len(scores)} held-out pairs: the first ones, and the first of the {wrong} ranked wrong"
+def _heat_intro(shown: list[int], scores: Sequence[tuple[TokenScores, TokenScores]], generated: bool) -> str:
+    listing = f"The first {len(shown)} of {len(scores)} held-out pairs"
+    if shown != list(range(len(shown))):
+        wrong = sum(not _right(pair) for pair in scores)
+        listing = f"{len(shown)} of {len(scores)} held-out pairs: the first ones, and the first of {wrong} ranked wrong"
     outlined = " A planted error is outlined." if generated else ""
     return (
         f"{listing}. Point at a token, tap it, or move through an answer with the arrow keys to see its numbers; its"
@@ -169,7 +170,7 @@ def _detection(planted: dict[str, Any]) -> Section:
         f"Four scores that could point at the planted error, on {planted['answers']} held-out rejected answers. AUROC:"
         " the chance that a token of the error scores above another token of the same answer. Hit@1: how often the"
         " highest score is on an error. A model that has learnt these facts finds a wrong one improbable, so plain"
-        " log-probs do well here too; a reward is what preferences alone have added to them."
+        " log-probs do well here too; a token reward is the change that preference training has made to them."
     )
     return Section("Finding the error", table(("score", "AUROC", "hit@1"), rows, strong=0), intro)
 
@@ -243,10 +244,11 @@ def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         f"{data['truncated_prompts']} prompts (beginning), {data['truncated_answers']} answers (end);"
         f" {data['dropped_pairs']} pairs dropped for no longer differing"
     )
+    any_cut = data["truncated_prompts"] or data["truncated_answers"]
     return [
         ("data", f"{data['source']}; {sizes['train_pairs']} training pairs; {data['split']}"),
         ("ignored fields", ", ".join(data["ignored_fields"]) or "none"),
-        ("cut", f"{cut}, at {sizes['max_length']} tokens"),
+        ("cut", f"{cut}, at {sizes['max_length']} tokens" if any_cut else "nothing"),
         ("loss", f"{terms}, β = {options['beta']:g}"),
         (
             "model",
@@ -260,7 +262,7 @@ def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in metrics["elapsed_seconds"].items())),
         ("versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())),
-        ("backend", f"{metrics['backend']}, {metrics['threads']} threads"),
+        ("backend", f"{metrics['backend']}, threads: {metrics['threads']}"),
     ]
 
 

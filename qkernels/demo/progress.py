@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TextIO
 
 _LINES_PER_PHASE = 5
+_BAR = "  {desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
 class Phase:
@@ -15,10 +17,10 @@ class Phase:
         self._name, self._total, self._stream = name, total, stream
         self._done, self._start = 0, time.monotonic()
         self._bar = None
-        if stream.isatty() and total:
+        if total and _can_redraw(stream):
             from tqdm import tqdm  # comes with transformers
 
-            self._bar = tqdm(total=total, desc=name, file=stream, dynamic_ncols=True, leave=True)
+            self._bar = tqdm(total=total, desc=name, file=stream, dynamic_ncols=True, bar_format=_BAR)
 
     def __enter__(self) -> Phase:
         return self
@@ -38,6 +40,14 @@ class Phase:
         if self._done % every == 0 or self._done == self._total:
             seconds = time.monotonic() - self._start
             print(f"  {self._name} {self._done}/{self._total}  {note}  {seconds:.0f} s", file=self._stream, flush=True)
+
+
+def _can_redraw(stream: TextIO) -> bool:
+    """Whether a bar can be drawn over itself: a terminal that knows its size (a bare pseudo-terminal has none)."""
+    try:
+        return stream.isatty() and min(os.get_terminal_size(stream.fileno())) > 0
+    except (OSError, ValueError):
+        return False
 
 
 class Progress:
