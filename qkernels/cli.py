@@ -74,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         " blamed with it (default: 1)",
     )
     add("--max-length", type=int, metavar="N", help="most tokens of prompt and answer (default: all, at most 512)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: 1, which is enough; with --data torch's)")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads; more are faster if nothing else runs (default: 1; with --data torch's)",
+    )
     return parser
 
 

@@ -33,8 +33,9 @@ class DemoOptions:
     loss: a name of `qkernels.objectives.OBJECTIVES`.
     sft_weight: factor of the chosen answers' mean negative log-likelihood, added to the loss.
     max_length: most tokens of prompt and answer together.
-    threads: of the CPU. Matrices as small as the generated data's gain little from a second thread and lose much when
-        the machine has other work, so their default is 1; with other data it is torch's.
+    threads: of the CPU. Matrices as small as the generated data's mean thousands of short parallel stretches, and on a
+        machine with other work the threads wait for each other: with two, the default run took 37 s on two idle cores
+        and 423 s on busy ones; with one, 60 s and 70 s. So their default is 1; with other data it is torch's.
     tiny: a run of seconds that shows that everything works, not that it learns.
     """
 

@@ -65,7 +65,7 @@ def write_page(
         scores: of the held-out pairs, chosen and rejected.
         tokenizer: for the text of each token.
     """
-    generated = metrics["data"]["source"] == "generated"
+    generated = metrics["options"]["data"] is None
     sizes = metrics["sizes"]
     shown = _shown(scores, sizes["shown_pairs"])
     views = [_view(pairs[held_out[i].source], held_out[i], scores[i], tokenizer) for i in shown]
