@@ -11,6 +11,7 @@ READY  := $(VENV)/.ready
 
 help:
 	@echo "make demo      train a small model with token-level DPO and write a report to $(OUT)/"
+	@echo "               (again: make demo ARGS=--overwrite)"
 	@echo "make test      run the test suite"
 	@echo "make bench     compare with eager torch, torch.compile and installed peers"
 	@echo "make lint      ruff;  make types: mypy;  make sanitize: C++ core under sanitizers"
