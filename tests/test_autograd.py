@@ -363,6 +363,22 @@ def test_the_reference_gets_no_gradient(backend):
     assert cached.grad is None
 
 
+def test_logits_of_inference_mode_are_taken(backend):
+    """They have no version counter, which the guard against overwritten logits looks at."""
+    batch = make_pairs(2, 6, 30, torch.float32, backend.device)
+    expected = token_logps(batch.logits, batch.labels, backend=backend.name)
+    loss = fused_token_dpo(batch.logits, batch.labels, reference_logits=batch.reference, backend=backend.name).loss
+    with torch.inference_mode():
+        logits, reference = batch.logits.clone(), batch.reference.clone()
+        assert torch.equal(token_logps(logits, batch.labels, backend=backend.name), expected)
+        inside = fused_token_dpo(logits, batch.labels, reference_logits=reference, backend=backend.name).loss
+    assert torch.equal(inside, loss)
+    # A reference scored in inference mode serves a policy in training.
+    leaf = batch.logits.clone().requires_grad_()
+    fused_token_dpo(leaf, batch.labels, reference_logits=reference, backend=backend.name).loss.backward()
+    assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
+
+
 def test_no_grad_builds_no_graph(backend):
     batch = make_pairs(1, 5, 30, torch.float32, backend.device)
     leaf = batch.logits.clone().requires_grad_()

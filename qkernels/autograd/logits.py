@@ -22,7 +22,9 @@ def refuse_overwritten(logits: Tensor, name: str) -> None:
     """Raise if these logits were overwritten by an in-place backward."""
     if torch.compiler.is_compiling():  # traced tensors have no storage; the compiler tracks mutations itself
         return
-    if getattr(logits.untyped_storage(), _OVERWRITTEN, None) == logits._version:
+    mark = getattr(logits.untyped_storage(), _OVERWRITTEN, None)
+    # The mark first: tensors of inference mode have no version, and no backward can have overwritten them.
+    if mark is not None and mark == logits._version:
         raise RuntimeError(
             f"{name} no longer holds logits: a backward with inplace_backward=True wrote the gradient over them"
         )
