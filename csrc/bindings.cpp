@@ -7,6 +7,7 @@
 
 #include "core/columns.h"
 #include "cpu/cpu.h"
+#include "cpu/product.h"
 #include "cpu/thread_pool.h"
 
 namespace py = pybind11;
@@ -78,6 +79,14 @@ void pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets,
   qk::pair_loss(call);
 }
 
+void product(int64_t rows, int64_t columns, int64_t depth, Address left, int64_t left_stride, Address right,
+             int64_t right_stride, Address bias, Address out, int64_t out_stride, int threads) {
+  qk::ProductCall call{rows,        columns,      depth,           at<qk::BFloat16>(left), at<qk::BFloat16>(right),
+                       left_stride, right_stride, at<float>(bias), at<float>(out),         out_stride};
+  py::gil_scoped_release release;
+  qk::product(call, threads);
+}
+
 template <size_t n>
 std::vector<std::string> names(const char* const (&list)[n]) {
   return {list, list + n};
@@ -90,6 +99,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("row_stats", &row_stats);
   m.def("row_grad", &row_grad);
   m.def("pair_loss", &pair_loss);
+  m.def("product", &product);
+  m.def("has_product", &qk::has_product, "Whether the instruction set in use multiplies bf16 into fp32.");
   m.def("instruction_set", &qk::instruction_set, "The instruction set in use.");
   m.def("instruction_sets", &qk::instruction_sets, "Those compiled in that this machine understands, best last.");
   m.def("use_instruction_set", &qk::use_instruction_set, py::arg("name"), "Use another one; False if it is not there.");

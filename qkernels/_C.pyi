@@ -47,6 +47,20 @@ def pair_loss(
     grad: int,
     /,
 ) -> None: ...
+def product(
+    rows: int,
+    columns: int,
+    depth: int,
+    left: int,
+    left_stride: int,
+    right: int,
+    right_stride: int,
+    bias: int,
+    out: int,
+    out_stride: int,
+    threads: int,
+) -> None: ...
+def has_product() -> bool: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> bool: ...

@@ -69,7 +69,7 @@ def info() -> Info:
         },
         platform=f"{platform.system()} {platform.machine()}",
         backends={name: state(name) for name in names},
-        auto={device.type: backends._resolve("auto", device, torch.float32) for device in devices},
+        auto={device.type: backends.resolve_for("auto", device, torch.float32) for device in devices},
         auto_rule=_AUTO_RULE,
         native_extension=native.describe(),
         threads={"torch": torch.get_num_threads(), "cores": os.cpu_count()},

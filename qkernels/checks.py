@@ -20,15 +20,17 @@ def tensor(value: Any, name: str) -> Tensor:
     return value
 
 
-def logits(value: Any, name: str) -> Tensor:
-    """Logits: floating point, `[..., V]`, last dimension contiguous."""
+def logits(value: Any, name: str, last: str = "V") -> Tensor:
+    """Logits, or hidden states: floating point, `[..., V]` or `[..., H]`, last dimension contiguous."""
     value = tensor(value, name)
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     if value.dim() < 2:
-        raise ValueError(f"{name} must have shape [..., V] with at least one row dimension, got {_shape(value)}")
+        raise ValueError(f"{name} must have shape [..., {last}] with at least one row dimension, got {_shape(value)}")
     if value.shape[-1] == 0:
-        raise ValueError(f"{name} has an empty vocabulary: shape {_shape(value)}")
+        raise ValueError(
+            f"{name} has an empty {'vocabulary' if last == 'V' else 'last dimension'}: shape {_shape(value)}"
+        )
     if value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got strides {tuple(value.stride())};"
@@ -113,14 +115,20 @@ def cu_seqlens(value: Any, labels: Tensor) -> Tensor:
         raise ValueError(f"with cu_seqlens, labels must be packed, shape [N], got {_shape(labels)}")
     same_device(value, "cu_seqlens", labels, "labels")
     pairs(value.shape[0] - 1, "cu_seqlens describes")
-    # Reading values of a CUDA tensor would make the host wait, and a traced one has none.
-    if not torch.compiler.is_compiling() and (value.device.type == "cpu" or os.environ.get("QKERNELS_CHECK") == "1"):
+    if readable(value):
         ends = value.tolist()
         if ends[0] != 0 or ends[-1] != labels.shape[0] or any(b < a for a, b in itertools.pairwise(ends)):
             raise ValueError(
                 f"cu_seqlens must start at 0, never decrease and end at N = {labels.shape[0]}, got {_short(ends)}"
             )
     return value.contiguous()
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the host may look at values: those of a CUDA tensor would make it wait, a traced one has none."""
+    if torch.compiler.is_compiling() or value.device.type == "meta":
+        return False
+    return value.device.type == "cpu" or os.environ.get("QKERNELS_CHECK") == "1"
 
 
 def pairs(sequences: int, what: str) -> None:

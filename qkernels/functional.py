@@ -193,6 +193,23 @@ def token_logps(
     return call.stats(BIT["logps"])["logps"].view(call.shape)
 
 
+def check_outputs(outputs: Any, reference_name: str, has_reference: bool) -> tuple[tuple[str, ...], int]:
+    """Names of fields of `TokenStats`, and the columns that hold them."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}")
+    outputs = tuple(outputs)
+    unknown = [name for name in outputs if name not in TokenStats._fields]
+    if unknown or not outputs:
+        got = ", ".join(map(repr, unknown)) or "none"
+        raise ValueError(f"outputs must name at least one of {', '.join(TokenStats._fields)}; got {got}")
+    needing = [name for name in outputs if BIT[name] & rows.NEEDS_REFERENCE]
+    if needing and not has_reference:
+        raise ValueError(f"outputs {needing} need {reference_name}")
+    if has_reference and not needing:
+        raise ValueError(f"{reference_name} given, but none of the outputs {list(outputs)} reads it")
+    return outputs, rows.bits(outputs)
+
+
 def token_stats(
     logits: Tensor,
     labels: Tensor,
@@ -221,19 +238,7 @@ def token_stats(
         As `token_logps`; ValueError for an unknown output, for one that needs a reference when there is none, and for
         a reference that no output reads.
     """
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}")
-    outputs = tuple(outputs)
-    unknown = [name for name in outputs if name not in TokenStats._fields]
-    if unknown or not outputs:
-        got = ", ".join(map(repr, unknown)) or "none"
-        raise ValueError(f"outputs must name at least one of {', '.join(TokenStats._fields)}; got {got}")
-    columns = rows.bits(outputs)
-    needing = [name for name in outputs if BIT[name] & rows.NEEDS_REFERENCE]
-    if needing and reference_logits is None:
-        raise ValueError(f"outputs {needing} need reference_logits")
-    if reference_logits is not None and not needing:
-        raise ValueError(f"reference_logits given, but none of the outputs {list(outputs)} reads it")
+    outputs, columns = check_outputs(outputs, "reference_logits", reference_logits is not None)
     call = _prepare(logits, "logits", labels, reference_logits, temperature, ignore_index, inplace_backward, backend)
     stats = call.stats(columns)
     result = {name: stats[name].view(call.shape) for name in outputs}

@@ -9,6 +9,9 @@ Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides
 - `row_grad`: dL/dlogits into a new tensor. One read and one write of each logit; rows that are ignored, or whose
   coefficients are all 0, are set to 0 without being read.
 - `row_grad_`: the same over the logits' own storage.
+- `linear_stats`, `linear_unit_gradient`, `linear_gradients`: the passes of `qkernels.chunks` over hidden states, for
+  torch.compile; eager code calls them directly.
+- `product`: out[i, j] = sum_k left[i, k] right[j, k] + bias[j], bf16 in, fp32 out; on CPUs that have it.
 - `pair_loss`: DPO with label smoothing from per-row log-probs: `(loss [], rewards [2B], dloss/dlogps [S, T])`, where
   rewards are beta times the weighted sums of log-ratios. Rows of weight 0 do not count. `reference_logps` is per
   token, `[S, T]`, or per sequence, `[2B]`.
@@ -17,8 +20,10 @@ Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides
 from __future__ import annotations
 
 import torch
+from torch.utils import flop_counter
 
 from . import backends
+from .backends import native
 from .rows import stats_dtype
 
 _library = torch.library.Library("qkernels", "DEF")
@@ -33,6 +38,22 @@ _library.define(
     "pair_loss(Tensor logps, Tensor reference_logps, Tensor weights, Tensor? cu_seqlens, float beta,"
     " float label_smoothing, str backend) -> (Tensor, Tensor, Tensor)"
 )
+
+_MODELS = (
+    "Tensor hidden, Tensor weight, Tensor? bias,"
+    " Tensor? reference_hidden, Tensor? reference_weight, Tensor? reference_bias, Tensor labels"
+)
+_LINEAR = (
+    "int columns, float temperature, float? softcap, float logit_scale, int ignore_index, ScalarType dtype,"
+    " ScalarType reference_dtype, SymInt chunk_rows, str backend"
+)
+_library.define(f"linear_stats({_MODELS}, {_LINEAR}) -> Tensor")
+_library.define(f"linear_unit_gradient({_MODELS}, {_LINEAR}) -> (Tensor, Tensor)")
+_library.define(
+    f"linear_gradients({_MODELS}, Tensor states, Tensor coefficients, bool[] needs, {_LINEAR})"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_library.define("product(Tensor left, Tensor right, Tensor? bias, Tensor(a!) out) -> ()")
 
 
 def _row_stats(logits, labels, reference, columns, temperature, ignore_index, backend):
@@ -67,9 +88,61 @@ def _row_grad_fake_(*args):
     return None
 
 
+def _product(left, right, bias, out):
+    native.product(left, right, bias, out)
+
+
+def _product_fake(*args):
+    return None
+
+
 def _pair_loss_fake(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend):
     sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return logps.new_empty(()), logps.new_empty(sequences), torch.empty_like(logps)
+
+
+def _models(hidden, weight, bias, reference_hidden, reference_weight, reference_bias):
+    from .chunks import Model  # imports this module
+
+    reference = None if reference_hidden is None else Model(reference_hidden, reference_weight, reference_bias)
+    return Model(hidden, weight, bias), reference
+
+
+def _linear_stats(*args):
+    from . import chunks
+
+    return chunks.stats(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
+
+
+def _linear_stats_fake(*args):
+    return args[0].new_empty((args[7].bit_count(), args[0].shape[0]), dtype=stats_dtype(args[12]))
+
+
+def _linear_unit_gradient(*args):
+    from . import chunks
+
+    return chunks.unit_gradient(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
+
+
+def _linear_unit_gradient_fake(*args):
+    return _linear_stats_fake(*args), torch.empty_like(args[0], dtype=args[12])
+
+
+def _linear_gradients(*args):
+    from . import chunks
+
+    labels, states, coefficients, needs = args[6:10]
+    config = chunks.LinearConfig(*args[10:])
+    result = chunks.gradients(*_models(*args[:6]), labels, states, coefficients, needs, config)
+    return tuple(labels.new_empty(0) if gradient is None else gradient for gradient in result)
+
+
+def _linear_gradients_fake(*args):
+    inputs, labels, needs = args[:3], args[6], args[9]
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else labels.new_empty(0)
+        for x, needed in zip(inputs, needs, strict=True)
+    )
 
 
 for _name, _run, _fake in (
@@ -77,6 +150,10 @@ for _name, _run, _fake in (
     ("row_grad", _row_grad, _row_grad_fake),
     ("row_grad_", _row_grad_, _row_grad_fake_),
     ("pair_loss", _pair_loss, _pair_loss_fake),
+    ("product", _product, _product_fake),
+    ("linear_stats", _linear_stats, _linear_stats_fake),
+    ("linear_unit_gradient", _linear_unit_gradient, _linear_unit_gradient_fake),
+    ("linear_gradients", _linear_gradients, _linear_gradients_fake),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
@@ -85,3 +162,13 @@ row_stats = torch.ops.qkernels.row_stats.default
 row_grad = torch.ops.qkernels.row_grad.default
 row_grad_ = torch.ops.qkernels.row_grad_.default
 pair_loss = torch.ops.qkernels.pair_loss.default
+product = torch.ops.qkernels.product.default
+linear_stats = torch.ops.qkernels.linear_stats.default
+linear_unit_gradient = torch.ops.qkernels.linear_unit_gradient.default
+linear_gradients = torch.ops.qkernels.linear_gradients.default
+
+
+@flop_counter.register_flop_formula(torch.ops.qkernels.product)
+def _product_flops(left_shape, right_shape, *args, **kwargs) -> int:
+    """For torch.utils.flop_counter, which knows torch's own products only."""
+    return int(2 * left_shape[0] * left_shape[1] * right_shape[0])

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from . import checks
 from .autograd.logits import PairLoss
 from .objectives import PairScores, Plan
+from .plans import LinearPlan
 from .rows import BIT
 from .sequences import Sequences, log_ratios
 
@@ -23,6 +25,9 @@ class TokenDPOOutput(NamedTuple):
     reference_token_logps: log pi_ref(label) per row; None when the reference came as per-sequence sums.
     token_rewards: beta * (token_logps - reference_token_logps); None when the reference came as per-sequence sums.
     logsumexp: per row; V(s) = beta * logsumexp.
+
+    Besides these fields it has an attribute `plan`: what `fused_linear_token_dpo` did (`LinearPlan`); None from logits
+    and from inside torch.compile.
     """
 
     loss: Tensor
@@ -32,6 +37,30 @@ class TokenDPOOutput(NamedTuple):
     reference_token_logps: Tensor | None
     token_rewards: Tensor | None
     logsumexp: Tensor
+
+    @property
+    def plan(self) -> LinearPlan | None:
+        return None
+
+
+class PlannedOutput(TokenDPOOutput):
+    """A `TokenDPOOutput` that knows its plan, which is not one of the fields: they are tensors."""
+
+    plan: LinearPlan | None = None  # type: ignore[assignment]
+
+    @staticmethod
+    def of(output: TokenDPOOutput, plan: LinearPlan | None) -> PlannedOutput:
+        planned = PlannedOutput(*output)
+        planned.plan = plan
+        return planned
+
+
+# To torch (FSDP's hooks, say) a tuple of tensors like its base; only classes made by NamedTuple are so by themselves.
+_pytree.register_pytree_node(
+    PlannedOutput,
+    lambda output: (list(output), output.plan),
+    lambda fields, plan: PlannedOutput.of(TokenDPOOutput(*fields), plan),
+)
 
 
 class Batch(NamedTuple):
@@ -202,6 +231,21 @@ def loss_and_rewards(
         token_rewards,
         stats["logsumexp"].detach().view(shape),
     )
+
+
+def loss_gradient(
+    stats: dict[str, Tensor], batch: Batch, reference: Reference, plan: Plan, beta: float, backend: str
+) -> dict[str, Tensor]:
+    """d(sum of the pairs' losses) / d(column), for the columns that a loss differentiates. Arguments as above."""
+    leaves: dict[str, Tensor] = {
+        name: stats[name].detach().requires_grad_() for name in ("logps", "kl_reference_policy") if name in stats
+    }
+    with torch.enable_grad():
+        loss = loss_and_rewards(
+            {**stats, **leaves}, batch, reference, plan, beta, "sum", backend, batch.labels.shape
+        ).loss
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
 
 
 def pair_scores(

@@ -42,7 +42,7 @@ struct GradCall {
   const float* reference_state = nullptr;  // the same of the reference, or null
   const float* coefficients = nullptr;     // [coefficient_count, rows]
   int coefficient_count = 1;
-  Rows out;                  // may be `policy` itself
+  Rows out;                  // may be `policy` itself; of its dtype, or 16 bits wide for fp32 logits
   bool out_is_zero = false;  // `out` holds zeros already: rows without a gradient need not be touched
 };
 

@@ -9,6 +9,7 @@
 #endif
 
 #include "../core/pair_loss.h"
+#include "product.h"
 #include "row_kernels.h"
 #include "thread_pool.h"
 
@@ -22,6 +23,7 @@ const RowKernels* avx512_kernels() { return nullptr; }
 #endif
 #if defined(QK_NO_AVX512_BF16)
 const RowKernels* avx512_bf16_kernels() { return nullptr; }
+void product_avx512_bf16(const ProductCall&, int) {}
 #endif
 
 namespace {
@@ -158,6 +160,10 @@ void pair_loss(const PairCall& call) {
   }
   *call.loss = static_cast<float>(loss / static_cast<double>(pairs));
 }
+
+bool has_product() { return instruction_set() == "avx512_bf16"; }
+
+void product(const ProductCall& call, int threads) { product_avx512_bf16(call, threads); }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;

@@ -402,33 +402,34 @@ RowCoefficients coefficients_of(const GradCall& call, int64_t row) {
 }
 
 // out[i] = g(policy vector, reference vector) for a whole segment. The tail goes through vectors of its own.
-template <class T, class R, class G>
-void map_vectors(const T* policy, const R* reference, int64_t n, T* out, G g) {
-  auto one = [&](const T* p, const R* r, T* to) { narrow(to, g(widen(p), widen(r))); };
+template <class P, class R, class T, class G>
+void map_vectors(const P* policy, const R* reference, int64_t n, T* out, G g) {
+  auto one = [&](const P* p, const R* r, T* to) { narrow(to, g(widen(p), widen(r))); };
   int64_t i = 0;
   for (; i + kStep <= n; i += kStep)
     for (int u = 0; u < kUnroll; ++u) one(policy + i + u * kLanes, reference + i + u * kLanes, out + i + u * kLanes);
   for (; i + kLanes <= n; i += kLanes) one(policy + i, reference + i, out + i);
   if (i == n) return;
-  T last[kLanes] = {}, result[kLanes];
+  P last[kLanes] = {};
+  T result[kLanes];
   R reference_last[kLanes] = {};
-  memcpy(static_cast<void*>(last), policy + i, static_cast<size_t>(n - i) * sizeof(T));
+  memcpy(static_cast<void*>(last), policy + i, static_cast<size_t>(n - i) * sizeof(P));
   memcpy(static_cast<void*>(reference_last), reference + i, static_cast<size_t>(n - i) * sizeof(R));
   one(last, reference_last, result);
   memcpy(static_cast<void*>(out + i), result, static_cast<size_t>(n - i) * sizeof(T));
 }
 
 // Where only the log-prob (and logsumexp) is differentiated: g = (p coefficient - label coefficient) p.
-template <class T>
-void grad_plain(const GradCall& call, const RowCoefficients& c, const T* policy, int64_t n, T* out) {
+template <class P, class T>
+void grad_plain(const GradCall& call, const RowCoefficients& c, const P* policy, int64_t n, T* out) {
   const Shift shift(c.row_max, static_cast<float>(kLog2e / call.temperature));
   const Vec factor = splat(static_cast<float>((c.p - c.label) * std::exp(-c.log_sum) / call.temperature));
   map_vectors(policy, policy, n, out, [&](Vec z, Vec) { return factor * exp2_nonpositive(shift.exponent(z)); });
 }
 
 // The general case. `reference` is ignored unless kReference.
-template <bool kReference, class T, class R>
-void grad_full(const GradCall& call, const RowCoefficients& c, const T* policy, const R* reference, int64_t n, T* out) {
+template <bool kReference, class P, class R, class T>
+void grad_full(const GradCall& call, const RowCoefficients& c, const P* policy, const R* reference, int64_t n, T* out) {
   const float scale = static_cast<float>(kLog2e / call.temperature);
   const Shift shift(c.row_max, scale), reference_shift(c.reference_max, scale);
   const double p_scale = std::exp(-c.log_sum) / call.temperature;
@@ -472,7 +473,8 @@ double grad_at_label(const GradCall& call, const RowCoefficients& c, int64_t row
   return g / call.temperature;
 }
 
-template <class T>
+// P: element type of the logits, T: of the gradient.
+template <class P, class T>
 void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
   const int64_t begin = segment * kSegment, n = std::min(kSegment, call.shape.vocab - begin);
   T* out = const_cast<T*>(row_of<T>(call.out, call.shape, row)) + begin;
@@ -484,13 +486,13 @@ void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
     return;
   }
   const T at_label = qk::narrow<T>(static_cast<float>(grad_at_label(call, c, row, label)));
-  const T* policy = row_of<T>(call.policy, call.shape, row) + begin;
+  const P* policy = row_of<P>(call.policy, call.shape, row) + begin;
   if (c.p_logp == 0 && c.p_logq == 0 && c.q == 0)
     grad_plain(call, c, policy, n, out);
   else if (!call.reference_state)
     grad_full<false>(call, c, policy, policy, n, out);
   else if (call.reference.dtype == call.policy.dtype)
-    grad_full<true>(call, c, policy, row_of<T>(call.reference, call.shape, row) + begin, n, out);
+    grad_full<true>(call, c, policy, row_of<P>(call.reference, call.shape, row) + begin, n, out);
   else
     for (int64_t start = 0; start < n; start += kBlock) {
       Copy reference;
@@ -501,11 +503,17 @@ void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
   if (label >= begin && label < begin + n) out[label - begin] = at_label;
 }
 
+// The gradient has the dtype of the logits, or is narrower than fp32 logits.
 void grad_segment(const GradCall& call, int64_t row, int64_t segment) {
+  const bool wide = call.policy.dtype == DType::kFloat32;
   switch (call.out.dtype) {
-    case DType::kFloat32: return grad_segment_of<float>(call, row, segment);
-    case DType::kBFloat16: return grad_segment_of<BFloat16>(call, row, segment);
-    case DType::kFloat16: return grad_segment_of<Float16>(call, row, segment);
+    case DType::kFloat32: return grad_segment_of<float, float>(call, row, segment);
+    case DType::kBFloat16:
+      return wide ? grad_segment_of<float, BFloat16>(call, row, segment)
+                  : grad_segment_of<BFloat16, BFloat16>(call, row, segment);
+    case DType::kFloat16:
+      return wide ? grad_segment_of<float, Float16>(call, row, segment)
+                  : grad_segment_of<Float16, Float16>(call, row, segment);
   }
 }
 

@@ -1,8 +1,9 @@
 """Backends: who computes the row operations, and which one `backend="auto"` picks.
 
-A backend is a module with `row_stats`, `row_grad`, `row_grad_`, `pair_loss` (contracts in `qkernels.ops`) and
-`unavailable(device, dtype)`, which returns None when it can take such a tensor and otherwise says why not. To add
-one, write the module and enter it in `_MODULES`.
+A backend is a module with `row_stats`, `row_grad`, `row_grad_`, `pair_loss` (contracts in `qkernels.ops`),
+`row_grad_into(out, logits, ...)`, which is `row_grad` into a given tensor `[S, T, V]` of the logits' dtype or, for fp32
+logits, of 16 bits, and `unavailable(device, dtype)`, which returns None when it can take such a tensor and otherwise
+says why not. To add one, write the module and enter it in `_MODULES`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def _lookup(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 @constant_when_compiled  # torch.compile need not look inside: the answer depends on nothing else
-def _resolve(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_for(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The same for a tensor that does not exist yet."""
     return _lookup(name, device, dtype)
 
 
@@ -62,4 +64,4 @@ def resolve(name: str, tensor: torch.Tensor) -> str:
     Raises:
         ValueError: an unknown name, or a named backend that cannot take this tensor.
     """
-    return _resolve(name, tensor.device, tensor.dtype)
+    return resolve_for(name, tensor.device, tensor.dtype)

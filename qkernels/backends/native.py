@@ -7,7 +7,6 @@ they come here; what is left to decide is the layout of the output buffers. The 
 from __future__ import annotations
 
 import json
-import mmap
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import fresh_zeros
 from ..rows import label_error
 
 try:
@@ -107,22 +107,6 @@ def row_stats(
     return out
 
 
-# From this size on malloc itself maps fresh pages for a tensor.
-_LARGE = 32 * 2**20
-
-
-def _untouched_zeros(like: Tensor) -> Tensor | None:
-    """A contiguous tensor of zeros that takes no memory until it is written, page by page; None for small ones.
-
-    The gradient rows of ignored labels stay untouched in it: prompt and padding cost neither time nor memory.
-    """
-    size = like.numel() * like.element_size()
-    if size < _LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return None
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
-
-
 def _row_grad_into(
     out: Tensor,
     out_is_zero: bool,
@@ -154,9 +138,15 @@ def _row_grad_into(
     )
 
 
+def row_grad_into(out: Tensor, logits: Tensor, *args: Any) -> None:
+    """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
+    _row_grad_into(out, False, logits, *args)
+
+
 def row_grad(logits: Tensor, *args: Any) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
-    zeros = _untouched_zeros(logits)
+    # Rows of ignored labels stay untouched in it: prompt and padding cost neither time nor memory.
+    zeros = fresh_zeros(logits.shape, logits.dtype, logits.device)
     out = torch.empty_like(logits, memory_format=torch.contiguous_format) if zeros is None else zeros
     _row_grad_into(out, zeros is not None, logits, *args)
     return out
@@ -196,3 +186,27 @@ def pair_loss(
         grad.data_ptr(),
     )
     return loss, rewards, grad
+
+
+def has_product() -> bool:
+    """Whether this machine multiplies bf16 matrices into fp32 (`product`)."""
+    return _C is not None and bool(_C.has_product())
+
+
+def product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = left right^T + bias: bf16 `[n, k]` and `[m, k]`, fp32 `[m]` and `[n, m]`, last dimensions contiguous."""
+    if left.stride(1) != 1:
+        left = left.contiguous()
+    _C.product(
+        out.shape[0],
+        out.shape[1],
+        left.shape[1],
+        left.data_ptr(),
+        left.stride(0),
+        right.data_ptr(),
+        right.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+    )

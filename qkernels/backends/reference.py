@@ -14,6 +14,8 @@ Memory: a handful of tensors of the size of the logits; this is the clear versio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -123,6 +125,31 @@ def row_grad(
     ignore_index: int,
 ) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
+    grad = _row_grad(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index)
+    return grad.to(logits.dtype)
+
+
+def row_grad_into(out: Tensor, *args: Any) -> None:
+    """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
+    out.copy_(_row_grad(*args))
+
+
+def row_grad_(logits: Tensor, *args: Any) -> None:
+    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
+    logits.copy_(_row_grad(logits, *args))
+
+
+def _row_grad(
+    logits: Tensor,
+    labels: Tensor,
+    reference: Tensor | None,
+    state: Tensor,
+    reference_state: Tensor | None,
+    coefficients: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> Tensor:
+    """The gradient, not yet rounded to the dtype of the logits."""
     dtype = stats_dtype(logits.dtype)
     ignored = (labels == ignore_index) | (coefficients == 0).all(0)
     bad = ~ignored & ((labels < 0) | (labels >= logits.shape[-1]))
@@ -148,22 +175,7 @@ def row_grad(
     # 1 - p_y from the log-prob keeps its digits when p_y -> 1.
     at_label = others.gather(-1, safe) - label * torch.expm1(logps)
     grad = (others - label * p).scatter(-1, safe, at_label) / temperature
-    grad = grad.masked_fill(bad.unsqueeze(-1), float("nan")).masked_fill(ignored.unsqueeze(-1), 0.0)
-    return grad.to(logits.dtype)
-
-
-def row_grad_(
-    logits: Tensor,
-    labels: Tensor,
-    reference: Tensor | None,
-    state: Tensor,
-    reference_state: Tensor | None,
-    coefficients: Tensor,
-    temperature: float,
-    ignore_index: int,
-) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
-    logits.copy_(row_grad(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index))
+    return grad.masked_fill(bad.unsqueeze(-1), float("nan")).masked_fill(ignored.unsqueeze(-1), 0.0)
 
 
 def pair_loss(

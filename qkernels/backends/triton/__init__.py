@@ -42,6 +42,13 @@ def row_stats(
     return row_stats_kernel.row_stats(logits, labels, reference, columns, temperature, ignore_index)
 
 
+def row_grad_into(out: Tensor, logits: Tensor, *args: Any) -> None:
+    """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
+    from . import row_grad_kernel
+
+    row_grad_kernel.row_grad_into(out, logits, *args)
+
+
 def row_grad(logits: Tensor, *args: Any) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
     from . import row_grad_kernel

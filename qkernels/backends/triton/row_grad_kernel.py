@@ -215,7 +215,7 @@ def row_grad_kernel(
 # --- host -------------------------------------------------------------------------------------------------------------
 
 
-def _row_grad_into(
+def row_grad_into(
     out: Tensor,
     logits: Tensor,
     labels: Tensor,
@@ -226,6 +226,7 @@ def _row_grad_into(
     temperature: float,
     ignore_index: int,
 ) -> None:
+    """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
     rows, vocab = labels.numel(), logits.shape[-1]
     if rows == 0:
         return
@@ -234,7 +235,7 @@ def _row_grad_into(
     ref, r_state, with_reference = logits, state, False
     if full and reference is not None and reference_state is not None:
         ref, r_state, with_reference = reference, reference_state.contiguous(), True
-    vector = common.vector_length(logits, ref)
+    vector = common.vector_length(logits, ref, out)
     splits = common.splits_for(rows, vocab, common.LANES * vector, logits.device)
     with common.on_device_of(logits):
         row_grad_kernel[(rows * splits,)](
@@ -250,10 +251,10 @@ def _row_grad_into(
 def row_grad(logits: Tensor, *args) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _row_grad_into(out, logits, *args)
+    row_grad_into(out, logits, *args)
     return out
 
 
 def row_grad_(logits: Tensor, *args) -> None:
     """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
-    _row_grad_into(logits, logits, *args)
+    row_grad_into(logits, logits, *args)

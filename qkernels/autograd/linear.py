@@ -1,0 +1,128 @@
+"""Autograd of the row operations on hidden states: what is saved, and how upstream gradients reach the products.
+
+Nothing of the logits' size is ever saved. `LinearStats` saves the inputs and makes the logits again; `FrozenHead` saves
+d logp / d hidden, which an upstream gradient scales row by row; `KnownGradient` has the gradients already, up to the
+upstream gradient of a scalar loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import chunks, ops, rows
+from ..chunks import LinearConfig, Model
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Model | None:
+    return None if hidden is None or weight is None else Model(hidden, weight, bias)
+
+
+class LinearStats(torch.autograd.Function):
+    """`(hidden [N, H], weight [V, H], bias [V] or None) -> stats [K, N]`, differentiable in all three. Four products.
+
+    The reference is a constant. Columns without a gradient must be detached by the caller.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, config: LinearConfig
+    ):
+        reference = _reference(reference_hidden, reference_weight, reference_bias)
+        if torch.compiler.is_compiling():
+            stats = ops.linear_stats(
+                hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, *config
+            )
+        else:
+            stats = chunks.stats(Model(hidden, weight, bias), reference, labels, config)
+        if not config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"]):
+            reference_hidden = reference_weight = reference_bias = None  # the backward needs no reference
+        ctx.save_for_backward(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, stats)
+        ctx.config = config
+        return stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, stats = ctx.saved_tensors
+        config: LinearConfig = ctx.config
+        coefficients = rows.coefficients(stats, grad, config.columns)
+        states = stats[:3] if reference_hidden is None else stats[:6]
+        needs = ctx.needs_input_grad[:3]
+        if torch.compiler.is_compiling():
+            result = ops.linear_gradients(
+                hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, states, coefficients,
+                list(needs), *config,
+            )  # fmt: skip
+            result = tuple(g if needed else None for g, needed in zip(result, needs, strict=True))
+        else:
+            reference = _reference(reference_hidden, reference_weight, reference_bias)
+            policy = Model(hidden, weight, bias)
+            result = chunks.gradients(policy, reference, labels, states, coefficients, needs, config)
+        return *result, None, None, None, None, None
+
+
+class FrozenHead(torch.autograd.Function):
+    """`hidden [N, H] -> stats [K, N]` for a head without gradient; only `logps` is differentiable. Two products."""
+
+    @staticmethod
+    def forward(
+        ctx, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, config: LinearConfig
+    ):
+        if torch.compiler.is_compiling():
+            stats, unit = ops.linear_unit_gradient(
+                hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, *config
+            )
+        else:
+            reference = _reference(reference_hidden, reference_weight, reference_bias)
+            stats, unit = chunks.unit_gradient(Model(hidden, weight, bias), reference, labels, config)
+        ctx.save_for_backward(unit)
+        ctx.logps, ctx.dtype = rows.column_index(config.columns, "logps"), hidden.dtype
+        return stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (unit,) = ctx.saved_tensors
+        return scaled(unit, grad[ctx.logps].unsqueeze(1), ctx.dtype), None, None, None, None, None, None, None
+
+
+class KnownGradient(torch.autograd.Function):
+    """A scalar loss whose gradients with respect to hidden states, weight and bias exist already.
+
+    The backward multiplies them by the upstream gradient in their own memory and gives them away. A second backward
+    through the same graph makes them anew.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, hidden, weight, bias, gradients: Gradients, again: Callable[[], Gradients]):
+        # On the context and not through save_for_backward: they belong to nobody else, and are to be written over.
+        ctx.gradients, ctx.again = gradients, again
+        ctx.save_for_backward(hidden, weight, bias)  # so that torch notices if they change before a second backward
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            _ = ctx.saved_tensors  # raises if the graph has been freed, or the inputs have changed
+            gradients = ctx.again()
+        # The host may look at a number in its own memory: the usual factor 1 saves a pass over dW.
+        if grad.device.type != "cpu" or grad.item() != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    torch.mul(gradient, grad.view((1,) * gradient.dim()), out=gradient)
+        return None, *gradients, None, None
+
+
+def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * factor in `dtype`, multiplied in fp32 or better and rounded once. `factor` broadcasts, as many dims."""
+    if torch.compiler.is_compiling():
+        return (values * factor).to(dtype)
+    return torch.mul(values, factor, out=torch.empty(values.shape, dtype=dtype, device=values.device))

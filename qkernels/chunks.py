@@ -1,0 +1,332 @@
+"""Row operations from hidden states: chunk by chunk, logits come into being, are used and are overwritten.
+
+Four passes over the valid rows of a batch. Rows with an ignored label are dropped before the first product. With
+g = onehot - p and c the coefficient dL/dlogp of a row, dX_i = c_i (g_i W) and dW = sum_i g_i^T (c_i x_i):
+
+    stats           per-row results                                                  1 product
+    unit_gradient   the same and (g W), which a row's coefficient scales later       2 products
+    pair_gradients  the same and dX, dW of a loss that is known pair by pair         3 products
+    gradients       dX, dW for given coefficients, logits made again                 3 products
+
+A chunk holds fp32 logits and, where products take 16 bits, the gradient rounded once to them; otherwise the gradient is
+written over the logits. fp16 has too few exponents for a gradient times a small coefficient: there rows of g are formed
+for coefficients scaled to 1, and the scale is applied to the `[n, H]` sides of the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, rows
+from .head import Head, WeightGrad, gradient_dtype
+from .memory import empty
+from .rows import BIT
+
+
+class Model(NamedTuple):
+    """Hidden states `[N, H]` and the head that makes logits of them: weight `[V, H]`, bias `[V]` or None."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class LinearConfig(NamedTuple):
+    """What the passes do besides reading their tensors.
+
+    columns: bit mask of the per-row results (`qkernels.rows`).
+    dtype, reference_dtype: of the products (autocast's, or the inputs' own).
+    chunk_rows: rows of logits that exist at a time.
+    """
+
+    columns: int
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    dtype: torch.dtype
+    reference_dtype: torch.dtype
+    chunk_rows: int
+    backend: str
+
+    @property
+    def row_temperature(self) -> float:
+        """What divides the logits that `Head.logits` makes: the logit scale is folded in unless a softcap follows."""
+        return self.temperature if self.softcap is not None else self.temperature / self.logit_scale
+
+
+Selection = Tensor | slice  # rows of a batch: their numbers, or a range where all of them are meant
+
+
+def bytes_per_row(
+    vocab: int, device: torch.device, dtype: torch.dtype, reference_dtype: torch.dtype | None, grad: bool, capped: bool
+) -> int:
+    """Bytes that one row of a chunk takes: its logits (both models') and its gradient."""
+    wide = rows.stats_dtype(dtype).itemsize
+    size = wide + (0 if reference_dtype is None else rows.stats_dtype(reference_dtype).itemsize)
+    if grad:
+        narrow = gradient_dtype(device, dtype).itemsize
+        size += (narrow if narrow < wide else 0) + (wide if capped else 0)
+    return vocab * size
+
+
+class _Chunk(NamedTuple):
+    """Rows under work: their hidden states in the products' dtype, labels `[1, n]`, logits `[1, n, V]`."""
+
+    where: Selection
+    x: Tensor
+    labels: Tensor
+    logits: Tensor
+    reference: Tensor | None
+
+
+class Pass:
+    """One walk over the valid rows of a batch, with the buffers that all its chunks share."""
+
+    def __init__(self, policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig):
+        self.policy, self.reference, self.labels, self.config = policy, reference, labels, config
+        self.backend = backends.get(config.backend)
+        self.head = Head(
+            policy.weight.to(config.dtype),
+            None if policy.bias is None else policy.bias.to(rows.stats_dtype(config.dtype)),
+            config.softcap,
+            config.logit_scale,
+        )
+        self.reference_head = None
+        if reference is not None:
+            self.reference_head = Head(
+                reference.weight.to(config.reference_dtype),
+                None if reference.bias is None else reference.bias.to(rows.stats_dtype(config.reference_dtype)),
+                config.softcap,
+                config.logit_scale,
+            )
+        self.wide = rows.stats_dtype(config.dtype)
+        self.narrow = gradient_dtype(labels.device, config.dtype)
+        self._buffers: dict[str, Tensor] = {}
+
+    def valid_rows(self) -> Tensor:
+        """Numbers of the rows that count. On a GPU the host waits here, once per pass, for how many there are."""
+        return (self.labels != self.config.ignore_index).nonzero().squeeze(1)
+
+    def selections(self) -> list[Selection]:
+        """The valid rows in chunks, in order."""
+        index, size = self.valid_rows(), self.config.chunk_rows
+        n = index.shape[0]
+        if n == self.labels.shape[0]:
+            return [slice(start, min(n, start + size)) for start in range(0, n, size)]
+        return list(index.split(size)) if n else []
+
+    def _buffer(self, name: str, rows_: int, dtype: torch.dtype) -> Tensor:
+        """`[rows, V]`, the same memory for every chunk."""
+        old = self._buffers.get(name)
+        if old is None or old.shape[0] < rows_:
+            old = empty((rows_, self.head.vocab), dtype, self.labels.device)
+            self._buffers[name] = old
+        return old[:rows_]
+
+    def chunks(self, selections: Sequence[Selection]) -> Iterator[_Chunk]:
+        """Make the logits of one selection of rows after the other."""
+        # The largest first: the buffers are made once.
+        largest = max((_length(s) for s in selections), default=0)
+        for where in selections:
+            x = _rows(self.policy.hidden, where).to(self.config.dtype)
+            self._buffer("logits", largest, self.wide)
+            logits = self._buffer("logits", x.shape[0], self.wide)
+            self.head.logits(x, logits)
+            reference = None
+            if self.reference is not None and self.reference_head is not None:
+                dtype = rows.stats_dtype(self.config.reference_dtype)
+                self._buffer("reference", largest, dtype)
+                reference = self._buffer("reference", x.shape[0], dtype)
+                self.reference_head.logits(
+                    _rows(self.reference.hidden, where).to(self.config.reference_dtype), reference
+                )
+                reference = reference.unsqueeze(0)
+            yield _Chunk(where, x, _rows(self.labels, where).unsqueeze(0), logits.unsqueeze(0), reference)
+
+    def stats(self, chunk: _Chunk, columns: int) -> Tensor:
+        """`[K, 1, n]`: the per-row results of a chunk."""
+        config = self.config
+        result: Tensor = self.backend.row_stats(
+            chunk.logits, chunk.labels, chunk.reference, columns, config.row_temperature, config.ignore_index
+        )
+        return result
+
+    def gradient(self, chunk: _Chunk, stats: Tensor, coefficients: Tensor) -> Tensor:
+        """dL/dl of a chunk's own logits, `[n, V]`, in the dtype of the products; the logits are gone afterwards.
+
+        Args:
+            chunk: with its logits.
+            stats: `[3 or 6, 1, n]`, the states of the models.
+            coefficients: `[1 or 5, 1, n]`, see `rows.COEFFICIENTS`.
+        """
+        config, n = self.config, chunk.labels.shape[1]
+        reference_state = stats[3:6] if coefficients.shape[0] > 1 and stats.shape[0] >= 6 else None
+        reference = chunk.reference if reference_state is not None else None
+        args = (chunk.labels, reference, stats[:3], reference_state, coefficients)
+        how = (config.row_temperature, config.ignore_index)
+        if config.softcap is not None:
+            grad = self._buffer("capped", n, self.wide)
+            self.backend.row_grad_into(grad.unsqueeze(0), chunk.logits, *args, *how)
+            out = grad if self.narrow == self.wide else self._buffer("grad", n, self.narrow)
+            self.head.uncap(chunk.logits[0], grad, out)
+            return out
+        if self.narrow == self.wide:
+            self.backend.row_grad_(chunk.logits, *args, *how)
+            return chunk.logits[0]
+        out = self._buffer("grad", n, self.narrow)
+        self.backend.row_grad_into(out.unsqueeze(0), chunk.logits, *args, *how)
+        return out
+
+
+def _length(where: Selection) -> int:
+    return where.stop - where.start if isinstance(where, slice) else where.shape[0]
+
+
+def _rows(tensor: Tensor, where: Selection) -> Tensor:
+    return tensor[where] if isinstance(where, slice) else tensor.index_select(0, where)
+
+
+def _put(target: Tensor, where: Selection, values: Tensor, dim: int = 0) -> None:
+    """target[where] = values along `dim`."""
+    if isinstance(where, slice):
+        target.narrow(dim, where.start, where.stop - where.start).copy_(values)
+    else:
+        target.index_copy_(dim, where, values.to(target.dtype))
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """Run without gradients and without autocast: the dtypes of the products have been chosen."""
+
+    def run(policy: Model, reference: Model | None, labels: Tensor, *args):
+        with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
+            return function(policy, reference, labels, *args)
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    return run
+
+
+@_without_autocast
+def stats(policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig) -> Tensor:
+    """The columns of `config` for each row, `[K, N]`; 0 at ignored rows. One product per model."""
+    work = Pass(policy, reference, labels, config)
+    result = torch.zeros(config.columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
+    for chunk in work.chunks(work.selections()):
+        _put(result, chunk.where, work.stats(chunk, config.columns)[:, 0], 1)
+    return result
+
+
+@_without_autocast
+def unit_gradient(
+    policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig
+) -> tuple[Tensor, Tensor]:
+    """The columns and d logp / d hidden, `[K, N]` and `[N, H]` in the dtype of the products. Two products."""
+    work = Pass(policy, reference, labels, config)
+    result = torch.zeros(config.columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
+    unit = torch.zeros(policy.hidden.shape, dtype=config.dtype, device=labels.device)
+    for chunk in work.chunks(work.selections()):
+        values = work.stats(chunk, config.columns | rows.STATE)
+        _put(result, chunk.where, _only(values, config.columns | rows.STATE, config.columns)[:, 0], 1)
+        ones = torch.ones_like(values[:1])
+        _put(unit, chunk.where, work.head.input_grad(work.gradient(chunk, values[:3], ones)))
+    return result, unit
+
+
+def _only(stats_: Tensor, have: int, want: int) -> Tensor:
+    """The wanted columns of a buffer that has more."""
+    if have == want:
+        return stats_
+    return stats_[[rows.column_index(have, name) for name in rows.column_names(want)]]
+
+
+class _Gradients:
+    """dX, dW and db of a pass, from coefficients."""
+
+    def __init__(self, work: Pass, needs: Sequence[bool], chunks: int):
+        self.work, self.needs = work, needs
+        hidden = work.policy.hidden
+        self.hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
+        self.weight = WeightGrad(work.head, needs[1], needs[2], chunks)
+
+    def add(self, chunk: _Chunk, states: Tensor, coefficients: Tensor) -> None:
+        scale, x = None, chunk.x
+        if self.work.narrow == torch.float16:
+            scale = coefficients.abs().amax(0, keepdim=True)
+            scale = torch.where(scale > 0, torch.exp2(scale.log2().ceil()), 1.0)
+            coefficients = coefficients / scale
+            scale = scale.view(-1, 1)
+        g = self.work.gradient(chunk, states, coefficients)
+        if self.hidden is not None:
+            dx = self.work.head.input_grad(g)
+            _put(self.hidden, chunk.where, dx if scale is None else dx.float() * scale)
+        if scale is not None:
+            # The rows' own scales, relative to the largest, ride on x; the largest on the sum.
+            top = scale.amax()
+            self.weight.add(g, (x.float() * (scale / top)).to(x.dtype), scale.view(-1), top)
+        else:
+            self.weight.add(g, x)
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        policy = self.work.policy
+        weight, bias = self.weight.result(policy.weight.dtype, None if policy.bias is None else policy.bias.dtype)
+        return self.hidden, weight, bias
+
+
+@_without_autocast
+def gradients(
+    policy: Model,
+    reference: Model | None,
+    labels: Tensor,
+    states: Tensor,
+    coefficients: Tensor,
+    needs: Sequence[bool],
+    config: LinearConfig,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dL/dhidden, dL/dweight, dL/dbias (None where not needed) from coefficients; the logits are made again.
+
+    Args:
+        states: `[3 or 6, N]`, the states of the models from `stats`.
+        coefficients: `[1 or 5, N]`, see `rows.COEFFICIENTS`; a reference is read only by five.
+        needs: which of the three are wanted.
+    """
+    work = Pass(policy, reference if coefficients.shape[0] > 1 else None, labels, config)
+    selections = work.selections()
+    total = _Gradients(work, needs, len(selections))
+    for chunk in work.chunks(selections):
+        at = (slice(None), chunk.where)
+        total.add(chunk, states[at].unsqueeze(1), coefficients[at].unsqueeze(1))
+    return total.result()
+
+
+@_without_autocast
+def pair_gradients(
+    policy: Model,
+    reference: Model | None,
+    labels: Tensor,
+    selections: Sequence[Selection],
+    objective: Callable[[int, Tensor], Tensor],
+    needs: Sequence[bool],
+    config: LinearConfig,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The columns and the gradients of a loss whose coefficients are known once a chunk's columns are. Three products.
+
+    Args:
+        selections: the rows of each chunk: whole pairs.
+        objective: number of the chunk, its columns `[K, 1, n]` -> dL/dcolumns `[K, 1, n]`.
+        needs: which of hidden, weight, bias need a gradient.
+    """
+    work = Pass(policy, reference, labels, config)
+    columns = config.columns
+    result = torch.zeros(columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
+    total = _Gradients(work, needs, len(selections))
+    for number, chunk in enumerate(work.chunks(selections)):
+        values = work.stats(chunk, columns)
+        _put(result, chunk.where, values[:, 0], 1)
+        coefficients = rows.coefficients(values, objective(number, values), columns)
+        states = values[:6] if columns & BIT["reference_row_max"] else values[:3]
+        total.add(chunk, states, coefficients)
+    return result, total.result()

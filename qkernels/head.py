@@ -1,0 +1,166 @@
+"""The language-model head on a chunk of rows: hidden states in, exact logits out, and the two products of its backward.
+
+Logits reach the softmax in fp32 (fp64 from fp64 inputs): rounded to 16 bits they would err by 3e-2 in a log-prob,
+while a token's reward early in training is of the order of 1e-2. How a 16-bit product yields fp32:
+
+- on a GPU, torch's own product with `out_dtype` (the accumulator of the matrix unit, not rounded);
+- on a CPU with AVX-512 BF16, our product of bf16 matrices (`csrc/cpu/product_avx512_bf16.cpp`), as fast as torch's
+  rounded one; torch has none with an fp32 result there;
+- on other CPUs and for fp16, an fp32 product of inputs widened block by block (exact, and for fp16 many times faster
+  than torch's fp16 product on CPUs without instructions for it).
+
+The products of the backward take dL/dlogits rounded once to the inputs' dtype, as any training in that dtype does, or
+fp32 where the inputs are widened. dW is summed over chunks in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import native
+from .memory import empty
+from .rows import stats_dtype
+
+# Rows of the weight that are widened, or whose gradient is held, at a time: 16 MiB of fp32 at H = 1024.
+_BLOCK = 4096
+
+
+def _widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether all products run in fp32 on widened inputs: fp16 on a CPU."""
+    return device.type == "cpu" and dtype == torch.float16
+
+
+def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which dL/dlogits enters the products of the backward."""
+    return torch.float32 if _widens(device, dtype) else dtype
+
+
+def logits_product(device: torch.device, dtype: torch.dtype) -> str:
+    """How logits come about, in words; for `info()` and plans."""
+    if dtype in (torch.float32, torch.float64):
+        return f"torch, {str(dtype)[6:]}"
+    if device.type != "cpu":
+        return "torch, 16-bit inputs, fp32 result"
+    if dtype == torch.bfloat16 and native.has_product():
+        return "own AVX-512 BF16 product, fp32 result"
+    return "torch, inputs widened to fp32 block by block"
+
+
+class Head(NamedTuple):
+    """Weight `[V, H]` and bias `[V]` of one model's head, in the dtype of its products, and what shapes its logits.
+
+    z = softcap * tanh(logit_scale * l / softcap), l = x W^T + b. Without a softcap `logits` leaves the scale out: the
+    caller folds it into the temperature, which costs nothing.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    logit_scale: float
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    def logits(self, x: Tensor, out: Tensor) -> None:
+        """Write the logits of rows `x` `[n, H]` to `out` `[n, V]`, fp32 or fp64."""
+        w, b = self.weight, self.bias
+        if x.dtype == out.dtype:
+            torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
+        elif x.device.type != "cpu":
+            torch.ops.aten.mm.dtype_out(x, w.t(), out.dtype, out=out)
+            if b is not None:
+                out.add_(b)
+        elif x.dtype == torch.bfloat16 and native.has_product() and w.stride(1) == 1:
+            ops.product(x, w, None if b is None else b.float(), out)
+        else:
+            wide = x.to(out.dtype)
+            for start in range(0, self.vocab, _BLOCK):
+                block = slice(start, start + _BLOCK)
+                torch.mm(wide, w[block].to(out.dtype).t(), out=out[:, block])
+            if b is not None:
+                out.add_(b)
+        if self.softcap is not None:
+            out.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
+
+    def uncap(self, capped: Tensor, grad: Tensor, out: Tensor) -> None:
+        """dL/dz in `grad` -> dL/dl in `out`, given the capped logits z, which are overwritten."""
+        assert self.softcap is not None
+        slope = capped.square_().mul_(-self.logit_scale / self.softcap**2).add_(self.logit_scale)
+        torch.mul(grad, slope, out=out)
+
+    def input_grad(self, g: Tensor) -> Tensor:
+        """dL/dx = g W, `[n, H]` in the dtype of g."""
+        if g.dtype == self.weight.dtype:
+            return torch.mm(g, self.weight)
+        result = g.new_zeros(g.shape[0], self.weight.shape[1])
+        for start in range(0, self.vocab, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            result.addmm_(g[:, block], self.weight[block].to(g.dtype))
+        return result
+
+
+class WeightGrad:
+    """dW = sum over chunks of g^T x, `[V, H]`, and db = sum of g: one product, or fp32 sums of one for each chunk."""
+
+    def __init__(self, head: Head, weight: bool, bias: bool, chunks: int):
+        self.head, self.with_weight, self.with_bias = head, weight, bias
+        self.single = chunks <= 1
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, g: Tensor, x: Tensor, bias_scale: Tensor | None = None, weight_scale: Tensor | None = None) -> None:
+        """Add a chunk: g `[n, V]`, x `[n, H]`.
+
+        fp16 only: the rows of g times `bias_scale` `[n]` are the gradient, and dW is to be multiplied by
+        `weight_scale` `[]`, which the rows of x leave over.
+        """
+        if self.with_bias:
+            wide = stats_dtype(g.dtype)
+            db = g.sum(0, dtype=wide) if bias_scale is None else self._scaled_sum(g, bias_scale)
+            self.bias = db if self.bias is None else self.bias.add_(db)
+        if not self.with_weight:
+            return
+        x = x.to(g.dtype)
+        wide = stats_dtype(g.dtype)
+        if weight_scale is not None:
+            self._add_scaled(g, x, weight_scale)
+        elif self.single or (self.weight is None and g.dtype == wide):
+            self.weight = torch.mm(g.t(), x, out=empty(self.head.weight.shape, g.dtype, g.device))
+        elif g.dtype == wide:
+            assert self.weight is not None
+            self.weight.addmm_(g.t(), x)
+        else:
+            if self.weight is None:
+                self.weight = torch.zeros(self.head.weight.shape, dtype=wide, device=g.device)
+            if g.device.type != "cpu":
+                torch.ops.aten.addmm.dtype_out(self.weight, g.t(), x, wide, out=self.weight)
+            else:
+                # A CPU product of 16-bit matrices is rounded once; the roundings of many chunks average out.
+                for start in range(0, self.head.vocab, _BLOCK):
+                    block = slice(start, start + _BLOCK)
+                    self.weight[block].add_(torch.mm(g[:, block].t(), x))
+
+    def _scaled_sum(self, g: Tensor, scale: Tensor) -> Tensor:
+        blocks = range(0, self.head.vocab, _BLOCK)
+        return torch.cat([scale @ g[:, start : start + _BLOCK].to(scale.dtype) for start in blocks])
+
+    def _add_scaled(self, g: Tensor, x: Tensor, scale: Tensor) -> None:
+        if self.weight is None:
+            self.weight = torch.zeros(self.head.weight.shape, dtype=torch.float32, device=g.device)
+        for start in range(0, self.head.vocab, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            self.weight[block].add_(torch.mm(g[:, block].t(), x) * scale)
+
+    def result(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+        """dW and db in the dtypes of the parameters; zeros when no chunk was added."""
+        w, b = self.weight, self.bias
+        if self.with_weight and w is None:
+            w = torch.zeros(self.head.weight.shape, dtype=weight_dtype, device=self.head.weight.device)
+        if self.with_bias and b is None:
+            b = torch.zeros(self.head.vocab, dtype=bias_dtype, device=self.head.weight.device)
+        return (None if w is None else w.to(weight_dtype)), (None if b is None else b.to(bias_dtype))

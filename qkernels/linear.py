@@ -1,0 +1,713 @@
+"""The public functions on hidden states: logits exist only as a chunk, never as a whole.
+
+Checks of arguments, choice of a plan (`qkernels.plans`), and assembly of the outputs; the work is in `qkernels.chunks`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, chunks, objectives, plans, preference, rows
+from .autograd.linear import FrozenHead, Gradients, KnownGradient, LinearStats
+from .chunks import LinearConfig, Model, Selection
+from .functional import TokenStats, check_outputs
+from .head import logits_product
+from .objectives import LossType, Plan
+from .plans import LinearPlan
+from .preference import Batch, PlannedOutput, Reference, TokenDPOOutput
+from .rows import BIT
+from .sequences import Sequences
+
+
+class _Call(NamedTuple):
+    """Checked arguments: models as `[N, H]`, labels `[N]`, and how the products run."""
+
+    policy: Model
+    reference: Model | None
+    labels: Tensor
+    shape: torch.Size  # of the caller's labels
+    dtype: torch.dtype
+    reference_dtype: torch.dtype
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int
+    backend: str
+    max_chunk_bytes: int | None
+
+    @property
+    def vocab(self) -> int:
+        return self.policy.weight.shape[0]
+
+    def config(self, columns: int, chunk_rows: int) -> LinearConfig:
+        return LinearConfig(
+            columns,
+            self.temperature,
+            self.softcap,
+            self.logit_scale,
+            self.ignore_index,
+            self.dtype,
+            self.reference_dtype,
+            chunk_rows,
+            self.backend,
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The arguments of the autograd functions, but for the config."""
+        reference = self.reference or (None, None, None)
+        return (*self.policy, *reference, self.labels)
+
+    def needs(self) -> tuple[bool, bool, bool]:
+        """Whether hidden states, weight and bias need a gradient."""
+        if not torch.is_grad_enabled():
+            return False, False, False
+        hidden, weight, bias = self.policy
+        return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """What a plain linear layer would compute in: autocast's dtype, or the inputs' own."""
+    kind = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
+
+
+def _model(hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str]) -> Model:
+    """Check one model's hidden states and head, and view the hidden states as `[N, H]`."""
+    hidden_name, weight_name, bias_name = names
+    hidden = checks.logits(hidden, hidden_name, "H")
+    weight = checks.tensor(weight, weight_name)
+    _refuse_dtensor(weight, weight_name)
+    if not weight.is_floating_point():
+        raise TypeError(f"{weight_name} must be floating point, got {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{weight_name} must have shape [V, H] with H = {hidden.shape[-1]} as in {hidden_name}"
+            f" {tuple(hidden.shape)}, got {tuple(weight.shape)}"
+        )
+    checks.same_device(weight, weight_name, hidden, hidden_name)
+    dtype = _compute_dtype(hidden)
+    if dtype == hidden.dtype and weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"{hidden_name} is {hidden.dtype} and {weight_name} {weight.dtype}: they must agree, or be under"
+            " torch.autocast"
+        )
+    if bias is not None:
+        bias = checks.like(bias, bias_name, torch.Size([weight.shape[0]]), weight, weight_name)
+        _refuse_dtensor(bias, bias_name)
+    return Model(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+
+
+def _refuse_dtensor(value: Tensor, name: str) -> None:
+    # No DTensor can exist before its module has been imported, and importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and isinstance(value, module.DTensor):
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.full_tensor() (gathers it; its gradient flows back to the shards), or"
+            f" {name}.to_local() if every rank holds all of it"
+        )
+
+
+def _prepare(
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    reference: tuple[Any, Any, Any],
+    labels: Any,
+    temperature: Any,
+    softcap: Any,
+    logit_scale: Any,
+    ignore_index: Any,
+    max_chunk_bytes: Any,
+    backend: str,
+    names: tuple[str, str, str],
+) -> _Call:
+    """Check what all functions on hidden states share."""
+    policy = _model(hidden, weight, bias, names)
+    labels = checks.labels(labels, hidden, names[0])
+    reference_hidden, reference_weight, reference_bias = reference
+    reference_model = None
+    if reference_hidden is None:
+        for name, value in (("reference_weight", reference_weight), ("reference_bias", reference_bias)):
+            if value is not None:
+                raise ValueError(f"{name} given without reference_hidden")
+    else:
+        if reference_weight is None:
+            raise ValueError(
+                f"reference_hidden needs reference_weight (pass {names[1]} itself if both models share the head)"
+            )
+        reference_model = _model(
+            reference_hidden,
+            reference_weight,
+            reference_bias,
+            ("reference_hidden", "reference_weight", "reference_bias"),
+        )
+        if reference_hidden.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(
+                f"reference_hidden must have the rows of {names[0]}, {tuple(hidden.shape[:-1])}, got shape"
+                f" {tuple(reference_hidden.shape)}"
+            )
+        if reference_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"reference_weight has V = {reference_weight.shape[0]} and {names[1]} V = {weight.shape[0]}:"
+                " policy and reference must share the vocabulary"
+            )
+        checks.same_device(reference_hidden, "reference_hidden", hidden, names[0])
+        if (reference_hidden.dtype == torch.float64) != (hidden.dtype == torch.float64):
+            raise TypeError(
+                f"reference_hidden is {reference_hidden.dtype} and {names[0]} {hidden.dtype}: use float64 for both or"
+                " neither"
+            )
+        reference_model = Model(*(None if x is None else x.detach() for x in reference_model))  # type: ignore[arg-type]
+    ignore_index = checks.ignore_index(ignore_index)
+    if softcap is not None:
+        softcap = checks.positive(softcap, "softcap")
+    if max_chunk_bytes is not None and (isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int)):
+        raise TypeError(f"max_chunk_bytes must be an int or None, got {type(max_chunk_bytes).__name__}")
+    dtype = _compute_dtype(hidden)
+    flat = labels.reshape(-1).contiguous()
+    _check_range(labels, flat, weight.shape[0], ignore_index)
+    return _Call(
+        policy,
+        reference_model,
+        flat,
+        labels.shape,
+        dtype,
+        dtype if reference_model is None else _compute_dtype(reference_hidden),
+        checks.positive(temperature, "temperature"),
+        softcap,
+        checks.positive(logit_scale, "logit_scale"),
+        ignore_index,
+        backends.resolve_for(backend, hidden.device, rows.stats_dtype(dtype)),
+        max_chunk_bytes,
+    )
+
+
+def _check_range(labels: Tensor, flat: Tensor, vocab: int, ignore_index: int) -> None:
+    """IndexError for a label outside [0, V), where the host can look: rows lose their numbers in the chunks."""
+    if not checks.readable(labels):
+        return
+    bad = (flat != ignore_index) & ((flat < 0) | (flat >= vocab))
+    if bool(bad.any()):
+        raise rows.label_error(labels, int(bad.nonzero()[0]), vocab)
+
+
+def _counts(valid: Tensor, sequences: Sequences) -> list[int] | None:
+    """Valid rows of each sequence, where the host can know; None otherwise (meta tensors, inside torch.compile)."""
+    if torch.compiler.is_compiling() or valid.device.type == "meta":
+        return None
+    return [int(n) for n in sequences.sums(valid.double()).tolist()]
+
+
+def _plan(
+    call: _Call,
+    wanted: str,
+    columns: int,
+    *,
+    only_logps: bool,
+    pairwise: str | None,
+    valid_rows: int,
+    pair_rows: int,
+) -> LinearPlan:
+    """Choose the plan and work out what it costs."""
+    needs_hidden, needs_weight, needs_bias = call.needs()
+    trains_head = needs_weight or needs_bias
+    grad = needs_hidden or trains_head
+    device, hidden_size = call.labels.device, call.policy.hidden.shape[1]
+    reference_dtype = None if call.reference is None else call.reference_dtype
+    per_row = chunks.bytes_per_row(call.vocab, device, call.dtype, reference_dtype, grad, call.softcap is not None)
+    wants_pairs = trains_head and pairwise is None
+    fit = plans.chunk_rows(
+        per_row, call.max_chunk_bytes, device, max(valid_rows, 1), pair_rows if wants_pairs else 0, call.vocab
+    )
+    name, reason = plans.choose(
+        wanted,
+        trains_hidden=needs_hidden,
+        trains_head=trains_head,
+        only_logps=only_logps,
+        pairwise=pairwise,
+        pair_rows=pair_rows,
+        chunk_rows=fit,
+    )
+    backward = needs_hidden + needs_weight
+    products = {"forward_only": 1, "frozen_head": 2, "pair_chunks": 1 + backward}.get(name, 2 + backward)
+    with_kl = bool(columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
+    reference_products = 0 if call.reference is None else 2 if name == "recompute" and with_kl else 1
+    number = -(-valid_rows // fit) if valid_rows else 0
+    wide = rows.stats_dtype(call.dtype)
+    peak = fit * per_row + fit * hidden_size * call.dtype.itemsize
+    if name == "frozen_head":
+        peak += call.policy.hidden.shape[0] * hidden_size * call.dtype.itemsize
+    if needs_weight and name != "frozen_head" and number > 1 and call.policy.weight.dtype.itemsize < wide.itemsize:
+        peak += call.vocab * hidden_size * wide.itemsize
+    if call.policy.weight.dtype != call.dtype:
+        peak += call.vocab * hidden_size * call.dtype.itemsize
+    return LinearPlan(
+        name,
+        reason,
+        valid_rows,
+        fit,
+        number,
+        products,
+        reference_products,
+        fit * per_row,
+        peak,
+        logits_product(device, call.dtype),
+    )
+
+
+def _columns_with_state(columns: int, reference: bool) -> int:
+    """What a backward needs besides the results asked for."""
+    columns |= rows.STATE
+    if reference and columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
+        columns |= rows.REFERENCE_STATE
+    return columns
+
+
+def _run(call: _Call, name: str, columns: int, chunk_rows: int) -> dict[str, Tensor]:
+    """Per-row results by name, `[N]`, with autograd as the plan has it."""
+    if name == "forward_only":
+        config = call.config(columns, chunk_rows)
+        if torch.compiler.is_compiling():
+            stats = LinearStats.apply(*call.tensors, config)
+        else:
+            stats = chunks.stats(call.policy, call.reference, call.labels, config)
+    else:
+        columns = _columns_with_state(columns, call.reference is not None)
+        function = FrozenHead if name == "frozen_head" else LinearStats
+        stats = function.apply(*call.tensors, call.config(columns, chunk_rows))
+    result = dict(zip(rows.column_names(columns), stats.unbind(0), strict=True))
+    return {k: v if k in rows.DIFFERENTIABLE else v.detach() for k, v in result.items()}
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    outputs: Sequence[str] = ("logps", "logsumexp"),
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """Any subset of the per-token numbers of a policy (and its reference), from hidden states.
+
+    Logits are softcap * tanh(logit_scale * (hidden weight^T + bias) / softcap) / temperature, in fp32, a chunk at a
+    time. Rows with an ignored label are dropped before the first product.
+
+    Args:
+        hidden: `[..., H]`, the last hidden states (after the final norm); fp32, bf16, fp16 or fp64.
+        weight: `[V, H]`, the head's, in the dtype of `hidden` (any under autocast).
+        labels: `[...]` int64, aligned with the rows (see `shift_labels`); `ignore_index` marks rows that cost nothing.
+        bias: `[V]`.
+        reference_hidden, reference_weight, reference_bias: of the reference, which may have an H of its own; constants.
+        outputs: names of fields of `TokenStats`; only these are computed, the others are None.
+        softcap: of Gemma; None for none.
+        logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
+        temperature: divides the logits; above 0.
+        ignore_index: the label that marks a row to be left out.
+        max_chunk_bytes: memory for a chunk's logits and their gradient; None takes a share of the free memory.
+        backend: "auto", or by name; `qkernels.info()` lists what can run.
+
+    Returns:
+        `TokenStats` of fp32 (fp64 for fp64 inputs) tensors shaped like `labels`; log-probs, logsumexp, entropy and the
+        KLs are differentiable in hidden, weight and bias.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or option; a budget too small for one row (the message says
+            the smallest that works).
+        IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
+    """
+    outputs, columns = check_outputs(outputs, "reference_hidden", reference_hidden is not None)
+    call = _prepare(
+        hidden,
+        weight,
+        bias,
+        (reference_hidden, reference_weight, reference_bias),
+        labels,
+        temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        max_chunk_bytes,
+        backend,
+        ("hidden", "weight", "bias"),
+    )
+    differentiable = [name for name in outputs if name in rows.DIFFERENTIABLE]
+    if not differentiable:  # nothing to be saved for a backward that cannot come
+        call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
+    plan = _plan(
+        call,
+        "auto",
+        columns,
+        only_logps=differentiable == ["logps"],
+        pairwise="the upstream gradient is not known in advance",
+        valid_rows=call.labels.shape[0],
+        pair_rows=0,
+    )
+    stats = _run(call, plan.name, columns, plan.chunk_rows)
+    result = {name: stats[name].view(call.shape) for name in outputs}
+    if "is_top1" in result:
+        result["is_top1"] = result["is_top1"] > 0
+    return TokenStats(**{k: v if k in differentiable else v.detach() for k, v in result.items()})
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each label, from hidden states; differentiable under any loss.
+
+    Two products if the head needs no gradient, four otherwise, one without gradients; each over valid rows only.
+
+    Args:
+        As `linear_token_stats`.
+
+    Returns:
+        `[...]` fp32 (fp64 for fp64 inputs), nats; 0 at ignored rows.
+
+    Raises:
+        As `linear_token_stats`.
+    """
+    stats = linear_token_stats(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        outputs=("logps",),
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        max_chunk_bytes=max_chunk_bytes,
+        backend=backend,
+    )
+    assert stats.logps is not None
+    return stats.logps
+
+
+class _Loss(NamedTuple):
+    """A checked preference loss on hidden states, with its plan."""
+
+    call: _Call
+    objective: Plan
+    batch: Batch
+    reference: Reference
+    counts: list[int] | None
+    beta: float
+    reduction: str
+    columns: int
+    plan: LinearPlan
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Consecutive pairs whose valid rows fill a chunk, as ranges of pair numbers."""
+        assert self.counts is not None
+        half, size = len(self.counts) // 2, self.plan.chunk_rows
+        groups, start, filled = [], 0, 0
+        for pair in range(half):
+            here = self.counts[pair] + self.counts[half + pair]
+            if filled and filled + here > size:
+                groups.append((start, pair))
+                start, filled = pair, 0
+            filled += here
+        groups.append((start, half))
+        return groups
+
+    def selections(self, groups: list[tuple[int, int]]) -> list[Selection]:
+        """The valid rows of each group: those of its chosen sequences, then those of its rejected ones."""
+        assert self.counts is not None
+        labels, half = self.call.labels, len(self.counts) // 2
+        if len(groups) == 1 and sum(self.counts) == labels.shape[0]:
+            return [slice(0, labels.shape[0])]
+        ends = [0]
+        for count in self.counts:
+            ends.append(ends[-1] + count)
+        index = (labels != self.call.ignore_index).nonzero().squeeze(1)
+        return [
+            torch.cat([index[ends[first] : ends[last]], index[ends[half + first] : ends[half + last]]])
+            for first, last in groups
+        ]
+
+    def objective_of(
+        self, groups: list[tuple[int, int]], selections: list[Selection]
+    ) -> Callable[[int, Tensor], Tensor]:
+        """The loss of one chunk of pairs, differentiated with respect to the chunk's columns."""
+        assert self.counts is not None
+        counts, half = self.counts, len(self.counts) // 2
+        batch, reference, labels = self.batch, self.reference, self.call.labels
+        share = 1.0 / half if self.reduction == "mean" else 1.0
+        names = rows.column_names(self.columns)
+
+        def gradient(number: int, values: Tensor) -> Tensor:
+            (first, last), where = groups[number], selections[number]
+            of_group = [*range(first, last), *range(half + first, half + last)]
+            ends = [0]
+            for sequence in of_group:
+                ends.append(ends[-1] + counts[sequence])
+            cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=labels.device)
+
+            def pick(per_row: Tensor) -> Tensor:
+                return per_row.reshape(-1)[where].unsqueeze(0)
+
+            part = Batch(
+                pick(batch.labels),
+                pick(batch.weights),
+                pick(batch.base_weights),
+                torch.cat([batch.counts[first:last], batch.counts[half + first : half + last]]),
+                Sequences.of(pick(batch.labels), cu_seqlens),
+                cu_seqlens,
+            )
+            sums = reference.sequence_sums
+            known = Reference(
+                None if reference.tokens is None else pick(reference.tokens),
+                None if sums is None else torch.cat([sums[first:last], sums[half + first : half + last]]),
+            )
+            stats = dict(zip(names, values, strict=True))
+            upstream = preference.loss_gradient(stats, part, known, self.objective, self.beta, self.call.backend)
+            zero = torch.zeros_like(values[0])
+            return torch.stack([upstream[name] * share if name in upstream else zero for name in names])
+
+        return gradient
+
+
+def _prepare_loss(
+    policy_hidden: Any,
+    lm_head_weight: Any,
+    labels: Any,
+    lm_head_bias: Any,
+    reference_hidden: Any,
+    reference_weight: Any,
+    reference_bias: Any,
+    reference_logps: Any,
+    beta: Any,
+    loss_type: LossType,
+    loss_weights: Any,
+    label_smoothing: Any,
+    loss_kwargs: Any,
+    token_weights: Any,
+    cu_seqlens: Any,
+    temperature: Any,
+    ignore_index: Any,
+    reduction: Any,
+    softcap: Any,
+    logit_scale: Any,
+    plan: str,
+    max_chunk_bytes: Any,
+    backend: str,
+) -> _Loss:
+    """Check all arguments of the preference loss and choose its plan."""
+    wanted = 3 if cu_seqlens is None else 2
+    if checks.tensor(policy_hidden, "policy_hidden").dim() != wanted:
+        expected = "[2B, T, H], or [N, H] with cu_seqlens" if cu_seqlens is None else "[N, H] with cu_seqlens"
+        raise ValueError(f"policy_hidden must have shape {expected}; got {tuple(policy_hidden.shape)}")
+    beta = checks.positive(beta, "beta")
+    reduction = checks.choice(reduction, "reduction", ("mean", "sum", "none"))
+    objective = objectives.resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
+    call = _prepare(
+        policy_hidden,
+        lm_head_weight,
+        lm_head_bias,
+        (reference_hidden, reference_weight, reference_bias),
+        labels,
+        temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        max_chunk_bytes,
+        backend,
+        ("policy_hidden", "lm_head_weight", "lm_head_bias"),
+    )
+    if cu_seqlens is None:
+        checks.pairs(labels.shape[0], "policy_hidden holds")
+    else:
+        cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
+    weights = preference.check_token_weights(token_weights, labels)
+    as_rows = labels.unsqueeze(0) if labels.dim() == 1 else labels
+    batch = Batch.of(as_rows, weights, cu_seqlens, objective, call.ignore_index, rows.stats_dtype(call.dtype))
+    live = reference_hidden is not None
+    reference = Reference.of(reference_logps, live, "reference_hidden", objective, labels, batch)
+    call = call._replace(labels=batch.labels.reshape(-1))
+    columns = preference.columns(objective, live)
+    counts = _counts(batch.labels != call.ignore_index, batch.sequences)
+    if counts is None:
+        valid_rows = call.labels.shape[0]
+        pair_rows = 2 * labels.shape[1] if cu_seqlens is None else valid_rows
+    else:
+        half = len(counts) // 2
+        valid_rows, pair_rows = sum(counts), max(map(sum, zip(counts[:half], counts[half:], strict=True)))
+    pairwise = None
+    if not objective.separable:
+        pairwise = "the objective couples the pairs of the batch"
+    elif reduction == "none":
+        pairwise = "reduction='none' leaves each pair's factor to what follows"
+    elif torch.compiler.is_compiling():
+        pairwise = "inside torch.compile the loss is differentiated by the compiler"
+    chosen = _plan(
+        call,
+        plan,
+        columns,
+        only_logps=not objective.needs_kl,
+        pairwise=pairwise,
+        valid_rows=valid_rows,
+        pair_rows=pair_rows,
+    )
+    loss = _Loss(call, objective, batch, reference, counts, beta, reduction, columns, chosen)
+    if chosen.name == "pair_chunks" and counts is not None:
+        loss = loss._replace(plan=chosen._replace(chunks=len(loss.pairs())))
+    return loss
+
+
+def plan_linear(
+    policy_hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    lm_head_bias: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    reference_logps: Tensor | float | None = None,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    loss_kwargs: Mapping[str, Any] | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    plan: str = "auto",
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> LinearPlan:
+    """What `fused_linear_token_dpo` would do with these arguments, without doing it.
+
+    Takes the same arguments, checks them the same way, and runs no product. Tensors on the meta device will do (all
+    rows count as valid then).
+
+    Returns:
+        `LinearPlan`: name, reason, chunk sizes, number of products, expected peak memory. It prints as a summary.
+
+    Raises:
+        As `fused_linear_token_dpo`.
+    """
+    return _prepare_loss(
+        policy_hidden, lm_head_weight, labels, lm_head_bias, reference_hidden, reference_weight, reference_bias,
+        reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
+        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend,
+    ).plan  # fmt: skip
+
+
+def fused_linear_token_dpo(
+    policy_hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    lm_head_bias: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    reference_logps: Tensor | float | None = None,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    loss_kwargs: Mapping[str, Any] | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    plan: str = "auto",
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> TokenDPOOutput:
+    """A preference loss from hidden states and the head's weight; the logits are never stored.
+
+    The first B sequences are chosen, the last B rejected. Logits are softcap * tanh(logit_scale * (hidden weight^T +
+    bias) / softcap) / temperature, in fp32, one chunk of rows at a time. Rows with an ignored label are dropped before
+    the first product: prompt and padding cost nothing.
+
+    Args:
+        policy_hidden: `[2B, T, H]`, or packed `[N, H]` with `cu_seqlens`: the last hidden states (after the final
+            norm); fp32, bf16, fp16 or fp64.
+        lm_head_weight: `[V, H]`, in the dtype of `policy_hidden` (any under autocast).
+        labels: int64 `[2B, T]` or `[N]`, aligned with the rows (see `shift_labels`).
+        lm_head_bias: `[V]`.
+        reference_hidden, reference_weight, reference_bias: of the reference, which may have an H of its own; constants.
+        reference_logps: instead, cached log-probs per token or per sequence, as in `fused_token_dpo`.
+        beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens, temperature,
+            ignore_index, reduction: as in `fused_token_dpo`.
+        softcap: of Gemma; None for none.
+        logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
+        plan: "auto", "frozen_head", "pair_chunks" or "recompute"; see `qkernels.plans` and `plan_linear`.
+        max_chunk_bytes: memory for a chunk's logits and their gradient; None takes a share of the free memory.
+        backend: "auto", or by name; `qkernels.info()` lists what can run.
+
+    Returns:
+        `TokenDPOOutput`, with the `LinearPlan` that was followed.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device, option or combination; a plan that cannot do the work; a
+            budget too small for one row (the message says the smallest that works).
+        IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
+    """
+    work = _prepare_loss(
+        policy_hidden, lm_head_weight, labels, lm_head_bias, reference_hidden, reference_weight, reference_bias,
+        reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
+        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend,
+    )  # fmt: skip
+    call, batch = work.call, work.batch
+    gradients: Gradients | None = None
+    if work.plan.name == "pair_chunks":
+        columns = _columns_with_state(work.columns, call.reference is not None)
+        groups = work.pairs()
+        selections = work.selections(groups)
+        objective = work._replace(columns=columns).objective_of(groups, selections)
+        config = call.config(columns, work.plan.chunk_rows)
+
+        def run() -> tuple[Tensor, Gradients]:
+            return chunks.pair_gradients(
+                call.policy, call.reference, call.labels, selections, objective, call.needs(), config
+            )
+
+        values, gradients = run()
+        stats = dict(zip(rows.column_names(columns), values.unbind(0), strict=True))
+    else:
+        stats = _run(call, work.plan.name, work.columns, work.plan.chunk_rows)
+    by_sequence = {name: value.view(batch.labels.shape) for name, value in stats.items()}
+    output = preference.loss_and_rewards(
+        by_sequence, batch, work.reference, work.objective, work.beta, work.reduction, call.backend, call.shape
+    )
+    if gradients is not None:
+        loss = KnownGradient.apply(output.loss, *call.policy, gradients, lambda: run()[1])
+        output = output._replace(loss=loss)
+    return output if torch.compiler.is_compiling() else PlannedOutput.of(output, work.plan)
