@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._compile import constant_when_compiled
 from .backends import native
 from .memory import empty
 from .rows import stats_dtype
@@ -39,6 +40,7 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _widens(device, dtype) else dtype
 
 
+@constant_when_compiled
 def logits_product(device: torch.device, dtype: torch.dtype) -> str:
     """How logits come about, in words; for `info()` and plans."""
     if dtype in (torch.float32, torch.float64):

@@ -10,6 +10,8 @@ import os
 import torch
 from torch import Tensor
 
+from ._compile import constant_when_compiled
+
 # From this size on malloc itself maps fresh pages for a tensor.
 _LARGE = 32 * 2**20
 
@@ -36,6 +38,7 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
     return torch.empty(shape, dtype=dtype, device=device) if zeros is None else zeros
 
 
+@constant_when_compiled  # what is free while tracing stands for later
 def free_memory(device: torch.device) -> int:
     """Bytes that can be had on a device now; 8 GiB where it does not say."""
     if device.type == "cuda":
