@@ -15,7 +15,7 @@ for coefficients scaled to 1, and the scale is applied to the `[n, H]` sides of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -308,7 +308,7 @@ def pair_gradients(
     reference: Model | None,
     labels: Tensor,
     selections: Sequence[Selection],
-    objective: Callable[[int, Tensor], Tensor],
+    objective: Callable[[int, Tensor], Mapping[str, Tensor]],
     needs: Sequence[bool],
     config: LinearConfig,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
@@ -316,7 +316,7 @@ def pair_gradients(
 
     Args:
         selections: the rows of each chunk: whole pairs.
-        objective: number of the chunk, its columns `[K, 1, n]` -> dL/dcolumns `[K, 1, n]`.
+        objective: number of the chunk, its columns `[K, 1, n]` -> dL/dcolumn `[1, n]` by name.
         needs: which of hidden, weight, bias need a gradient.
     """
     work = Pass(policy, reference, labels, config)

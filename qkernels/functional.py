@@ -95,20 +95,18 @@ class _Rows(NamedTuple):
     inplace: bool
     backend: str
 
-    def stats(self, columns: int) -> dict[str, Tensor]:
-        """Run `row_stats` with autograd; columns by name, `[S, T]`."""
-        differentiable = self.logits.requires_grad and torch.is_grad_enabled()
+    def stats(self, columns: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
+        """Run `row_stats` with autograd for the columns named in `carrying`; all columns by name, `[S, T]`."""
+        differentiable = bool(carrying) and self.logits.requires_grad and torch.is_grad_enabled()
         if differentiable:
             columns |= rows.STATE
             if columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
                 columns |= rows.REFERENCE_STATE
         config = RowConfig(columns, self.temperature, self.ignore_index, self.backend)
         if differentiable:
-            stats = RowStats.apply(self.logits, self.labels, self.reference, config, self.inplace)
-        else:
-            stats = ops.row_stats(self.logits, self.labels, self.reference, *config)
-        result = dict(zip(rows.column_names(columns), stats.unbind(0), strict=True))
-        return {k: v if k in rows.DIFFERENTIABLE else v.detach() for k, v in result.items()}
+            results = RowStats.apply(self.logits, self.labels, self.reference, config, self.inplace, carrying)
+            return rows.by_name(columns, carrying, results)
+        return rows.by_name(columns, (), (ops.row_stats(self.logits, self.labels, self.reference, *config),))
 
 
 def _prepare(
@@ -190,7 +188,7 @@ def token_logps(
         RuntimeError: logits that an earlier in-place backward has overwritten.
     """
     call = _prepare(logits, "logits", labels, None, temperature, ignore_index, inplace_backward, backend)
-    return call.stats(BIT["logps"])["logps"].view(call.shape)
+    return call.stats(BIT["logps"], ("logps",))["logps"].view(call.shape)
 
 
 def check_outputs(outputs: Any, reference_name: str, has_reference: bool) -> tuple[tuple[str, ...], int]:
@@ -240,7 +238,7 @@ def token_stats(
     """
     outputs, columns = check_outputs(outputs, "reference_logits", reference_logits is not None)
     call = _prepare(logits, "logits", labels, reference_logits, temperature, ignore_index, inplace_backward, backend)
-    stats = call.stats(columns)
+    stats = call.stats(columns, tuple(name for name in rows.DIFFERENTIABLE if name in outputs))
     result = {name: stats[name].view(call.shape) for name in outputs}
     if "is_top1" in result:
         result["is_top1"] = result["is_top1"] > 0
@@ -318,5 +316,5 @@ def fused_token_dpo(
     batch = Batch.of(call.labels, weights, cu_seqlens, plan, ignore_index, dtype)
     live = reference_logits is not None
     reference = Reference.of(reference_logps, live, "reference_logits", plan, labels, batch)
-    stats = call._replace(labels=batch.labels).stats(preference.columns(plan, live))
+    stats = call._replace(labels=batch.labels).stats(preference.columns(plan, live), preference.carrying(plan))
     return preference.loss_and_rewards(stats, batch, reference, plan, beta, reduction, call.backend, call.shape)

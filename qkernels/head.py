@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _python_dispatch
 
-from . import ops
 from ._compile import constant_when_compiled
 from .backends import native
 from .memory import empty
@@ -52,6 +52,12 @@ def logits_product(device: torch.device, dtype: torch.dtype) -> str:
     return "torch, inputs widened to fp32 block by block"
 
 
+def _show_product(x: Tensor, w: Tensor) -> None:
+    """Let modes that watch torch's operations (its flop counter) see a product that torch does not run."""
+    if _python_dispatch.is_in_torch_dispatch_mode():
+        torch.mm(torch.empty_like(x, device="meta"), torch.empty_like(w, device="meta").t())
+
+
 class Head(NamedTuple):
     """Weight `[V, H]` and bias `[V]` of one model's head, in the dtype of its products, and what shapes its logits.
 
@@ -78,7 +84,8 @@ class Head(NamedTuple):
             if b is not None:
                 out.add_(b)
         elif x.dtype == torch.bfloat16 and native.has_product() and w.stride(1) == 1:
-            ops.product(x, w, None if b is None else b.float(), out)
+            _show_product(x, w)
+            native.product(x, w, None if b is None else b.float(), out)
         else:
             wide = x.to(out.dtype)
             for start in range(0, self.vocab, _BLOCK):

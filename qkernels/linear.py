@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, chunks, objectives, plans, preference, rows
+from ._compile import constant_when_compiled
 from .autograd.linear import FrozenHead, Gradients, KnownGradient, LinearStats
 from .chunks import LinearConfig, Model, Selection
 from .functional import TokenStats, check_outputs
@@ -71,10 +72,15 @@ class _Call(NamedTuple):
         return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
 
 
+@constant_when_compiled
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """What a plain linear layer would compute in: autocast's dtype, or the inputs' own."""
     kind = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if hidden.dtype != torch.float64 and _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return hidden.dtype
 
@@ -271,20 +277,18 @@ def _columns_with_state(columns: int, reference: bool) -> int:
     return columns
 
 
-def _run(call: _Call, name: str, columns: int, chunk_rows: int) -> dict[str, Tensor]:
-    """Per-row results by name, `[N]`, with autograd as the plan has it."""
+def _run(call: _Call, name: str, columns: int, carrying: tuple[str, ...], chunk_rows: int) -> dict[str, Tensor]:
+    """Per-row results by name, `[N]`, those of `carrying` with autograd as the plan has it."""
     if name == "forward_only":
         config = call.config(columns, chunk_rows)
         if torch.compiler.is_compiling():
-            stats = LinearStats.apply(*call.tensors, config)
-        else:
-            stats = chunks.stats(call.policy, call.reference, call.labels, config)
-    else:
-        columns = _columns_with_state(columns, call.reference is not None)
-        function = FrozenHead if name == "frozen_head" else LinearStats
-        stats = function.apply(*call.tensors, call.config(columns, chunk_rows))
-    result = dict(zip(rows.column_names(columns), stats.unbind(0), strict=True))
-    return {k: v if k in rows.DIFFERENTIABLE else v.detach() for k, v in result.items()}
+            return rows.by_name(columns, (), LinearStats.apply(*call.tensors, config, ()))
+        return rows.by_name(columns, (), (chunks.stats(call.policy, call.reference, call.labels, config),))
+    columns = _columns_with_state(columns, call.reference is not None)
+    config = call.config(columns, chunk_rows)
+    if name == "frozen_head":
+        return rows.by_name(columns, ("logps",), FrozenHead.apply(*call.tensors, config))
+    return rows.by_name(columns, carrying, LinearStats.apply(*call.tensors, config, carrying))
 
 
 def linear_token_stats(
@@ -347,23 +351,23 @@ def linear_token_stats(
         backend,
         ("hidden", "weight", "bias"),
     )
-    differentiable = [name for name in outputs if name in rows.DIFFERENTIABLE]
+    differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs)
     if not differentiable:  # nothing to be saved for a backward that cannot come
         call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
     plan = _plan(
         call,
         "auto",
         columns,
-        only_logps=differentiable == ["logps"],
+        only_logps=differentiable == ("logps",),
         pairwise="the upstream gradient is not known in advance",
         valid_rows=call.labels.shape[0],
         pair_rows=0,
     )
-    stats = _run(call, plan.name, columns, plan.chunk_rows)
+    stats = _run(call, plan.name, columns, differentiable, plan.chunk_rows)
     result = {name: stats[name].view(call.shape) for name in outputs}
     if "is_top1" in result:
         result["is_top1"] = result["is_top1"] > 0
-    return TokenStats(**{k: v if k in differentiable else v.detach() for k, v in result.items()})
+    return TokenStats(**result)
 
 
 def linear_token_logps(
@@ -453,7 +457,7 @@ class _Loss(NamedTuple):
 
     def objective_of(
         self, groups: list[tuple[int, int]], selections: list[Selection]
-    ) -> Callable[[int, Tensor], Tensor]:
+    ) -> Callable[[int, Tensor], dict[str, Tensor]]:
         """The loss of one chunk of pairs, differentiated with respect to the chunk's columns."""
         assert self.counts is not None
         counts, half = self.counts, len(self.counts) // 2
@@ -461,7 +465,7 @@ class _Loss(NamedTuple):
         share = 1.0 / half if self.reduction == "mean" else 1.0
         names = rows.column_names(self.columns)
 
-        def gradient(number: int, values: Tensor) -> Tensor:
+        def gradient(number: int, values: Tensor) -> dict[str, Tensor]:
             (first, last), where = groups[number], selections[number]
             of_group = [*range(first, last), *range(half + first, half + last)]
             ends = [0]
@@ -487,8 +491,7 @@ class _Loss(NamedTuple):
             )
             stats = dict(zip(names, values, strict=True))
             upstream = preference.loss_gradient(stats, part, known, self.objective, self.beta, self.call.backend)
-            zero = torch.zeros_like(values[0])
-            return torch.stack([upstream[name] * share if name in upstream else zero for name in names])
+            return {name: g * share for name, g in upstream.items()}
 
         return gradient
 
@@ -702,7 +705,8 @@ def fused_linear_token_dpo(
         values, gradients = run()
         stats = dict(zip(rows.column_names(columns), values.unbind(0), strict=True))
     else:
-        stats = _run(call, work.plan.name, work.columns, work.plan.chunk_rows)
+        carrying = preference.carrying(work.objective)
+        stats = _run(call, work.plan.name, work.columns, carrying, work.plan.chunk_rows)
     by_sequence = {name: value.view(batch.labels.shape) for name, value in stats.items()}
     output = preference.loss_and_rewards(
         by_sequence, batch, work.reference, work.objective, work.beta, work.reduction, call.backend, call.shape

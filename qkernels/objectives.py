@@ -338,16 +338,16 @@ class Plan:
     @property
     def is_default(self) -> bool:
         """Whether this is plain (smoothed) DPO, which the `pair_loss` operation computes in one step."""
-        (term, weight, _), *more = self.terms
+        term, weight, _ = self.terms[0]
         return (
-            not more
+            len(self.terms) == 1
             and term.function is sigmoid
             and weight == 1.0
             and self.f_divergence == "reverse_kl"
             and not self.use_weighting
         )
 
-    def __call__(self, scores: PairScores, beta: float, pair_weights: Tensor | None = None) -> Tensor:
+    def losses(self, scores: PairScores, beta: float, pair_weights: Tensor | None = None) -> Tensor:
         """The loss of each pair, `[B]`.
 
         pair_weights: WPO factors, `[B]`, taken as constants.

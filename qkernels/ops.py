@@ -11,7 +11,6 @@ Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides
 - `row_grad_`: the same over the logits' own storage.
 - `linear_stats`, `linear_unit_gradient`, `linear_gradients`: the passes of `qkernels.chunks` over hidden states, for
   torch.compile; eager code calls them directly.
-- `product`: out[i, j] = sum_k left[i, k] right[j, k] + bias[j], bf16 in, fp32 out; on CPUs that have it.
 - `pair_loss`: DPO with label smoothing from per-row log-probs: `(loss [], rewards [2B], dloss/dlogps [S, T])`, where
   rewards are beta times the weighted sums of log-ratios. Rows of weight 0 do not count. `reference_logps` is per
   token, `[S, T]`, or per sequence, `[2B]`.
@@ -20,10 +19,8 @@ Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides
 from __future__ import annotations
 
 import torch
-from torch.utils import flop_counter
 
 from . import backends
-from .backends import native
 from .rows import stats_dtype
 
 _library = torch.library.Library("qkernels", "DEF")
@@ -53,7 +50,6 @@ _library.define(
     f"linear_gradients({_MODELS}, Tensor states, Tensor coefficients, bool[] needs, {_LINEAR})"
     " -> (Tensor, Tensor, Tensor)"
 )
-_library.define("product(Tensor left, Tensor right, Tensor? bias, Tensor(a!) out) -> ()")
 
 
 def _row_stats(logits, labels, reference, columns, temperature, ignore_index, backend):
@@ -85,14 +81,6 @@ def _row_grad_fake(logits, labels, reference, state, reference_state, coefficien
 
 
 def _row_grad_fake_(*args):
-    return None
-
-
-def _product(left, right, bias, out):
-    native.product(left, right, bias, out)
-
-
-def _product_fake(*args):
     return None
 
 
@@ -150,7 +138,6 @@ for _name, _run, _fake in (
     ("row_grad", _row_grad, _row_grad_fake),
     ("row_grad_", _row_grad_, _row_grad_fake_),
     ("pair_loss", _pair_loss, _pair_loss_fake),
-    ("product", _product, _product_fake),
     ("linear_stats", _linear_stats, _linear_stats_fake),
     ("linear_unit_gradient", _linear_unit_gradient, _linear_unit_gradient_fake),
     ("linear_gradients", _linear_gradients, _linear_gradients_fake),
@@ -162,13 +149,6 @@ row_stats = torch.ops.qkernels.row_stats.default
 row_grad = torch.ops.qkernels.row_grad.default
 row_grad_ = torch.ops.qkernels.row_grad_.default
 pair_loss = torch.ops.qkernels.pair_loss.default
-product = torch.ops.qkernels.product.default
 linear_stats = torch.ops.qkernels.linear_stats.default
 linear_unit_gradient = torch.ops.qkernels.linear_unit_gradient.default
 linear_gradients = torch.ops.qkernels.linear_gradients.default
-
-
-@flop_counter.register_flop_formula(torch.ops.qkernels.product)
-def _product_flops(left_shape, right_shape, *args, **kwargs) -> int:
-    """For torch.utils.flop_counter, which knows torch's own products only."""
-    return int(2 * left_shape[0] * left_shape[1] * right_shape[0])

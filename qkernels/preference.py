@@ -186,6 +186,11 @@ def columns(plan: Plan, has_live_reference: bool) -> int:
     return wanted
 
 
+def carrying(plan: Plan) -> tuple[str, ...]:
+    """Those of them that a loss differentiates."""
+    return ("logps", "kl_reference_policy") if plan.needs_kl else ("logps",)
+
+
 def loss_and_rewards(
     stats: dict[str, Tensor],
     batch: Batch,
@@ -213,7 +218,7 @@ def loss_and_rewards(
         loss, rewards = PairLoss.apply(logps, ref, batch.weights, batch.cu_seqlens, beta, plan.label_smoothing, backend)
     else:
         scores = pair_scores(stats, batch, reference_tokens, reference.sequence_sums, plan)
-        losses = plan(scores, beta, _wpo_weights(stats, batch) if plan.use_weighting else None)
+        losses = plan.losses(scores, beta, _wpo_weights(stats, batch) if plan.use_weighting else None)
         loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
         rewards = beta * torch.cat([scores.chosen_log_ratios, scores.rejected_log_ratios]).detach()
     chosen_rewards, rejected_rewards = rewards.chunk(2)
@@ -237,9 +242,7 @@ def loss_gradient(
     stats: dict[str, Tensor], batch: Batch, reference: Reference, plan: Plan, beta: float, backend: str
 ) -> dict[str, Tensor]:
     """d(sum of the pairs' losses) / d(column), for the columns that a loss differentiates. Arguments as above."""
-    leaves: dict[str, Tensor] = {
-        name: stats[name].detach().requires_grad_() for name in ("logps", "kl_reference_policy") if name in stats
-    }
+    leaves: dict[str, Tensor] = {name: stats[name].detach().requires_grad_() for name in carrying(plan)}
     with torch.enable_grad():
         loss = loss_and_rewards(
             {**stats, **leaves}, batch, reference, plan, beta, "sum", backend, batch.labels.shape

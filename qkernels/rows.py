@@ -7,7 +7,8 @@ alike (`csrc/core/columns.h` repeats it; a test compares the two).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,7 +90,23 @@ def label_error(labels: torch.Tensor, flat_index: int, vocab: int) -> IndexError
     return IndexError(f"labels[{where}] = {value} is outside [0, {vocab}) and is not ignore_index")
 
 
-def coefficients(stats: torch.Tensor, grad: torch.Tensor, columns: int) -> torch.Tensor:
+def carried(ctx: Any, stats: torch.Tensor, columns: int, carrying: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+    """What an autograd function on rows returns: the stats, a constant, and the columns that carry gradient."""
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)  # a column that nothing depends on has no gradient, rather than a zero one
+    return stats, *(stats[column_index(columns, name)] for name in carrying)
+
+
+def by_name(columns: int, carrying: tuple[str, ...], results: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    """The results of such a function by name of column: with gradient where it carries one."""
+    stats, *differentiable = results
+    return {
+        **dict(zip(column_names(columns), stats.unbind(0), strict=True)),
+        **dict(zip(carrying, differentiable, strict=True)),
+    }
+
+
+def coefficients(stats: torch.Tensor, grads: Mapping[str, torch.Tensor | None], columns: int) -> torch.Tensor:
     """Upstream gradients of the columns -> the coefficients of `row_grad` (chain rule; formulas of each column).
 
     With H the entropy, K = KL(policy || reference), and upstream gradients g of each output:
@@ -101,27 +118,24 @@ def coefficients(stats: torch.Tensor, grad: torch.Tensor, columns: int) -> torch
 
     Args:
         stats: `[K, ...]`, what `row_stats` returned for `columns`.
-        grad: `[K, ...]`, dL/dstats.
-        columns: the mask both were made with.
+        grads: by name of column, dL/dcolumn `[...]`; columns without a gradient are None or missing.
+        columns: the mask that `stats` was made with.
 
     Returns:
-        `[1, ...]` (only `label`) when nothing but `logps` was asked for, else `[5, ...]` in the order of
+        `[1, ...]` (only `label`) when nothing but `logps` has a gradient, else `[5, ...]` in the order of
         `COEFFICIENTS`.
     """
-
-    def upstream(name: str) -> torch.Tensor | None:
-        return grad[column_index(columns, name)] if columns & BIT[name] else None
-
-    label = grad[column_index(columns, "logps")]
-    others = [upstream(name) for name in DIFFERENTIABLE[1:]]
-    if all(g is None for g in others):
+    label = grads.get("logps")
+    others = [grads.get(name) for name in DIFFERENTIABLE[1:]]
+    if label is not None and all(g is None for g in others):
         return label.unsqueeze(0)
-    zero = torch.zeros_like(label)
+    zero = torch.zeros_like(stats[0])
+    label = zero if label is None else label
     lse, entropy, kl_ref_policy, kl_policy_ref = (zero if g is None else g for g in others)
 
     def times_value(g: torch.Tensor, name: str) -> torch.Tensor:
         # A KL divergence may be infinite; where nothing depends on it, it must not turn 0 * inf into NaN.
-        if not columns & BIT[name]:
+        if grads.get(name) is None:
             return zero
         return torch.where(g == 0, zero, g * stats[column_index(columns, name)])
 

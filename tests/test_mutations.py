@@ -237,18 +237,18 @@ def test_every_objective_is_checked(backend, dtype, name, monkeypatch):
     """Loss and gradient of each formula, through the path that does not use `pair_loss`."""
     batch = make_pairs(2, 6, 30, dtype, backend.device, scale=1.5)
     options = Options(beta=0.3, label_smoothing=0.1 if objectives.OBJECTIVES[name].smoothing else 0.0)
-    real = objectives.Plan.__call__
+    real = objectives.Plan.losses
 
     def run():
         check_preference(backend, batch, name, options=options, reduction="sum")
 
-    expect_failure(run, lambda: monkeypatch.setattr(objectives.Plan, "__call__", lambda *args: real(*args) * SLIGHTLY))
+    expect_failure(run, lambda: monkeypatch.setattr(objectives.Plan, "losses", lambda *args: real(*args) * SLIGHTLY))
     # The value alone, with the right gradient, and the gradient alone, with the right value.
     for spoil in (
         lambda loss: loss + 0.01 * loss.detach(),
         lambda loss: loss * SLIGHTLY - 0.01 * loss.detach(),
     ):
-        monkeypatch.setattr(objectives.Plan, "__call__", lambda *args, _spoil=spoil: _spoil(real(*args)))
+        monkeypatch.setattr(objectives.Plan, "losses", lambda *args, _spoil=spoil: _spoil(real(*args)))
         with pytest.raises(AssertionError):
             run()
 

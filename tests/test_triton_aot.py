@@ -177,7 +177,7 @@ def test_one_compilation_serves_all_shapes(monkeypatch):
         state = torch.zeros(3, *labels.shape)
         for temperature in (1.0, 0.7):
             row_stats_kernel.row_stats(logits, labels, None, STATE, temperature, -100 - i * 2**33)
-            row_grad_kernel._row_grad_into(logits, logits, labels, None, state, None, state[:1], temperature, 0)
+            row_grad_kernel.row_grad_into(logits, logits, labels, None, state, None, state[:1], temperature, 0)
     assert len(stats_calls.calls) == len(grad_calls.calls) == 2 * len(SHAPES)
     assert len(keys_of(stats, stats_calls.calls)) == 1
     assert len(keys_of(grad, grad_calls.calls)) == 1

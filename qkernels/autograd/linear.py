@@ -24,15 +24,17 @@ def _reference(hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
 
 
 class LinearStats(torch.autograd.Function):
-    """`(hidden [N, H], weight [V, H], bias [V] or None) -> stats [K, N]`, differentiable in all three. Four products.
+    """`(hidden [N, H], weight [V, H], bias [V] or None) -> stats [K, N], columns [N] ...`. Four products.
 
-    The reference is a constant. Columns without a gradient must be detached by the caller.
+    `stats` is a constant; the columns named in `carrying`, which follow it, are differentiable in all three. The
+    reference is a constant.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, config: LinearConfig
-    ):
+        ctx, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, config: LinearConfig,
+        carrying: tuple[str, ...],
+    ):  # fmt: skip
         reference = _reference(reference_hidden, reference_weight, reference_bias)
         if torch.compiler.is_compiling():
             stats = ops.linear_stats(
@@ -43,15 +45,15 @@ class LinearStats(torch.autograd.Function):
         if not config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"]):
             reference_hidden = reference_weight = reference_bias = None  # the backward needs no reference
         ctx.save_for_backward(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, stats)
-        ctx.config = config
-        return stats
+        ctx.config, ctx.carrying = config, carrying
+        return rows.carried(ctx, stats, config.columns, carrying)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, _, *grads):
         hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, stats = ctx.saved_tensors
         config: LinearConfig = ctx.config
-        coefficients = rows.coefficients(stats, grad, config.columns)
+        coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         states = stats[:3] if reference_hidden is None else stats[:6]
         needs = ctx.needs_input_grad[:3]
         if torch.compiler.is_compiling():
@@ -64,11 +66,11 @@ class LinearStats(torch.autograd.Function):
             reference = _reference(reference_hidden, reference_weight, reference_bias)
             policy = Model(hidden, weight, bias)
             result = chunks.gradients(policy, reference, labels, states, coefficients, needs, config)
-        return *result, None, None, None, None, None
+        return *result, None, None, None, None, None, None
 
 
 class FrozenHead(torch.autograd.Function):
-    """`hidden [N, H] -> stats [K, N]` for a head without gradient; only `logps` is differentiable. Two products."""
+    """`hidden [N, H] -> stats [K, N], logps [N]` for a head without gradient. Two products."""
 
     @staticmethod
     def forward(
@@ -82,14 +84,14 @@ class FrozenHead(torch.autograd.Function):
             reference = _reference(reference_hidden, reference_weight, reference_bias)
             stats, unit = chunks.unit_gradient(Model(hidden, weight, bias), reference, labels, config)
         ctx.save_for_backward(unit)
-        ctx.logps, ctx.dtype = rows.column_index(config.columns, "logps"), hidden.dtype
-        return stats
+        ctx.dtype = hidden.dtype
+        return rows.carried(ctx, stats, config.columns, ("logps",))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, _, grad):
         (unit,) = ctx.saved_tensors
-        return scaled(unit, grad[ctx.logps].unsqueeze(1), ctx.dtype), None, None, None, None, None, None, None
+        return scaled(unit, grad.unsqueeze(1), ctx.dtype), None, None, None, None, None, None, None
 
 
 class KnownGradient(torch.autograd.Function):

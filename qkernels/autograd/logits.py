@@ -31,40 +31,41 @@ def refuse_overwritten(logits: Tensor, name: str) -> None:
 
 
 class RowStats(torch.autograd.Function):
-    """`(logits [S, T, V], labels [S, T], reference [S, T, V] or None) -> stats [K, S, T]`, differentiable in logits.
+    """`(logits [S, T, V], labels [S, T], reference [S, T, V] or None) -> stats [K, S, T], columns [S, T] ...`.
 
-    The reference is a constant. Columns without a gradient must be detached by the caller.
+    `stats` is a constant; the columns named in `carrying`, which follow it, are differentiable in the logits. What
+    carries no gradient costs nothing in the backward. The reference is a constant.
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, reference, config: RowConfig, inplace: bool):
+    def forward(ctx, logits, labels, reference, config: RowConfig, inplace: bool, carrying: tuple[str, ...]):
         stats = ops.row_stats(
             logits, labels, reference, config.columns, config.temperature, config.ignore_index, config.backend
         )
         with_kl = config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"])
         ctx.save_for_backward(logits, labels, reference if with_kl else None, stats)
-        ctx.config, ctx.inplace = config, inplace
-        return stats
+        ctx.config, ctx.inplace, ctx.carrying = config, inplace, carrying
+        return rows.carried(ctx, stats, config.columns, carrying)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, _, *grads):
         logits, labels, reference, stats = ctx.saved_tensors
         config: RowConfig = ctx.config
-        coefficients = rows.coefficients(stats, grad, config.columns)
+        coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         state = stats[:3]
         reference_state = None if reference is None else stats[3:6]
         args = (labels, reference, state, reference_state, coefficients)
         how = (config.temperature, config.ignore_index, config.backend)
         if not ctx.inplace:
-            return ops.row_grad(logits, *args, *how), None, None, None, None
+            return ops.row_grad(logits, *args, *how), None, None, None, None, None
         out = logits.detach()
         ops.row_grad_(out, *args, *how)
         if not torch.compiler.is_compiling():
             # The write went past autograd: tell it, so that whoever saved these logits refuses to use them.
             torch.autograd.graph.increment_version(logits)
             setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
-        return out, None, None, None, None
+        return out, None, None, None, None, None
 
 
 class PairLoss(torch.autograd.Function):
