@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, objectives, ops, preference, rows
-from .autograd.logits import RowStats, refuse_overwritten
+from .autograd.logits import DefaultLoss, RowStats, refuse_overwritten
 from .objectives import LossType
 from .preference import Batch, Reference, TokenDPOOutput
 from .rows import BIT, RowConfig
@@ -95,9 +95,13 @@ class _Rows(NamedTuple):
     inplace: bool
     backend: str
 
+    def differentiable(self) -> bool:
+        """Whether a gradient may be asked for."""
+        return self.logits.requires_grad and torch.is_grad_enabled()
+
     def stats(self, columns: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
         """Run `row_stats` with autograd for the columns named in `carrying`; all columns by name, `[S, T]`."""
-        differentiable = bool(carrying) and self.logits.requires_grad and torch.is_grad_enabled()
+        differentiable = bool(carrying) and self.differentiable()
         if differentiable:
             columns |= rows.STATE
             if columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
@@ -316,5 +320,26 @@ def fused_token_dpo(
     batch = Batch.of(call.labels, weights, cu_seqlens, plan, ignore_index, dtype)
     live = reference_logits is not None
     reference = Reference.of(reference_logps, live, "reference_logits", plan, labels, batch)
-    stats = call._replace(labels=batch.labels).stats(preference.columns(plan, live), preference.carrying(plan))
+    call = call._replace(labels=batch.labels)
+    if plan.is_default and reduction == "mean" and call.differentiable():
+        return _default_loss(call, batch, reference, plan.label_smoothing, beta)
+    stats = call.stats(preference.columns(plan, live), preference.carrying(plan))
     return preference.loss_and_rewards(stats, batch, reference, plan, beta, reduction, call.backend, call.shape)
+
+
+def _default_loss(
+    call: _Rows, batch: Batch, reference: Reference, label_smoothing: float, beta: float
+) -> TokenDPOOutput:
+    """DPO with a mean over pairs, for training: the operations without what lies between them."""
+    columns = rows.STATE | BIT["logsumexp"]
+    cached = reference.tokens if reference.tokens is not None else reference.sequence_sums
+    if call.reference is not None:
+        columns |= BIT["reference_logps"]
+    config = RowConfig(columns, call.temperature, call.ignore_index, call.backend)
+    loss, rewards, stats = DefaultLoss.apply(
+        call.logits, call.labels, call.reference, cached, batch.weights, batch.cu_seqlens, config, call.inplace,
+        beta, label_smoothing,
+    )  # fmt: skip
+    columns_of = rows.by_name(columns, (), (stats,))
+    tokens = columns_of.get("reference_logps", reference.tokens)
+    return preference.assemble(loss, rewards, columns_of, tokens, beta, call.shape)

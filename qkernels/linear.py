@@ -478,9 +478,9 @@ class _Loss(NamedTuple):
 
             part = Batch(
                 pick(batch.labels),
+                pick(batch.used),
                 pick(batch.weights),
                 pick(batch.base_weights),
-                torch.cat([batch.counts[first:last], batch.counts[half + first : half + last]]),
                 Sequences.of(pick(batch.labels), cu_seqlens),
                 cu_seqlens,
             )
@@ -554,7 +554,7 @@ def _prepare_loss(
     reference = Reference.of(reference_logps, live, "reference_hidden", objective, labels, batch)
     call = call._replace(labels=batch.labels.reshape(-1))
     columns = preference.columns(objective, live)
-    counts = _counts(batch.labels != call.ignore_index, batch.sequences)
+    counts = _counts(batch.used, batch.sequences)
     if counts is None:
         valid_rows = call.labels.shape[0]
         pair_rows = 2 * labels.shape[1] if cu_seqlens is None else valid_rows

@@ -21,6 +21,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -116,6 +117,12 @@ class Objective:
     separable: bool = True
 
 
+@lru_cache(maxsize=256)
+def _resolve_name(loss_type: str, label_smoothing: float) -> Plan:
+    """What `resolve` makes of a name; kept."""
+    return _resolve(loss_type, None, label_smoothing, None)
+
+
 OBJECTIVES: dict[str, Objective] = {}
 
 _SMOOTHED = (0.0, 1.0)
@@ -156,6 +163,7 @@ def objective(
         OBJECTIVES[function.__name__] = Objective(
             function.__name__, function, _options(function), smoothing, scored, needs_kl, reference_free, separable
         )
+        _resolve_name.cache_clear()
         return function
 
     return register
@@ -418,6 +426,18 @@ def resolve(
         ValueError: an unknown loss, an option that none of the losses knows, a value out of range.
         TypeError: an argument of the wrong type.
     """
+    # The common case costs nothing the second time: a loss is called once a step, and a step may be short.
+    if type(loss_type) is str and loss_weights is None and not loss_kwargs and not torch.compiler.is_compiling():
+        return _resolve_name(loss_type, label_smoothing)
+    return _resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
+
+
+def _resolve(
+    loss_type: LossType,
+    loss_weights: Sequence[float] | None,
+    label_smoothing: float,
+    loss_kwargs: Mapping[str, Any] | None,
+) -> Plan:
     several = isinstance(loss_type, (list, tuple))
     entries: Sequence[Any] = loss_type if several else [loss_type]  # type: ignore[assignment]
     if not entries:

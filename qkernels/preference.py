@@ -67,16 +67,16 @@ class Batch(NamedTuple):
     """The rows of a preference batch and what each counts for.
 
     labels: int64 `[S, T]`, with `ignore_index` also where the weight is 0.
+    used: bool `[S, T]`, the rows that are not ignored.
     weights: fp32 `[S, T]`, factors in the sequence sums, LD-DPO's included; 0 at ignored rows.
     base_weights: the same before LD-DPO.
-    counts: `[2B]`, per sequence the sum of the base weights.
     sequences, cu_seqlens: the grouping of the rows.
     """
 
     labels: Tensor
+    used: Tensor
     weights: Tensor
     base_weights: Tensor
-    counts: Tensor
     sequences: Sequences
     cu_seqlens: Tensor | None
 
@@ -93,6 +93,8 @@ class Batch(NamedTuple):
         sequences = Sequences.of(labels, cu_seqlens)
         valid = labels != ignore_index
         base = valid.to(dtype)
+        if token_weights is None and plan.ld_alpha is None:
+            return Batch(labels, valid, base, base, sequences, cu_seqlens)
         if token_weights is not None:
             base = torch.where(valid, token_weights.to(dtype), 0.0)
             valid = base != 0
@@ -103,9 +105,12 @@ class Batch(NamedTuple):
             shared = sequences.to_tokens(torch.minimum(chosen, rejected).repeat(2))
             weights = torch.where(position > shared, base * plan.ld_alpha, base)
         # WPO averages over all tokens, also those that LD-DPO gives no weight in the loss.
-        unused = (base if plan.use_weighting else weights) == 0
-        labels = labels.masked_fill(unused, ignore_index)
-        return Batch(labels, weights, base, sequences.sums(base), sequences, cu_seqlens)
+        used = (base if plan.use_weighting else weights) != 0
+        return Batch(labels.masked_fill(~used, ignore_index), used, weights, base, sequences, cu_seqlens)
+
+    def counts(self) -> Tensor:
+        """`[2B]`, per sequence the sum of the base weights."""
+        return self.sequences.sums(self.base_weights)
 
 
 class Reference(NamedTuple):
@@ -137,21 +142,20 @@ class Reference(NamedTuple):
             return Reference(None, None)
         if plan.needs_kl:
             raise ValueError(f"this loss_type needs KL(reference || policy) per token, hence {live_name}")
-        zeros = torch.zeros_like(batch.weights)
         if reference_logps is None:
             if plan.reference_free:
-                return Reference(zeros, None)
+                return Reference(torch.zeros_like(batch.weights), None)
             raise ValueError(
                 f"no reference: give {live_name}, or reference_logps (cached log-probs; 0.0 for reference-free)"
             )
         if not isinstance(reference_logps, Tensor):
             if isinstance(reference_logps, bool) or reference_logps != 0:
                 raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {reference_logps!r}")
-            return Reference(zeros, None)
+            return Reference(torch.zeros_like(batch.weights), None)
         if reference_logps.shape == labels.shape:
             tokens = checks.like(reference_logps, "reference_logps", labels.shape, labels, "labels").detach()
             tokens = tokens.to(batch.weights.dtype).reshape(batch.labels.shape)
-            return Reference(torch.where(batch.weights == 0, 0.0, tokens), None)
+            return Reference(torch.where(batch.used, tokens, 0.0), None)
         if reference_logps.shape != (batch.sequences.number,):
             raise ValueError(
                 f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({batch.sequences.number},)"
@@ -221,8 +225,20 @@ def loss_and_rewards(
         losses = plan.losses(scores, beta, _wpo_weights(stats, batch) if plan.use_weighting else None)
         loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
         rewards = beta * torch.cat([scores.chosen_log_ratios, scores.rejected_log_ratios]).detach()
+    return assemble(loss, rewards, stats, reference_tokens, beta, shape)
+
+
+def assemble(
+    loss: Tensor,
+    rewards: Tensor,
+    stats: dict[str, Tensor],
+    reference_tokens: Tensor | None,
+    beta: float,
+    shape: torch.Size,
+) -> TokenDPOOutput:
+    """The output of a loss that has been computed; `rewards` `[2B]`, chosen first."""
     chosen_rewards, rejected_rewards = rewards.chunk(2)
-    logps = logps.detach()
+    logps = stats["logps"].detach()
     token_rewards = None
     if reference_tokens is not None:
         token_rewards = (beta * log_ratios(logps, reference_tokens)).view(shape)
@@ -269,7 +285,8 @@ def pair_scores(
         assert reference_sums is not None
         reference = reference_sums.double()
         ratios = log_ratios(logps, reference)
-    per_sequence = [ratios, logps, reference, batch.counts]
+    counts = batch.counts()
+    per_sequence = [ratios, logps, reference, counts]
     if plan.needs_kl:
         per_sequence.append(sequences.sums(weights * stats["kl_reference_policy"]))
     halves = [half for total in per_sequence for half in total.to(weights.dtype).chunk(2)]
@@ -293,6 +310,6 @@ def pair_scores(
 def _wpo_weights(stats: dict[str, Tensor], batch: Batch) -> Tensor:
     """WPO (Zhou et al. 2024, eq. 2): exp of the mean of log pi - log sum pi^2, of both sequences; no gradient."""
     aligned = torch.where(batch.base_weights == 0, 0.0, stats["logps"].detach() - stats["log_sum_sq_probs"])
-    total = batch.sequences.sums(batch.base_weights * aligned)
-    chosen, rejected = torch.exp(total / torch.where(batch.counts > 0, batch.counts, 1.0)).chunk(2)
+    total, counts = batch.sequences.sums(batch.base_weights * aligned), batch.counts()
+    chosen, rejected = torch.exp(total / torch.where(counts > 0, counts, 1.0)).chunk(2)
     return chosen * rejected

@@ -14,7 +14,7 @@ from torch import Tensor
 
 def log_ratios(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """log pi - log pi_ref; 0 where both are -inf: a token that both models forbid tells nothing about the reward."""
-    forbidden = (logps == -torch.inf) & (reference_logps == -torch.inf)
+    forbidden = torch.maximum(logps, reference_logps) == -torch.inf
     return torch.where(forbidden, 0.0, logps - reference_logps)
 
 

@@ -25,6 +25,7 @@ _MODULES: dict[str, str] = {
 NAMES: tuple[str, ...] = ("auto", "cuda", "triton", "cpu", "torch")
 
 
+@lru_cache(maxsize=None)
 def get(name: str) -> ModuleType:
     """The backend module of that name."""
     return importlib.import_module(_MODULES[name])
