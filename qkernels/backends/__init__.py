@@ -9,7 +9,7 @@ says why not. To add one, write the module and enter it in `_MODULES`.
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -25,7 +25,7 @@ _MODULES: dict[str, str] = {
 NAMES: tuple[str, ...] = ("auto", "cuda", "triton", "cpu", "torch")
 
 
-@lru_cache(maxsize=None)
+@cache
 def get(name: str) -> ModuleType:
     """The backend module of that name."""
     return importlib.import_module(_MODULES[name])
