@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "elements.h"
+#include "macros.h"
 
 namespace qk {
 
@@ -16,8 +17,23 @@ struct Rows {
 
 struct Shape {
   int64_t outer = 0, inner = 0, vocab = 0;
-  int64_t rows() const { return outer * inner; }
+  QK_HOST_DEVICE int64_t rows() const { return outer * inner; }
 };
+
+template <class T>
+QK_HOST_DEVICE const T* row_of(const Rows& rows, const Shape& shape, int64_t row) {
+  return static_cast<const T*>(rows.data) + (row / shape.inner) * rows.outer_stride +
+         (row % shape.inner) * rows.inner_stride;
+}
+
+QK_HOST_DEVICE float element(const Rows& rows, const Shape& shape, int64_t row, int64_t column) {
+  switch (rows.dtype) {
+    case DType::kFloat32: return row_of<float>(rows, shape, row)[column];
+    case DType::kBFloat16: return widen(row_of<BFloat16>(rows, shape, row)[column]);
+    case DType::kFloat16: return widen(row_of<Float16>(rows, shape, row)[column]);
+  }
+  return 0;
+}
 
 struct Labels {
   const int64_t* data = nullptr;  // [outer * inner]
@@ -48,7 +64,7 @@ struct GradCall {
 
 struct PairCall {
   int64_t sequences = 0, length = 0, rows = 0;
-  const int64_t* offsets = nullptr;  // [sequences + 1], or null for dense [sequences, length]
+  const int32_t* offsets = nullptr;  // [sequences + 1], or null for dense [sequences, length]
   const float* logps = nullptr;      // [rows]
   const float* reference = nullptr;  // [rows], or [sequences] when per_sequence
   bool per_sequence = false;
@@ -57,6 +73,9 @@ struct PairCall {
   float* loss = nullptr;     // [1]
   float* rewards = nullptr;  // [sequences]
   float* grad = nullptr;     // [rows]
+
+  // First row of a sequence; its last one lies before the next one's first.
+  QK_HOST_DEVICE int64_t begin(int64_t sequence) const { return offsets ? offsets[sequence] : sequence * length; }
 };
 
 }  // namespace qk

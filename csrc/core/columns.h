@@ -44,9 +44,19 @@ enum Coefficient : int { kLabel, kP, kPLogP, kPLogQ, kQ, kCoefficientCount };
 
 constexpr const char* kCoefficientNames[kCoefficientCount] = {"label", "p", "p_logp", "p_logq", "q"};
 
+// What is gathered of each entry besides e (see softmax.h).
+enum class Gather {
+  kExp,      // nothing
+  kEntropy,  // e t
+  kAll       // e t, e^2 and z
+};
+
 constexpr uint32_t bit(Column column) { return 1u << column; }
 
 constexpr uint32_t kReadsReference = bit(kReferenceRowMax) | bit(kReferenceLogSum) | bit(kReferenceLogps) |
                                      bit(kReferenceLogsumexp) | bit(kKlReferencePolicy) | bit(kKlPolicyReference);
+
+// Columns that walk both rows in step.
+constexpr uint32_t kDivergences = bit(kKlReferencePolicy) | bit(kKlPolicyReference);
 
 }  // namespace qk

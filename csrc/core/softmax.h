@@ -65,6 +65,14 @@ QK_HOST_DEVICE void rescale(Sums& sums, double shift, double other_shift) {
   sums.exp *= factor;
 }
 
+// Restate the sums of a row relative to new maxima of both models.
+QK_HOST_DEVICE void restate(RowSums& sums, float policy_max, float reference_max, double log2e_per_temperature) {
+  const double shift = exponent_shift(sums.policy.max, policy_max, log2e_per_temperature);
+  const double reference_shift = exponent_shift(sums.reference.max, reference_max, log2e_per_temperature);
+  rescale(sums.policy, shift, reference_shift);
+  rescale(sums.reference, reference_shift, shift);
+}
+
 QK_HOST_DEVICE void add(Sums& a, const Sums& b) {
   a.exp += b.exp;
   a.exp_t += b.exp_t;
@@ -81,14 +89,8 @@ QK_HOST_DEVICE void add(Sums& a, const Sums& b) {
 QK_HOST_DEVICE void merge(RowSums& a, RowSums b, double log2e_per_temperature) {
   const float policy_max = fmaxf(a.policy.max, b.policy.max);
   const float reference_max = fmaxf(a.reference.max, b.reference.max);
-  const double shift_a = exponent_shift(a.policy.max, policy_max, log2e_per_temperature);
-  const double shift_b = exponent_shift(b.policy.max, policy_max, log2e_per_temperature);
-  const double reference_shift_a = exponent_shift(a.reference.max, reference_max, log2e_per_temperature);
-  const double reference_shift_b = exponent_shift(b.reference.max, reference_max, log2e_per_temperature);
-  rescale(a.policy, shift_a, reference_shift_a);
-  rescale(a.reference, reference_shift_a, shift_a);
-  rescale(b.policy, shift_b, reference_shift_b);
-  rescale(b.reference, reference_shift_b, shift_b);
+  restate(a, policy_max, reference_max, log2e_per_temperature);
+  restate(b, policy_max, reference_max, log2e_per_temperature);
   add(a.policy, b.policy);
   add(a.reference, b.reference);
 }

@@ -135,11 +135,10 @@ void row_grad(const GradCall& call, int threads) {
 
 void pair_loss(const PairCall& call) {
   const int64_t pairs = call.sequences / 2;
-  auto begin = [&](int64_t s) { return call.offsets ? call.offsets[s] : s * call.length; };
   std::vector<double> sums(static_cast<size_t>(call.sequences));
   for (int64_t s = 0; s < call.sequences; ++s) {
     double total = 0;
-    for (int64_t row = begin(s); row < begin(s + 1); ++row) {
+    for (int64_t row = call.begin(s); row < call.begin(s + 1); ++row) {
       if (call.weights[row] == 0) continue;
       const double value = call.per_sequence ? call.logps[row] : log_ratio(call.logps[row], call.reference[row]);
       total += call.weights[row] * value;
@@ -154,7 +153,7 @@ void pair_loss(const PairCall& call) {
     loss += result.loss;
     for (const int64_t s : {pair, pair + pairs}) {
       const double slope = (s == pair ? result.slope : -result.slope) / static_cast<double>(pairs);
-      for (int64_t row = begin(s); row < begin(s + 1); ++row)
+      for (int64_t row = call.begin(s); row < call.begin(s + 1); ++row)
         call.grad[row] = call.weights[row] == 0 ? 0 : static_cast<float>(slope * call.weights[row]);
     }
   }

@@ -22,6 +22,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../core/gradient.h"
 #include "fill.h"
 #include "simd.h"
 
@@ -35,21 +36,6 @@ constexpr int kStep = kUnroll * kLanes;
 static_assert(kBlock % kStep == 0, "a block is a whole number of unrolled steps");
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-template <class T>
-const T* row_of(const Rows& rows, const Shape& shape, int64_t row) {
-  return static_cast<const T*>(rows.data) + (row / shape.inner) * rows.outer_stride +
-         (row % shape.inner) * rows.inner_stride;
-}
-
-float element(const Rows& rows, const Shape& shape, int64_t row, int64_t column) {
-  switch (rows.dtype) {
-    case DType::kFloat32: return row_of<float>(rows, shape, row)[column];
-    case DType::kBFloat16: return qk::widen(row_of<BFloat16>(rows, shape, row)[column]);
-    case DType::kFloat16: return qk::widen(row_of<Float16>(rows, shape, row)[column]);
-  }
-  return 0;
-}
 
 // What t = (z - m) * scale is computed with; a maximum of -inf (nothing but -inf so far) shifts by 0.
 struct Shift {
@@ -147,13 +133,6 @@ CopyResult copy_block(const Rows& rows, const Shape& shape, int64_t row, int64_t
   });
   return result;
 }
-
-// What is gathered of each entry besides e.
-enum class Gather {
-  kExp,      // nothing
-  kEntropy,  // e t
-  kAll       // e t, e^2 and z
-};
 
 // The maximum of a block, for the first one of a segment: cheaper than summing it relative to nothing, and again.
 template <class T>
@@ -369,7 +348,7 @@ void fold_both(const StatsCall& call, int64_t row, int64_t begin, int64_t end, R
 void sum_segment(const StatsCall& call, int64_t row, int64_t segment, RowSums* sums) {
   const int64_t begin = segment * kSegment, end = std::min(begin + kSegment, call.shape.vocab);
   const bool everything = call.columns & (bit(kLogSumSqProbs) | bit(kMeanLogits));
-  if (call.columns & (bit(kKlReferencePolicy) | bit(kKlPolicyReference))) {
+  if (call.columns & kDivergences) {
     if (everything)
       fold_both<Gather::kAll>(call, row, begin, end, *sums);
     else
@@ -410,33 +389,6 @@ void finish_row(const StatsCall& call, int64_t row, const RowSums& sums) {
     }
 }
 
-// Coefficients of a row, in the units of the kernel.
-struct RowCoefficients {
-  float row_max, reference_max;
-  double log_sum, reference_log_sum, logp;
-  double label, p, p_logp, p_logq, q;
-};
-
-RowCoefficients coefficients_of(const GradCall& call, int64_t row) {
-  const int64_t rows = call.shape.rows();
-  RowCoefficients c = {};
-  c.row_max = call.state[row];
-  c.log_sum = call.state[rows + row];
-  c.logp = call.state[2 * rows + row];
-  c.label = call.coefficients[row];
-  if (call.coefficient_count == kCoefficientCount) {
-    c.p = call.coefficients[kP * rows + row];
-    c.p_logp = call.coefficients[kPLogP * rows + row];
-    c.p_logq = call.coefficients[kPLogQ * rows + row];
-    c.q = call.coefficients[kQ * rows + row];
-  }
-  if (call.reference_state) {
-    c.reference_max = call.reference_state[row];
-    c.reference_log_sum = call.reference_state[rows + row];
-  }
-  return c;
-}
-
 // Degree of the polynomial that a gradient of one term needs, by its type: an error of 0.02 ulp of bf16, 0.005 of fp16.
 template <class T>
 constexpr int kDegree = 5;
@@ -467,7 +419,7 @@ void map_vectors(const P* policy, const P* reference, int64_t n, T* out, G g) {
 template <class P, class T>
 void grad_plain(const GradCall& call, const RowCoefficients& c, const P* policy, int64_t n, T* out) {
   const Shift shift(c.row_max, static_cast<float>(kLog2e / call.temperature));
-  const Exp2<kDegree<T>> scaled(static_cast<float>((c.p - c.label) * std::exp(-c.log_sum) / call.temperature));
+  const Exp2<kDegree<T>> scaled(plain_factor(c, call.temperature));
   map_vectors(policy, policy, n, out, [&](Vec z, Vec) { return scaled(shift.exponent(z)); });
 }
 
@@ -476,16 +428,11 @@ template <bool kReference, class P, class T>
 void grad_full(const GradCall& call, const RowCoefficients& c, const P* policy, const P* reference, int64_t n, T* out) {
   const float scale = static_cast<float>(kLog2e / call.temperature);
   const Shift shift(c.row_max, scale), reference_shift(c.reference_max, scale);
-  const double p_scale = std::exp(-c.log_sum) / call.temperature;
-  // p (p_coef - label_coef + p_logp log p - p_logq log q) - q_coef q, with log p = t ln 2 - log_sum. An infinite t of
-  // the reference must not meet a coefficient of 0.
-  const double constant_part = c.p - c.label - c.p_logp * c.log_sum + c.p_logq * c.reference_log_sum;
-  const Vec constant = splat(static_cast<float>(p_scale * constant_part));
-  const Vec slope = splat(static_cast<float>(p_scale * c.p_logp * kLn2));
-  const Vec reference_slope = splat(static_cast<float>(-p_scale * c.p_logq * kLn2));
-  const bool sloped = c.p_logq != 0;
-  const Exp2<5> exp2(1);  // whatever T is: the terms may cancel
-  const Exp2<5> q_scaled(static_cast<float>(-c.q * std::exp(-c.reference_log_sum) / call.temperature));
+  const GradFactors f = grad_factors(c, call.temperature);
+  const Vec constant = splat(f.constant), slope = splat(f.slope);
+  const Vec reference_slope = splat(f.reference_slope);
+  const bool sloped = f.sloped();
+  const Exp2<5> exp2(1), q_scaled(f.q_scale);  // whatever T is: the terms may cancel
   map_vectors(policy, reference, n, out, [&](Vec z, Vec rz) {
     const Vec t = shift.exponent(z);
     const Vec e = exp2(t);
@@ -500,24 +447,6 @@ void grad_full(const GradCall& call, const RowCoefficients& c, const P* policy, 
   });
 }
 
-// The label's own entry, formed in double and rounded once.
-double grad_at_label(const GradCall& call, const RowCoefficients& c, int64_t row, int64_t label) {
-  const double p = std::exp(c.logp);
-  double g = -c.label * std::expm1(c.logp);  // label (1 - p), with all digits when p -> 1
-  if (call.coefficient_count == kCoefficientCount) {
-    double factor = c.p + (c.p_logp == 0 ? 0 : c.p_logp * c.logp);
-    if (call.reference_state) {
-      const float z = element(call.reference, call.shape, row, label);
-      const double logq =
-          (static_cast<double>(z) - static_cast<double>(c.reference_max)) / call.temperature - c.reference_log_sum;
-      if (c.p_logq != 0) factor -= c.p_logq * logq;
-      g -= c.q * std::exp(logq);
-    }
-    if (p != 0) g += p * factor;
-  }
-  return g / call.temperature;
-}
-
 // P: element type of the logits, T: of the gradient.
 template <class P, class T>
 void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
@@ -525,14 +454,15 @@ void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
   T* out = const_cast<T*>(row_of<T>(call.out, call.shape, row)) + begin;
   const int64_t label = call.labels.data[row];
   const RowCoefficients c = coefficients_of(call, row);
-  const bool silent = c.label == 0 && c.p == 0 && c.p_logp == 0 && c.p_logq == 0 && c.q == 0;
-  if (label == call.labels.ignore_index || silent) {
+  if (label == call.labels.ignore_index || c.silent()) {
     if (!call.out_is_zero) fill_zero(out, static_cast<size_t>(n) * sizeof(T));
     return;
   }
-  const T at_label = qk::narrow<T>(static_cast<float>(grad_at_label(call, c, row, label)));
+  const bool both = call.reference_state && call.coefficient_count == kCoefficientCount;
+  const float reference_label = both ? element(call.reference, call.shape, row, label) : 0;
+  const T at_label = qk::narrow<T>(static_cast<float>(grad_at_label(c, both, reference_label, call.temperature)));
   const P* policy = row_of<P>(call.policy, call.shape, row) + begin;
-  if (c.p_logp == 0 && c.p_logq == 0 && c.q == 0)
+  if (c.plain())
     grad_plain(call, c, policy, n, out);
   else if (!call.reference_state)
     grad_full<false>(call, c, policy, policy, n, out);

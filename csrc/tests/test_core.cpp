@@ -241,7 +241,7 @@ void check_special_rows() {
 void check_pair_loss() {
   const float logps[] = {-1, -2, -3, -4, -INFINITY, -5}, reference[] = {-1.5f, -2, -2, -4, -INFINITY, -7};
   const float weights[] = {1, 0.5f, 1, 0, 1, 1};
-  const int64_t offsets[] = {0, 2, 2, 5, 6};
+  const int32_t offsets[] = {0, 2, 2, 5, 6};
   float loss, rewards[4], grad[6];
   qk::PairCall call{4, 6, 6, offsets, logps, reference, false, weights, 0.5, 0.1, &loss, rewards, grad};
   qk::pair_loss(call);

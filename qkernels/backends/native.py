@@ -167,7 +167,7 @@ def pair_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The default objective in one step. See `qkernels.ops.pair_loss`."""
     logps, reference_logps, weights = logps.contiguous(), reference_logps.contiguous(), weights.contiguous()
-    offsets = None if cu_seqlens is None else cu_seqlens.long().contiguous()
+    offsets = None if cu_seqlens is None else cu_seqlens.int().contiguous()
     sequences = logps.shape[0] if offsets is None else offsets.shape[0] - 1
     loss, rewards, grad = logps.new_empty(()), logps.new_empty(sequences), torch.empty_like(logps)
     _C.pair_loss(

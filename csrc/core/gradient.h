@@ -1,0 +1,91 @@
+// The gradient of one row: from the coefficients to the numbers that each entry is made with, and the label's entry.
+//
+// With the coefficients a (label), b (p), c (p_logp), d (p_logq), h (q) of columns.h, z the raw logits, T the
+// temperature, t = (z - row_max) log2(e) / T, e = 2^t, log p = t ln 2 - log_sum, primes for the reference, entry j != y
+// of dL/dz is
+//   g_j = e (constant + slope t + reference_slope t') + q_scale e'
+//   constant = exp(-log_sum) (b - a - c log_sum + d log_sum') / T     slope           =  exp(-log_sum) c ln 2 / T
+//   q_scale  = -h exp(-log_sum') / T                                  reference_slope = -exp(-log_sum) d ln 2 / T
+// The four numbers are made once per row in double. Where only a and b are not 0 it is constant * e.
+//
+// The label's entry is made apart, in double from its saved log-prob: -a expm1(logp) = a (1 - p) has all its digits when
+// p -> 1. It is rounded once.
+#pragma once
+
+#include <cmath>
+
+#include "calls.h"
+#include "columns.h"
+#include "softmax.h"
+
+namespace qk {
+
+// What the forward kept of a row, and the row's coefficients.
+struct RowCoefficients {
+  float row_max, reference_max;
+  double log_sum, reference_log_sum, logp;
+  double label, p, p_logp, p_logq, q;
+
+  // No gradient at all.
+  QK_HOST_DEVICE bool silent() const { return label == 0 && p == 0 && plain(); }
+  // Every entry but the label's is a multiple of p_j.
+  QK_HOST_DEVICE bool plain() const { return p_logp == 0 && p_logq == 0 && q == 0; }
+};
+
+QK_HOST_DEVICE RowCoefficients coefficients_of(const GradCall& call, int64_t row) {
+  const int64_t rows = call.shape.rows();
+  RowCoefficients c = {};
+  c.row_max = call.state[row];
+  c.log_sum = call.state[rows + row];
+  c.logp = call.state[2 * rows + row];
+  c.label = call.coefficients[row];
+  if (call.coefficient_count == kCoefficientCount) {
+    c.p = call.coefficients[kP * rows + row];
+    c.p_logp = call.coefficients[kPLogP * rows + row];
+    c.p_logq = call.coefficients[kPLogQ * rows + row];
+    c.q = call.coefficients[kQ * rows + row];
+  }
+  if (call.reference_state) {
+    c.reference_max = call.reference_state[row];
+    c.reference_log_sum = call.reference_state[rows + row];
+  }
+  return c;
+}
+
+struct GradFactors {
+  float constant, slope, reference_slope, q_scale;
+
+  // Whether the reference's t counts: where it may be infinite, it must not meet a coefficient of 0.
+  QK_HOST_DEVICE bool sloped() const { return reference_slope != 0; }
+};
+
+QK_HOST_DEVICE GradFactors grad_factors(const RowCoefficients& c, double temperature) {
+  const double p_scale = exp(-c.log_sum) / temperature;
+  const double constant = c.p - c.label - c.p_logp * c.log_sum + c.p_logq * c.reference_log_sum;
+  return {static_cast<float>(p_scale * constant), static_cast<float>(p_scale * c.p_logp * kLn2),
+          static_cast<float>(-p_scale * c.p_logq * kLn2),
+          static_cast<float>(-c.q * exp(-c.reference_log_sum) / temperature)};
+}
+
+// `grad_factors().constant` of a row that is `plain`.
+QK_HOST_DEVICE float plain_factor(const RowCoefficients& c, double temperature) {
+  return static_cast<float>((c.p - c.label) * exp(-c.log_sum) / temperature);
+}
+
+// The label's entry. `reference_label` is the reference's logit of it, read only if `with_reference`.
+QK_HOST_DEVICE double grad_at_label(const RowCoefficients& c, bool with_reference, float reference_label,
+                                    double temperature) {
+  const double p = exp(c.logp);
+  double g = -c.label * expm1(c.logp);
+  double factor = c.p + (c.p_logp == 0 ? 0 : c.p_logp * c.logp);
+  if (with_reference) {
+    const double logq = (static_cast<double>(reference_label) - static_cast<double>(c.reference_max)) / temperature -
+                        c.reference_log_sum;
+    if (c.p_logq != 0) factor -= c.p_logq * logq;
+    g -= c.q * exp(logq);
+  }
+  if (p != 0 && factor != 0) g += p * factor;
+  return g / temperature;
+}
+
+}  // namespace qk
