@@ -1,5 +1,5 @@
-// The Python module `qkernels._C`: the operations on raw addresses. Callers (qkernels/backends/native.py) have checked
-// everything; here only the types are put right and the GIL is released.
+// The Python module `qkernels._C`: the operations on raw addresses. Callers (qkernels/backends/native.py and cuda.py)
+// have checked everything; here only the types are put right and the GIL is released.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,6 +9,9 @@
 #include "cpu/cpu.h"
 #include "cpu/product.h"
 #include "cpu/thread_pool.h"
+#if defined(QK_CUDA)
+#include "cuda/cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -16,6 +19,17 @@ namespace {
 
 using Address = std::uintptr_t;
 using View = std::tuple<Address, int, int64_t, int64_t>;  // data, dtype code, outer stride, inner stride
+
+#if defined(QK_CUDA)
+using Where = std::tuple<int, Address, int, Address>;  // device, stream, splits, scratch
+
+template <class T>
+T* at(Address address);
+
+qk::cuda::Launch launch_of(const Where& where) {
+  return {std::get<0>(where), at<void>(std::get<1>(where)), std::get<2>(where), at<void>(std::get<3>(where))};
+}
+#endif
 
 template <class T>
 T* at(Address address) {
@@ -30,11 +44,50 @@ qk::Shape shape_of(const std::tuple<int64_t, int64_t, int64_t>& shape) {
   return {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)};
 }
 
+qk::StatsCall stats_call(const std::tuple<int64_t, int64_t, int64_t>& shape, const View& policy, const View& reference,
+                         Address labels, int64_t ignore_index, double temperature, uint32_t columns, Address out) {
+  return {shape_of(shape), rows_of(policy), rows_of(reference), {at<int64_t>(labels), ignore_index},
+          temperature,     columns,         at<float>(out)};
+}
+
+qk::GradCall grad_call(const std::tuple<int64_t, int64_t, int64_t>& shape, const View& policy, const View& reference,
+                       Address labels, int64_t ignore_index, double temperature, Address state, Address reference_state,
+                       Address coefficients, int coefficient_count, const View& out, bool out_is_zero) {
+  return {shape_of(shape),
+          rows_of(policy),
+          rows_of(reference),
+          {at<int64_t>(labels), ignore_index},
+          temperature,
+          at<float>(state),
+          at<float>(reference_state),
+          at<float>(coefficients),
+          coefficient_count,
+          rows_of(out),
+          out_is_zero};
+}
+
+qk::PairCall pair_call(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address logps,
+                       Address reference, bool per_sequence, Address weights, double beta, double label_smoothing,
+                       Address loss, Address rewards, Address grad) {
+  return {sequences,
+          length,
+          rows,
+          at<int32_t>(offsets),
+          at<float>(logps),
+          at<float>(reference),
+          per_sequence,
+          at<float>(weights),
+          beta,
+          label_smoothing,
+          at<float>(loss),
+          at<float>(rewards),
+          at<float>(grad)};
+}
+
 // Returns the flat index of the first bad label, or -1 when the rows were computed.
 int64_t row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
                   int64_t ignore_index, double temperature, uint32_t columns, Address out, int threads) {
-  qk::StatsCall call{shape_of(shape), rows_of(policy), rows_of(reference), {at<int64_t>(labels), ignore_index},
-                     temperature,     columns,         at<float>(out)};
+  const qk::StatsCall call = stats_call(shape, policy, reference, labels, ignore_index, temperature, columns, out);
   py::gil_scoped_release release;
   const int64_t bad = qk::find_bad_label(call.labels, call.shape);
   if (bad < 0) qk::row_stats(call, threads);
@@ -44,17 +97,8 @@ int64_t row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View
 void row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
               int64_t ignore_index, double temperature, Address state, Address reference_state, Address coefficients,
               int coefficient_count, View out, bool out_is_zero, int threads) {
-  qk::GradCall call{shape_of(shape),
-                    rows_of(policy),
-                    rows_of(reference),
-                    {at<int64_t>(labels), ignore_index},
-                    temperature,
-                    at<float>(state),
-                    at<float>(reference_state),
-                    at<float>(coefficients),
-                    coefficient_count,
-                    rows_of(out),
-                    out_is_zero};
+  const qk::GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, state,
+                                      reference_state, coefficients, coefficient_count, out, out_is_zero);
   py::gil_scoped_release release;
   qk::row_grad(call, threads);
 }
@@ -62,19 +106,8 @@ void row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View ref
 void pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address logps, Address reference,
                bool per_sequence, Address weights, double beta, double label_smoothing, Address loss, Address rewards,
                Address grad) {
-  qk::PairCall call{sequences,
-                    length,
-                    rows,
-                    at<int32_t>(offsets),
-                    at<float>(logps),
-                    at<float>(reference),
-                    per_sequence,
-                    at<float>(weights),
-                    beta,
-                    label_smoothing,
-                    at<float>(loss),
-                    at<float>(rewards),
-                    at<float>(grad)};
+  const qk::PairCall call = pair_call(sequences, length, rows, offsets, logps, reference, per_sequence, weights, beta,
+                                      label_smoothing, loss, rewards, grad);
   py::gil_scoped_release release;
   qk::pair_loss(call);
 }
@@ -87,6 +120,33 @@ void product(int64_t rows, int64_t columns, int64_t depth, Address left, int64_t
   qk::product(call, threads);
 }
 
+#if defined(QK_CUDA)
+void cuda_row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
+                    int64_t ignore_index, double temperature, uint32_t columns, Address out, Where where) {
+  const qk::StatsCall call = stats_call(shape, policy, reference, labels, ignore_index, temperature, columns, out);
+  py::gil_scoped_release release;
+  qk::cuda::row_stats(call, launch_of(where));
+}
+
+void cuda_row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
+                   int64_t ignore_index, double temperature, Address state, Address reference_state,
+                   Address coefficients, int coefficient_count, View out, Where where) {
+  const qk::GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, state,
+                                      reference_state, coefficients, coefficient_count, out, false);
+  py::gil_scoped_release release;
+  qk::cuda::row_grad(call, launch_of(where));
+}
+
+void cuda_pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address logps, Address reference,
+                    bool per_sequence, Address weights, double beta, double label_smoothing, Address loss,
+                    Address rewards, Address grad, Where where) {
+  const qk::PairCall call = pair_call(sequences, length, rows, offsets, logps, reference, per_sequence, weights, beta,
+                                      label_smoothing, loss, rewards, grad);
+  py::gil_scoped_release release;
+  qk::cuda::pair_loss(call, launch_of(where));
+}
+#endif
+
 template <size_t n>
 std::vector<std::string> names(const char* const (&list)[n]) {
   return {list, list + n};
@@ -95,7 +155,7 @@ std::vector<std::string> names(const char* const (&list)[n]) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "Compiled row operations. Knows nothing of torch; see qkernels/backends/native.py.";
+  m.doc() = "Compiled row operations. Knows nothing of torch; see qkernels/backends/native.py and cuda.py.";
   m.def("row_stats", &row_stats);
   m.def("row_grad", &row_grad);
   m.def("pair_loss", &pair_loss);
@@ -109,4 +169,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("column_names", [] { return names(qk::kColumnNames); });
   m.def("coefficient_names", [] { return names(qk::kCoefficientNames); });
   m.def("compiler", [] { return std::string(QK_COMPILER); });
+#if defined(QK_CUDA)
+  m.attr("HAS_CUDA") = true;
+  m.attr("CUDA_VERSION") = QK_CUDA_VERSION;
+  m.attr("CUDA_ARCHITECTURES") = QK_CUDA_ARCHITECTURES;
+  m.attr("CUDA_MAX_SPLITS") = static_cast<int>(qk::cuda::kMaxSplits);
+  m.attr("CUDA_PARTIAL_BYTES") = qk::cuda::partial_bytes();
+  m.def("cuda_unavailable", &qk::cuda::unavailable, "Why the CUDA kernels cannot run on a device; empty if they can.");
+  m.def("cuda_row_stats", &cuda_row_stats);
+  m.def("cuda_row_grad", &cuda_row_grad);
+  m.def("cuda_pair_loss", &cuda_pair_loss);
+#else
+  m.attr("HAS_CUDA") = false;
+#endif
 }

@@ -2,7 +2,60 @@
 
 _Shape = tuple[int, int, int]  # outer, inner, vocab
 _View = tuple[int, int, int, int]  # address, dtype code, outer stride, inner stride
+_Where = tuple[int, int, int, int]  # device, stream, splits, scratch
 
+HAS_CUDA: bool
+# The rest is there only where HAS_CUDA.
+CUDA_VERSION: str
+CUDA_ARCHITECTURES: str
+CUDA_MAX_SPLITS: int
+CUDA_PARTIAL_BYTES: int
+
+def cuda_unavailable(device: int, /) -> str: ...
+def cuda_row_stats(
+    shape: _Shape,
+    policy: _View,
+    reference: _View,
+    labels: int,
+    ignore_index: int,
+    temperature: float,
+    columns: int,
+    out: int,
+    where: _Where,
+    /,
+) -> None: ...
+def cuda_row_grad(
+    shape: _Shape,
+    policy: _View,
+    reference: _View,
+    labels: int,
+    ignore_index: int,
+    temperature: float,
+    state: int,
+    reference_state: int,
+    coefficients: int,
+    coefficient_count: int,
+    out: _View,
+    where: _Where,
+    /,
+) -> None: ...
+def cuda_pair_loss(
+    sequences: int,
+    length: int,
+    rows: int,
+    offsets: int,
+    logps: int,
+    reference: int,
+    per_sequence: bool,
+    weights: int,
+    beta: float,
+    label_smoothing: float,
+    loss: int,
+    rewards: int,
+    grad: int,
+    where: _Where,
+    /,
+) -> None: ...
 def row_stats(
     shape: _Shape,
     policy: _View,

@@ -51,7 +51,7 @@ def info() -> Info:
         A dict that prints as a table. `info()["backends"][name]` is "available" or the reason why not;
         `info()["auto"][device]` is what `backend="auto"` picks for fp32 tensors there.
     """
-    from .backends import native
+    from .backends import cuda, native
 
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     names = [name for name in backends.NAMES if name != "auto"]
@@ -71,6 +71,6 @@ def info() -> Info:
         backends={name: state(name) for name in names},
         auto={device.type: backends.resolve_for("auto", device, torch.float32) for device in devices},
         auto_rule=_AUTO_RULE,
-        native_extension=native.describe(),
+        native_extension={**native.describe(), "cuda": cuda.describe()},
         threads={"torch": torch.get_num_threads(), "cores": os.cpu_count()},
     )

@@ -20,10 +20,19 @@ struct Shape {
   QK_HOST_DEVICE int64_t rows() const { return outer * inner; }
 };
 
+// Where a row begins, in elements. A launch on a device has fewer than 2^31 rows, and 64-bit division is a subroutine.
+QK_HOST_DEVICE int64_t offset_of(const Rows& rows, const Shape& shape, int64_t row) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t inner = static_cast<uint32_t>(shape.inner), r = static_cast<uint32_t>(row);
+  return static_cast<int64_t>(r / inner) * rows.outer_stride + static_cast<int64_t>(r % inner) * rows.inner_stride;
+#else
+  return (row / shape.inner) * rows.outer_stride + (row % shape.inner) * rows.inner_stride;
+#endif
+}
+
 template <class T>
 QK_HOST_DEVICE const T* row_of(const Rows& rows, const Shape& shape, int64_t row) {
-  return static_cast<const T*>(rows.data) + (row / shape.inner) * rows.outer_stride +
-         (row % shape.inner) * rows.inner_stride;
+  return static_cast<const T*>(rows.data) + offset_of(rows, shape, row);
 }
 
 QK_HOST_DEVICE float element(const Rows& rows, const Shape& shape, int64_t row, int64_t column) {

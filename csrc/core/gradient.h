@@ -8,8 +8,8 @@
 //   q_scale  = -h exp(-log_sum') / T                                  reference_slope = -exp(-log_sum) d ln 2 / T
 // The four numbers are made once per row in double. Where only a and b are not 0 it is constant * e.
 //
-// The label's entry is made apart, in double from its saved log-prob: -a expm1(logp) = a (1 - p) has all its digits when
-// p -> 1. It is rounded once.
+// The label's entry is made apart, in double from its saved log-prob: -a expm1(logp) = a (1 - p) has all its digits
+// when p -> 1. It is rounded once.
 #pragma once
 
 #include <cmath>
@@ -60,16 +60,16 @@ struct GradFactors {
 };
 
 QK_HOST_DEVICE GradFactors grad_factors(const RowCoefficients& c, double temperature) {
-  const double p_scale = exp(-c.log_sum) / temperature;
+  const double p_scale = quotient(exp(-c.log_sum), temperature);
   const double constant = c.p - c.label - c.p_logp * c.log_sum + c.p_logq * c.reference_log_sum;
   return {static_cast<float>(p_scale * constant), static_cast<float>(p_scale * c.p_logp * kLn2),
           static_cast<float>(-p_scale * c.p_logq * kLn2),
-          static_cast<float>(-c.q * exp(-c.reference_log_sum) / temperature)};
+          static_cast<float>(quotient(-c.q * exp(-c.reference_log_sum), temperature))};
 }
 
 // `grad_factors().constant` of a row that is `plain`.
 QK_HOST_DEVICE float plain_factor(const RowCoefficients& c, double temperature) {
-  return static_cast<float>((c.p - c.label) * exp(-c.log_sum) / temperature);
+  return static_cast<float>(quotient((c.p - c.label) * exp(-c.log_sum), temperature));
 }
 
 // The label's entry. `reference_label` is the reference's logit of it, read only if `with_reference`.
@@ -79,13 +79,14 @@ QK_HOST_DEVICE double grad_at_label(const RowCoefficients& c, bool with_referenc
   double g = -c.label * expm1(c.logp);
   double factor = c.p + (c.p_logp == 0 ? 0 : c.p_logp * c.logp);
   if (with_reference) {
-    const double logq = (static_cast<double>(reference_label) - static_cast<double>(c.reference_max)) / temperature -
-                        c.reference_log_sum;
+    const double logq =
+        quotient(static_cast<double>(reference_label) - static_cast<double>(c.reference_max), temperature) -
+        c.reference_log_sum;
     if (c.p_logq != 0) factor -= c.p_logq * logq;
     g -= c.q * exp(logq);
   }
   if (p != 0 && factor != 0) g += p * factor;
-  return g / temperature;
+  return quotient(g, temperature);
 }
 
 }  // namespace qk

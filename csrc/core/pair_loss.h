@@ -12,9 +12,9 @@ QK_HOST_DEVICE double log_ratio(double logp, double reference) {
   return logp == reference && logp == -INFINITY ? 0 : logp - reference;
 }
 
-QK_HOST_DEVICE double log_sigmoid(double x) { return x < 0 ? x - log1p(exp(x)) : -log1p(exp(-x)); }
+QK_HOST_DEVICE double log_sigmoid(double x) { return x < 0 ? x - log_one_plus(exp(x)) : -log_one_plus(exp(-x)); }
 
-QK_HOST_DEVICE double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+QK_HOST_DEVICE double sigmoid(double x) { return quotient(1, 1 + exp(-x)); }
 
 struct PairResult {
   double loss;

@@ -105,7 +105,7 @@ QK_HOST_DEVICE Completed complete(const Sums& sums, float label_logit, double lo
   c.t = (static_cast<double>(label_logit) - static_cast<double>(sums.max)) * log2e_per_temperature;
   c.e = exp2(c.t);
   c.exp = sums.exp + c.e;
-  c.log_sum = label_logit == sums.max ? log1p(sums.exp) : log(c.exp);
+  c.log_sum = label_logit == sums.max ? log_one_plus(sums.exp) : log(c.exp);
   // Nothing but -inf, or a +inf: no softmax.
   if (sums.max - sums.max != 0) c.log_sum = std::numeric_limits<double>::quiet_NaN();
   c.logp = c.t * kLn2 - c.log_sum;
@@ -121,26 +121,27 @@ QK_HOST_DEVICE double at_least_zero(double x) { return x < 0 ? 0 : x; }
 // can look at the row again. Columns whose sums were not gathered hold meaningless numbers.
 QK_HOST_DEVICE void finish(const RowSums& sums, float label_logit, float reference_label_logit, bool has_reference,
                            int64_t vocab, double temperature, bool top1, float* values) {
-  const double log2e_per_temperature = kLog2e / temperature;
+  const double log2e_per_temperature = quotient(kLog2e, temperature);
   const Completed p = complete(sums.policy, label_logit, log2e_per_temperature);
   const double broken = p.log_sum - p.log_sum;  // NaN if there is no softmax, else 0
   values[kRowMax] = static_cast<float>(sums.policy.max + broken);
   values[kLogSum] = static_cast<float>(p.log_sum);
   values[kLogps] = static_cast<float>(p.logp);
-  values[kLogsumexp] = static_cast<float>(sums.policy.max / temperature + p.log_sum);
-  const double mean_t = (sums.policy.exp_t + weighted(p.e, p.t)) / p.exp;
+  values[kLogsumexp] = static_cast<float>(quotient(sums.policy.max, temperature) + p.log_sum);
+  const double mean_t = quotient(sums.policy.exp_t + weighted(p.e, p.t), p.exp);
   values[kEntropy] = static_cast<float>(at_least_zero(p.log_sum - kLn2 * mean_t));
   values[kLogSumSqProbs] = static_cast<float>(log(sums.policy.exp_sq + p.e * p.e) - 2 * p.log_sum);
-  values[kMeanLogits] = static_cast<float>(sums.policy.raw / static_cast<double>(vocab) / temperature + broken);
+  values[kMeanLogits] =
+      static_cast<float>(quotient(quotient(sums.policy.raw, static_cast<double>(vocab)), temperature) + broken);
   values[kIsTop1] = static_cast<float>((top1 ? 1.0 : 0.0) + broken);
   if (!has_reference) return;
   const Completed q = complete(sums.reference, reference_label_logit, log2e_per_temperature);
   values[kReferenceRowMax] = static_cast<float>(sums.reference.max + (q.log_sum - q.log_sum));
   values[kReferenceLogSum] = static_cast<float>(q.log_sum);
   values[kReferenceLogps] = static_cast<float>(q.logp);
-  values[kReferenceLogsumexp] = static_cast<float>(sums.reference.max / temperature + q.log_sum);
-  const double forward = (sums.policy.cross + weighted(p.e, p.t - q.t)) / p.exp;
-  const double backward = (sums.reference.cross + weighted(q.e, q.t - p.t)) / q.exp;
+  values[kReferenceLogsumexp] = static_cast<float>(quotient(sums.reference.max, temperature) + q.log_sum);
+  const double forward = quotient(sums.policy.cross + weighted(p.e, p.t - q.t), p.exp);
+  const double backward = quotient(sums.reference.cross + weighted(q.e, q.t - p.t), q.exp);
   values[kKlPolicyReference] = static_cast<float>(at_least_zero(kLn2 * forward - p.log_sum + q.log_sum));
   values[kKlReferencePolicy] = static_cast<float>(at_least_zero(kLn2 * backward - q.log_sum + p.log_sum));
 }

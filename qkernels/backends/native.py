@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ if _C is not None and multiprocessing.parent_process() is not None:
     # A child that imports this after the fork cannot know whether its parent's OpenMP threads were left behind.
     _C.use_own_threads()
 
+extension = _C  # for cuda.py; None where it is missing
+
 # dtype codes of csrc/core/elements.h
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -39,7 +42,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return why_missing()
     if device.type != "cpu":
         return f"its kernels run on the CPU, the tensor is on {device}"
-    if dtype not in _CODES:
+    if dtype not in CODES:
         return f"its kernels take float32, bfloat16 and float16, got {dtype}"
     return None
 
@@ -74,16 +77,16 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _shape(logits: Tensor) -> tuple[int, int, int]:
+def shape_of(logits: Tensor) -> tuple[int, int, int]:
     sequences, rows, vocab = logits.shape
     return sequences, rows, vocab
 
 
-def _view(tensor: Tensor | None) -> tuple[int, int, int, int]:
+def view_of(tensor: Tensor | None) -> tuple[int, int, int, int]:
     """Address, dtype code and row strides of `[S, T, V]` logits."""
     if tensor is None:
         return (0, 0, 0, 0)
-    return (tensor.data_ptr(), _CODES[tensor.dtype], tensor.stride(0), tensor.stride(1))
+    return (tensor.data_ptr(), CODES[tensor.dtype], tensor.stride(0), tensor.stride(1))
 
 
 def row_stats(
@@ -92,9 +95,9 @@ def row_stats(
     """Per-row results. See `qkernels.ops.row_stats`."""
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
     bad = _C.row_stats(
-        _shape(logits),
-        _view(logits),
-        _view(reference),
+        shape_of(logits),
+        view_of(logits),
+        view_of(reference),
         labels.data_ptr(),
         ignore_index,
         temperature,
@@ -122,9 +125,9 @@ def _row_grad_into(
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     reference_state = None if reference_state is None else reference_state.contiguous()
     _C.row_grad(
-        _shape(logits),
-        _view(logits),
-        _view(reference),
+        shape_of(logits),
+        view_of(logits),
+        view_of(reference),
         labels.data_ptr(),
         ignore_index,
         temperature,
@@ -132,7 +135,7 @@ def _row_grad_into(
         0 if reference_state is None else reference_state.data_ptr(),
         coefficients.data_ptr(),
         coefficients.shape[0],
-        _view(out),
+        view_of(out),
         out_is_zero,
         torch.get_num_threads(),
     )
@@ -157,7 +160,9 @@ def row_grad_(logits: Tensor, *args: Any) -> None:
     _row_grad_into(logits, False, logits, *args)
 
 
-def pair_loss(
+def run_pair_loss(
+    run: Callable[..., None],
+    where: tuple[Any, ...],
     logps: Tensor,
     reference_logps: Tensor,
     weights: Tensor,
@@ -165,12 +170,12 @@ def pair_loss(
     beta: float,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    """Call the extension's pair loss `run`, here or on a GPU: `(loss, rewards, grad)`."""
     logps, reference_logps, weights = logps.contiguous(), reference_logps.contiguous(), weights.contiguous()
     offsets = None if cu_seqlens is None else cu_seqlens.int().contiguous()
     sequences = logps.shape[0] if offsets is None else offsets.shape[0] - 1
     loss, rewards, grad = logps.new_empty(()), logps.new_empty(sequences), torch.empty_like(logps)
-    _C.pair_loss(
+    run(
         sequences,
         logps.shape[1],
         logps.numel(),
@@ -184,6 +189,7 @@ def pair_loss(
         loss.data_ptr(),
         rewards.data_ptr(),
         grad.data_ptr(),
+        *where,
     )
     return loss, rewards, grad
 
@@ -210,3 +216,15 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> No
         out.stride(0),
         torch.get_num_threads(),
     )
+
+
+def pair_loss(
+    logps: Tensor,
+    reference_logps: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    return run_pair_loss(_C.pair_loss, (), logps, reference_logps, weights, cu_seqlens, beta, label_smoothing)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...rows import label_error
+from ...rows import check_labels as check_labels
 
 WARPS = 4
 WARP_SIZE = 64 if torch.version.hip else 32
@@ -62,14 +62,6 @@ def same_alignment(a: Tensor, b: Tensor, vector: int) -> bool:
     bases = [tensor.data_ptr() // tensor.element_size() for tensor in (a, b)]
     strides = [(a.stride(dim), b.stride(dim)) for dim in range(2) if a.shape[dim] > 1]
     return all((x - y) % vector == 0 for x, y in [tuple(bases), *strides])
-
-
-def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
-    """IndexError for a label outside [0, V), on the CPU and with QKERNELS_CHECK=1 (which makes the host wait)."""
-    if labels.device.type == "cpu" or os.environ.get("QKERNELS_CHECK") == "1":
-        bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-        if bool(bad.any()):
-            raise label_error(labels, int(bad.reshape(-1).nonzero()[0]), vocab)
 
 
 def row_strides(tensor: Tensor) -> tuple[int, int]:

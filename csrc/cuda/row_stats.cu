@@ -1,0 +1,65 @@
+// row_stats: which kernels a call needs, and the one that puts split rows together. See row_stats.cuh.
+#include "row_stats.cuh"
+
+namespace qk {
+namespace cuda {
+namespace {
+
+// A thread for each piece of a row; a block for each row (and model, as in the first kernel).
+template <bool kPair>
+__global__ void __launch_bounds__(kMaxSplits) combine_kernel(const __grid_constant__ StatsCall call, Split split,
+                                                             int models, bool of_reference, const Partial* scratch) {
+  constexpr Gather kGather = Gather::kAll;
+  of_reference = models == 2 ? blockIdx.x % 2 : of_reference;
+  const int64_t row = blockIdx.x / static_cast<unsigned>(models);
+  if (answered(call, row)) return;
+  Partial mine;
+  const int piece = static_cast<int>(threadIdx.x);
+  if (piece < split.count) mine = scratch[(row * split.count + piece) * models + of_reference * (models - 1)];
+  const Partial total = add_block<kGather, kPair, kMaxSplits>(mine, quotient(kLog2e, call.temperature));
+  if (threadIdx.x == 0) finish_row<columns_of(kGather, kPair)>(call, row, total, of_reference);
+}
+
+template <bool kPair>
+void launch_combine(const StatsCall& call, const Launch& where, const Split& split, int models, bool of_reference) {
+  if (split.count == 1) return;
+  launch("row_stats", combine_kernel<kPair>, call.shape.rows() * models, kMaxSplits, where, call, split, models,
+         of_reference, static_cast<const Partial*>(where.scratch));
+}
+
+Gather gather_of(uint32_t columns) {
+  if (columns & (bit(kLogSumSqProbs) | bit(kMeanLogits) | bit(kIsTop1))) return Gather::kAll;
+  return columns & bit(kEntropy) ? Gather::kEntropy : Gather::kExp;
+}
+
+}  // namespace
+
+int partial_bytes() { return sizeof(Partial); }
+
+void row_stats(const StatsCall& call, const Launch& where) {
+  if (call.shape.rows() == 0) return;
+  check_vocab(call.shape);
+  const OnDevice device(where.device);
+  const Split split = split_of(call.shape.vocab, where.splits);
+  const Gather gather = gather_of(call.columns);
+  const bool two = call.reference.data && (call.columns & kReadsReference);
+  if (two && (call.columns & kDivergences)) {
+    if (lie_alike(call.policy, call.reference, call.shape))
+      launch_stats_both(call, where, split, gather);
+    else
+      launch_stats_any(call, where, split);
+    launch_combine<true>(call, where, split, 1, false);
+  } else if (two && same_type(call.policy, call.reference)) {
+    launch_stats_one(call, where, split, gather, 2, false);
+    launch_combine<false>(call, where, split, 2, false);
+  } else {
+    launch_stats_one(call, where, split, gather, 1, false);
+    launch_combine<false>(call, where, split, 1, false);
+    if (!two) return;
+    launch_stats_one(call, where, split, Gather::kExp, 1, true);
+    launch_combine<false>(call, where, split, 1, true);
+  }
+}
+
+}  // namespace cuda
+}  // namespace qk

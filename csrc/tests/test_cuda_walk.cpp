@@ -1,0 +1,523 @@
+// The walk of the CUDA kernels without a GPU: what each thread of a block does (csrc/cuda/walk.h, pair_walk.h) runs
+// here one thread after the other, blocks and split rows are put together in the order of the device, and the results
+// are held against long double. Rows begin and end where their memory does, so that the address sanitizer sees a step
+// too far.
+//
+// What is not seen here: the wiring in the .cu files (shuffles, shared memory, launches) and the device's own exp2.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../cuda/pair_walk.h"
+#include "../cuda/walk.h"
+
+using namespace qk;
+using namespace qk::cuda;
+
+namespace {
+
+int failures = 0;
+long checks = 0;
+
+void expect(bool ok, const std::string& what) {
+  ++checks;
+  if (ok || ++failures > 40) return;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+void expect_close(long double got, long double want, double tolerance, double size, const std::string& what) {
+  const bool same = got == want || (std::isnan(got) && std::isnan(want));
+  expect(same || std::fabs(got - want) <= tolerance * std::fmax(1, std::fmax(std::fabs(want), size)),
+         what + ": got " + std::to_string(got) + ", expected " + std::to_string(want));
+}
+
+int width(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// One row of n elements that begins `offset` bytes past a 16-byte line and ends where its memory ends.
+class Row {
+ public:
+  Row(DType dtype, int n, int offset) : dtype_(dtype), n_(n) {
+    const size_t bytes = static_cast<size_t>(n * width(dtype));
+    // malloc gives 16-byte lines; a size of offset + bytes ends with the row.
+    memory_ = static_cast<char*>(std::malloc(static_cast<size_t>(offset) + bytes));
+    data_ = memory_ + offset;
+  }
+  ~Row() { std::free(memory_); }
+  Row(const Row& other) : Row(other.dtype_, other.n_, static_cast<int>(other.data_ - other.memory_)) {
+    memcpy(data_, other.data_, static_cast<size_t>(n_ * width(dtype_)));
+  }
+  Row& operator=(const Row&) = delete;
+
+  void set(int i, float x) {
+    switch (dtype_) {
+      case DType::kFloat32: memcpy(data_ + 4 * i, &x, 4); break;
+      case DType::kBFloat16: put(i, narrow<BFloat16>(x).bits); break;
+      case DType::kFloat16: put(i, narrow<Float16>(x).bits); break;
+    }
+  }
+  float get(int i) const {
+    if (dtype_ == DType::kFloat32) {
+      float x;
+      memcpy(&x, data_ + 4 * i, 4);
+      return x;
+    }
+    uint16_t bits;
+    memcpy(&bits, data_ + 2 * i, 2);
+    return dtype_ == DType::kBFloat16 ? widen(BFloat16{bits}) : widen(Float16{bits});
+  }
+  Rows rows() const { return {data_, dtype_, n_, n_}; }
+  DType dtype() const { return dtype_; }
+  int size() const { return n_; }
+  int past_line() const { return static_cast<int>(reinterpret_cast<uintptr_t>(data_) & 15); }
+  bool same_bits(const Row& other) const {
+    return memcmp(data_, other.data_, static_cast<size_t>(n_ * width(dtype_))) == 0;
+  }
+
+ private:
+  void put(int i, uint16_t bits) { memcpy(data_ + 2 * i, &bits, 2); }
+  DType dtype_;
+  int n_;
+  char* memory_;
+  char* data_;
+};
+
+template <class F>
+void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Float16{});
+  }
+}
+
+// --- the block
+// --------------------------------------------------------------------------------------------------------
+
+// As add_block in kernels.cuh: restate to the maximum of the block, a tree within each warp, warps in order.
+Partial add_block(std::vector<Partial> threads, double log2e_per_temperature) {
+  Partial total;
+  for (const Partial& p : threads) {
+    total.sums.policy.max = std::fmax(total.sums.policy.max, p.sums.policy.max);
+    total.sums.reference.max = std::fmax(total.sums.reference.max, p.sums.reference.max);
+    total.before = std::fmax(total.before, p.before);
+  }
+  for (Partial& p : threads) restate(p.sums, total.sums.policy.max, total.sums.reference.max, log2e_per_temperature);
+  for (size_t warp = 0; warp < threads.size(); warp += 32) {
+    for (size_t offset = 16; offset; offset /= 2)
+      for (size_t lane = 0; lane < offset; ++lane) {
+        add(threads[warp + lane].sums.policy, threads[warp + lane + offset].sums.policy);
+        add(threads[warp + lane].sums.reference, threads[warp + lane + offset].sums.reference);
+      }
+    add(total.sums.policy, threads[warp].sums.policy);
+    add(total.sums.reference, threads[warp].sums.reference);
+  }
+  return total;
+}
+
+// As row_stats_kernel and combine_kernel, on rows of one call with a single row. `any`: the kernel for all types.
+template <Gather kGather, bool kPair>
+void stats_of(const StatsCall& call, int splits, bool any, bool of_reference) {
+  const double log2e_per_temperature = kLog2e / call.temperature;
+  const float scale = static_cast<float>(log2e_per_temperature);
+  const Split split = split_of(call.shape.vocab, splits);
+  std::vector<Partial> pieces(splits == 1 ? 1 : 64);
+  for (int piece = 0; piece < split.count; ++piece) {
+    const int start = split.start(piece), n = split.length(piece, call.shape.vocab);
+    const int label = static_cast<int>(call.labels.data[0]) - start;
+    std::vector<Partial> threads(kThreads);
+    for (int thread = 0; thread < kThreads; ++thread) {
+      LaneRow lane;
+      const Rows& first = of_reference ? call.reference : call.policy;
+      if (any) {
+        auto row = [&](const Rows& rows) {
+          return AnyRow{static_cast<const char*>(rows.data) + start * width(rows.dtype), rows.dtype};
+        };
+        walk_row<kGather, kPair>(row(first), kPair ? row(call.reference) : row(first), n, label, scale, thread, lane);
+      } else {
+        with_type(first.dtype, [&](auto t) {
+          using T = decltype(t);
+          const AlignedRow<T> policy = {static_cast<const T*>(first.data) + start};
+          const AlignedRow<T> reference = {kPair ? static_cast<const T*>(call.reference.data) + start : nullptr};
+          walk_row<kGather, kPair>(policy, reference, n, label, scale, thread, lane);
+        });
+      }
+      threads[static_cast<size_t>(thread)] = partial_of(lane);
+    }
+    pieces[static_cast<size_t>(piece)] = add_block(threads, log2e_per_temperature);
+  }
+  const Partial total = splits == 1 ? pieces[0] : add_block(pieces, log2e_per_temperature);
+  finish_row<columns_of(kGather, kPair)>(call, 0, total, of_reference);
+}
+
+// As row_grad_kernel.
+template <Form kForm>
+void grad_of(const GradCall& call, int splits, bool any) {
+  const Split split = split_of(call.shape.vocab, splits);
+  const RowGrad r = row_grad_of(call, 0);
+  const bool with_reference = kForm == Form::kPair && call.reference_state;
+  for (int piece = 0; piece < split.count; ++piece) {
+    const int start = split.start(piece), n = split.length(piece, call.shape.vocab);
+    const int label = static_cast<int>(call.labels.data[0]) - start;
+    auto byte = [&](const Rows& rows) { return static_cast<char*>(rows.data) + start * width(rows.dtype); };
+    for (int thread = kThreads - 1; thread >= 0; --thread) {  // in any order
+      if (!r.computed)
+        walk_fill(AnyOut{byte(call.out), call.out.dtype}, n, r.fill, thread);
+      else if (any)
+        walk_grad<kForm>(AnyRow{byte(call.policy), call.policy.dtype},
+                         AnyRow{with_reference ? byte(call.reference) : nullptr, call.reference.dtype}, with_reference,
+                         AnyOut{byte(call.out), call.out.dtype}, n, label, r, thread);
+      else
+        with_type(call.out.dtype, [&](auto t) {
+          using T = decltype(t);
+          walk_grad<kForm>(AlignedRow<T>{reinterpret_cast<const T*>(byte(call.policy))},
+                           AlignedRow<T>{with_reference ? reinterpret_cast<const T*>(byte(call.reference)) : nullptr},
+                           with_reference, AlignedOut<T>{reinterpret_cast<T*>(byte(call.out))}, n, label, r, thread);
+        });
+    }
+  }
+}
+
+// --- the truth
+// --------------------------------------------------------------------------------------------------------
+
+struct Softmax {
+  std::vector<long double> p, logp;
+  long double max = -INFINITY, log_sum = 0;
+  Softmax(const Row& row, double temperature) {
+    for (int j = 0; j < row.size(); ++j) max = std::fmax(max, static_cast<long double>(row.get(j)));
+    long double sum = 0;
+    for (int j = 0; j < row.size(); ++j) sum += std::exp((row.get(j) - max) / temperature);
+    log_sum = std::log(sum);
+    for (int j = 0; j < row.size(); ++j) {
+      logp.push_back((row.get(j) - max) / temperature - log_sum);
+      p.push_back(std::exp(logp.back()));
+    }
+  }
+};
+
+constexpr uint32_t kEverything = (1u << kColumnCount) - 1;
+
+struct Case {
+  int vocab;
+  DType dtype, reference_dtype;
+  int offset, reference_offset;  // bytes past a 16-byte line
+  int label;
+  double temperature = 1, scale = 3, common = 0;
+  int masked = 0;  // so many first entries are -inf, in both models; the label is not
+  int splits = 1;
+
+  std::string name() const {
+    std::string text = "V " + std::to_string(vocab) + " dtypes " + std::to_string(static_cast<int>(dtype)) + "/" +
+                       std::to_string(static_cast<int>(reference_dtype)) + " offsets " + std::to_string(offset) + "/" +
+                       std::to_string(reference_offset) + " label " + std::to_string(label);
+    return text + " masked " + std::to_string(masked) + " splits " + std::to_string(splits);
+  }
+};
+
+double ulp(DType dtype, double x) {
+  if (dtype == DType::kFloat32) return 0;
+  const int digits = dtype == DType::kBFloat16 ? 7 : 10, smallest = dtype == DType::kBFloat16 ? -126 : -14;
+  return std::ldexp(1.0, std::max(std::ilogb(std::fabs(x) + 1e-300), smallest) - digits);
+}
+
+void check_case(std::mt19937& random, const Case& c) {
+  std::normal_distribution<float> normal(0, 1);
+  Row policy(c.dtype, c.vocab, c.offset), reference(c.reference_dtype, c.vocab, c.reference_offset);
+  for (int j = 0; j < c.vocab; ++j) {
+    const float z = normal(random) * static_cast<float>(c.scale) + static_cast<float>(c.common);
+    const bool out = j < c.masked && j != c.label;
+    policy.set(j, out ? -INFINITY : z);
+    reference.set(j, out ? -INFINITY : z + 0.3f * normal(random));
+  }
+  const int64_t label = c.label;
+  float stats[kColumnCount], few[kColumnCount];
+  for (float& x : stats) x = 777;
+  StatsCall call{{1, 1, c.vocab}, policy.rows(), reference.rows(), {&label, -100}, c.temperature, kEverything, stats};
+  const bool alike = c.dtype == c.reference_dtype && policy.past_line() == reference.past_line();
+  const std::string name = c.name();
+  stats_of<Gather::kAll, true>(call, c.splits, !alike, false);
+
+  const Softmax p(policy, c.temperature), q(reference, c.temperature);
+  long double entropy = 0, forward = 0, backward = 0, squares = 0, mean = 0, size = 0, kl_size = 0;
+  for (size_t j = 0; j < p.p.size(); ++j) {
+    squares += p.p[j] * p.p[j];
+    mean += policy.get(static_cast<int>(j)) / c.temperature;
+    if (std::isfinite(policy.get(static_cast<int>(j))))
+      size += std::fabs(policy.get(static_cast<int>(j)) / c.temperature);
+    if (p.p[j] > 0) entropy -= p.p[j] * p.logp[j], forward += p.p[j] * (p.logp[j] - q.logp[j]);
+    if (q.p[j] > 0) backward += q.p[j] * (q.logp[j] - p.logp[j]);
+    if (p.p[j] > 0) kl_size += std::fmax(p.p[j], q.p[j]) * (std::fabs(p.logp[j]) + std::fabs(q.logp[j]));
+  }
+  const size_t y = static_cast<size_t>(c.label);
+  int first = 0;
+  while (policy.get(first) != p.max) ++first;
+  const double klsize = static_cast<double>(kl_size);
+  expect_close(stats[kRowMax], p.max, 0, 0, name + ": row_max");
+  expect_close(stats[kLogSum], p.log_sum, 2e-6, 0, name + ": log_sum");
+  expect_close(stats[kLogps], p.logp[y], 2e-6, 0, name + ": logps");
+  expect_close(stats[kReferenceLogps], q.logp[y], 2e-6, 0, name + ": reference_logps");
+  expect_close(stats[kReferenceRowMax], q.max, 0, 0, name + ": reference_row_max");
+  expect_close(stats[kLogsumexp], p.max / c.temperature + p.log_sum, 5e-7, 0, name + ": logsumexp");
+  expect_close(stats[kReferenceLogsumexp], q.max / c.temperature + q.log_sum, 5e-7, 0, name + ": reference_logsumexp");
+  expect_close(stats[kEntropy], entropy, 1e-6, 0, name + ": entropy");
+  expect_close(stats[kKlPolicyReference], forward, 1e-6, klsize, name + ": kl_policy_reference");
+  expect_close(stats[kKlReferencePolicy], backward, 1e-6, klsize, name + ": kl_reference_policy");
+  expect_close(stats[kLogSumSqProbs], std::log(squares), 2e-6, 0, name + ": log_sum_sq_probs");
+  expect_close(stats[kMeanLogits], mean / c.vocab, 3e-7, static_cast<double>(size / c.vocab), name + ": mean_logits");
+  expect(stats[kIsTop1] == (first == c.label ? 1 : 0), name + ": is_top1");
+
+  // Whatever else is gathered, and for either model: the same bits where rows lie alike.
+  auto single = [&](uint32_t columns, bool of_reference) {
+    call.columns = columns;
+    call.out = few;
+    if (columns & bit(kMeanLogits))
+      stats_of<Gather::kAll, false>(call, c.splits, false, of_reference);
+    else if (columns & bit(kEntropy))
+      stats_of<Gather::kEntropy, false>(call, c.splits, false, of_reference);
+    else
+      stats_of<Gather::kExp, false>(call, c.splits, false, of_reference);
+  };
+  single(bit(kLogps) | bit(kEntropy), false);
+  const float with_entropy = few[0];
+  expect_close(few[1], entropy, 1e-6, 0, name + ": entropy alone");
+  single(bit(kLogps) | bit(kMeanLogits) | bit(kIsTop1), false);
+  const float with_all = few[0];
+  expect(few[2] == stats[kIsTop1], name + ": is_top1 of one model");
+  single(bit(kRowMax) | bit(kLogSum) | bit(kLogps), false);
+  expect(few[2] == with_entropy && few[2] == with_all, name + ": the same bits whatever is gathered");
+  expect_close(few[2], p.logp[y], 2e-6, 0, name + ": logps alone");
+  if (alike) expect(few[2] == stats[kLogps], name + ": the same bits beside the reference");
+  single(bit(kReferenceLogps), true);
+  expect_close(few[0], q.logp[y], 2e-6, 0, name + ": reference_logps alone");
+  if (alike) expect(few[0] == stats[kReferenceLogps], name + ": cached and live reference");
+
+  // Gradients: plain and full, new and in place, from logits that lie otherwise.
+  float coefficients[kCoefficientCount];
+  for (float& x : coefficients) x = normal(random);
+  GradCall grad{{1, 1, c.vocab},
+                policy.rows(),
+                reference.rows(),
+                {&label, -100},
+                c.temperature,
+                stats,
+                stats + 3,
+                coefficients,
+                kCoefficientCount,
+                {},
+                false};
+  std::vector<long double> wanted[3];
+  long double largest[3] = {0, 0, 0};
+  for (size_t j = 0; j < p.p.size(); ++j) {
+    const long double hit = j == y ? 1 : 0, plain = coefficients[kLabel] * (hit - p.p[j]);
+    const long double own = p.p[j] > 0 ? p.p[j] * (coefficients[kP] + coefficients[kPLogP] * p.logp[j]) : 0;
+    long double both = plain + own - coefficients[kQ] * q.p[j];
+    if (p.p[j] > 0) both -= p.p[j] * coefficients[kPLogQ] * q.logp[j];
+    const long double g[3] = {plain / c.temperature, (plain + own) / c.temperature, both / c.temperature};
+    for (int k = 0; k < 3; ++k) {
+      wanted[k].push_back(g[k]);
+      largest[k] = std::fmax(largest[k], std::fabs(g[k]));
+    }
+  }
+  auto check_grad = [&](const Row& out, int form, const char* what) {
+    for (int j = 0; j < c.vocab; ++j) {
+      const double want = static_cast<double>(wanted[form][static_cast<size_t>(j)]);
+      const double slack = 1e-5 * static_cast<double>(largest[form]) + ulp(c.dtype, want) + 1e-40;
+      expect(std::fabs(out.get(j) - want) <= slack, name + ": " + what + " at " + std::to_string(j) + " got " +
+                                                        std::to_string(out.get(j)) + " expected " +
+                                                        std::to_string(want));
+    }
+  };
+  for (int form = 0; form < 3; ++form) {
+    GradCall g = grad;
+    if (form == 0) g.coefficient_count = 1;
+    if (form < 2) g.reference_state = nullptr;
+    Row fast(policy), any(c.dtype, c.vocab, (c.offset + 2 * width(c.dtype)) % 16);
+    g.out = g.policy = fast.rows();
+    const bool in_step = form < 2 || alike;
+    if (form == 0) grad_of<Form::kPlain>(g, c.splits, false);
+    if (form == 1) grad_of<Form::kFull>(g, c.splits, false);
+    if (form == 2) grad_of<Form::kPair>(g, c.splits, !in_step);
+    check_grad(fast, form, "gradient in place");
+    g.policy = policy.rows();
+    g.out = any.rows();
+    grad_of<Form::kPair>(g, c.splits, true);
+    check_grad(any, form, "gradient into other lines");
+    expect(any.same_bits(fast), name + ": a new gradient has the bits of the one in place");
+  }
+  // Rows that are ignored, silent, or have a label outside of the vocabulary.
+  Row out(c.dtype, c.vocab, c.offset);
+  for (const int64_t bad : {int64_t{-100}, int64_t{c.vocab}, int64_t{-1}}) {
+    GradCall g = grad;
+    g.labels.data = &bad;
+    g.out = out.rows();
+    grad_of<Form::kPair>(g, c.splits, true);
+    bool good = true;
+    for (int j = 0; j < c.vocab; ++j) good = good && (bad == -100 ? out.get(j) == 0 : std::isnan(out.get(j)));
+    expect(good, name + ": a row that is filled");
+  }
+}
+
+void check_special_rows() {
+  const float inf = INFINITY, nan = NAN;
+  for (int where = 0; where < 3; ++where)       // head or body, body, label
+    for (const float bad : {nan, inf, -inf}) {  // -inf: all of the row
+      const int n = 5000;
+      Row row(DType::kBFloat16, n, 6), reference(DType::kBFloat16, n, 6);
+      for (int j = 0; j < n; ++j)
+        row.set(j, bad == -inf ? bad : 0.01f * static_cast<float>(j % 77)), reference.set(j, 1);
+      const int64_t label = 4000;
+      if (bad != -inf) row.set(where == 0 ? 1 : where == 1 ? 2600 : 4000, bad);
+      float out[kColumnCount];
+      StatsCall call{{1, 1, n}, row.rows(), reference.rows(), {&label, -100}, 1, kEverything, out};
+      stats_of<Gather::kAll, true>(call, 1, false, false);
+      for (int column = 0; column < kColumnCount; ++column) {
+        const bool of_reference = column == kReferenceRowMax || column == kReferenceLogSum ||
+                                  column == kReferenceLogps || column == kReferenceLogsumexp;
+        expect(std::isnan(out[column]) != of_reference, std::string("broken row: ") + kColumnNames[column]);
+      }
+    }
+  // A token that the reference alone forbids: infinite; one that both forbid: nothing.
+  for (const bool both : {false, true}) {
+    const int n = 3000;
+    Row row(DType::kFloat32, n, 4), reference(DType::kFloat32, n, 4);
+    for (int j = 0; j < n; ++j) row.set(j, 0.5f), reference.set(j, 0.5f);
+    reference.set(1200, -inf);
+    if (both) row.set(1200, -inf);
+    const int64_t label = 7;
+    float out[kColumnCount];
+    StatsCall call{{1, 1, n}, row.rows(), reference.rows(), {&label, -100}, 1, kEverything, out};
+    stats_of<Gather::kAll, true>(call, 3, false, false);
+    expect(both ? out[kKlPolicyReference] == 0 : out[kKlPolicyReference] == inf, "a token that the reference forbids");
+    expect(std::fabs(out[kKlReferencePolicy]) < 1e-3, "the other divergence stays finite");
+  }
+}
+
+// --- pair loss
+// --------------------------------------------------------------------------------------------------------
+
+// As pair_loss_kernel.
+void run_pair_loss(const PairCall& call) {
+  const int64_t pairs = call.sequences / 2;
+  const int group = group_of(call.sequences), half = kPairThreads / 2;
+  std::vector<double> shared(kPairThreads), loss(kPairThreads);
+  auto tree = [&](std::vector<double>& x, int width_of) {
+    for (int w = width_of / 2; w; w /= 2)
+      for (int t = 0; t < kPairThreads; ++t)
+        if (t % width_of < w) x[static_cast<size_t>(t)] += x[static_cast<size_t>(t + w)];
+  };
+  for (int64_t first = 0; first < pairs; first += half / group) {
+    for (int t = 0; t < kPairThreads; ++t) {
+      const int64_t s = sequence_of(pairs, first, t, group);
+      shared[static_cast<size_t>(t)] = s < 0 ? 0 : share_of(call, s, t % group, group);
+    }
+    tree(shared, group);
+    for (int t = 0; t < kPairThreads; t += group) {
+      const int64_t s = sequence_of(pairs, first, t, group);
+      if (s >= 0) shared[static_cast<size_t>(t)] = ratio_of(call, s, shared[static_cast<size_t>(t)]);
+    }
+    for (int t = 0; t < half; t += group) {
+      if (sequence_of(pairs, first, t, group) < 0) continue;
+      const PairResult r = qk::pair_loss(shared[static_cast<size_t>(t)], shared[static_cast<size_t>(t + half)],
+                                         call.beta, call.label_smoothing);
+      loss[static_cast<size_t>(t)] += r.loss;
+      shared[static_cast<size_t>(t)] = r.slope / static_cast<double>(pairs);
+    }
+    for (int t = 0; t < kPairThreads; ++t) {
+      const int64_t s = sequence_of(pairs, first, t, group);
+      const double slope = shared[static_cast<size_t>(t % half - t % group)];
+      if (s >= 0) put_slopes(call, s, t < half ? slope : -slope, t % group, group);
+    }
+  }
+  tree(loss, kPairThreads);
+  *call.loss = static_cast<float>(loss[0] / static_cast<double>(pairs));
+}
+
+void check_pair_loss(std::mt19937& random, int pairs, int length, bool packed, bool per_sequence, double smoothing) {
+  std::normal_distribution<float> normal(-3, 1);
+  const int sequences = 2 * pairs, rows = sequences * length;
+  std::vector<float> logps, reference, weights, rewards(static_cast<size_t>(sequences)),
+      grad(static_cast<size_t>(rows));
+  for (int i = 0; i < rows; ++i) {
+    logps.push_back(normal(random));
+    weights.push_back(i % 5 == 2 ? 0 : 0.25f * static_cast<float>(1 + i % 4));
+    if (weights.back() == 0) logps.back() = NAN;
+  }
+  for (int i = 0; i < (per_sequence ? sequences : rows); ++i) reference.push_back(normal(random));
+  std::vector<int32_t> offsets;
+  for (int s = 0; s <= sequences; ++s) offsets.push_back(s * length);
+  if (packed && sequences > 2) offsets[1] = offsets[2];  // an empty sequence, and one of twice the length
+  float loss = 0;
+  const PairCall call{sequences,    length,           rows,         packed ? offsets.data() : nullptr,
+                      logps.data(), reference.data(), per_sequence, weights.data(),
+                      0.1,          smoothing,        &loss,        rewards.data(),
+                      grad.data()};
+  run_pair_loss(call);
+  const std::string name = "pair loss of " + std::to_string(pairs) + " pairs of " + std::to_string(length);
+  std::vector<double> sums;
+  for (int s = 0; s < sequences; ++s) {
+    double total = 0;
+    for (int64_t i = call.begin(s); i < call.begin(s + 1); ++i) {
+      const size_t at = static_cast<size_t>(i);
+      if (weights[at] == 0) continue;
+      total += static_cast<double>(weights[at]) * (per_sequence ? logps[at] : double{logps[at]} - reference[at]);
+    }
+    sums.push_back(per_sequence ? total - reference[static_cast<size_t>(s)] : total);
+    expect_close(rewards[static_cast<size_t>(s)], 0.1 * sums.back(), 1e-6, 0, name + ": rewards");
+  }
+  double want = 0;
+  for (int pair = 0; pair < pairs; ++pair) {
+    const double x = 0.1 * (sums[static_cast<size_t>(pair)] - sums[static_cast<size_t>(pair + pairs)]);
+    want += ((1 - smoothing) * std::log1p(std::exp(-x)) + smoothing * std::log1p(std::exp(x))) / pairs;
+    const double slope = -0.1 * ((1 - smoothing) / (1 + std::exp(x)) - smoothing / (1 + std::exp(-x))) / pairs;
+    for (const int s : {pair, pair + pairs})
+      for (int64_t i = call.begin(s); i < call.begin(s + 1); ++i) {
+        const size_t at = static_cast<size_t>(i);
+        expect_close(grad[at], weights[at] == 0 ? 0 : (s == pair ? slope : -slope) * weights[at], 1e-7, 0,
+                     name + ": slopes");
+      }
+  }
+  expect_close(loss, want, 1e-6, 0, name + ": loss");
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  const DType types[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  auto label_of = [&](int vocab) { return static_cast<int>(random() % static_cast<unsigned>(vocab)); };
+  for (const DType dtype : types) {
+    const int step = width(dtype);
+    // Each alignment with short rows, alike and apart.
+    for (int offset = 0; offset < 16; offset += step)
+      for (const int vocab : {1, 2, 7, 8, 9, 15, 16, 17, 23, 24, 31, 33, 40, 47, 48, 64, 65, 1003}) {
+        check_case(random, {vocab, dtype, dtype, offset, offset, label_of(vocab)});
+        check_case(random, {vocab, dtype, dtype, offset, (offset + 3 * step) % 16, label_of(vocab), 0.7});
+      }
+    // The label in every part of a row: head, trips, the incomplete trip, tail.
+    for (const int label : {0, 1, 5, 6, 7, 8, 1021, 2047, 4095, 8189, 8192, 8195, 16384, 16390, 20001, 20008, 20010})
+      check_case(random, {20011, dtype, dtype, 4, 4, label});
+    for (const int vocab : {2048, 4096, 4097, 8192, 8200, 5000, 33001})
+      check_case(random, {vocab, dtype, dtype, 12, 12, label_of(vocab), 1.3, 10});
+    for (const DType other : types) {
+      check_case(random, {9001, dtype, other, 4, 8, label_of(9001), 0.7, 4});
+      check_case(random, {2051, dtype, other, 0, 0, label_of(2051), 1, 4, 0, 900, 3});
+    }
+    for (const int splits : {2, 3, 7, 64})
+      check_case(random, {33003, dtype, dtype, 4, 4, label_of(33003), 1, 3, 0, 9000, splits});
+    check_case(random, {70, dtype, dtype, 4, 12, 69, 1, 3, 0, 0, 64});
+    check_case(random, {20000, dtype, dtype, 0, 0, 17, 1, 200});          // restated again and again
+    check_case(random, {9000, dtype, dtype, 0, 0, 8999, 1, 3, 0, 8999});  // a single token is left
+  }
+  check_case(random, {5003, DType::kFloat32, DType::kFloat32, 4, 4, 99, 0.7, 3, 1048576});
+  check_case(random, {5003, DType::kFloat32, DType::kFloat32, 4, 8, 99, 0.7, 3, -1024});
+  check_special_rows();
+  for (const int pairs : {1, 2, 5, 16, 70})
+    for (const int length : {1, 33, 200})
+      for (const bool packed : {false, true})
+        check_pair_loss(random, pairs, length, packed, pairs % 2 == 0, packed ? 0.1 : 0);
+  std::printf("%ld checks, %d failures\n", checks, failures);
+  return failures ? 1 : 0;
+}

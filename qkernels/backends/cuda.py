@@ -1,0 +1,185 @@
+"""Row operations as CUDA kernels in the compiled extension (`csrc/cuda`), on the current stream of the tensor's device.
+
+As in `native.py` the extension sees addresses, sizes and strides. Nothing here waits for the device, so a step may be
+captured in a CUDA graph; scratch memory is torch's, and only needed where a few rows are spread over many blocks.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows import check_labels
+from . import native
+from .native import CODES, extension, shape_of, view_of
+
+# Blocks that a processor should have to work on, and entries (of 16 bits) that make a block worth its while.
+_BLOCKS_PER_PROCESSOR = 4
+_SMALLEST_PIECE = 2048
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot take such a tensor; None if it can."""
+    if extension is None:
+        return native.why_missing()
+    if not extension.HAS_CUDA:
+        return f"this build has no CUDA kernels: {why_not_built()}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"its kernels run on NVIDIA GPUs, the tensor is on {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        return f"its kernels need compute capability 8.0 or higher, cuda:{index} has {capability[0]}.{capability[1]}"
+    if reason := _cannot_run(index):
+        return f"{reason} (cuda:{index}; compiled for {extension.CUDA_ARCHITECTURES})"
+    if dtype not in CODES:
+        return f"its kernels take float32, bfloat16 and float16, got {dtype}"
+    return None
+
+
+def why_not_built() -> str:
+    """Why the extension at hand has no CUDA kernels."""
+    built = native.build_info().get("cuda") or {}
+    return f"{built.get('reason') or 'it was built without'}; reinstall qkernels where nvcc is on the PATH"
+
+
+def describe() -> dict[str, Any]:
+    """What `qkernels.info()` says about the CUDA part of the extension."""
+    if extension is None:
+        return {"built": False, "reason": native.why_missing()}
+    if not extension.HAS_CUDA:
+        return {"built": False, "reason": why_not_built()}
+    return {
+        "built": True,
+        "version": extension.CUDA_VERSION,
+        "compiled_for": extension.CUDA_ARCHITECTURES.split(","),
+    }
+
+
+@lru_cache(maxsize=64)
+def _cannot_run(index: int) -> str:
+    assert extension is not None
+    return extension.cuda_unavailable(index)
+
+
+@lru_cache(maxsize=64)
+def _processors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def splits_for(rows: int, vocab: int, processors: int, most: int) -> int:
+    """Over how many blocks a row is spread: 1 unless there are too few rows to keep all processors busy."""
+    wanted = _BLOCKS_PER_PROCESSOR * processors
+    if rows >= wanted:
+        return 1
+    return max(1, min(-(-wanted // max(rows, 1)), vocab // _SMALLEST_PIECE, most))
+
+
+def _where(logits: Tensor, rows: int, splits: int | None = None, scratch: int = 0) -> tuple[int, int, int, int]:
+    """Device, stream, blocks per row and scratch memory of a launch."""
+    index = logits.device.index
+    stream = torch.cuda.current_stream(logits.device).cuda_stream
+    if splits is None:
+        splits = _splits(logits, rows)
+    return (index, stream, splits, scratch)
+
+
+def _splits(logits: Tensor, rows: int) -> int:
+    assert extension is not None
+    return splits_for(rows, logits.shape[-1], _processors(logits.device.index), extension.CUDA_MAX_SPLITS)
+
+
+def row_stats(
+    logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
+) -> Tensor:
+    """Per-row results. See `qkernels.ops.row_stats`."""
+    assert extension is not None
+    check_labels(labels, logits.shape[-1], ignore_index)
+    out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
+    rows = labels.numel()
+    splits = _splits(logits, rows)
+    scratch = None
+    if splits > 1:  # of two models at most; kept until the launches are queued, after which the allocator knows
+        size = 2 * rows * splits * extension.CUDA_PARTIAL_BYTES
+        scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
+    extension.cuda_row_stats(
+        shape_of(logits),
+        view_of(logits),
+        view_of(reference),
+        labels.data_ptr(),
+        ignore_index,
+        temperature,
+        columns,
+        out.data_ptr(),
+        _where(logits, rows, splits, 0 if scratch is None else scratch.data_ptr()),
+    )
+    return out
+
+
+def _row_grad_into(
+    out: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    reference: Tensor | None,
+    state: Tensor,
+    reference_state: Tensor | None,
+    coefficients: Tensor,
+    temperature: float,
+    ignore_index: int,
+) -> None:
+    assert extension is not None
+    state, coefficients = state.contiguous(), coefficients.float().contiguous()
+    reference_state = None if reference is None or reference_state is None else reference_state.contiguous()
+    extension.cuda_row_grad(
+        shape_of(logits),
+        view_of(logits),
+        view_of(reference),
+        labels.data_ptr(),
+        ignore_index,
+        temperature,
+        state.data_ptr(),
+        0 if reference_state is None else reference_state.data_ptr(),
+        coefficients.data_ptr(),
+        coefficients.shape[0],
+        view_of(out),
+        _where(logits, labels.numel()),
+    )
+
+
+def row_grad(logits: Tensor, *args: Any) -> Tensor:
+    """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _row_grad_into(out, logits, *args)
+    return out
+
+
+def row_grad_(logits: Tensor, *args: Any) -> None:
+    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
+    _row_grad_into(logits, logits, *args)
+
+
+def pair_loss(
+    logps: Tensor,
+    reference_logps: Tensor,
+    weights: Tensor,
+    cu_seqlens: Tensor | None,
+    beta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    assert extension is not None
+    return native.run_pair_loss(
+        extension.cuda_pair_loss,
+        (_where(logps, 0, 1),),
+        logps,
+        reference_logps,
+        weights,
+        cu_seqlens,
+        beta,
+        label_smoothing,
+    )
