@@ -1,17 +1,20 @@
-"""What the Triton kernels became: registers, spills, load widths and instructions, read from their machine code.
+"""What the GPU kernels became: registers, spills, load widths and instructions, read from their machine code.
 
     python -m bench.kernel_report                          print the table
     python -m bench.kernel_report --write docs/kernels.md  put it between the markers of that file
 
-Needs triton but no GPU: every variant is compiled ahead of time, for NVIDIA (read with the cuobjdump and nvdisasm that
-the triton wheel carries) and for AMD (read from its assembly). The last column is an estimate, not a measurement.
+Needs no GPU. Every variant of the Triton kernels is compiled ahead of time, for NVIDIA and for AMD, where triton is
+installed; the CUDA kernels (csrc/cuda) are compiled to cubins where there is an nvcc. Machine code for NVIDIA is read
+with cuobjdump and nvdisasm, of the CUDA toolkit or of the triton wheel. The last column is an estimate, not a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,6 +45,7 @@ class Variant:
     flags: the compile-time parameters that differ from call to call.
     written: bytes per logit that the kernel writes.
     registers: the most registers per thread that the planned occupancy allows on sm_90 and sm_100 (see `PLAN`).
+    symbol: of a CUDA kernel, what its mangled name begins with (a regular expression); "" for Triton's.
     """
 
     name: str
@@ -51,6 +55,12 @@ class Variant:
     flags: tuple[tuple[str, Any], ...] = ()
     written: int = 0
     registers: int = 255
+    symbol: str = ""
+
+    @property
+    def compiler(self) -> str:
+        """Who compiles it: "CUDA" or "Triton"."""
+        return "CUDA" if self.symbol else "Triton"
 
     @property
     def bytes_per_logit(self) -> int:
@@ -100,6 +110,55 @@ VARIANTS: tuple[Variant, ...] = (
 )
 
 
+# Of CUDA kernels: threads of a block, and `__launch_bounds__` as registers. 65536 registers and 256 threads per block
+# leave room for 4 blocks of 64 registers, or 3 of 80. A thread has four 16-byte loads of each stream under way, half of
+# that on average: 32 KiB per processor for one stream and 48 KiB for two, of the 26 KiB that an H200 needs.
+CUDA_THREADS = 256
+CUDA_PLAN = {64: 4, 80: 3}
+# Entries per trip of a kernel for any types, whose loop holds the loads of each of them.
+ANY_ELEMENTS = 16
+_MANGLED = {"fp32": "f", "bf16": "NS_8BFloat16E", "fp16": "NS_7Float16E", "any": "v"}
+
+
+def _cuda_stats(
+    name: str, registers: int, gather: int, reads: int, dtype: str = "bf16", reference: str = ""
+) -> Variant:
+    typed = _MANGLED["any" if reads == 2 else dtype]
+    symbol = rf"_ZN2qk4cuda16row_stats_kernelI{typed}LNS_6GatherE{gather}ELNS0_5ReadsE{reads}EE"
+    flags = (("elements", ANY_ELEMENTS),) if reads == 2 else ()
+    return Variant(name, "row_stats", dtype, reference, flags, 0, registers, symbol)
+
+
+def _cuda_grad(
+    name: str, registers: int, form: int, dtype: str = "bf16", reference: str = "", any: bool = False
+) -> Variant:
+    typed = _MANGLED["any" if any else dtype]
+    symbol = rf"_ZN2qk4cuda\w*15row_grad_kernelI{typed}LNS0_4FormE{form}EE"
+    flags = (("elements", ANY_ELEMENTS),) if any else ()
+    return Variant(name, "row_grad", dtype, reference, flags, _SIZES[dtype], registers, symbol)
+
+
+CUDA_VARIANTS: tuple[Variant, ...] = (
+    _cuda_stats("log-probs", 64, 0, 0),
+    _cuda_stats("log-probs, fp32", 64, 0, 0, "fp32"),
+    _cuda_stats("log-probs, fp16", 64, 0, 0, "fp16"),
+    _cuda_stats("with entropy", 64, 1, 0),
+    _cuda_stats("all columns without reference", 80, 2, 0),
+    _cuda_stats("with KLs", 80, 1, 1, reference="bf16"),
+    _cuda_stats("with KLs, fp32", 80, 1, 1, "fp32", "fp32"),
+    _cuda_stats("all columns", 80, 2, 1, reference="bf16"),
+    _cuda_stats("all columns, any types and alignments", 80, 2, 2, reference="bf16"),
+    Variant("combine split rows", "combine", symbol=r"_ZN2qk4cuda\w*14combine_kernelILb1EE"),
+    _cuda_grad("gradient of log-probs", 64, 0),
+    _cuda_grad("gradient of log-probs, fp32", 64, 0, "fp32"),
+    _cuda_grad("gradient of log-probs, fp16", 64, 0, "fp16"),
+    _cuda_grad("gradient, five coefficients", 64, 1),
+    _cuda_grad("gradient with KLs", 80, 2, reference="bf16"),
+    _cuda_grad("gradient, any types and alignments", 80, 2, reference="bf16", any=True),
+    Variant("pair loss", "pair_loss", "fp32", symbol=r"_ZN2qk4cuda\w*16pair_loss_kernel"),
+)
+
+
 @dataclass
 class Loop:
     """The innermost loop that moves the most bytes: per trip of one thread.
@@ -131,24 +190,40 @@ class Facts:
     loop: Loop
 
 
-def unavailable() -> str | None:
-    """Why no report can be made here; None if one can."""
-    try:
-        import triton
-    except ImportError:
-        return "triton is not installed"
-    from qkernels.backends.triton import common
+def unavailable(compiler: str) -> str | None:
+    """Why there is nothing to report about the kernels of "Triton" or "CUDA" here; None if there is."""
+    if compiler == "CUDA":
+        if _nvcc() is None:
+            return "there is no nvcc"
+        if not SOURCES.is_dir():
+            return "csrc/ lies in the source tree only"
+    else:
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "triton is not installed"
+        from qkernels.backends.triton import common
 
-    if common.INTERPRETED:
-        return "TRITON_INTERPRET=1 replaces the compiler by an interpreter"
-    missing = [name for name in ("cuobjdump", "nvdisasm") if not _tool(name).exists()]
-    return f"triton {triton.__version__} comes without {' and '.join(missing)}" if missing else None
+        if common.INTERPRETED:
+            return "TRITON_INTERPRET=1 replaces the compiler by an interpreter"
+    missing = [name for name in ("cuobjdump", "nvdisasm") if _tool(name) is None]
+    return f"there is no {' and no '.join(missing)}, nor a triton that brings them" if missing else None
 
 
-def _tool(name: str) -> Path:
-    import triton
+SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+def _nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def _tool(name: str) -> str | None:
+    """A tool of the CUDA toolkit, or the copy of it in the triton wheel: the newer toolkit reads more targets."""
+    found = [shutil.which(name), shutil.which(f"/usr/local/cuda/bin/{name}")]
+    if spec := importlib.util.find_spec("triton"):
+        assert spec.origin is not None
+        found.append(shutil.which(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)))
+    return next(filter(None, found), None)
 
 
 def _target(architecture: str) -> Any:
@@ -204,6 +279,8 @@ def source_of(variant: Variant, architecture: str) -> tuple[Any, dict[str, str],
 
 def planned_registers(variant: Variant, architecture: str) -> int:
     """The most registers per thread that the planned occupancy allows."""
+    if variant.compiler == "CUDA":
+        return variant.registers
     return max(variant.registers, SM_80_REGISTERS) if architecture == "sm_80" else variant.registers
 
 
@@ -224,22 +301,55 @@ def compiled(variant: Variant, architecture: str) -> Any:
 @functools.cache
 def facts(variant: Variant, architecture: str) -> Facts:
     """What the machine code says."""
-    kernel = compiled(variant, architecture)
     element = _SIZES[variant.dtype] + (_SIZES[variant.reference] if variant.reference else 0)
     if variant.kernel == "row_stats" and dict(variant.flags).get("REFERENCE") == 1:
         element = _SIZES[variant.dtype]  # each model by itself: the loop walks one row
-    if architecture.startswith("sm_"):
-        return _nvidia_facts(kernel, element)
-    return _amd_facts(kernel, element)
-
-
-def _nvidia_facts(kernel: Any, element: int) -> Facts:
+    if variant.compiler == "CUDA":
+        matching = [code for name, code in _cuda_code(architecture).items() if re.match(variant.symbol, name)]
+        if len(matching) != 1:
+            raise RuntimeError(f"{len(matching)} kernels are named {variant.symbol}")
+        found = _nvidia_facts(*matching[0], element)
+        found.loop.elements = dict(variant.flags).get("elements", found.loop.elements)
+        return found
+    kernel = compiled(variant, architecture)
+    if not architecture.startswith("sm_"):
+        return _amd_facts(kernel, element)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        assembly = _run("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        (code,) = _read_cubin(file.name).values()
+    return _nvidia_facts(*code, element, kernel.metadata.shared)
+
+
+@functools.cache
+def _cuda_code(architecture: str) -> dict[str, tuple[str, str]]:
+    """Every kernel of csrc/cuda by its mangled name: resource usage and assembly. Compiled as the build does."""
+    nvcc = _nvcc()
+    assert nvcc is not None
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted(SOURCES.glob("*.cu")):
+            cubin = Path(folder, source.stem + ".cubin")
+            flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-cubin"]
+            subprocess.run([nvcc, *flags, "-o", str(cubin), str(source)], check=True)
+            found |= _read_cubin(str(cubin))
+    return found
+
+
+def _read_cubin(path: str) -> dict[str, tuple[str, str]]:
+    """The kernels of a cubin by name: what cuobjdump says of their resources, and their assembly."""
+    usage = dict(re.findall(r"Function (\S+?):\s*\n\s*(REG:.*)", _run("cuobjdump", "--dump-resource-usage", path)))
+    found = {}
+    for section in re.split(r"(?m)^\s*\.section\s+", _run("nvdisasm", "-c", path)):
+        name = re.match(r"\.text\.([^\s,]+)", section)
+        if name and name[1] in usage:
+            found[name[1]] = (usage[name[1]], section)
+    return found
+
+
+def _nvidia_facts(usage: str, assembly: str, element: int, shared: int | None = None) -> Facts:
+    """`shared`: bytes of shared memory, where the machine code does not say (Triton's is dynamic)."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
     if not found:
         raise RuntimeError(f"cuobjdump names no registers:\n{usage}")
     instructions, labels = [], {}
@@ -250,7 +360,7 @@ def _nvidia_facts(kernel: Any, element: int) -> Facts:
             instructions.append(instruction[1])
     loop = _main_loop(instructions, labels, r"\bBRA\b.*?(\.L_x_\d+)", _nvidia_width, "EX2", element)
     spills = sum(bool(re.search(r"\b(LDL|STL)\b", instruction)) for instruction in instructions)
-    return Facts(int(found[1]), int(found[2]), spills, kernel.metadata.shared, loop)
+    return Facts(int(found[1]), int(found[2]), spills, int(found[3]) if shared is None else shared, loop)
 
 
 def _nvidia_width(instruction: str) -> tuple[str, int] | None:
@@ -328,9 +438,9 @@ def _run(tool: str, *arguments: str) -> str:
 def estimate(variant: Variant, loop: Loop) -> str:
     """Milliseconds for 8192 rows of 128256 entries: the longer of moving bytes and issuing instructions.
 
-    None for narrow loads, which are limited by neither.
+    Nothing for narrow loads, which are limited by neither, and where not all of the loop's instructions are executed.
     """
-    if variant.kernel not in ("row_stats", "row_grad") or set(loop.loads) != {16}:
+    if variant.kernel not in ("row_stats", "row_grad") or set(loop.loads) != {16} or "elements" in dict(variant.flags):
         return ""
     twice = 2 if dict(variant.flags).get("REFERENCE") == 1 else 1  # each model's row by itself
     moving = ROWS * VOCAB * variant.bytes_per_logit / BYTES_PER_SECOND * 1e3
@@ -343,20 +453,22 @@ def _counts(widths: dict[int, int]) -> str:
     return f"{widths.get(16, 0)} + {narrow}"
 
 
-def table(architectures: Sequence[str] = (*ARCHITECTURES, AMD), variants: Sequence[Variant] = VARIANTS) -> str:
+def table(architectures: Sequence[str], variants: Sequence[Variant]) -> str:
     """The report as Markdown."""
     lines = [
-        "| kernel | target | registers | stack | spills | shared bytes | loads 16 B + narrower | stores | EX2"
-        " | instructions per element | bytes per logit | *estimate*, ms (memory / issue) |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| kernel | compiler | target | registers | stack | spills | shared bytes | loads 16 B + narrower | stores"
+        " | EX2 | instructions per element | bytes per logit | *estimate*, ms (memory / issue) |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for variant in variants:
         for architecture in architectures:
+            if variant.compiler == "CUDA" and not architecture.startswith("sm_"):
+                continue
             f = facts(variant, architecture)
             loop = f.loop
             streams = variant.kernel in ("row_stats", "row_grad")
             cells: list[object] = [
-                variant.name, architecture, f.registers, f.stack, f.spills, f.shared,
+                variant.name, variant.compiler, architecture, f.registers, f.stack, f.spills, f.shared,
                 _counts(loop.loads) if streams else "", _counts(loop.stores) if variant.kernel == "row_grad" else "",
                 loop.exponentials if streams else "", f"{loop.per_element:.1f}" if streams else "",
                 variant.bytes_per_logit if streams else "",
@@ -367,15 +479,24 @@ def table(architectures: Sequence[str] = (*ARCHITECTURES, AMD), variants: Sequen
 
 
 def report(architectures: Sequence[str] = (*ARCHITECTURES, AMD)) -> str:
-    """Table and how to read it."""
-    import triton
+    """Table and how to read it: of the kernels that can be compiled here."""
+    variants, compilers = [], []
+    if unavailable("CUDA") is None:
+        variants += CUDA_VARIANTS
+        version = subprocess.run([str(_nvcc()), "--version"], capture_output=True, text=True, check=True).stdout
+        release = re.search(r"V([\d.]+)", version)
+        compilers.append(f"nvcc {release[1] if release else ''}")
+    if unavailable("Triton") is None:
+        import triton
 
+        variants += VARIANTS
+        compilers.append(f"triton {triton.__version__}")
     return (
-        f"Compiled with triton {triton.__version__}. Loads, stores, EX2 and instructions are those of one trip of the"
+        f"Compiled with {' and '.join(compilers)}. Loads, stores, EX2 and instructions are those of one trip of the"
         " main loop of one thread. The estimate is for N = 8192 rows of V = 128256 on an H200 (4.3 TB/s; 132 x 128"
         " lane-instructions per clock at 1.8 GHz) from the machine code for sm_90: whichever takes longer, moving the"
         " bytes or issuing the main loop's instructions. It is not a measurement, and leaves out what a row costs"
-        " besides: up to three tiles of 126 that go element by element, and the end.\n\n" + table(architectures)
+        " besides: the tiles that go element by element, and the end.\n\n" + table(architectures, variants)
     )
 
 
@@ -393,8 +514,11 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="update the marked section of this file")
     parser.add_argument("--targets", nargs="+", default=[*ARCHITECTURES, AMD], help="sm_80, sm_90, sm_100, gfx942 ...")
     options = parser.parse_args()
-    if reason := unavailable():
-        print(f"no report: {reason}", file=sys.stderr)
+    reasons = {compiler: unavailable(compiler) for compiler in ("CUDA", "Triton")}
+    for compiler, reason in reasons.items():
+        if reason:
+            print(f"nothing about the {compiler} kernels: {reason}", file=sys.stderr)
+    if all(reasons.values()):
         return 1
     text = report(options.targets)
     if options.write:

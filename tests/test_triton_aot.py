@@ -15,7 +15,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 kernel_report = pytest.importorskip("bench.kernel_report", reason="bench/ lies in the source tree only")
 
-REASON = kernel_report.unavailable()
+REASON = kernel_report.unavailable("Triton")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no kernels can be compiled here: {REASON}")
 
 VARIANTS = {variant.name: variant for variant in kernel_report.VARIANTS}
