@@ -108,6 +108,39 @@ def installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+def _eager_entropy() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def call(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logps = logits.float().log_softmax(-1)
+        return logps.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(logps.exp() * logps).sum(-1)
+
+    return call
+
+
+def _qkernels_entropy() -> Callable[[Tensor, Tensor], qkernels.TokenStats]:
+    return lambda logits, labels: qkernels.token_stats(logits, labels, outputs=("logps", "entropy"))
+
+
+def _trl_entropy() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from trl.trainer.utils import entropy_from_logits
+    from trl.trainer.utils import selective_log_softmax as published
+
+    return lambda logits, labels: (published(logits, labels), entropy_from_logits(logits))
+
+
+def _trl_kernel() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    from trl.trainer.utils import logprob_entropy
+
+    return lambda logits, labels: logprob_entropy(logits, labels)
+
+
+# Log-probs and entropy in one go: name -> how to get a function of (logits, labels); ImportError where it is missing.
+ENTROPY: dict[str, Callable[[], Callable[[Tensor, Tensor], object]]] = {
+    "qkernels": _qkernels_entropy,
+    "eager torch": _eager_entropy,
+    "TRL": _trl_entropy,
+    "TRL, logprob_entropy": _trl_kernel,
+}
+
 # Name -> (loss, the package it needs). The first is what the others are compared with.
 CONTENDERS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
     "qkernels, in place": (qkernels_in_place, "qkernels"),

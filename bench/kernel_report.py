@@ -5,7 +5,7 @@
 
 Needs no GPU. Every variant of the Triton kernels is compiled ahead of time, for NVIDIA and for AMD, where triton is
 installed; the CUDA kernels (csrc/cuda) are compiled to cubins where there is an nvcc. Machine code for NVIDIA is read
-with cuobjdump and nvdisasm, of the CUDA toolkit or of the triton wheel. The last column is an estimate, not a measurement.
+with cuobjdump and nvdisasm, of the CUDA toolkit or of the triton wheel. The last column is an estimate, no measurement.
 """
 
 from __future__ import annotations

@@ -23,10 +23,40 @@ def median_seconds(call: Callable[[], object], rounds: int = 5) -> float:
     return statistics.median(times)
 
 
+def device_seconds(
+    call: Callable[[], object], device: torch.device, rounds: int, setup: Callable[[], object] | None = None
+) -> list[float]:
+    """Time of each round after one warm-up, without `setup`: on a GPU between two events, elsewhere by the wall clock.
+
+    On a GPU all rounds are queued before the first is waited for, so that launches do not count where they keep up.
+    """
+    marks = []
+    for i in range(rounds + 1):
+        if setup is not None:
+            setup()
+        if device.type == "cuda":
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            call()
+            pair[1].record()
+            marks.append(lambda pair=pair: pair[0].elapsed_time(pair[1]) / 1e3)
+        else:
+            start = time.perf_counter()
+            call()
+            passed = time.perf_counter() - start
+            marks.append(lambda passed=passed: passed)
+        if i == 0 and device.type == "cuda":
+            torch.cuda.synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return [mark() for mark in marks[1:]]
+
+
 def copy_bandwidth(like: torch.Tensor, rounds: int = 5) -> float:
     """Bytes per second of `torch.Tensor.copy_` on a tensor of this size, read and write both counted."""
     target = torch.empty_like(like)
-    return 2 * like.numel() * like.element_size() / median_seconds(lambda: target.copy_(like), rounds)
+    seconds = statistics.median(device_seconds(lambda: target.copy_(like), like.device, rounds))
+    return 2 * like.numel() * like.element_size() / seconds
 
 
 def _status(field: str) -> int:

@@ -1,0 +1,559 @@
+"""Everything that needs a GPU, in one go: build, tests, memory checks, values, and measurements beside a copy.
+
+    python -m bench.gpu_check                       all steps; results go to bench/results/<gpu>-<date>.{md,json}
+    python -m bench.gpu_check --steps values stats  only these
+    python -m bench.gpu_check --device cpu          a rehearsal: the same code on tiny tensors, nothing is kept
+
+Each step runs in a process of its own under a time limit. One that fails is reported, the others run all the same, and
+the exit status is 1. To add a step, write a function `(Bench) -> list[str]` and enter it in `STEPS`: what it measures
+goes to `bench.add`, the lines it returns are printed under its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import measure, report
+
+ROOT = Path(__file__).resolve().parents[1]
+IGNORE = -100
+
+
+@dataclass
+class Bench:
+    """One step's view of the run: where, how large, and what was measured so far."""
+
+    device: torch.device
+    quick: bool
+    entries: list[report.Entry] = field(default_factory=list)
+    copies: dict[tuple[torch.dtype, int], float] = field(default_factory=dict)
+
+    @property
+    def rehearsal(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def rounds(self) -> int:
+        return 3 if self.rehearsal else 10 if self.quick else 30
+
+    @property
+    def rows(self) -> int:
+        return 8 if self.rehearsal else 2048 if self.quick else 8192
+
+    @property
+    def vocab(self) -> int:
+        return 515 if self.rehearsal else 128256
+
+    def backends(self) -> list[str]:
+        """The backends with kernels that run here."""
+        from qkernels import backends
+
+        return [n for n in ("cuda", "triton", "cpu") if backends.unavailable(n, self.device, torch.float32) is None]
+
+    def logits(self, rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        out = torch.empty(rows, vocab, dtype=dtype, device=self.device)
+        for part in out.split(1024):  # the fp32 originals are not kept
+            part.copy_(3 * torch.randn(part.shape, generator=generator, device=self.device))
+        return out
+
+    def labels(self, rows: int, vocab: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(1)
+        return torch.randint(0, vocab, (rows,), generator=generator, device=self.device)
+
+    def add(
+        self,
+        work: str,
+        contender: str,
+        logits: Tensor,
+        passes: float,
+        call: Callable[[], object],
+        setup: Callable[[], object] | None = None,
+    ) -> float:
+        """Time a call that reads or writes `passes` times the bytes of `logits`, beside a copy of as many; seconds."""
+        size = logits.numel() * logits.element_size()
+        key = (logits.dtype, size)
+        if key not in self.copies:
+            self.copies[key] = measure.copy_bandwidth(logits, self.rounds)
+        seconds = measure.device_seconds(call, self.device, self.rounds, setup)
+        median = statistics.median(seconds)
+        moved = int(passes * size)
+        self.entries.append(
+            report.Entry(
+                work=work,
+                contender=contender,
+                dtype=str(logits.dtype).removeprefix("torch."),
+                shape=f"{logits.numel() // logits.shape[-1]} rows x {logits.shape[-1]}",
+                milliseconds=median * 1e3,
+                fastest=min(seconds) * 1e3,
+                slowest=max(seconds) * 1e3,
+                bytes_moved=moved,
+                copy_ratio=median * self.copies[key] / moved,
+                peak_bytes=None,
+                logits_bytes=size,
+            )
+        )
+        return median
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _run(*command: str, keep: int = 2, **environment: str) -> list[str]:
+    """Run a command; its output is passed on, so that a step that is stopped shows how far it came. Its last lines."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip())
+    if process.wait() != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+    return [line for line in lines if line][-keep:]
+
+
+def build(bench: Bench) -> list[str]:
+    """Build the extension in place, for this GPU alone."""
+    if bench.rehearsal:
+        return _run(sys.executable, "setup.py", "--version")
+    major, minor = torch.cuda.get_device_capability(bench.device)
+    how = {"QKERNELS_CUDA": "1", "QKERNELS_CUDA_ARCHS": f"{major}{minor}"}
+    return _run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", **how)
+
+
+def tests(bench: Bench) -> list[str]:
+    """The whole test suite; every test that takes a backend runs on the GPU's as well."""
+    chosen = ["tests/test_import.py", "-k", "version"] if bench.rehearsal else ["tests"]
+    return _run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, keep=1)
+
+
+def exercise(bench: Bench) -> list[str]:
+    """Each kernel once on small tensors of awkward shapes; what the memory checks run."""
+    from qkernels import ops
+    from qkernels.rows import COLUMNS, REFERENCE_STATE, STATE
+
+    for name in bench.backends():
+        for vocab, dtype, shift in ((1, torch.float32, 1), (2053, torch.bfloat16, 3), (20011, torch.float16, 5)):
+            logits = bench.logits(1, 3 * vocab + shift, dtype)[:, shift:].view(1, 3, vocab)
+            other = bench.logits(1, 3 * vocab, torch.float32, 1).view(1, 3, vocab)
+            labels = torch.tensor([[0, IGNORE, vocab - 1]], device=bench.device)
+            for reference in (logits.clone(), other):
+                how = (1.0, IGNORE, name)
+                stats = ops.row_stats(logits, labels, reference, (1 << len(COLUMNS)) - 1, *how)
+                state = ops.row_stats(logits, labels, reference, STATE | REFERENCE_STATE, *how)
+                for k in (1, 5):
+                    coefficients = torch.ones(k, 1, 3, device=bench.device)
+                    ops.row_grad(logits, labels, reference, stats[:3], state[3:], coefficients, *how)
+                    ops.row_grad_(logits.clone(), labels, reference, stats[:3], state[3:], coefficients, *how)
+        logps = -torch.rand(6, 50, device=bench.device)
+        ops.pair_loss(logps, logps - 0.1, torch.ones_like(logps), None, 0.1, 0.1, name)
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize(bench.device)
+    return [f"ran {', '.join(bench.backends())}"]
+
+
+def sanitizer(bench: Bench) -> list[str]:
+    """compute-sanitizer over `exercise`: memory out of bounds, races in shared memory."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    inner = [sys.executable, "-m", "bench.gpu_check", "--device", bench.device.type, "--child", "exercise"]
+    if bench.rehearsal:
+        _run(*inner)
+        return ["ran without compute-sanitizer"]
+    if tool is None:
+        return ["not installed: compute-sanitizer"]
+    found = []
+    for kind in ("memcheck", "racecheck"):
+        last = _run(tool, "--tool", kind, "--error-exitcode", "9", *inner, keep=1, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        found += [f"{kind}: {line}" for line in last]
+    return found
+
+
+def values(bench: Bench) -> list[str]:
+    """Log-probs, entropy, KL and gradients against float64, at the size that is measured and at awkward ones."""
+    from qkernels import token_stats
+
+    lines = []
+    names = ("logps", "entropy", "kl_policy_reference", "reference_logps")
+    shapes = [(5, 515), (3, 1)] if bench.rehearsal else [(64, 128256), (33, 128257), (600, 32003), (1, 128257), (7, 1)]
+    for backend in bench.backends():
+        worst, worst_gradient = 0.0, 0.0
+        for rows, vocab in shapes:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                z = bench.logits(rows, vocab, dtype).requires_grad_()
+                exact = z.detach().double().requires_grad_()
+                reference = bench.logits(rows, vocab, dtype, 2)
+                labels = bench.labels(rows, vocab)
+                got = token_stats(z, labels, reference_logits=reference, outputs=names, backend=backend)
+                want = token_stats(exact, labels, reference_logits=reference.double(), outputs=names, backend="torch")
+                for name in names:
+                    a, b = getattr(got, name).double(), getattr(want, name)
+                    worst = max(worst, ((a - b).abs() / b.abs().clamp_min(1)).max().item())
+                (got.logps.sum() + got.entropy.sum()).backward()
+                (want.logps.sum() + want.entropy.sum()).backward()
+                assert z.grad is not None and exact.grad is not None
+                error = (z.grad.double() - exact.grad).abs().amax(-1) / exact.grad.abs().amax(-1).clamp_min(1e-30)
+                rounding = 1.0 if dtype == torch.float32 else 1e-5 / (torch.finfo(dtype).eps / 2 + 1e-5)
+                worst_gradient = max(worst_gradient, error[exact.grad.abs().amax(-1) > 1e-9].max().item() * rounding
+                                     if bool((exact.grad.abs().amax(-1) > 1e-9).any()) else 0.0)  # fmt: skip
+        lines.append(f"{backend}: log-probs, entropy and KL within {worst:.1e}, gradients within {worst_gradient:.1e}")
+        if worst > 1e-5 or worst_gradient > 2e-5:
+            raise RuntimeError(lines[-1] + " of float64: too far")
+    return lines
+
+
+def stats(bench: Bench) -> list[str]:
+    """Per-token numbers, no gradient: one read of the logits."""
+    import qkernels
+
+    n, v = bench.rows, bench.vocab
+    cases = [(n, v, torch.bfloat16), (n, v + 1, torch.bfloat16), (n // 2, v, torch.float32), (16, v, torch.bfloat16)]
+    for rows, vocab, dtype in cases:
+        logits, reference = bench.logits(rows, vocab, dtype), bench.logits(rows, vocab, dtype, 2)
+        labels = bench.labels(rows, vocab)
+        for backend in bench.backends():
+            for work, outputs, passes in (
+                ("log-probs", ("logps",), 1),
+                ("log-probs and entropy", ("logps", "entropy"), 1),
+                ("log-probs of both models", ("logps", "reference_logps"), 2),
+                ("both models with KLs", ("logps", "kl_reference_policy", "kl_policy_reference"), 2),
+            ):
+                bench.add(
+                    work, f"qkernels, {backend}", logits, passes,
+                    functools.partial(
+                        qkernels.token_stats, logits, labels, outputs=outputs, backend=backend,
+                        reference_logits=reference if passes == 2 else None,
+                    ),
+                )  # fmt: skip
+    return []
+
+
+def backward(bench: Bench) -> list[str]:
+    """The gradient kernel by itself, in place: one read, one write. Refilled before each round, which is not timed."""
+    from qkernels import ops
+    from qkernels.rows import STATE
+
+    for vocab in (bench.vocab, bench.vocab + 1):
+        logits = bench.logits(bench.rows, vocab, torch.bfloat16)
+        labels = bench.labels(bench.rows, vocab).unsqueeze(0)
+        work = logits.clone().unsqueeze(0)
+        coefficients = torch.ones(1, 1, bench.rows, device=bench.device)
+        for backend in bench.backends():
+            how = (1.0, IGNORE, backend)
+            state = ops.row_stats(logits.unsqueeze(0), labels, None, STATE, *how)
+            bench.add(
+                "gradient in place", f"qkernels, {backend}", logits, 2,
+                functools.partial(ops.row_grad_, work, labels, None, state, None, coefficients, *how),
+                functools.partial(work.copy_, logits),
+            )  # fmt: skip
+    return []
+
+
+class _Loss:
+    """The whole default loss with cached reference log-probs, forward and backward, in place."""
+
+    def __init__(self, bench: Bench, backend: str, sequences: int, rows: int, vocab: int):
+        self.backend, self.source = backend, bench.logits(rows, vocab, torch.bfloat16).view(sequences, -1, vocab)
+        self.labels = bench.labels(rows, vocab).view(sequences, -1)
+        self.reference = -5 * torch.rand(self.labels.shape, device=bench.device)
+        self.storage = self.source.clone()
+        self.leaf = self.storage
+
+    def refill(self) -> None:
+        self.storage.copy_(self.source)
+        self.leaf = self.storage.detach().requires_grad_()
+
+    def run(self, inplace: bool = True) -> Tensor:
+        import qkernels
+
+        out = qkernels.fused_token_dpo(
+            self.leaf, self.labels, reference_logps=self.reference, inplace_backward=inplace, backend=self.backend
+        )
+        out.loss.backward()
+        return out.loss.detach()
+
+
+def loss(bench: Bench) -> list[str]:
+    """The default loss, forward and backward, cached reference: three passes are the floor."""
+    for backend in bench.backends():
+        whole = _Loss(bench, backend, 8, bench.rows, bench.vocab)
+        bench.add(
+            "loss and gradient, cached reference", f"qkernels, {backend}", whole.source, 3, whole.run, whole.refill
+        )
+    return []
+
+
+def peers(bench: Bench) -> list[str]:
+    """The loss from both models' logits by what people would use instead; and log-probs with entropy."""
+    from . import contenders
+
+    lines = []
+    rows, vocab = bench.rows // (1 if bench.rehearsal else 2), bench.vocab
+    policy = bench.logits(rows, vocab, torch.bfloat16).view(8, -1, vocab)
+    reference = bench.logits(rows, vocab, torch.bfloat16, 2).view(8, -1, vocab)
+    labels = bench.labels(rows, vocab).view(8, -1)
+    storage = policy.clone()
+    holder: dict[str, Tensor] = {}
+
+    def refill() -> None:
+        storage.copy_(policy)
+        holder["leaf"] = storage.detach().requires_grad_()
+
+    def attempt(name: str, work: str, passes: float, call: Callable[[], object], setup: Any = None) -> None:
+        try:
+            bench.add(work, name, policy, passes, call, setup)
+        except Exception as error:  # a peer that fails is a line, not the end
+            lines.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    for name, (function, package) in contenders.CONTENDERS.items():
+        if not contenders.installed(package):
+            lines.append(f"{name}: not installed")
+        elif not (bench.rehearsal and name == "torch.compile"):  # compiling takes longer than the whole rehearsal
+            attempt(
+                name, "loss and gradient, reference logits", 4,
+                lambda f=function: f(holder["leaf"], reference, labels).backward(), refill,
+            )  # fmt: skip
+    for name, entropy in contenders.ENTROPY.items():
+        try:
+            call = entropy()
+        except ImportError:
+            lines.append(f"{name}: not installed")
+            continue
+        attempt(name, "log-probs and entropy, beside peers", 1, lambda c=call: c(policy, labels))
+    lines.append(
+        "F.linear_cross_entropy starts from hidden states: "
+        + (
+            "there, not comparable here"
+            if hasattr(torch.nn.functional, "linear_cross_entropy")
+            else "not in this torch"
+        )
+    )
+    return lines
+
+
+def launch(bench: Bench) -> list[str]:
+    """Host time of the whole loss on a tiny input: what Python, torch and the launches cost."""
+    lines = []
+    for backend in bench.backends():
+        tiny = _Loss(bench, backend, 4, 16, 64)
+        tiny.leaf = tiny.storage.detach().requires_grad_()
+        times = []
+        for i in range(20 if bench.rehearsal else 500):
+            tiny.leaf.grad = None
+            start = time.perf_counter()
+            tiny.run(inplace=False)
+            times.append(time.perf_counter() - start)
+            if i % 50 == 0 and bench.device.type == "cuda":
+                torch.cuda.synchronize(bench.device)
+        lines.append(f"{backend}: {1e6 * statistics.median(times):.0f} us per forward and backward")
+    return lines
+
+
+def graph(bench: Bench) -> list[str]:
+    """The whole loss captured in a CUDA graph gives the loss and the gradient of an ordinary call."""
+    lines = []
+    for backend in bench.backends():
+        whole = _Loss(bench, backend, 4, 16 if bench.rehearsal else 256, bench.vocab)
+        whole.leaf = whole.storage.detach().requires_grad_()
+        expected = whole.run(inplace=False)
+        assert whole.leaf.grad is not None
+        gradient = whole.leaf.grad.clone()
+        if bench.rehearsal:
+            lines.append(f"{backend}: ran without a graph")
+            continue
+        side = torch.cuda.Stream(bench.device)
+        side.wait_stream(torch.cuda.current_stream(bench.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                whole.leaf.grad = None
+                whole.run(inplace=False)
+        torch.cuda.current_stream(bench.device).wait_stream(side)
+        captured = torch.cuda.CUDAGraph()
+        whole.leaf.grad = None
+        with torch.cuda.graph(captured):
+            result = whole.run(inplace=False)
+        result.zero_()
+        whole.leaf.grad.zero_()
+        captured.replay()
+        torch.cuda.synchronize(bench.device)
+        if not (torch.equal(result, expected) and torch.equal(whole.leaf.grad, gradient)):
+            raise RuntimeError(
+                f"{backend}: a replay gives {result.item()}, expected {expected.item()}, or other gradients"
+            )
+        seconds = statistics.median(measure.device_seconds(captured.replay, bench.device, bench.rounds))
+        lines.append(f"{backend}: the same bits; {1e6 * seconds:.0f} us per replay of 256 rows")
+    return lines
+
+
+def auto(bench: Bench) -> list[str]:
+    """What "auto" takes here, and how the backends compare on the work of a training step."""
+    from qkernels import backends, token_logps
+
+    logits = bench.logits(bench.rows, bench.vocab, torch.bfloat16)
+    labels = bench.labels(bench.rows, bench.vocab)
+    picked = backends.resolve("auto", logits)
+    times = {
+        name: statistics.median(
+            measure.device_seconds(lambda n=name: token_logps(logits, labels, backend=n), bench.device, bench.rounds)
+        )
+        for name in bench.backends()
+    }
+    best = min(times, key=lambda name: times[name])
+    listed = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in times.items())
+    verdict = (
+        "the fastest" if picked == best else f"{best} is faster: change the order in qkernels/backends/__init__.py"
+    )
+    return [f"auto takes {picked} ({listed}): {verdict}"]
+
+
+# Name -> (step, most seconds it may take). In this order; more steps go here. The test suite comes last: it may use up
+# what is left of the time.
+STEPS: dict[str, tuple[Callable[[Bench], list[str]], int]] = {
+    "build": (build, 120),
+    "values": (values, 60),
+    "stats": (stats, 60),
+    "backward": (backward, 30),
+    "loss": (loss, 30),
+    "peers": (peers, 90),
+    "launch": (launch, 20),
+    "graph": (graph, 30),
+    "auto": (auto, 30),
+    "sanitizer": (sanitizer, 90),
+    "tests": (tests, 360),
+}
+CHILDREN = {**{name: step for name, (step, _) in STEPS.items()}, "exercise": exercise}
+TOTAL_SECONDS = 470  # for all steps
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def child(name: str, bench: Bench) -> int:
+    """One step in this process; its result is the last line of the output."""
+    lines = CHILDREN[name](bench)
+    print("\n" + json.dumps({"lines": lines, "entries": [asdict(entry) for entry in bench.entries]}))
+    return 0
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """The machine and software that the figures belong to."""
+    facts = measure.machine()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        gpu = f"{properties.name}, {properties.multi_processor_count} processors, {memory}"
+        facts = {"GPU": gpu, "CUDA": str(torch.version.cuda), **facts}
+    else:
+        facts = {"rehearsal": "tiny tensors on the CPU; the figures mean nothing", **facts}
+    return facts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS), help="only these steps")
+    parser.add_argument("--no-build", action="store_true", help="take the extension that is there")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the rows, a third of the rounds")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal on tiny tensors")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go (default: bench/results)")
+    parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("torch finds no GPU; --device cpu is a rehearsal without one", file=sys.stderr)
+        return 2
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    if options.child:
+        return child(options.child, Bench(device, options.quick))
+    names = [name for name in options.steps if not (options.no_build and name == "build")]
+    text, entries, failed = run_steps(names, options, device)
+    print(text)
+    out = options.out or (None if device.type == "cpu" else ROOT / "bench" / "results")
+    if out is not None:
+        keep(out, text, entries, device)
+    return 1 if failed else 0
+
+
+def run_steps(
+    names: list[str], options: argparse.Namespace, device: torch.device
+) -> tuple[str, list[report.Entry], list[str]]:
+    """Run steps one after the other: `(Markdown, measurements, names of failed steps)`."""
+    entries: list[report.Entry] = []
+    failed: list[str] = []
+    notes: list[str] = []
+    begun = time.perf_counter()
+    for name in names:
+        left = TOTAL_SECONDS - (time.perf_counter() - begun)
+        start = time.perf_counter()
+        lines, ok = one_step(name, options, min(STEPS[name][1], max(1.0, left)), entries)
+        if not ok:
+            failed.append(name)
+        state = "ok" if ok else "FAILED"
+        notes.append(f"- {name}: {state}, {time.perf_counter() - start:.0f} s")
+        notes += [f"  - {line}" for line in lines]
+        print(f"{name}: {state}", file=sys.stderr, flush=True)
+    return "\n".join([*notes, "", report.markdown(entries, machine(device))]), entries, failed
+
+
+def one_step(
+    name: str, options: argparse.Namespace, limit: float, entries: list[report.Entry]
+) -> tuple[list[str], bool]:
+    """A step in a process of its own; what it measured is added to `entries`."""
+    command = [sys.executable, "-m", "bench.gpu_check", "--device", options.device, "--child", name]
+    command += ["--quick"] if options.quick else []
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        )  # fmt: skip
+        status: int | None = None
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the step and what it started
+            process.wait()
+        output.seek(0)
+        printed = output.read().strip().splitlines()
+    if status is None:
+        return [*printed[-20:], f"stopped after {limit:.0f} s"], False
+    if status != 0:
+        return printed[-20:], False
+    result = json.loads(printed[-1])
+    entries += [report.Entry(**entry) for entry in result["entries"]]
+    return result["lines"], True
+
+
+def keep(out: Path, text: str, entries: list[report.Entry], device: torch.device) -> None:
+    """`<gpu>-<date>.md` and `.json`."""
+    out.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "rehearsal"
+    name = f"{'-'.join(gpu.lower().replace('/', ' ').split())}-{datetime.date.today().isoformat()}"
+    (out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    document = {"machine": machine(device), "results": [asdict(entry) for entry in entries]}
+    (out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {out / name}.md and .json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
