@@ -58,7 +58,9 @@ template <Gather kGather, bool kPair, int kBlock>
 __device__ __forceinline__ Partial add_block(Partial mine, double log2e_per_temperature) {
   constexpr int kWarps = kBlock / 32;
   __shared__ Maxima maxima[kWarps];
-  __shared__ Partial partial[kWarps];
+  // As bytes: shared variables have no constructors.
+  __shared__ __align__(16) unsigned char memory[kWarps * sizeof(Partial)];
+  Partial* partial = reinterpret_cast<Partial*>(memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Maxima m = warp_maxima<kGather, kPair>({mine.sums.policy.max, mine.sums.reference.max, mine.before});
   if (lane == 0) maxima[warp] = m;
