@@ -57,8 +57,8 @@ def cuda_architectures(nvcc: str) -> list[str]:
         raise SystemExit(
             f"{nvcc} does not compile for all of {wanted} (QKERNELS_CUDA_ARCHS); it knows {listed.split()}"
         )
-    newest = max(known, key=lambda name: int(name.rstrip("af")))
-    return [name if name == newest else f"{name}-real" for name in known]
+    *older, newest = sorted(known, key=lambda name: int(name.rstrip("af")))
+    return [*(f"{name}-real" for name in older), newest]
 
 
 def cuda_plan() -> tuple[str | None, str | None]:

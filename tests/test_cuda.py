@@ -35,7 +35,7 @@ def test_why_it_cannot_run(pretended):
     assert "got torch.float64" in cuda.unavailable(GPU, torch.float64)
     assert "the tensor is on cpu" in cuda.unavailable(CPU, torch.float32)
     pretended.setattr(cuda, "_cannot_run", lambda index: "no kernel image")
-    assert "no kernel image (cuda:0; compiled for 90)" in cuda.unavailable(GPU, torch.float32)
+    assert "no kernel image (cuda:0; compiled for sm_90, compute_90)" in cuda.unavailable(GPU, torch.float32)
     pretended.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert "8.0 or higher, cuda:0 has 7.5" in cuda.unavailable(GPU, torch.float32)
     pretended.setattr(torch.cuda, "is_available", lambda: False)

@@ -36,7 +36,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if capability < (8, 0):
         return f"its kernels need compute capability 8.0 or higher, cuda:{index} has {capability[0]}.{capability[1]}"
     if reason := _cannot_run(index):
-        return f"{reason} (cuda:{index}; compiled for {extension.CUDA_ARCHITECTURES})"
+        return f"{reason} (cuda:{index}; compiled for {', '.join(architectures())})"
     if dtype not in CODES:
         return f"its kernels take float32, bfloat16 and float16, got {dtype}"
     return None
@@ -48,6 +48,13 @@ def why_not_built() -> str:
     return f"{built.get('reason') or 'it was built without'}; reinstall qkernels where nvcc is on the PATH"
 
 
+def architectures() -> list[str]:
+    """What the kernels were compiled for; the last one is there as PTX too, for later GPUs."""
+    assert extension is not None
+    names = [name.removesuffix("-real") for name in extension.CUDA_ARCHITECTURES.split(",")]
+    return [f"sm_{name}" for name in names] + [f"compute_{names[-1]}"]
+
+
 def describe() -> dict[str, Any]:
     """What `qkernels.info()` says about the CUDA part of the extension."""
     if extension is None:
@@ -57,7 +64,7 @@ def describe() -> dict[str, Any]:
     return {
         "built": True,
         "version": extension.CUDA_VERSION,
-        "compiled_for": extension.CUDA_ARCHITECTURES.split(","),
+        "compiled_for": architectures(),
     }
 
 
