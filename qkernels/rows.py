@@ -107,7 +107,6 @@ def by_name(columns: int, carrying: tuple[str, ...], results: tuple[torch.Tensor
     }
 
 
-def coefficients(stats: torch.Tensor, grads: Mapping[str, torch.Tensor | None], columns: int) -> torch.Tensor:
 def check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError for a label outside [0, V), on the CPU and with QKERNELS_CHECK=1 (which makes the host wait)."""
     if labels.device.type == "cpu" or os.environ.get("QKERNELS_CHECK") == "1":
@@ -116,7 +115,7 @@ def check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
             raise label_error(labels, int(bad.reshape(-1).nonzero()[0]), vocab)
 
 
-def coefficients(stats: torch.Tensor, grad: torch.Tensor, columns: int) -> torch.Tensor:
+def coefficients(stats: torch.Tensor, grads: Mapping[str, torch.Tensor | None], columns: int) -> torch.Tensor:
     """Upstream gradients of the columns -> the coefficients of `row_grad` (chain rule; formulas of each column).
 
     With H the entropy, K = KL(policy || reference), and upstream gradients g of each output:

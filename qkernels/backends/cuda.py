@@ -128,7 +128,7 @@ def row_stats(
     return out
 
 
-def _row_grad_into(
+def row_grad_into(
     out: Tensor,
     logits: Tensor,
     labels: Tensor,
@@ -139,6 +139,7 @@ def _row_grad_into(
     temperature: float,
     ignore_index: int,
 ) -> None:
+    """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
     assert extension is not None
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     reference_state = None if reference is None or reference_state is None else reference_state.contiguous()
@@ -161,13 +162,13 @@ def _row_grad_into(
 def row_grad(logits: Tensor, *args: Any) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _row_grad_into(out, logits, *args)
+    row_grad_into(out, logits, *args)
     return out
 
 
 def row_grad_(logits: Tensor, *args: Any) -> None:
     """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
-    _row_grad_into(logits, logits, *args)
+    row_grad_into(logits, logits, *args)
 
 
 def pair_loss(
