@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rows import label_error
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -128,7 +130,21 @@ def readable(value: Tensor) -> bool:
     """Whether the host may look at values: those of a CUDA tensor would make it wait, a traced one has none."""
     if torch.compiler.is_compiling() or value.device.type == "meta":
         return False
-    return value.device.type == "cpu" or os.environ.get("QKERNELS_CHECK") == "1"
+    return value.device.type == "cpu" or asked_to_check()
+
+
+def asked_to_check() -> bool:
+    """Whether the user wants checks that make the host wait for the device."""
+    return os.environ.get("QKERNELS_CHECK") == "1"
+
+
+def label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
+    """IndexError for a label outside [0, V), where the host can look."""
+    if not readable(labels):
+        return
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+    if bool(bad.any()):
+        raise label_error(labels, int(bad.reshape(-1).nonzero()[0]), vocab)
 
 
 def pairs(sequences: int, what: str) -> None:

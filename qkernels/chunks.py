@@ -25,6 +25,7 @@ from . import backends, rows
 from .head import Head, WeightGrad, gradient_dtype
 from .memory import empty
 from .rows import BIT
+from .vocab_parallel import IGNORED, Shard
 
 
 class Model(NamedTuple):
@@ -41,6 +42,8 @@ class LinearConfig(NamedTuple):
     columns: bit mask of the per-row results (`qkernels.rows`).
     dtype, reference_dtype: of the products (autocast's, or the inputs' own).
     chunk_rows: rows of logits that exist at a time.
+    shard: this rank's part of the vocabulary, whose columns the heads hold; None where they hold all. All ranks walk
+        the same chunks: two small all-reduces make their per-row results those of whole rows, and dX is summed.
     """
 
     columns: int
@@ -52,6 +55,16 @@ class LinearConfig(NamedTuple):
     reference_dtype: torch.dtype
     chunk_rows: int
     backend: str
+    shard: Shard | None = None
+
+    def for_op(self) -> tuple:
+        """As the arguments of an op (`qkernels.ops`), which takes no tuples."""
+        return *self[:-1], *((None, 0, 0, 0) if self.shard is None else self.shard[:4])
+
+    @staticmethod
+    def from_op(*args) -> LinearConfig:
+        """The inverse."""
+        return LinearConfig(*args[:-4], None if args[-4] is None else Shard(*args[-4:]))
 
     @property
     def row_temperature(self) -> float:
@@ -151,8 +164,9 @@ class Pass:
     def stats(self, chunk: _Chunk, columns: int) -> Tensor:
         """`[K, 1, n]`: the per-row results of a chunk."""
         config = self.config
-        result: Tensor = self.backend.row_stats(
-            chunk.logits, chunk.labels, chunk.reference, columns, config.row_temperature, config.ignore_index
+        args = (chunk.logits, chunk.labels, chunk.reference, columns, config.row_temperature, config.ignore_index)
+        result: Tensor = (
+            self.backend.row_stats(*args) if config.shard is None else config.shard.row_stats(*args, self.backend)
         )
         return result
 
@@ -167,8 +181,14 @@ class Pass:
         config, n = self.config, chunk.labels.shape[1]
         reference_state = stats[3:6] if coefficients.shape[0] > 1 and stats.shape[0] >= 6 else None
         reference = chunk.reference if reference_state is not None else None
-        args = (chunk.labels, reference, stats[:3], reference_state, coefficients)
-        how = (config.row_temperature, config.ignore_index)
+        labels, state, ignore_index = chunk.labels, stats[:3], config.ignore_index
+        if config.shard is not None:
+            labels, state, coefficients = config.shard.gradient_inputs(
+                chunk.logits, labels, state, coefficients, config.row_temperature, ignore_index
+            )
+            ignore_index = IGNORED
+        args = (labels, reference, state, reference_state, coefficients)
+        how = (config.row_temperature, ignore_index)
         if config.softcap is not None:
             grad = self._buffer("capped", n, self.wide)
             self.backend.row_grad_into(grad.unsqueeze(0), chunk.logits, *args, *how)
@@ -260,15 +280,20 @@ class _Gradients:
             coefficients = coefficients / scale
             scale = scale.view(-1, 1)
         g = self.work.gradient(chunk, states, coefficients)
+        dx = None
         if self.hidden is not None:
             dx = self.work.head.input_grad(g)
-            _put(self.hidden, chunk.where, dx if scale is None else dx.float() * scale)
+            dx = dx if scale is None else dx.float() * scale
+        shard = self.work.config.shard
+        summed = None if dx is None or shard is None else shard.sum_(dx)  # while the product of dW runs
         if scale is not None:
             # The rows' own scales, relative to the largest, ride on x; the largest on the sum.
             top = scale.amax()
             self.weight.add(g, (x.float() * (scale / top)).to(x.dtype), scale.view(-1), top)
         else:
             self.weight.add(g, x)
+        if self.hidden is not None and dx is not None:
+            _put(self.hidden, chunk.where, dx if summed is None else summed())
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         policy = self.work.policy

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, objectives, ops, preference, rows
+from . import backends, checks, distributed, objectives, ops, preference, rows, vocab_parallel
 from .autograd.logits import DefaultLoss, RowStats, refuse_overwritten
+from .distributed import Ranks, SequenceShard
 from .objectives import LossType
 from .preference import Batch, Reference, TokenDPOOutput
 from .rows import BIT, RowConfig
+from .vocab_parallel import Shard
 
 
 class TokenStats(NamedTuple):
@@ -94,6 +96,7 @@ class _Rows(NamedTuple):
     ignore_index: int
     inplace: bool
     backend: str
+    shard: Shard | None
 
     def differentiable(self) -> bool:
         """Whether a gradient may be asked for."""
@@ -108,9 +111,10 @@ class _Rows(NamedTuple):
                 columns |= rows.REFERENCE_STATE
         config = RowConfig(columns, self.temperature, self.ignore_index, self.backend)
         if differentiable:
-            results = RowStats.apply(self.logits, self.labels, self.reference, config, self.inplace, carrying)
-            return rows.by_name(columns, carrying, results)
-        return rows.by_name(columns, (), (ops.row_stats(self.logits, self.labels, self.reference, *config),))
+            args = (self.logits, self.labels, self.reference, config, self.inplace, carrying, self.shard)
+            return rows.by_name(columns, carrying, RowStats.apply(*args))
+        stats = vocab_parallel.row_stats(self.logits, self.labels, self.reference, config, self.shard)
+        return rows.by_name(columns, (), (stats,))
 
 
 def _prepare(
@@ -122,15 +126,24 @@ def _prepare(
     ignore_index: Any,
     inplace_backward: Any,
     backend: str,
+    ranks: Ranks | None,
+    equal: dict[str, Any],
+    agreed: dict[str, Any],
 ) -> _Rows:
-    """Check what all functions on logits share, and view the logits as `[S, T, V]`."""
+    """Check what all functions on logits share, and view the logits as `[S, T, V]`.
+
+    Args (the last two matter with `ranks` only):
+        ranks: those to agree with.
+        equal: tensors that all ranks of `tp_group` have to have alike, besides the labels.
+        agreed: what else has to be the same there.
+    """
     logits = checks.logits(logits, name)
     refuse_overwritten(logits, name)
     labels = checks.labels(labels, logits, name)
     reference = None if reference_logits is None else checks.reference_logits(reference_logits, logits, name)
     if reference is not None:
         refuse_overwritten(reference_logits, "reference_logits")
-    return _Rows(
+    checked = _Rows(
         _as_3d(logits, name),
         _as_2d(labels),
         None if reference is None else _as_3d(reference, "reference_logits"),
@@ -139,7 +152,19 @@ def _prepare(
         checks.ignore_index(ignore_index),
         checks.inplace(inplace_backward, logits, name, {"reference_logits": reference}),
         backends.resolve(backend, logits),
+        None,
     )
+    if ranks is not None:
+        agreed = agreed | {
+            "dtype of the results": rows.stats_dtype(logits.dtype),
+            "a reference": reference is not None,
+            "temperature, ignore_index": (temperature, ignore_index),
+        }
+        shard = vocab_parallel.agree(ranks, logits.shape[-1], labels, checked.ignore_index, equal, agreed)
+        if shard is None:  # the backend would see them too late for the other ranks of sp_group
+            checks.label_range(labels, logits.shape[-1], checked.ignore_index)
+        checked = checked._replace(shard=shard)
+    return checked
 
 
 def _as_3d(logits: Tensor, name: str) -> Tensor:
@@ -170,6 +195,7 @@ def token_logps(
     ignore_index: int = -100,
     inplace_backward: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
 ) -> Tensor:
     """Log-probability of each label under softmax(logits / temperature), differentiable, one read of the logits.
 
@@ -181,6 +207,10 @@ def token_logps(
         inplace_backward: let the backward write dL/dlogits over `logits`' own storage, which saves a tensor of their
             size. A second backward, or using the logits again, raises.
         backend: "auto", or by name; `qkernels.info()` lists what can run.
+        tp_group: process group (or 1-D `DeviceMesh`) over whose ranks, in their order, the vocabulary is split: each
+            passes its columns of the logits and the same labels (of the whole vocabulary), and gets the results of
+            the whole rows. Logits that are a DTensor sharded in their last dimension over a 1-D mesh imply their
+            group. See docs/scaling.md.
 
     Returns:
         `[...]` fp32 (fp64 for fp64 logits), nats; 0 at ignored rows. -inf for a label whose logit is -inf; NaN for a
@@ -188,10 +218,16 @@ def token_logps(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, stride or option; the message names it.
+        ValueError, RuntimeError: ranks of a group that disagree, or one that failed; on every rank.
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
         RuntimeError: logits that an earlier in-place backward has overwritten.
     """
-    call = _prepare(logits, "logits", labels, None, temperature, ignore_index, inplace_backward, backend)
+    tp_group, hint, (logits, labels) = distributed.to_local(tp_group, logits=(logits, -1), labels=(labels, None))
+    with distributed.ranks(tp_group, None, logits, hint) as ranks:
+        call = _prepare(
+            logits, "logits", labels, None, temperature, ignore_index, inplace_backward, backend,
+            ranks, {}, {"the call": "token_logps"},
+        )  # fmt: skip
     return call.stats(BIT["logps"], ("logps",))["logps"].view(call.shape)
 
 
@@ -222,6 +258,7 @@ def token_stats(
     ignore_index: int = -100,
     inplace_backward: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
 ) -> TokenStats:
     """Any subset of the per-token numbers of a policy (and its reference) in one pass over the logits.
 
@@ -230,8 +267,8 @@ def token_stats(
         labels: `[...]` int64, as in `token_logps`.
         reference_logits: `[..., V]`, any floating dtype; a constant. Needed by the KLs and the reference's outputs.
         outputs: names of fields of `TokenStats`; only these are computed, the others are None.
-        temperature, ignore_index, inplace_backward, backend: as in `token_logps`; the temperature divides the
-            reference's logits too.
+        temperature, ignore_index, inplace_backward, backend, tp_group: as in `token_logps`; the temperature divides
+            the reference's logits too, and their columns are split like the policy's.
 
     Returns:
         `TokenStats`: fp32 (fp64 for fp64 logits) tensors shaped like `labels`, `is_top1` bool; 0 at ignored rows.
@@ -240,8 +277,15 @@ def token_stats(
         As `token_logps`; ValueError for an unknown output, for one that needs a reference when there is none, and for
         a reference that no output reads.
     """
-    outputs, columns = check_outputs(outputs, "reference_logits", reference_logits is not None)
-    call = _prepare(logits, "logits", labels, reference_logits, temperature, ignore_index, inplace_backward, backend)
+    tp_group, hint, (logits, reference_logits, labels) = distributed.to_local(
+        tp_group, logits=(logits, -1), reference_logits=(reference_logits, -1), labels=(labels, None)
+    )
+    with distributed.ranks(tp_group, None, logits, hint) as ranks:
+        outputs, columns = check_outputs(outputs, "reference_logits", reference_logits is not None)
+        call = _prepare(
+            logits, "logits", labels, reference_logits, temperature, ignore_index, inplace_backward, backend,
+            ranks, {}, {"the call": "token_stats", "outputs": outputs},
+        )  # fmt: skip
     stats = call.stats(columns, tuple(name for name in rows.DIFFERENTIABLE if name in outputs))
     result = {name: stats[name].view(call.shape) for name in outputs}
     if "is_top1" in result:
@@ -267,6 +311,8 @@ def fused_token_dpo(
     reduction: str = "mean",
     inplace_backward: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    sp_group: Any = None,
 ) -> TokenDPOOutput:
     """A preference loss from logits, with the reward of every token ("From r to Q*", eqs. 9 and 11).
 
@@ -291,37 +337,56 @@ def fused_token_dpo(
         cu_seqlens: int32 `[2B + 1]`, sequence boundaries of a packed batch.
         temperature: divides both models' logits.
         reduction: "mean" or "sum" over pairs, or "none" for `[B]`.
-        ignore_index, inplace_backward, backend: as in `token_logps`.
+        ignore_index, inplace_backward, backend, tp_group: as in `token_logps`.
+        sp_group: process group over whose ranks the positions of every sequence are split: each passes its own rows
+            of the same 2B sequences (`[2B, T_local, ...]`, T_local may differ, or packed), and gets the loss of the
+            whole sequences with the gradient of its own rows. Parameters' gradients are to be summed over its ranks.
 
     Returns:
         `TokenDPOOutput`.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, stride, option or combination; the message names it.
+        ValueError, RuntimeError: ranks of a group that disagree, or one that failed; on every rank.
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
         RuntimeError: logits that an earlier in-place backward has overwritten.
     """
-    wanted = 3 if cu_seqlens is None else 2
-    if checks.tensor(policy_logits, "policy_logits").dim() != wanted:
-        expected = "[2B, T, V], or [N, V] with cu_seqlens" if cu_seqlens is None else "[N, V] with cu_seqlens"
-        raise ValueError(f"policy_logits must have shape {expected}; got {tuple(policy_logits.shape)}")
-    beta = checks.positive(beta, "beta")
-    reduction = checks.choice(reduction, "reduction", ("mean", "sum", "none"))
-    plan = objectives.resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
-    call = _prepare(
-        policy_logits, "policy_logits", labels, reference_logits, temperature, ignore_index, inplace_backward, backend
+    tp_group, hint, (policy_logits, reference_logits, labels) = distributed.to_local(
+        tp_group, policy_logits=(policy_logits, -1), reference_logits=(reference_logits, -1), labels=(labels, None)
     )
-    if cu_seqlens is None:
-        checks.pairs(labels.shape[0], "policy_logits holds")
-    else:
-        cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
-    weights = preference.check_token_weights(token_weights, labels)
-    dtype = rows.stats_dtype(policy_logits.dtype)
-    batch = Batch.of(call.labels, weights, cu_seqlens, plan, ignore_index, dtype)
-    live = reference_logits is not None
-    reference = Reference.of(reference_logps, live, "reference_logits", plan, labels, batch)
+    with distributed.ranks(tp_group, sp_group, policy_logits, hint) as ranks:
+        wanted = 3 if cu_seqlens is None else 2
+        if checks.tensor(policy_logits, "policy_logits").dim() != wanted:
+            expected = "[2B, T, V], or [N, V] with cu_seqlens" if cu_seqlens is None else "[N, V] with cu_seqlens"
+            raise ValueError(f"policy_logits must have shape {expected}; got {tuple(policy_logits.shape)}")
+        beta = checks.positive(beta, "beta")
+        reduction = checks.choice(reduction, "reduction", ("mean", "sum", "none"))
+        plan = objectives.resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
+        live = reference_logits is not None
+        agreed = {} if ranks is None else preference.described(plan, beta, reduction, cu_seqlens, live)
+        call = _prepare(
+            policy_logits, "policy_logits", labels, reference_logits, temperature, ignore_index, inplace_backward,
+            backend, ranks,
+            {"token_weights": token_weights, "cu_seqlens": cu_seqlens, "reference_logps": reference_logps},
+            {"the call": "fused_token_dpo", **agreed},
+        )  # fmt: skip
+        if cu_seqlens is None:
+            checks.pairs(labels.shape[0], "policy_logits holds")
+        else:
+            cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
+        weights = preference.check_token_weights(token_weights, labels)
+        dtype = rows.stats_dtype(policy_logits.dtype)
+
+        def batch_and_reference(shard: SequenceShard | None) -> tuple[Batch, Reference]:
+            batch = Batch.of(call.labels, weights, cu_seqlens, plan, ignore_index, dtype, shard)
+            return batch, Reference.of(reference_logps, live, "reference_logits", plan, labels, batch)
+
+        batch, reference = batch_and_reference(None)
+        positions = None if ranks is None else ranks.sequence_shard(batch.sequences.number, dtype, agreed)
+    if positions is not None:
+        batch, reference = batch_and_reference(positions)
     call = call._replace(labels=batch.labels)
-    if plan.is_default and reduction == "mean" and call.differentiable():
+    if plan.is_default and reduction == "mean" and call.differentiable() and call.shard is None and positions is None:
         return _default_loss(call, batch, reference, plan.label_smoothing, beta)
     stats = call.stats(preference.columns(plan, live), preference.carrying(plan))
     return preference.loss_and_rewards(stats, batch, reference, plan, beta, reduction, call.backend, call.shape)

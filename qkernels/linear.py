@@ -5,17 +5,17 @@ Checks of arguments, choice of a plan (`qkernels.plans`), and assembly of the ou
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, chunks, objectives, plans, preference, rows
+from . import backends, checks, chunks, distributed, objectives, plans, preference, rows, vocab_parallel
 from ._compile import constant_when_compiled
 from .autograd.linear import FrozenHead, Gradients, KnownGradient, LinearStats
 from .chunks import LinearConfig, Model, Selection
+from .distributed import Ranks, SequenceShard
 from .functional import TokenStats, check_outputs
 from .head import logits_product
 from .objectives import LossType, Plan
@@ -23,6 +23,7 @@ from .plans import LinearPlan
 from .preference import Batch, PlannedOutput, Reference, TokenDPOOutput
 from .rows import BIT
 from .sequences import Sequences
+from .vocab_parallel import Shard
 
 
 class _Call(NamedTuple):
@@ -40,6 +41,7 @@ class _Call(NamedTuple):
     ignore_index: int
     backend: str
     max_chunk_bytes: int | None
+    shard: Shard | None
 
     @property
     def vocab(self) -> int:
@@ -56,6 +58,7 @@ class _Call(NamedTuple):
             self.reference_dtype,
             chunk_rows,
             self.backend,
+            self.shard,
         )
 
     @property
@@ -90,7 +93,6 @@ def _model(hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str]) -> 
     hidden_name, weight_name, bias_name = names
     hidden = checks.logits(hidden, hidden_name, "H")
     weight = checks.tensor(weight, weight_name)
-    _refuse_dtensor(weight, weight_name)
     if not weight.is_floating_point():
         raise TypeError(f"{weight_name} must be floating point, got {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -107,18 +109,7 @@ def _model(hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str]) -> 
         )
     if bias is not None:
         bias = checks.like(bias, bias_name, torch.Size([weight.shape[0]]), weight, weight_name)
-        _refuse_dtensor(bias, bias_name)
     return Model(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
-
-
-def _refuse_dtensor(value: Tensor, name: str) -> None:
-    # No DTensor can exist before its module has been imported, and importing it takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and isinstance(value, module.DTensor):
-        raise TypeError(
-            f"{name} is a DTensor: pass {name}.full_tensor() (gathers it; its gradient flows back to the shards), or"
-            f" {name}.to_local() if every rank holds all of it"
-        )
 
 
 def _prepare(
@@ -134,8 +125,16 @@ def _prepare(
     max_chunk_bytes: Any,
     backend: str,
     names: tuple[str, str, str],
+    ranks: Ranks | None,
+    equal: dict[str, Any],
+    agreed: dict[str, Any],
 ) -> _Call:
-    """Check what all functions on hidden states share."""
+    """Check what all functions on hidden states share, and agree on it with the ranks that share the vocabulary.
+
+    Args (the last two matter with `ranks` only):
+        equal: tensors that all ranks of `tp_group` have to have alike, besides the labels.
+        agreed: what else has to be the same there.
+    """
     policy = _model(hidden, weight, bias, names)
     labels = checks.labels(labels, hidden, names[0])
     reference_hidden, reference_weight, reference_bias = reference
@@ -178,12 +177,10 @@ def _prepare(
     if max_chunk_bytes is not None and (isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int)):
         raise TypeError(f"max_chunk_bytes must be an int or None, got {type(max_chunk_bytes).__name__}")
     dtype = _compute_dtype(hidden)
-    flat = labels.reshape(-1).contiguous()
-    _check_range(labels, flat, weight.shape[0], ignore_index)
-    return _Call(
+    checked = _Call(
         policy,
         reference_model,
-        flat,
+        labels.reshape(-1).contiguous(),
         labels.shape,
         dtype,
         dtype if reference_model is None else _compute_dtype(reference_hidden),
@@ -193,23 +190,29 @@ def _prepare(
         ignore_index,
         backends.resolve_for(backend, hidden.device, rows.stats_dtype(dtype)),
         max_chunk_bytes,
+        None,
     )
-
-
-def _check_range(labels: Tensor, flat: Tensor, vocab: int, ignore_index: int) -> None:
-    """IndexError for a label outside [0, V), where the host can look: rows lose their numbers in the chunks."""
-    if not checks.readable(labels):
-        return
-    bad = (flat != ignore_index) & ((flat < 0) | (flat >= vocab))
-    if bool(bad.any()):
-        raise rows.label_error(labels, int(bad.nonzero()[0]), vocab)
+    if ranks is not None:
+        agreed = agreed | {
+            f"{names[0]}.shape[-1]": hidden.shape[-1],
+            "dtype": dtype,
+            "a reference": reference_model is not None,
+            "requires_grad of hidden states, weight, bias": checked.needs(),
+            "temperature, softcap, logit_scale, ignore_index": (temperature, softcap, logit_scale, ignore_index),
+            "max_chunk_bytes": max_chunk_bytes,
+        }
+        shard = vocab_parallel.agree(ranks, checked.vocab, labels, ignore_index, equal, agreed)
+        checked = checked._replace(shard=shard)
+    if checked.shard is None:
+        checks.label_range(labels, checked.vocab, ignore_index)  # rows lose their numbers in the chunks
+    return checked
 
 
 def _counts(valid: Tensor, sequences: Sequences) -> list[int] | None:
     """Valid rows of each sequence, where the host can know; None otherwise (meta tensors, inside torch.compile)."""
     if torch.compiler.is_compiling() or valid.device.type == "meta":
         return None
-    return [int(n) for n in sequences.sums(valid.double()).tolist()]
+    return [int(n) for n in sequences.here().sums(valid.double()).tolist()]
 
 
 def _plan(
@@ -228,10 +231,11 @@ def _plan(
     grad = needs_hidden or trains_head
     device, hidden_size = call.labels.device, call.policy.hidden.shape[1]
     reference_dtype = None if call.reference is None else call.reference_dtype
-    per_row = chunks.bytes_per_row(call.vocab, device, call.dtype, reference_dtype, grad, call.softcap is not None)
+    widest, free = (call.vocab, None) if call.shard is None else (call.shard.widest, call.shard.free)
+    per_row = chunks.bytes_per_row(widest, device, call.dtype, reference_dtype, grad, call.softcap is not None)
     wants_pairs = trains_head and pairwise is None
     fit = plans.chunk_rows(
-        per_row, call.max_chunk_bytes, device, max(valid_rows, 1), pair_rows if wants_pairs else 0, call.vocab
+        per_row, call.max_chunk_bytes, device, max(valid_rows, 1), pair_rows if wants_pairs else 0, widest, free
     )
     name, reason = plans.choose(
         wanted,
@@ -307,6 +311,7 @@ def linear_token_stats(
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
+    tp_group: Any = None,
 ) -> TokenStats:
     """Any subset of the per-token numbers of a policy (and its reference), from hidden states.
 
@@ -326,6 +331,10 @@ def linear_token_stats(
         ignore_index: the label that marks a row to be left out.
         max_chunk_bytes: memory for a chunk's logits and their gradient; None takes a share of the free memory.
         backend: "auto", or by name; `qkernels.info()` lists what can run.
+        tp_group: process group (or 1-D `DeviceMesh`) over whose ranks, in their order, the vocabulary is split: each
+            holds its rows of weight and bias, and the same hidden states and labels (of the whole vocabulary). A
+            weight that is a DTensor sharded in dimension 0 over a 1-D mesh implies its group. dL/dhidden is summed
+            over the ranks. See docs/scaling.md.
 
     Returns:
         `TokenStats` of fp32 (fp64 for fp64 inputs) tensors shaped like `labels`; log-probs, logsumexp, entropy and the
@@ -333,24 +342,40 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or option; a budget too small for one row (the message says
-            the smallest that works).
+            the smallest that works); ranks of a group that disagree, on every one of them.
+        RuntimeError: another rank of a group failed; the message quotes its error.
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
     """
-    outputs, columns = check_outputs(outputs, "reference_hidden", reference_hidden is not None)
-    call = _prepare(
-        hidden,
-        weight,
-        bias,
-        (reference_hidden, reference_weight, reference_bias),
-        labels,
-        temperature,
-        softcap,
-        logit_scale,
-        ignore_index,
-        max_chunk_bytes,
-        backend,
-        ("hidden", "weight", "bias"),
+    tp_group, hint, local = distributed.to_local(
+        tp_group,
+        hidden=(hidden, None),
+        weight=(weight, 0),
+        bias=(bias, 0),
+        reference_hidden=(reference_hidden, None),
+        reference_weight=(reference_weight, 0),
+        reference_bias=(reference_bias, 0),
+        labels=(labels, None),
     )
+    hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels = local
+    with distributed.ranks(tp_group, None, hidden, hint) as ranks:
+        outputs, columns = check_outputs(outputs, "reference_hidden", reference_hidden is not None)
+        call = _prepare(
+            hidden,
+            weight,
+            bias,
+            (reference_hidden, reference_weight, reference_bias),
+            labels,
+            temperature,
+            softcap,
+            logit_scale,
+            ignore_index,
+            max_chunk_bytes,
+            backend,
+            ("hidden", "weight", "bias"),
+            ranks,
+            {},
+            {"the call": "linear_token_stats", "outputs": outputs},
+        )
     differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs)
     if not differentiable:  # nothing to be saved for a backward that cannot come
         call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
@@ -382,6 +407,7 @@ def linear_token_logps(
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
+    tp_group: Any = None,
 ) -> Tensor:
     """Log-probability of each label, from hidden states; differentiable under any loss.
 
@@ -408,6 +434,7 @@ def linear_token_logps(
         ignore_index=ignore_index,
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
+        tp_group=tp_group,
     )
     assert stats.logps is not None
     return stats.logps
@@ -520,38 +547,72 @@ def _prepare_loss(
     plan: str,
     max_chunk_bytes: Any,
     backend: str,
+    tp_group: Any,
+    sp_group: Any,
 ) -> _Loss:
-    """Check all arguments of the preference loss and choose its plan."""
-    wanted = 3 if cu_seqlens is None else 2
-    if checks.tensor(policy_hidden, "policy_hidden").dim() != wanted:
-        expected = "[2B, T, H], or [N, H] with cu_seqlens" if cu_seqlens is None else "[N, H] with cu_seqlens"
-        raise ValueError(f"policy_hidden must have shape {expected}; got {tuple(policy_hidden.shape)}")
-    beta = checks.positive(beta, "beta")
-    reduction = checks.choice(reduction, "reduction", ("mean", "sum", "none"))
-    objective = objectives.resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
-    call = _prepare(
+    """Check all arguments of the preference loss, agree on them with the other ranks, and choose a plan."""
+    tp_group, hint, local = distributed.to_local(
+        tp_group,
+        policy_hidden=(policy_hidden, None),
+        lm_head_weight=(lm_head_weight, 0),
+        lm_head_bias=(lm_head_bias, 0),
+        reference_hidden=(reference_hidden, None),
+        reference_weight=(reference_weight, 0),
+        reference_bias=(reference_bias, 0),
+        labels=(labels, None),
+    )
+    (
         policy_hidden,
         lm_head_weight,
         lm_head_bias,
-        (reference_hidden, reference_weight, reference_bias),
+        reference_hidden,
+        reference_weight,
+        reference_bias,
         labels,
-        temperature,
-        softcap,
-        logit_scale,
-        ignore_index,
-        max_chunk_bytes,
-        backend,
-        ("policy_hidden", "lm_head_weight", "lm_head_bias"),
-    )
-    if cu_seqlens is None:
-        checks.pairs(labels.shape[0], "policy_hidden holds")
-    else:
-        cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
-    weights = preference.check_token_weights(token_weights, labels)
-    as_rows = labels.unsqueeze(0) if labels.dim() == 1 else labels
-    batch = Batch.of(as_rows, weights, cu_seqlens, objective, call.ignore_index, rows.stats_dtype(call.dtype))
-    live = reference_hidden is not None
-    reference = Reference.of(reference_logps, live, "reference_hidden", objective, labels, batch)
+    ) = local
+    with distributed.ranks(tp_group, sp_group, policy_hidden, hint) as ranks:
+        wanted = 3 if cu_seqlens is None else 2
+        if checks.tensor(policy_hidden, "policy_hidden").dim() != wanted:
+            expected = "[2B, T, H], or [N, H] with cu_seqlens" if cu_seqlens is None else "[N, H] with cu_seqlens"
+            raise ValueError(f"policy_hidden must have shape {expected}; got {tuple(policy_hidden.shape)}")
+        beta = checks.positive(beta, "beta")
+        reduction = checks.choice(reduction, "reduction", ("mean", "sum", "none"))
+        objective = objectives.resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
+        live = reference_hidden is not None
+        agreed = {} if ranks is None else preference.described(objective, beta, reduction, cu_seqlens, live)
+        call = _prepare(
+            policy_hidden,
+            lm_head_weight,
+            lm_head_bias,
+            (reference_hidden, reference_weight, reference_bias),
+            labels,
+            temperature,
+            softcap,
+            logit_scale,
+            ignore_index,
+            max_chunk_bytes,
+            backend,
+            ("policy_hidden", "lm_head_weight", "lm_head_bias"),
+            ranks,
+            {"token_weights": token_weights, "cu_seqlens": cu_seqlens, "reference_logps": reference_logps},
+            {"the call": "fused_linear_token_dpo", "plan": plan, **agreed},
+        )
+        if cu_seqlens is None:
+            checks.pairs(labels.shape[0], "policy_hidden holds")
+        else:
+            cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
+        weights = preference.check_token_weights(token_weights, labels)
+        as_rows = labels.unsqueeze(0) if labels.dim() == 1 else labels
+
+        def batch_and_reference(shard: SequenceShard | None) -> tuple[Batch, Reference]:
+            dtype = rows.stats_dtype(call.dtype)
+            batch = Batch.of(as_rows, weights, cu_seqlens, objective, call.ignore_index, dtype, shard)
+            return batch, Reference.of(reference_logps, live, "reference_hidden", objective, labels, batch)
+
+        batch, reference = batch_and_reference(None)
+        positions = None if ranks is None else ranks.sequence_shard(batch.sequences.number, call.dtype, agreed)
+    if positions is not None:
+        batch, reference = batch_and_reference(positions)
     call = call._replace(labels=batch.labels.reshape(-1))
     columns = preference.columns(objective, live)
     counts = _counts(batch.used, batch.sequences)
@@ -564,6 +625,8 @@ def _prepare_loss(
     pairwise = None
     if not objective.separable:
         pairwise = "the objective couples the pairs of the batch"
+    elif positions is not None:
+        pairwise = "sp_group spreads each pair over ranks"
     elif reduction == "none":
         pairwise = "reduction='none' leaves each pair's factor to what follows"
     elif torch.compiler.is_compiling():
@@ -608,6 +671,8 @@ def plan_linear(
     plan: str = "auto",
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
+    tp_group: Any = None,
+    sp_group: Any = None,
 ) -> LinearPlan:
     """What `fused_linear_token_dpo` would do with these arguments, without doing it.
 
@@ -623,7 +688,7 @@ def plan_linear(
     return _prepare_loss(
         policy_hidden, lm_head_weight, labels, lm_head_bias, reference_hidden, reference_weight, reference_bias,
         reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
-        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend,
+        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend, tp_group, sp_group,
     ).plan  # fmt: skip
 
 
@@ -652,6 +717,8 @@ def fused_linear_token_dpo(
     plan: str = "auto",
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
+    tp_group: Any = None,
+    sp_group: Any = None,
 ) -> TokenDPOOutput:
     """A preference loss from hidden states and the head's weight; the logits are never stored.
 
@@ -674,6 +741,13 @@ def fused_linear_token_dpo(
         plan: "auto", "frozen_head", "pair_chunks" or "recompute"; see `qkernels.plans` and `plan_linear`.
         max_chunk_bytes: memory for a chunk's logits and their gradient; None takes a share of the free memory.
         backend: "auto", or by name; `qkernels.info()` lists what can run.
+        tp_group: process group (or 1-D `DeviceMesh`) over whose ranks, in their order, the vocabulary is split: each
+            holds its rows of weight and bias, and the same hidden states and labels (of the whole vocabulary). A
+            weight that is a DTensor sharded in dimension 0 over a 1-D mesh implies its group. dL/dhidden is summed
+            over the ranks. See docs/scaling.md.
+        sp_group: process group over whose ranks the positions of every sequence are split: each passes its own rows
+            of the same 2B sequences (`[2B, T_local, ...]`, T_local may differ, or packed), and gets the loss of the
+            whole sequences with the gradient of its own rows. Parameters' gradients are to be summed over its ranks.
 
     Returns:
         `TokenDPOOutput`, with the `LinearPlan` that was followed.
@@ -686,7 +760,7 @@ def fused_linear_token_dpo(
     work = _prepare_loss(
         policy_hidden, lm_head_weight, labels, lm_head_bias, reference_hidden, reference_weight, reference_bias,
         reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
-        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend,
+        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend, tp_group, sp_group,
     )  # fmt: skip
     call, batch = work.call, work.batch
     gradients: Gradients | None = None

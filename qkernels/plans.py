@@ -70,7 +70,13 @@ def _mib(size: int) -> str:
 
 
 def chunk_rows(
-    bytes_per_row: int, max_chunk_bytes: int | None, device: torch.device, total_rows: int, pair_rows: int, vocab: int
+    bytes_per_row: int,
+    max_chunk_bytes: int | None,
+    device: torch.device,
+    total_rows: int,
+    pair_rows: int,
+    vocab: int,
+    free: int | None = None,
 ) -> int:
     """Rows of a chunk that fit the budget.
 
@@ -80,12 +86,13 @@ def chunk_rows(
         total_rows: there is no use for more.
         pair_rows: rows of the largest pair, which a budget of our own makes room for if it can; 0 if it need not fit.
         vocab: for the message.
+        free: bytes of memory to go by instead of what is free here (the least of several ranks').
 
     Raises:
         ValueError: a budget too small for one row.
     """
     if max_chunk_bytes is None:
-        share = free_memory(device) // _SHARE_OF_FREE
+        share = (free_memory(device) if free is None else free) // _SHARE_OF_FREE
         budget = min(_DEFAULT_BYTES.get(device.type, _DEFAULT_BYTES_ELSEWHERE), share)
         budget = max(budget, min(pair_rows * bytes_per_row, 2 * share), bytes_per_row)
     else:

@@ -10,6 +10,7 @@ from torch.utils import _pytree
 
 from . import checks
 from .autograd.logits import PairLoss
+from .distributed import SequenceShard
 from .objectives import PairScores, Plan
 from .plans import LinearPlan
 from .rows import BIT
@@ -88,9 +89,10 @@ class Batch(NamedTuple):
         plan: Plan,
         ignore_index: int,
         dtype: torch.dtype,
+        shard: SequenceShard | None = None,
     ) -> Batch:
-        """Fold mask, weights and LD-DPO into one weight per row."""
-        sequences = Sequences.of(labels, cu_seqlens)
+        """Fold mask, weights and LD-DPO into one weight per row. With a `shard` rows are a part of each sequence."""
+        sequences = Sequences.of(labels, cu_seqlens, shard)
         valid = labels != ignore_index
         base = valid.to(dtype)
         if token_weights is None and plan.ld_alpha is None:
@@ -178,6 +180,19 @@ def check_token_weights(token_weights: Any, labels: Tensor) -> Tensor | None:
     return weights if labels.dim() == 2 else weights.unsqueeze(0)
 
 
+def described(plan: Plan, beta: float, reduction: str, cu_seqlens: Any, live: bool) -> dict[str, Any]:
+    """What ranks that share a loss have to agree on, by name."""
+    terms = [(term.name or term.function.__qualname__, weight, options) for term, weight, options in plan.terms]
+    link = (plan.f_divergence, plan.f_alpha_divergence_coef)
+    return {
+        "the loss": (terms, plan.label_smoothing, link, plan.ld_alpha, plan.use_weighting),
+        "beta": beta,
+        "reduction": reduction,
+        "a packed batch": cu_seqlens is not None,
+        "a live reference": live,
+    }
+
+
 def columns(plan: Plan, has_live_reference: bool) -> int:
     """The per-row results that a loss needs."""
     wanted = BIT["logps"] | BIT["logsumexp"]
@@ -217,7 +232,7 @@ def loss_and_rewards(
     """
     logps = stats["logps"]
     reference_tokens = stats.get("reference_logps", reference.tokens)
-    if plan.is_default and reduction == "mean":
+    if plan.is_default and reduction == "mean" and batch.sequences.shard is None:
         ref = reference_tokens if reference_tokens is not None else reference.sequence_sums
         loss, rewards = PairLoss.apply(logps, ref, batch.weights, batch.cu_seqlens, beta, plan.label_smoothing, backend)
     else:
@@ -277,18 +292,21 @@ def pair_scores(
     """Per-token results summed to what objectives see. Ratios are summed as ratios: sums of log-probs are thousands
     of times larger, and their difference would have lost the digits."""
     sequences, weights = batch.sequences, batch.weights
-    logps = sequences.sums(weights * stats["logps"], keep_double=True)
+    per_token = [weights * stats["logps"]]
+    if plan.needs_kl:
+        per_token.append(weights * stats["kl_reference_policy"])
     if reference_tokens is not None:
-        ratios = sequences.sums(weights * log_ratios(stats["logps"], reference_tokens), keep_double=True)
-        reference = sequences.sums(weights * reference_tokens, keep_double=True)
+        per_token += [weights * log_ratios(stats["logps"], reference_tokens), weights * reference_tokens]
+    sums = sequences.sums_of(per_token)
+    logps, kl = sums[0], sums[1:2] if plan.needs_kl else []
+    if reference_tokens is not None:
+        ratios, reference = sums[-2:]
     else:
         assert reference_sums is not None
         reference = reference_sums.double()
         ratios = log_ratios(logps, reference)
     counts = batch.counts()
-    per_sequence = [ratios, logps, reference, counts]
-    if plan.needs_kl:
-        per_sequence.append(sequences.sums(weights * stats["kl_reference_policy"]))
+    per_sequence = [ratios, logps, reference, counts, *kl]
     halves = [half for total in per_sequence for half in total.to(weights.dtype).chunk(2)]
     chosen_kl, rejected_kl = halves[8:] if plan.needs_kl else (None, None)
     return PairScores(

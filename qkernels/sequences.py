@@ -1,7 +1,8 @@
 """How rows group into sequences: dense `[2B, T]` batches and packed `[1, N]` ones with `cu_seqlens`.
 
 Everything that sums over, counts within, or broadcasts over a sequence goes through `Sequences`, so that the two
-layouts cannot drift apart.
+layouts cannot drift apart. Where the positions of the sequences are spread over ranks (`shard`), sums, counts and
+positions are those of the whole sequences, on every rank.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .distributed import SequenceShard
 
 
 def log_ratios(logps: Tensor, reference_logps: Tensor) -> Tensor:
@@ -24,18 +27,24 @@ class Sequences(NamedTuple):
     number: how many sequences, 2B.
     length: rows per sequence of a dense batch; all rows of a packed one.
     offsets: `[2B + 1]` int64, where each sequence of a packed batch starts and ends; None for a dense one.
+    shard: which part of every sequence these rows are; None for all of it.
     """
 
     number: int
     length: int
     offsets: Tensor | None
+    shard: SequenceShard | None = None
 
     @staticmethod
-    def of(rows: Tensor, cu_seqlens: Tensor | None) -> Sequences:
+    def of(rows: Tensor, cu_seqlens: Tensor | None, shard: SequenceShard | None = None) -> Sequences:
         """The grouping of `rows`: `[2B, T]`, or `[1, N]` when `cu_seqlens` is given."""
         if cu_seqlens is None:
-            return Sequences(rows.shape[0], rows.shape[1], None)
-        return Sequences(cu_seqlens.shape[0] - 1, rows.shape[1], cu_seqlens.long())
+            return Sequences(rows.shape[0], rows.shape[1], None, shard)
+        return Sequences(cu_seqlens.shape[0] - 1, rows.shape[1], cu_seqlens.long(), shard)
+
+    def here(self) -> Sequences:
+        """The same rows as sequences of their own: sums over this rank's rows only."""
+        return self._replace(shard=None)
 
     def sums(self, rows: Tensor, keep_double: bool = False) -> Tensor:
         """Sum over each sequence, `[S, T] -> [2B]`, accumulated in float64 in a fixed order."""
@@ -44,7 +53,16 @@ class Sequences(NamedTuple):
             total = wide.sum(1)
         else:
             total = torch.segment_reduce(wide.reshape(-1), "sum", offsets=self.offsets, initial=0.0, unsafe=True)
+        if self.shard is not None:
+            total = self.shard.sum(total)
         return total if keep_double else total.to(rows.dtype)
+
+    def sums_of(self, several: list[Tensor]) -> list[Tensor]:
+        """`sums(rows, keep_double=True)` of each, in one message."""
+        if self.shard is None:
+            return [self.sums(rows, keep_double=True) for rows in several]
+        here = self.here()
+        return list(self.shard.sum(torch.stack([here.sums(rows, keep_double=True) for rows in several])).unbind())
 
     def to_tokens(self, per_sequence: Tensor) -> Tensor:
         """Give each row its sequence's value, `[2B] -> [S, T]`."""
@@ -57,10 +75,12 @@ class Sequences(NamedTuple):
     def positions(self, valid: Tensor) -> Tensor:
         """1-based number of each row among the valid rows of its sequence, `[S, T]` int64."""
         running = valid.long().cumsum(1)
-        if self.offsets is None:
-            return running
-        before = torch.nn.functional.pad(running[0], (1, 0))[self.offsets[:-1]]
-        return running - self.to_tokens(before)
+        if self.offsets is not None:
+            before = torch.nn.functional.pad(running[0], (1, 0))[self.offsets[:-1]]
+            running = running - self.to_tokens(before)
+        if self.shard is not None:
+            running = running + self.to_tokens(self.shard.before(self.here().sums(valid.double()))).long()
+        return running
 
     def next_valid(self, values: Tensor, valid: Tensor) -> Tensor:
         """For each valid row, `values` at the next valid row of its sequence; 0 after the last one. `[S, T]`."""

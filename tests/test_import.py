@@ -97,14 +97,15 @@ SIGNATURES = {
     "fused_token_dpo": (
         "policy_logits, labels, *, reference_logits=None, reference_logps=None, beta=0.1, loss_type='sigmoid',"
         " loss_weights=None, label_smoothing=0.0, loss_kwargs=None, token_weights=None, cu_seqlens=None,"
-        " temperature=1.0, ignore_index=-100, reduction='mean', inplace_backward=False, backend='auto'"
+        " temperature=1.0, ignore_index=-100, reduction='mean', inplace_backward=False, backend='auto',"
+        " tp_group=None, sp_group=None"
     ),
     "token_logps": (
-        "logits, labels, *, temperature=1.0, ignore_index=-100, inplace_backward=False, backend='auto'"
+        "logits, labels, *, temperature=1.0, ignore_index=-100, inplace_backward=False, backend='auto', tp_group=None"
     ),
     "token_stats": (
         "logits, labels, *, reference_logits=None, outputs=('logps', 'logsumexp'), temperature=1.0,"
-        " ignore_index=-100, inplace_backward=False, backend='auto'"
+        " ignore_index=-100, inplace_backward=False, backend='auto', tp_group=None"
     ),
     "token_mdp": (
         "logits, labels, *, reference_logits=None, reference_logps=None, beta=0.1, cu_seqlens=None,"

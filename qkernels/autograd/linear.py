@@ -38,7 +38,7 @@ class LinearStats(torch.autograd.Function):
         reference = _reference(reference_hidden, reference_weight, reference_bias)
         if torch.compiler.is_compiling():
             stats = ops.linear_stats(
-                hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, *config
+                hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, *config.for_op()
             )
         else:
             stats = chunks.stats(Model(hidden, weight, bias), reference, labels, config)
@@ -59,7 +59,7 @@ class LinearStats(torch.autograd.Function):
         if torch.compiler.is_compiling():
             result = ops.linear_gradients(
                 hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, states, coefficients,
-                list(needs), *config,
+                list(needs), *config.for_op(),
             )  # fmt: skip
             result = tuple(g if needed else None for g, needed in zip(result, needs, strict=True))
         else:
@@ -78,20 +78,23 @@ class FrozenHead(torch.autograd.Function):
     ):
         if torch.compiler.is_compiling():
             stats, unit = ops.linear_unit_gradient(
-                hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, *config
+                hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, *config.for_op()
             )
         else:
             reference = _reference(reference_hidden, reference_weight, reference_bias)
             stats, unit = chunks.unit_gradient(Model(hidden, weight, bias), reference, labels, config)
-        ctx.save_for_backward(unit)
-        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(unit, None if config.shard is None else labels != config.ignore_index)
+        ctx.dtype, ctx.shard = hidden.dtype, config.shard
         return rows.carried(ctx, stats, config.columns, ("logps",))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, grad):
-        (unit,) = ctx.saved_tensors
-        return scaled(unit, grad.unsqueeze(1), ctx.dtype), None, None, None, None, None, None, None
+        unit, valid = ctx.saved_tensors
+        gradient = scaled(unit, grad.unsqueeze(1), ctx.dtype)
+        if ctx.shard is not None:
+            gradient = ctx.shard.sum_rows(gradient, valid)
+        return gradient, None, None, None, None, None, None, None
 
 
 class KnownGradient(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops, rows
 from ..rows import RowConfig
+from ..vocab_parallel import IGNORED, Shard, row_stats
 
 # Attribute set on the storage that an in-place backward has turned into a gradient: the version of its tensors at that
 # moment, so that logits refilled since then are welcome again. All views share both, the storage and the version.
@@ -34,17 +35,19 @@ class RowStats(torch.autograd.Function):
     """`(logits [S, T, V], labels [S, T], reference [S, T, V] or None) -> stats [K, S, T], columns [S, T] ...`.
 
     `stats` is a constant; the columns named in `carrying`, which follow it, are differentiable in the logits. What
-    carries no gradient costs nothing in the backward. The reference is a constant.
+    carries no gradient costs nothing in the backward. The reference is a constant. With a `shard`, the logits are this
+    rank's columns and the results those of the whole rows.
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, reference, config: RowConfig, inplace: bool, carrying: tuple[str, ...]):
-        stats = ops.row_stats(
-            logits, labels, reference, config.columns, config.temperature, config.ignore_index, config.backend
-        )
+    def forward(
+        ctx, logits, labels, reference, config: RowConfig, inplace: bool, carrying: tuple[str, ...],
+        shard: Shard | None = None,
+    ):  # fmt: skip
+        stats = row_stats(logits, labels, reference, config, shard)
         with_kl = config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"])
         ctx.save_for_backward(logits, labels, reference if with_kl else None, stats)
-        ctx.config, ctx.inplace, ctx.carrying = config, inplace, carrying
+        ctx.config, ctx.inplace, ctx.carrying, ctx.shard = config, inplace, carrying, shard
         return rows.carried(ctx, stats, config.columns, carrying)
 
     @staticmethod
@@ -54,8 +57,8 @@ class RowStats(torch.autograd.Function):
         config: RowConfig = ctx.config
         coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         reference_state = None if reference is None else stats[3:6]
-        result = _row_grad(logits, labels, reference, stats[:3], reference_state, coefficients, config, ctx.inplace)
-        return result, None, None, None, None, None
+        result = _row_grad(logits, labels, reference, stats[:3], reference_state, coefficients, config, ctx.inplace, ctx.shard)
+        return result, None, None, None, None, None, None
 
 
 def _row_grad(
@@ -67,10 +70,17 @@ def _row_grad(
     coefficients: Tensor,
     config: RowConfig,
     inplace: bool,
+    shard: Shard | None = None,
 ) -> Tensor:
     """dL/dlogits, new or over the logits; in the second case the logits are marked as gone."""
+    ignore_index = config.ignore_index
+    if shard is not None:
+        labels, state, coefficients = shard.gradient_inputs(
+            logits, labels, state, coefficients, config.temperature, ignore_index
+        )
+        ignore_index = IGNORED
     args = (labels, reference, state, reference_state, coefficients)
-    how = (config.temperature, config.ignore_index, config.backend)
+    how = (config.temperature, ignore_index, config.backend)
     if not inplace:
         return ops.row_grad(logits, *args, *how)
     out = logits.detach()

@@ -1,0 +1,95 @@
+"""Real ranks for tests: processes that stay, joined by gloo, and run a function of the test's file together.
+
+Started once per module: a process that joins takes half a second, a test on it milliseconds. The children are forked,
+so that they need not import torch again. A rank that hangs fails the test, and the pool is not used again.
+"""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SECONDS = 30
+
+
+def _serve(rank: int, ranks: int, store: str, backend: str, connection) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=ranks,
+        timeout=datetime.timedelta(seconds=_SECONDS),
+    )  # fmt: skip
+    connection.send((True, None))
+    while (task := connection.recv()) is not None:
+        function, arguments = task
+        try:
+            torch.manual_seed(17)
+            answer = (True, function(*arguments))
+        except BaseException:  # whatever it is, the parent has to hear of it
+            answer = (False, traceback.format_exc())
+        connection.send(answer)
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """`ranks` processes in one default process group.
+
+    Use it as a context. `run(f, *arguments)` calls f on every rank and returns what each returned.
+    """
+
+    def __init__(self, ranks: int, backend: str = "gloo"):
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn" if backend == "nccl" else "fork")
+        self._connections, self._processes = [], []
+        for rank in range(ranks):
+            here, there = context.Pipe()
+            store = str(Path(self._folder.name) / "store")
+            process = context.Process(target=_serve, args=(rank, ranks, store, backend, there), daemon=True)
+            process.start()
+            self._connections.append(here)
+            self._processes.append(process)
+        self._collect("start")
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Results by rank. A failure on any rank fails the test with its traceback."""
+        assert self._processes, "an earlier test left these ranks hanging"
+        for connection in self._connections:
+            connection.send((function, arguments))
+        return self._collect(function.__name__)
+
+    def _collect(self, what: str) -> list[Any]:
+        answers = []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(_SECONDS + 10):
+                self.stop()
+                raise AssertionError(f"{what}: rank {rank} hangs")
+            answers.append(connection.recv())
+        for rank, (fine, result) in enumerate(answers):
+            assert fine, f"{what} failed on rank {rank}:\n{result}"
+        return [result for _, result in answers]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+        self._processes = []
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in self._connections if self._processes else []:
+            connection.send(None)
+        for process in self._processes:
+            process.join(_SECONDS)
+        self.stop()
+        self._folder.cleanup()
