@@ -64,7 +64,8 @@ class LinearConfig(NamedTuple):
     @staticmethod
     def from_op(*args) -> LinearConfig:
         """The inverse."""
-        return LinearConfig(*args[:-4], None if args[-4] is None else Shard(*args[-4:]))
+        config = LinearConfig(*args[:-4])
+        return config if args[-4] is None else config._replace(shard=Shard(*args[-4:]))
 
     @property
     def row_temperature(self) -> float:

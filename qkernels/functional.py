@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, distributed, objectives, ops, preference, rows, vocab_parallel
+from . import backends, checks, distributed, objectives, preference, rows, vocab_parallel
 from .autograd.logits import DefaultLoss, RowStats, refuse_overwritten
 from .distributed import Ranks, SequenceShard
 from .objectives import LossType

@@ -110,10 +110,6 @@ class Batch(NamedTuple):
         used = (base if plan.use_weighting else weights) != 0
         return Batch(labels.masked_fill(~used, ignore_index), used, weights, base, sequences, cu_seqlens)
 
-    def counts(self) -> Tensor:
-        """`[2B]`, per sequence the sum of the base weights."""
-        return self.sequences.sums(self.base_weights)
-
 
 class Reference(NamedTuple):
     """Where the reference's log-probs come from: exactly one is set, or none for reference logits.
@@ -292,20 +288,19 @@ def pair_scores(
     """Per-token results summed to what objectives see. Ratios are summed as ratios: sums of log-probs are thousands
     of times larger, and their difference would have lost the digits."""
     sequences, weights = batch.sequences, batch.weights
-    per_token = [weights * stats["logps"]]
+    per_token = [batch.base_weights, weights * stats["logps"]]
     if plan.needs_kl:
         per_token.append(weights * stats["kl_reference_policy"])
     if reference_tokens is not None:
         per_token += [weights * log_ratios(stats["logps"], reference_tokens), weights * reference_tokens]
     sums = sequences.sums_of(per_token)
-    logps, kl = sums[0], sums[1:2] if plan.needs_kl else []
+    counts, logps, kl = sums[0], sums[1], sums[2:3] if plan.needs_kl else []
     if reference_tokens is not None:
         ratios, reference = sums[-2:]
     else:
         assert reference_sums is not None
         reference = reference_sums.double()
         ratios = log_ratios(logps, reference)
-    counts = batch.counts()
     per_sequence = [ratios, logps, reference, counts, *kl]
     halves = [half for total in per_sequence for half in total.to(weights.dtype).chunk(2)]
     chosen_kl, rejected_kl = halves[8:] if plan.needs_kl else (None, None)
@@ -328,6 +323,7 @@ def pair_scores(
 def _wpo_weights(stats: dict[str, Tensor], batch: Batch) -> Tensor:
     """WPO (Zhou et al. 2024, eq. 2): exp of the mean of log pi - log sum pi^2, of both sequences; no gradient."""
     aligned = torch.where(batch.base_weights == 0, 0.0, stats["logps"].detach() - stats["log_sum_sq_probs"])
-    total, counts = batch.sequences.sums(batch.base_weights * aligned), batch.counts()
-    chosen, rejected = torch.exp(total / torch.where(counts > 0, counts, 1.0)).chunk(2)
+    total, counts = batch.sequences.sums_of([batch.base_weights * aligned, batch.base_weights])
+    factors = torch.exp(total / torch.where(counts > 0, counts, 1.0)).to(aligned.dtype)
+    chosen, rejected = factors.chunk(2)
     return chosen * rejected

@@ -57,7 +57,8 @@ class RowStats(torch.autograd.Function):
         config: RowConfig = ctx.config
         coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         reference_state = None if reference is None else stats[3:6]
-        result = _row_grad(logits, labels, reference, stats[:3], reference_state, coefficients, config, ctx.inplace, ctx.shard)
+        args = (logits, labels, reference, stats[:3], reference_state, coefficients, config, ctx.inplace, ctx.shard)
+        result = _row_grad(*args)
         return result, None, None, None, None, None, None
 
 
