@@ -1,0 +1,365 @@
+"""What every rank runs in `test_distributed.py`: a call on this rank's part, compared with the same call on everything.
+
+Each function runs on all ranks of a group at once (`processes.Ranks`), makes the same batch everywhere, takes its own
+part of it, and checks that part's results and gradients. The truth is float64: the oracle's, or this package's own on
+one process. A function that provokes errors returns what it caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import oracle
+from assertions import assert_row_output, assert_within, gradient_allowance
+from cases import IGNORE, PairBatch, Rows, make_pairs, make_rows, normal, pack
+from comparisons import random_upstream, row_sizes
+from qkernels import (
+    fused_linear_token_dpo,
+    fused_token_dpo,
+    linear_token_logps,
+    linear_token_stats,
+    plan_linear,
+    token_logps,
+    token_stats,
+    vocab_parallel,
+)
+
+TRUTH = {"backend": "torch"}
+
+
+def world() -> Any:
+    return dist.group.WORLD
+
+
+def cuts(size: int, ranks: int) -> list[int]:
+    """Where parts of unequal length begin and end."""
+    ends = [0] + [min(size, (i + 1) * size // ranks + (1 if i % 2 else -1)) for i in range(ranks)]
+    ends[-1] = size
+    return ends
+
+
+def part(size: int, group: Any = None) -> slice:
+    """This rank's part of `size` columns or positions."""
+    group = group or world()
+    rank, ends = dist.get_rank(group), cuts(size, dist.get_world_size(group))
+    return slice(ends[rank], ends[rank + 1])
+
+
+def relative(actual: Tensor, expected: Tensor, allowed: float, what: str) -> None:
+    """Error relative to the largest entry."""
+    bound = allowed * float(expected.abs().max())
+    assert bound > 0, f"{what}: nothing to compare"
+    assert_within(actual, expected, bound, what)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of gradients that went through products: the dtype's own rounding of terms that do not cancel."""
+    return {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.5e-2}[dtype]
+
+
+# --- the vocabulary, from logits -------------------------------------------------------------------------------------
+
+
+def check_rows(rows: Rows, backend: str, inplace: bool, group: Any) -> None:
+    """All outputs and the gradient of all that have one, of this rank's columns, within the suite's own bounds."""
+    mine = part(rows.vocab, group)
+    upstream = random_upstream(rows, oracle.WITH_GRADIENT)
+    leaf = rows.logits[..., mine].contiguous().requires_grad_()
+    stats = token_stats(
+        leaf * 1 if inplace else leaf, rows.labels, reference_logits=rows.reference[..., mine].contiguous(),
+        outputs=oracle.STATS, temperature=rows.temperature, inplace_backward=inplace, backend=backend, tp_group=group,
+    )  # fmt: skip
+    truth = oracle.token_stats(
+        oracle.exact(rows.logits), rows.labels, oracle.exact(rows.reference), temperature=rows.temperature
+    )
+    sizes = row_sizes(rows)
+    for name, value in stats._asdict().items():
+        assert_row_output(name, value, truth[name], rows.logits.dtype, sizes.get(name, 1.0))
+    torch.autograd.backward([getattr(stats, name) for name in upstream], list(upstream.values()))
+    how = {"temperature": rows.temperature}
+    expected = oracle.gradient(rows.logits, rows.labels, upstream, rows.reference, **how)
+    terms = oracle.gradient_terms(rows.logits, rows.labels, upstream, rows.reference, **how)
+    allowed = gradient_allowance(expected, terms, rows.logits.dtype)
+    assert leaf.grad is not None
+    assert_within(leaf.grad, expected[..., mine], allowed[..., mine], "gradient of a part")
+
+
+def rows_of_logits(dtype: torch.dtype, backend: str, vocab: int, inplace: bool = False) -> None:
+    check_rows(make_rows((3, 5), vocab, dtype, temperature=0.8), backend, inplace, world())
+
+
+def spoiled_rows(column: str) -> str:
+    """The check of the check: one of the sums that travel is 1 % off, or one coefficient."""
+    real, real_inputs = vocab_parallel.distributed.all_reduce_, vocab_parallel.Shard.gradient_inputs
+
+    def wrong(values: Tensor, how: str, group: str) -> Tensor:
+        real(values, how, group)
+        if how == "sum" and column.isdigit():
+            values[int(column)] *= 1.01
+        return values
+
+    def wrong_inputs(self, *args):
+        labels, state, coefficients = real_inputs(self, *args)
+        if column in ("state", "coefficients"):
+            changed = state[2] if column == "state" else coefficients[1]
+            changed *= 1.01
+        return labels, state, coefficients
+
+    vocab_parallel.distributed.all_reduce_, vocab_parallel.Shard.gradient_inputs = wrong, wrong_inputs
+    try:
+        rows_of_logits(torch.float32, "auto", 67)
+    except AssertionError as error:
+        return str(error)
+    finally:
+        vocab_parallel.distributed.all_reduce_, vocab_parallel.Shard.gradient_inputs = real, real_inputs
+    return ""
+
+
+def hard_rows(backend: str) -> None:
+    """Parts of nothing but -inf, forbidden labels, NaN, infinities, certainty, large offsets: as in one process."""
+    vocab, ranks = 24, dist.get_world_size()
+    ends = cuts(vocab, ranks)
+    first, last = slice(0, ends[1]), slice(ends[-2], vocab)
+    logits, labels = 2 * normal(15, vocab), torch.arange(15)
+    reference = logits + 0.5 * normal(15, vocab, key=(1,))
+    logits[0, first] = -torch.inf  # an empty part, which the label lies in
+    labels[0] = 0
+    logits[1, last] = -torch.inf  # an empty part, the label elsewhere
+    labels[1] = 0
+    logits[2] = -torch.inf  # nothing at all
+    logits[3, -1] = torch.nan
+    logits[4, 0] = torch.inf
+    logits[5, 3:] = -torch.inf
+    labels[5] = 2
+    logits[6, -1] += 30.0  # certain, in the last part
+    labels[6] = vocab - 1
+    logits[7, 0] += 30.0  # certain, in the first
+    labels[7] = 0
+    logits[8] += 1e4
+    logits[9] -= 1e4
+    logits[10, last] -= 300.0  # a part that underflows
+    labels[10] = vocab - 1
+    logits[11], labels[11] = 0.0, 0  # equal everywhere: only the first label is top
+    logits[12], labels[12] = 0.0, vocab - 1
+    logits[13], labels[13] = torch.nan, IGNORE
+    reference[14, last] = -torch.inf
+    logits[14, last] = -torch.inf  # forbidden by both: no contribution to either divergence
+    reference[5] = logits[5]  # the same model: exactly 0
+    broken = [2, 3, 4]
+    fine = [row for row in range(15) if row not in broken]
+    mine = part(vocab)
+    carrying = ("logps", "logsumexp", "entropy")
+    for with_reference in (False, True):
+        names = oracle.STATS if with_reference else [n for n in oracle.STATS if n not in oracle.WITH_REFERENCE]
+
+        def run(x: Tensor, ref: Tensor, how: dict, names=names, with_reference=with_reference):
+            leaf = x.clone().requires_grad_()
+            stats = token_stats(leaf, labels, reference_logits=ref if with_reference else None, outputs=names, **how)
+            torch.autograd.backward([getattr(stats, name) for name in carrying], [torch.ones(15).to(ref)] * 3)
+            only = x.clone().requires_grad_()
+            token_logps(only, labels, **how).sum().backward()
+            return stats, leaf.grad, only.grad
+
+        want, *want_gradients = run(logits.double(), reference.double(), TRUTH)
+        how = {"backend": backend, "tp_group": world()}
+        got, *gradients = run(logits[:, mine].contiguous(), reference[:, mine].contiguous(), how)
+        for name in names:
+            assert_row_output(name, getattr(got, name), getattr(want, name).double(), torch.float32, 20.0)
+        assert got.logps[broken].isnan().all() and got.logps[fine].isfinite().sum() == len(fine) - 1
+        for gradient, expected in zip(gradients, want_gradients, strict=True):
+            assert gradient[broken].isnan().all()
+            for row in fine:
+                scale = float(expected[row].nan_to_num().abs().max())
+                assert_within(gradient[row], expected[row, mine], 2e-5 * scale, f"gradient of row {row}")
+        # 1 - p of the certain rows is 1e-12: it has its digits, and a sum that contained the 1 would have lost it.
+        assert 0 < -float(got.logps[6]) < 1e-10
+        if with_reference:
+            assert got.kl_reference_policy[5] == 0 and got.kl_policy_reference[5] == 0
+            assert got.kl_reference_policy[[0, 1]].isinf().all() and got.kl_policy_reference[14].isfinite()
+
+
+def losses_from_logits(loss_type: Any, packed: bool, reference: str, kwargs: dict, options: dict) -> None:
+    """`fused_token_dpo` of the parts equals that of the whole: loss, rewards, gradients."""
+    batch = make_pairs(2, 9, 31, torch.float32)
+    compare_losses(pack(batch) if packed else batch, loss_type, reference, kwargs, options, tp_group=world())
+
+
+def _references(batch: PairBatch, reference: str, columns: slice, rows_: Callable[[Tensor], Tensor]) -> dict:
+    """The arguments of one kind of reference, for the whole batch or a part of it."""
+    if reference == "live":
+        return {"reference_logits": rows_(batch.reference)[..., columns].contiguous()}
+    if reference == "token":
+        return {"reference_logps": rows_(-3 + normal(*batch.labels.shape))}
+    if reference == "sequence":
+        count = batch.labels.shape[0] if batch.cu_seqlens is None else len(batch.cu_seqlens) - 1
+        return {"reference_logps": -20 + normal(count)}
+    return {"reference_logps": 0.0}
+
+
+def compare_losses(
+    batch: PairBatch, loss_type: Any, reference: str, kwargs: dict, options: dict, tp_group=None, sp_group=None
+) -> None:
+    """One loss on this rank's columns and positions, against the whole in float64."""
+    vocab = batch.logits.shape[-1]
+    columns = slice(0, vocab) if tp_group is None else part(vocab, tp_group)
+    where, ends = _positions(batch, sp_group)
+    weights = 0.5 + normal(*batch.labels.shape).abs()
+    if options.pop("token_weights", False):
+        weights[..., 1] = 0.0
+    else:
+        weights = None
+    how = {"loss_type": loss_type, "beta": 0.3, "loss_kwargs": kwargs or None, **options}
+    whole = batch.logits.double().requires_grad_()
+    exact = PairBatch(whole, batch.labels, batch.reference.double(), batch.cu_seqlens)
+    references = _references(exact, reference, slice(0, vocab), lambda x: x)
+    references = {k: v.double() if isinstance(v, Tensor) else v for k, v in references.items()}
+    want = fused_token_dpo(
+        whole, batch.labels, token_weights=weights, cu_seqlens=batch.cu_seqlens, **references, **how, **TRUTH
+    )
+    leaf = where(batch.logits)[..., columns].contiguous().requires_grad_()
+    got = fused_token_dpo(
+        leaf, where(batch.labels), token_weights=None if weights is None else where(weights), cu_seqlens=ends,
+        **_references(batch, reference, columns, where), **how, tp_group=tp_group, sp_group=sp_group,
+    )  # fmt: skip
+    upstream = torch.linspace(0.5, 2.0, want.loss.numel()).view(want.loss.shape)
+    want.loss.backward(upstream.double())
+    got.loss.backward(upstream)
+    compare_outputs(got, want, where)
+    assert leaf.grad is not None and whole.grad is not None
+    relative(leaf.grad, where(whole.grad)[..., columns], 1e-5, f"gradient of {loss_type}")
+
+
+def compare_outputs(got: Any, want: Any, where: Callable[[Tensor], Tensor], allowed: float = 3e-6) -> None:
+    """Loss and rewards are the whole's, per-token results this rank's part of the whole's."""
+    for name, value in want._asdict().items():
+        actual = getattr(got, name)
+        if value is None:
+            assert actual is None, name
+            continue
+        expected = where(value.detach()) if name.startswith(("token", "reference", "logsumexp")) else value.detach()
+        assert_within(actual, expected, allowed * (1 + expected.abs()), name)
+
+
+def _positions(batch: PairBatch, group: Any) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+    """This rank's positions of a per-row tensor, and their cu_seqlens if the batch is packed."""
+    if group is None:
+        return (lambda x: x), batch.cu_seqlens
+    if batch.cu_seqlens is None:
+        mine = part(batch.labels.shape[1], group)
+        return (lambda x: x[:, mine].contiguous()), None
+    spans = [torch.arange(a, b) for a, b in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)]
+    own = [span[part(len(span), group)] for span in spans]
+    ends = torch.tensor([0, *(len(span) for span in own)]).cumsum(0).int()
+    return (lambda x: x[torch.cat(own)].contiguous()), ends
+
+
+# --- the vocabulary, from hidden states ------------------------------------------------------------------------------
+
+
+def make_head(dtype: torch.dtype, vocab: int = 29, size: int = 12, pairs: int = 3, length: int = 7) -> dict:
+    """Hidden states of a batch, a head with bias and a reference's, all of `dtype`."""
+    batch = make_pairs(pairs, length, vocab, torch.float32)
+    shape = (2 * pairs, length, size)
+    tensors = {
+        "hidden": normal(*shape),
+        "weight": 0.5 * normal(vocab, size),
+        "bias": 0.3 * normal(vocab),
+        "reference_hidden": normal(*shape, key=(1,)),
+        "reference_weight": 0.5 * normal(vocab, size, key=(1,)),
+        "reference_bias": 0.3 * normal(vocab, key=(1,)),
+    }
+    return {"labels": batch.labels, **{name: value.to(dtype) for name, value in tensors.items()}}
+
+
+OF_VOCAB = ("weight", "bias", "reference_weight", "reference_bias")
+
+
+def losses_from_hidden(dtype: torch.dtype, plan: str, options: dict, loss: dict, live: bool, chunks: bool) -> None:
+    """`fused_linear_token_dpo` on rows of the head equals that on the whole head, under each plan."""
+    head = make_head(dtype)
+    compare_head_losses(head, dtype, plan, options, loss, live, chunks, tp_group=world())
+
+
+def compare_head_losses(
+    head: dict, dtype: torch.dtype, plan: str, options: dict, loss: dict, live: bool, chunks: bool,
+    tp_group: Any = None, sp_group: Any = None,
+) -> None:  # fmt: skip
+    """One loss on this rank's rows of the head and positions of the batch, against the whole in float64."""
+    vocab = head["weight"].shape[0]
+    mine = slice(0, vocab) if tp_group is None else part(vocab, tp_group)
+    positions = slice(None) if sp_group is None else part(head["labels"].shape[1], sp_group)
+    trained = ("hidden",) if plan == "frozen_head" else ("hidden", "weight", "bias")
+
+    def run(take: Callable[[str, Tensor], Tensor], convert: Callable[[Tensor], Tensor], **how):
+        tensors = {name: take(name, value) for name, value in head.items()}
+        tensors = {name: convert(x) if x.is_floating_point() else x for name, x in tensors.items()}
+        for name in trained:
+            tensors[name] = tensors[name].detach().clone().requires_grad_()
+        reference = {name: tensors[name] for name in tensors if name.startswith("reference_")} if live else {}
+        if not live:
+            reference = {"reference_logps": 0.0}
+        keywords = {"lm_head_bias": tensors["bias"], **reference, "beta": 0.3, **options, **loss, **how}
+        args = (tensors["hidden"], tensors["weight"], tensors["labels"])
+        if chunks and "tp_group" in how:  # room for the largest pair, 14 rows
+            whole = plan_linear(*args, **keywords)
+            keywords["max_chunk_bytes"] = 15 * whole.chunk_bytes // whole.chunk_rows
+        out = fused_linear_token_dpo(*args, **keywords)
+        out.loss.backward(torch.full_like(out.loss, 1.5))
+        return out, {name: tensors[name].grad for name in trained}
+
+    def own(name: str, value: Tensor) -> Tensor:
+        if name in OF_VOCAB:
+            return value[mine]
+        return value[:, positions].contiguous()
+
+    want, gradients = run(lambda _, x: x, lambda x: x.double(), **TRUTH)
+    got, actual = run(own, lambda x: x, plan=plan, tp_group=tp_group, sp_group=sp_group)
+    assert got.plan.name == plan and (got.plan.chunks > 1) == chunks, got.plan
+    compare_outputs(got, want, lambda x: x[:, positions], {torch.bfloat16: 2e-5}.get(dtype, 3e-6))
+    for name in trained:
+        gradient = actual[name]
+        if sp_group is not None and name != "hidden":
+            gradient = gradient.clone()
+            dist.all_reduce(gradient, group=sp_group)
+        relative(gradient, own(name, gradients[name]), tolerance(dtype), f"gradient of {name}")
+
+
+def stats_from_hidden(dtype: torch.dtype, chunks: bool) -> None:
+    """`linear_token_stats` on rows of the head: every output, and the gradient of all that have one."""
+    head = make_head(dtype)
+    mine = part(head["weight"].shape[0])
+    upstream = {name: normal(*head["labels"].shape, key=(i,)) for i, name in enumerate(oracle.WITH_GRADIENT)}
+
+    def run(tensors: dict, **how):
+        tensors = dict(tensors)
+        for name in ("hidden", "weight", "bias"):
+            tensors[name] = tensors[name].detach().clone().requires_grad_()
+        stats = linear_token_stats(
+            **tensors, outputs=oracle.STATS, temperature=0.9, softcap=6.0, logit_scale=1.3, **how
+        )
+        torch.autograd.backward(
+            [getattr(stats, name) for name in upstream],
+            [g.to(stats.logps.dtype) for g in upstream.values()],
+        )
+        return stats, {name: tensors[name].grad for name in ("hidden", "weight", "bias")}
+
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in head.items()}
+    want, gradients = run(exact, **TRUTH)
+    local = {name: x[mine] if name in OF_VOCAB else x for name, x in head.items()}
+    small = {"max_chunk_bytes": 24 * 20 * head["weight"].shape[0]} if chunks else {}
+    got, actual = run(local, tp_group=world(), **small)
+    for name in oracle.STATS:
+        expected = getattr(want, name)
+        if name == "is_top1":
+            assert torch.equal(got.is_top1, expected)
+        else:
+            allowed = 1e-12 if dtype == torch.float64 else 5e-6
+            assert_within(getattr(got, name), expected, allowed * (1 + expected.abs()), name)
+    for name, gradient in actual.items():
+        expected = gradients[name][mine] if name in OF_VOCAB else gradients[name]
+        relative(gradient, expected, tolerance(dtype), f"gradient of {name}")
