@@ -50,9 +50,9 @@ def part(size: int, group: Any = None) -> slice:
     return slice(ends[rank], ends[rank + 1])
 
 
-def relative(actual: Tensor, expected: Tensor, allowed: float, what: str) -> None:
-    """Error relative to the largest entry."""
-    bound = allowed * float(expected.abs().max())
+def relative(actual: Tensor, expected: Tensor, allowed: float, what: str, whole: Tensor | None = None) -> None:
+    """Error relative to the largest entry, of `whole` if given."""
+    bound = allowed * float((expected if whole is None else whole).abs().max())
     assert bound > 0, f"{what}: nothing to compare"
     assert_within(actual, expected, bound, what)
 
@@ -149,6 +149,7 @@ def hard_rows(backend: str) -> None:
     logits[13], labels[13] = torch.nan, IGNORE
     reference[14, last] = -torch.inf
     logits[14, last] = -torch.inf  # forbidden by both: no contribution to either divergence
+    labels[14] = 0
     reference[5] = logits[5]  # the same model: exactly 0
     broken = [2, 3, 4]
     fine = [row for row in range(15) if row not in broken]
@@ -169,7 +170,8 @@ def hard_rows(backend: str) -> None:
         how = {"backend": backend, "tp_group": world()}
         got, *gradients = run(logits[:, mine].contiguous(), reference[:, mine].contiguous(), how)
         for name in names:
-            assert_row_output(name, getattr(got, name), getattr(want, name).double(), torch.float32, 20.0)
+            rows_ = fine if name in oracle.WITH_REFERENCE else slice(None)  # the broken rows are the policy's
+            assert_row_output(name, getattr(got, name)[rows_], getattr(want, name)[rows_].double(), torch.float32, 20.0)
         assert got.logps[broken].isnan().all() and got.logps[fine].isfinite().sum() == len(fine) - 1
         for gradient, expected in zip(gradients, want_gradients, strict=True):
             assert gradient[broken].isnan().all()
@@ -231,7 +233,7 @@ def compare_losses(
     got.loss.backward(upstream)
     compare_outputs(got, want, where)
     assert leaf.grad is not None and whole.grad is not None
-    relative(leaf.grad, where(whole.grad)[..., columns], 1e-5, f"gradient of {loss_type}")
+    relative(leaf.grad, where(whole.grad)[..., columns], 1e-5, f"gradient of {loss_type}", whole.grad)
 
 
 def compare_outputs(got: Any, want: Any, where: Callable[[Tensor], Tensor], allowed: float = 3e-6) -> None:
@@ -326,7 +328,7 @@ def compare_head_losses(
         if sp_group is not None and name != "hidden":
             gradient = gradient.clone()
             dist.all_reduce(gradient, group=sp_group)
-        relative(gradient, own(name, gradients[name]), tolerance(dtype), f"gradient of {name}")
+        relative(gradient, own(name, gradients[name]), tolerance(dtype), f"gradient of {name}", gradients[name])
 
 
 def stats_from_hidden(dtype: torch.dtype, chunks: bool) -> None:
@@ -363,3 +365,204 @@ def stats_from_hidden(dtype: torch.dtype, chunks: bool) -> None:
     for name, gradient in actual.items():
         expected = gradients[name][mine] if name in OF_VOCAB else gradients[name]
         relative(gradient, expected, tolerance(dtype), f"gradient of {name}")
+
+
+# --- DTensor ---------------------------------------------------------------------------------------------------------
+
+
+def weight_is_dtensor(uneven: bool, named: bool) -> None:
+    """A head sharded over a mesh gives the whole head's results, and gets its gradient as such a DTensor."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    head = make_head(torch.float32, vocab=27 if uneven else 28)
+    weight = distribute_tensor(head["weight"], mesh, [Shard(0)]).requires_grad_()
+    bias = distribute_tensor(head["bias"], mesh, [Shard(0)]).requires_grad_()
+    hidden = distribute_tensor(head["hidden"], mesh, [Replicate()]).requires_grad_()
+    reference = distribute_tensor(head["reference_weight"], mesh, [Shard(0)])
+    more = {"tp_group": mesh} if named else {}
+    out = fused_linear_token_dpo(
+        hidden, weight, head["labels"], lm_head_bias=bias, reference_hidden=head["reference_hidden"],
+        reference_weight=reference, **more,
+    )  # fmt: skip
+    out.loss.backward()
+    whole = {name: head[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")}
+    want = fused_linear_token_dpo(
+        whole["hidden"], whole["weight"], head["labels"], lm_head_bias=whole["bias"],
+        reference_hidden=head["reference_hidden"], reference_weight=head["reference_weight"],
+    )  # fmt: skip
+    want.loss.backward()
+    compare_outputs(out, want, lambda x: x)
+    for leaf, name in ((weight, "weight"), (bias, "bias"), (hidden, "hidden")):
+        assert isinstance(leaf.grad, DTensor) and leaf.grad.placements == leaf.placements
+        relative(leaf.grad.full_tensor(), whole[name].grad, 3e-6, f"gradient of {name}")
+    # Logits split over the vocabulary, as ColwiseParallel leaves them, imply their group too.
+    logits = (head["hidden"] @ head["weight"].t()).requires_grad_()
+    split = distribute_tensor(logits.detach(), mesh, [Shard(2)]).requires_grad_()
+    token_logps(logits, head["labels"]).sum().backward()
+    token_logps(split, head["labels"]).sum().backward()
+    assert isinstance(split.grad, DTensor) and split.grad.placements == (Shard(2),)
+    relative(split.grad.full_tensor(), logits.grad, 1e-5, "gradient of split logits")
+    # Whole on every rank: one process' results.
+    everywhere = distribute_tensor(head["weight"], mesh, [Replicate()])
+    same = linear_token_logps(head["hidden"], everywhere, head["labels"])
+    assert torch.equal(same, linear_token_logps(head["hidden"], head["weight"], head["labels"]))
+
+
+def dtensors_that_cannot_be_used() -> dict[str, str]:
+    """What is said of each."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks,))
+    plane = init_device_mesh("cpu", (2, ranks // 2))
+    head = make_head(torch.float32, vocab=28)
+    weight, hidden, labels = head["weight"], head["hidden"], head["labels"]
+
+    def said(hidden: Tensor, weight: Tensor, **how) -> str:
+        try:
+            linear_token_logps(hidden, weight, labels, **how)
+        except (TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "nothing"
+
+    sharded = distribute_tensor(weight, mesh, [Shard(0)])
+    found = {
+        "other dimension": said(hidden, distribute_tensor(weight, mesh, [Shard(1)])),
+        "two dimensions": said(hidden, distribute_tensor(weight, plane, [Shard(0), Replicate()])),
+        "hidden": said(distribute_tensor(hidden, mesh, [Shard(2)]), weight),
+        "whole": said(hidden, distribute_tensor(weight, mesh, [Replicate()]), tp_group=world()),
+        "another group": said(hidden, sharded, tp_group=plane.get_group(0)),
+    }
+    labels = torch.where(labels == IGNORE, IGNORE, (labels + dist.get_rank()) % 28)
+    return {**found, "data of its own": said(hidden + dist.get_rank(), sharded)}
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
+def losses_of_positions(loss_type: Any, packed: bool, reference: str, kwargs: dict, options: dict) -> None:
+    """`fused_token_dpo` with the positions of each sequence spread over ranks equals that of whole sequences."""
+    batch = make_pairs(2, 11, 23, torch.float32)
+    compare_losses(pack(batch) if packed else batch, loss_type, reference, kwargs, options, sp_group=world())
+
+
+def head_losses_of_positions(dtype: torch.dtype, plan: str, loss: dict, live: bool) -> None:
+    """The same from hidden states; the head's gradient is the sum over the ranks."""
+    head = make_head(dtype, length=11)
+    compare_head_losses(head, dtype, plan, {}, loss, live, False, sp_group=world())
+
+
+def both_groups(rows_: int) -> None:
+    """Vocabulary and positions split at once, over the columns and rows of a grid of ranks."""
+    grid = torch.arange(dist.get_world_size()).view(rows_, -1)
+    # Every rank makes every group, in the same order.
+    tp_groups = [dist.new_group(line.tolist()) for line in grid]
+    sp_groups = [dist.new_group(line.tolist()) for line in grid.t()]
+    row, column = divmod(dist.get_rank(), grid.shape[1])
+    groups = {"tp_group": tp_groups[row], "sp_group": sp_groups[column]}
+    head = make_head(torch.float32, length=11)
+    compare_head_losses(
+        head, torch.float32, "recompute", {"softcap": 4.0}, {"loss_type": "tdpo1"}, True, False, **groups
+    )
+    compare_head_losses(head, torch.float32, "frozen_head", {}, {"loss_type": "ipo"}, False, False, **groups)
+    batch = make_pairs(2, 11, 23, torch.float32)
+    compare_losses(batch, "sigmoid", "live", {"ld_alpha": 0.5}, {}, **groups)
+    compare_losses(pack(batch), "sigmoid_norm", "token", {}, {}, **groups)
+    # An error on one rank reaches all of them, also those that share no group with it.
+    heard = caught(lambda: fused_token_dpo(
+        batch.logits[..., part(23, groups["tp_group"])].contiguous(), batch.labels, reference_logps=0.0,
+        beta=-1.0 if dist.get_rank() == 0 else 0.1, **groups,
+    ))  # fmt: skip
+    assert ("beta" in heard) and (heard.startswith("ValueError") == (dist.get_rank() == 0)), heard
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def caught(call: Callable[[], Any]) -> str:
+    """Name and text of the error that a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def wrong_calls(case: str) -> str:
+    """One kind of mistake; what each rank hears of it. A right call afterwards finds the ranks in step."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    batch = make_pairs(2, 6, 21, torch.float32)
+    mine = part(21)
+    logits, labels, head = batch.logits[..., mine].contiguous(), batch.labels, make_head(torch.float32, vocab=21)
+    weight = head["weight"][mine]
+    last = rank == ranks - 1
+
+    def dpo(logits: Any = logits, labels: Any = labels, **how) -> Any:
+        return fused_token_dpo(logits, labels, **{"reference_logps": 0.0, "tp_group": world(), **how})
+
+    def linear(weight: Any = weight, hidden: Any = head["hidden"], labels: Any = head["labels"], **how) -> Any:
+        return linear_token_logps(hidden, weight, labels, **{"tp_group": world(), **how})
+
+    if case == "shapes":
+        text = caught(lambda: dpo(logits[:, : 6 - rank].contiguous(), labels[:, : 6 - rank].contiguous()))
+    elif case == "labels":
+        text = caught(lambda: dpo(labels=(labels + (last and labels > 0)).clamp_max(20)))
+    elif case == "own error":
+        text = caught(lambda: dpo(labels=labels.float() if last else labels))
+    elif case == "options":
+        text = caught(lambda: dpo(temperature=1.0 + rank))
+    elif case == "weights":
+        text = caught(lambda: dpo(token_weights=torch.full(labels.shape, 1.0 + rank)))
+    elif case == "functions":
+        text = caught(lambda: dpo() if last else token_logps(logits, labels, tp_group=world()))
+    elif case == "requires_grad":
+        text = caught(lambda: linear(hidden=head["hidden"].clone().requires_grad_(not last)))
+    elif case == "hidden size":
+        text = caught(lambda: linear(weight[:, : 12 - rank], head["hidden"][..., : 12 - rank].contiguous()))
+    elif case == "label beyond":
+        text = caught(lambda: linear(labels=head["labels"].masked_fill(head["labels"] == 20, 21)))
+    elif case == "label beyond, from logits":
+        text = caught(lambda: dpo(labels=labels.masked_fill(labels == 20, 21)))
+    elif case == "uncovered":  # the last columns were forgotten
+        text = caught(lambda: linear(weight[:-1] if last else weight))
+    elif case == "no columns":
+        text = caught(lambda: linear(weight[:0] if last else weight))
+    elif case == "sequences":
+        half = slice(None) if last else [0, 2]
+        text = caught(lambda: dpo(logits=batch.logits[half], labels=labels[half], tp_group=None, sp_group=world()))
+    elif case == "loss":
+        text = caught(lambda: dpo(
+            logits=batch.logits, tp_group=None, sp_group=world(), loss_type="ipo" if last else "sigmoid",
+        ))  # fmt: skip
+    elif case == "label of one position":
+        text = caught(lambda: dpo(
+            logits=batch.logits, labels=labels.masked_fill(labels == 20, 99) if last else labels, tp_group=None,
+            sp_group=world(),
+        ))  # fmt: skip
+    elif case == "reference of one position":
+        wrong = torch.zeros(3 if last else 4)
+        text = caught(lambda: dpo(logits=batch.logits, reference_logps=wrong, tp_group=None, sp_group=world()))
+    else:
+        raise ValueError(case)
+    rows_of_logits(torch.float32, "auto", 13)
+    return text
+
+
+def wrong_groups() -> dict[str, str]:
+    """Groups that cannot be used; nothing is sent."""
+    logits, labels = normal(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+    others = dist.new_group([0])
+    grid = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(), 1))
+    meta = torch.empty(2, 3, 5, device="meta")
+    return {
+        "type": caught(lambda: token_logps(logits, labels, tp_group="tp")),
+        "mesh": caught(lambda: token_logps(logits, labels, tp_group=grid)),
+        "member": caught(lambda: token_logps(logits, labels, tp_group=others)) if dist.get_rank() else "",
+        "alone": caught(lambda: token_logps(logits, labels, tp_group=others)) if dist.get_rank() == 0 else "",
+        "device": caught(
+            lambda: token_logps(meta, torch.zeros(2, 3, dtype=torch.int64, device="meta"), tp_group=world())
+        ),
+    }

@@ -110,3 +110,106 @@ def test_losses_from_hidden_without_a_live_reference(two):
 @pytest.mark.parametrize("chunks", [False, True], ids=["one chunk", "chunks"])
 def test_stats_from_hidden(ranks, dtype, chunks):
     ranks.run(checks.stats_from_hidden, dtype, chunks)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["implied", "named"])
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+def test_head_is_a_dtensor(two, uneven, named):
+    two.run(checks.weight_is_dtensor, uneven, named)
+
+
+def test_dtensors_that_cannot_be_used(four):
+    for found in four.run(checks.dtensors_that_cannot_be_used):
+        assert found["other dimension"].startswith("TypeError: weight is a DTensor with placements (Shard(dim=1),)")
+        assert (
+            found["two dimensions"].startswith("TypeError: weight is a DTensor")
+            and "1-D mesh" in found["two dimensions"]
+        )
+        assert found["hidden"].startswith("TypeError: hidden is a DTensor") and "replicated" in found["hidden"]
+        assert found["whole"].startswith("ValueError: weight is whole on every rank")
+        assert found["another group"].startswith("ValueError: weight is sharded over another group")
+        # What FSDP shards has the same placement; only the data tell.
+        assert "disagree: the checksum of labels" in found["data of its own"] and "FSDP" in found["data of its own"]
+
+
+# --- positions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=named)
+def test_losses_of_positions(ranks, loss):
+    ranks.run(checks.losses_of_positions, *loss)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=short)
+@pytest.mark.parametrize(
+    "plan, loss, live",
+    [
+        ("frozen_head", {}, True),
+        ("recompute", {"loss_type": "tdpo1"}, True),
+        ("recompute", {"loss_type": "sft"}, False),
+    ],
+    ids=["frozen_head", "tdpo1", "sft"],
+)
+def test_head_losses_of_positions(two, dtype, plan, loss, live):
+    two.run(checks.head_losses_of_positions, dtype, plan, loss, live)
+
+
+def test_vocabulary_and_positions_at_once(four):
+    four.run(checks.both_groups, 2)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+# What every rank hears, or what the last rank hears and the others do.
+MISTAKES = {
+    "shapes": "ValueError: the ranks of tp_group disagree: labels.shape is (4, 6) on rank 0 and (4, 5) on rank 1",
+    "labels": "ValueError: the ranks of tp_group disagree: the checksum of labels",
+    "options": "disagree: temperature, ignore_index is (1.0, -100) on rank 0 and (2.0, -100) on rank 1",
+    "weights": "disagree: the checksum of token_weights",
+    "functions": "disagree: the call is 'token_logps' on rank 0 and 'fused_token_dpo' on rank 1",
+    "requires_grad": "disagree: requires_grad of hidden states, weight, bias is (True, False, False) on rank 0",
+    "hidden size": "disagree: hidden.shape[-1] is 12 on rank 0 and 11 on rank 1",
+    "label beyond": "IndexError: labels[0, 0] = 21 is outside [0, 21) and is not ignore_index; the ranks of tp_group hold",
+    "label beyond, from logits": "is outside [0, 21)",
+    "uncovered": "is outside [0, 20) and is not ignore_index; the ranks of tp_group hold 9, 11 columns",
+    "own error": "labels must be int64, got torch.float32",
+    "no columns": "weight must have shape [V, H] with H = 12",
+    "sequences": "ValueError: the ranks of sp_group disagree: number of sequences is 2 on rank 0 and 4 on rank 1",
+    "loss": "ValueError: the ranks of sp_group disagree: the loss is",
+    "label of one position": "= 99 is outside [0, 21)",
+    "reference of one position": "reference_logps must have shape",
+}
+ONLY_ON_THE_LAST = ("own error", "no columns", "label of one position", "reference of one position")
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_errors_reach_every_rank(two, case):
+    first, last = two.run(checks.wrong_calls, case)
+    assert MISTAKES[case] in first and MISTAKES[case] in last, (first, last)
+    if case in ONLY_ON_THE_LAST:
+        assert first.startswith("RuntimeError: rank 1 of ") and not last.startswith("RuntimeError")
+    else:
+        assert first == last
+
+
+def test_groups_that_cannot_be_used(two):
+    first, second = two.run(checks.wrong_groups)
+    for found in (first, second):
+        assert (
+            found["type"] == "TypeError: tp_group must be a torch.distributed.ProcessGroup or a 1-D DeviceMesh, got str"
+        )
+        assert (
+            found["mesh"]
+            == "ValueError: tp_group must be a process group or a 1-D DeviceMesh, got a mesh of 2 dimensions"
+        )
+        assert found["device"].startswith("ValueError: tp_group cannot send tensors on meta: it has gloo for cpu")
+    assert second["member"] == "ValueError: tp_group: rank 1 is not a member of this process group"
+    assert first["alone"] == "nothing was raised"
+
+
+def test_a_group_needs_processes():
+    import qkernels
+
+    logits, labels = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="tp_group needs torch.distributed: call .*init_process_group first"):
+        qkernels.token_logps(logits, labels, tp_group="world")
