@@ -58,14 +58,8 @@ class LinearConfig(NamedTuple):
     shard: Shard | None = None
 
     def for_op(self) -> tuple:
-        """As the arguments of an op (`qkernels.ops`), which takes no tuples."""
-        return *self[:-1], *((None, 0, 0, 0) if self.shard is None else self.shard[:4])
-
-    @staticmethod
-    def from_op(*args) -> LinearConfig:
-        """The inverse."""
-        config = LinearConfig(*args[:-4])
-        return config if args[-4] is None else config._replace(shard=Shard(*args[-4:]))
+        """As the arguments of an op: ops are for torch.compile, which never sees a shard."""
+        return self[:-1]
 
     @property
     def row_temperature(self) -> float:

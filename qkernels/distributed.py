@@ -25,21 +25,19 @@ from torch import Tensor
 from . import checks
 from .memory import free_memory
 
-# By name, because ops of torch.library take no groups. Weak: a destroyed group goes.
-_groups: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 # What the ranks of a group have agreed on before, by fingerprint of the call.
 _agreed: weakref.WeakKeyDictionary[Any, dict[int, list[Part]]] = weakref.WeakKeyDictionary()
 
 
-def all_reduce_(values: Tensor, how: str, group: str) -> Tensor:
+def all_reduce_(values: Tensor, how: str, group: Any) -> Tensor:
     """Sum or maximum over the ranks, in place."""
-    dist.all_reduce(values, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=_groups[group])
+    dist.all_reduce(values, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
     return values
 
 
-def all_reduce_start_(values: Tensor, group: str) -> Callable[[], Tensor]:
+def all_reduce_start_(values: Tensor, group: Any) -> Callable[[], Tensor]:
     """Start to sum over the ranks, in place; the returned call waits and gives the tensor."""
-    work = dist.all_reduce(values, group=_groups[group], async_op=True)
+    work = dist.all_reduce(values, group=group, async_op=True)
 
     def finish() -> Tensor:
         if work is not None:
@@ -54,7 +52,7 @@ class SumOverRanks(torch.autograd.Function):
     sum, and counts once."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, group: str) -> Tensor:
+    def forward(ctx, values: Tensor, group: Any) -> Tensor:
         return sum_over_ranks(values, group)
 
     @staticmethod
@@ -62,23 +60,19 @@ class SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-def sum_over_ranks(values: Tensor, group: str) -> Tensor:
+def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
     """A new tensor: the sum over the ranks."""
-    if torch.compiler.is_compiling():
-        from . import ops
-
-        return ops.all_reduce(values, "sum", group)
     return all_reduce_(values.clone(memory_format=torch.contiguous_format), "sum", group)
 
 
 class SequenceShard(NamedTuple):
     """Which part of the positions this rank holds: those after the parts of all lower ranks.
 
-    group: name of the process group.
+    group: the process group.
     rank, ranks: this rank's number, and how many there are.
     """
 
-    group: str
+    group: Any
     rank: int
     ranks: int
 
@@ -239,7 +233,6 @@ class Ranks:
         """
         group = self.groups[name]
         _check_backend(group, name, self.device)
-        _groups[group.group_name] = group
         known = _agreed.setdefault(group, {})
         key = _fingerprint({**fields, "own width": width})
         self._waiting.remove(name)
@@ -265,7 +258,7 @@ class Ranks:
             return None
         self.agree("sp_group", 0, {"number of sequences": sequences, "dtype": dtype, **fields}, {})
         group = self.groups["sp_group"]
-        return SequenceShard(group.group_name, dist.get_rank(group), dist.get_world_size(group))
+        return SequenceShard(group, dist.get_rank(group), dist.get_world_size(group))
 
 
 def _has_values(value: Any) -> bool:
@@ -321,6 +314,8 @@ def to_local(tp_group: Any, **tensors: tuple[Any, int | None]) -> tuple[Any, str
                 raise ValueError(f"{name} is whole on every rank, but tp_group means that each holds some columns")
         elif dim is not None and mesh.ndim == 1 and placements[0] == module.Shard(dim % value.ndim):
             own = mesh.get_group()
+            if torch.compiler.is_compiling():
+                raise NotImplementedError(f"{name} is a DTensor: inside torch.compile say so with tp_group as well")
             if group is None:
                 group, hint = own, _FSDP
             elif dist.get_process_group_ranks(process_group(group, "tp_group")) != dist.get_process_group_ranks(own):

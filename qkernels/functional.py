@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, distributed, objectives, preference, rows, vocab_parallel
+from ._compile import eager_with_groups
 from .autograd.logits import DefaultLoss, RowStats, refuse_overwritten
 from .distributed import Ranks, SequenceShard
 from .objectives import LossType
@@ -187,6 +188,7 @@ def _as_2d(per_row: Tensor) -> Tensor:
     return per_row.reshape(per_row.shape[0], math.prod(per_row.shape[1:])).contiguous()
 
 
+@eager_with_groups
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -248,6 +250,7 @@ def check_outputs(outputs: Any, reference_name: str, has_reference: bool) -> tup
     return outputs, rows.bits(outputs)
 
 
+@eager_with_groups
 def token_stats(
     logits: Tensor,
     labels: Tensor,
@@ -293,6 +296,7 @@ def token_stats(
     return TokenStats(**result)
 
 
+@eager_with_groups
 def fused_token_dpo(
     policy_logits: Tensor,
     labels: Tensor,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, chunks, distributed, objectives, plans, preference, rows, vocab_parallel
-from ._compile import constant_when_compiled
+from ._compile import constant_when_compiled, eager_with_groups
 from .autograd.linear import FrozenHead, Gradients, KnownGradient, LinearStats
 from .chunks import LinearConfig, Model, Selection
 from .distributed import Ranks, SequenceShard
@@ -295,6 +295,7 @@ def _run(call: _Call, name: str, columns: int, carrying: tuple[str, ...], chunk_
     return rows.by_name(columns, carrying, LinearStats.apply(*call.tensors, config, carrying))
 
 
+@eager_with_groups
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -395,6 +396,7 @@ def linear_token_stats(
     return TokenStats(**result)
 
 
+@eager_with_groups
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -646,6 +648,7 @@ def _prepare_loss(
     return loss
 
 
+@eager_with_groups
 def plan_linear(
     policy_hidden: Tensor,
     lm_head_weight: Tensor,
@@ -692,6 +695,7 @@ def plan_linear(
     ).plan  # fmt: skip
 
 
+@eager_with_groups
 def fused_linear_token_dpo(
     policy_hidden: Tensor,
     lm_head_weight: Tensor,

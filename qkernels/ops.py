@@ -9,11 +9,8 @@ Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides
 - `row_grad`: dL/dlogits into a new tensor. One read and one write of each logit; rows that are ignored, or whose
   coefficients are all 0, are set to 0 without being read.
 - `row_grad_`: the same over the logits' own storage.
-- `sharded_row_stats`: `row_stats` of rows whose columns are spread over the ranks of a group; this rank holds
-  [first, first + width) of `vocab`. Results and errors are those of the whole rows (`qkernels.vocab_parallel`).
-- `all_reduce`: "sum" or "max" over the ranks of a group, a new tensor.
 - `linear_stats`, `linear_unit_gradient`, `linear_gradients`: the passes of `qkernels.chunks` over hidden states, for
-  torch.compile; eager code calls them directly. `group` is None where the vocabulary is whole.
+  torch.compile; eager code calls them directly.
 - `pair_loss`: DPO with label smoothing from per-row log-probs: `(loss [], rewards [2B], dloss/dlogps [S, T])`, where
   rewards are beta times the weighted sums of log-ratios. Rows of weight 0 do not count. `reference_logps` is per
   token, `[S, T]`, or per sequence, `[2B]`.
@@ -32,9 +29,6 @@ _ROW = "Tensor labels, Tensor? reference"
 _BACK = "Tensor state, Tensor? reference_state, Tensor coefficients"
 _HOW = "float temperature, int ignore_index, str backend"
 _library.define(f"row_stats(Tensor logits, {_ROW}, int columns, {_HOW}) -> Tensor")
-_SHARD = "int first, int width, int vocab"
-_library.define(f"sharded_row_stats(Tensor logits, {_ROW}, int columns, {_HOW}, str group, {_SHARD}) -> Tensor")
-_library.define("all_reduce(Tensor values, str how, str group) -> Tensor")
 _library.define(f"row_grad(Tensor logits, {_ROW}, {_BACK}, {_HOW}) -> Tensor")
 _library.define(f"row_grad_(Tensor(a!) logits, {_ROW}, {_BACK}, {_HOW}) -> ()")
 _library.define(
@@ -48,7 +42,7 @@ _MODELS = (
 )
 _LINEAR = (
     "int columns, float temperature, float? softcap, float logit_scale, int ignore_index, ScalarType dtype,"
-    f" ScalarType reference_dtype, SymInt chunk_rows, str backend, str? group, {_SHARD}"
+    " ScalarType reference_dtype, SymInt chunk_rows, str backend"
 )
 _library.define(f"linear_stats({_MODELS}, {_LINEAR}) -> Tensor")
 _library.define(f"linear_unit_gradient({_MODELS}, {_LINEAR}) -> (Tensor, Tensor)")
@@ -60,21 +54,6 @@ _library.define(
 
 def _row_stats(logits, labels, reference, columns, temperature, ignore_index, backend):
     return backends.get(backend).row_stats(logits, labels, reference, columns, temperature, ignore_index)
-
-
-def _sharded_row_stats(
-    logits, labels, reference, columns, temperature, ignore_index, backend, group, first, width, vocab
-):
-    from .vocab_parallel import Shard  # imports this module
-
-    shard = Shard(group, first, width, vocab)
-    return shard.row_stats(logits, labels, reference, columns, temperature, ignore_index, backends.get(backend))
-
-
-def _all_reduce(values, how, group):
-    from .distributed import all_reduce_  # imports this module
-
-    return all_reduce_(values.clone(memory_format=torch.contiguous_format), how, group)
 
 
 def _row_grad(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index, backend):
@@ -93,16 +72,12 @@ def _pair_loss(logps, reference_logps, weights, cu_seqlens, beta, label_smoothin
     return backends.get(backend).pair_loss(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing)
 
 
-def _row_stats_fake(logits, labels, reference, columns, *how):
+def _row_stats_fake(logits, labels, reference, columns, temperature, ignore_index, backend):
     return logits.new_empty((columns.bit_count(), *labels.shape), dtype=stats_dtype(logits.dtype))
 
 
 def _row_grad_fake(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _all_reduce_fake(values, how, group):
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
 
 
 def _row_grad_fake_(*args):
@@ -124,7 +99,7 @@ def _models(hidden, weight, bias, reference_hidden, reference_weight, reference_
 def _linear_stats(*args):
     from . import chunks
 
-    return chunks.stats(*_models(*args[:6]), args[6], chunks.LinearConfig.from_op(*args[7:]))
+    return chunks.stats(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
 
 
 def _linear_stats_fake(*args):
@@ -134,7 +109,7 @@ def _linear_stats_fake(*args):
 def _linear_unit_gradient(*args):
     from . import chunks
 
-    return chunks.unit_gradient(*_models(*args[:6]), args[6], chunks.LinearConfig.from_op(*args[7:]))
+    return chunks.unit_gradient(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
 
 
 def _linear_unit_gradient_fake(*args):
@@ -145,7 +120,7 @@ def _linear_gradients(*args):
     from . import chunks
 
     labels, states, coefficients, needs = args[6:10]
-    config = chunks.LinearConfig.from_op(*args[10:])
+    config = chunks.LinearConfig(*args[10:])
     result = chunks.gradients(*_models(*args[:6]), labels, states, coefficients, needs, config)
     return tuple(labels.new_empty(0) if gradient is None else gradient for gradient in result)
 
@@ -160,8 +135,6 @@ def _linear_gradients_fake(*args):
 
 for _name, _run, _fake in (
     ("row_stats", _row_stats, _row_stats_fake),
-    ("sharded_row_stats", _sharded_row_stats, _row_stats_fake),
-    ("all_reduce", _all_reduce, _all_reduce_fake),
     ("row_grad", _row_grad, _row_grad_fake),
     ("row_grad_", _row_grad_, _row_grad_fake_),
     ("pair_loss", _pair_loss, _pair_loss_fake),
@@ -173,8 +146,6 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
 
 row_stats = torch.ops.qkernels.row_stats.default
-sharded_row_stats = torch.ops.qkernels.sharded_row_stats.default
-all_reduce = torch.ops.qkernels.all_reduce.default
 row_grad = torch.ops.qkernels.row_grad.default
 row_grad_ = torch.ops.qkernels.row_grad_.default
 pair_loss = torch.ops.qkernels.pair_loss.default

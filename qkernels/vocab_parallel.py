@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, distributed, ops, rows
+from . import backends, checks, distributed, ops, rows
 from .distributed import Ranks
 from .rows import BIT, RowConfig
 
@@ -43,19 +43,19 @@ _BLOCK = 64  # rows that are looked at again at a time
 class Shard(NamedTuple):
     """The part of the vocabulary that this rank holds, as all ranks of the group have agreed.
 
-    group: name of the process group (`qkernels.distributed`).
+    group: the process group.
     first, width: its columns are [first, first + width).
     vocab: columns of all parts together.
     widest: columns of the largest part.
     free: bytes of memory that every rank has for a chunk's budget.
     """
 
-    group: str
+    group: Any
     first: int
     width: int
     vocab: int
-    widest: int = 0
-    free: int = 0
+    widest: int
+    free: int
 
     def local_labels(self, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """Labels that count from this part's first column, and where they lie in it.
@@ -178,8 +178,6 @@ class Shard(NamedTuple):
 
     def sum_rows(self, partial: Tensor, valid: Tensor) -> Tensor:
         """The sum over the ranks of a tensor `[N, H]` that is 0 outside of the `valid` rows. May reuse its memory."""
-        if torch.compiler.is_compiling():  # how many are valid is not known
-            return distributed.sum_over_ranks(partial, self.group)
         index = valid.nonzero().squeeze(1)
         if index.shape[0] == valid.shape[0]:
             return distributed.all_reduce_(partial, "sum", self.group)
@@ -197,7 +195,9 @@ def row_stats(
     """`ops.row_stats` of whole rows, or of rows of which this rank holds a part."""
     if shard is None:
         return ops.row_stats(logits, labels, reference, *config)
-    return ops.sharded_row_stats(logits, labels, reference, *config, *shard[:4])
+    columns, temperature, ignore_index, backend = config
+    with torch.no_grad():
+        return shard.row_stats(logits, labels, reference, columns, temperature, ignore_index, backends.get(backend))
 
 
 def agree(
@@ -225,8 +225,8 @@ def agree(
         return None
     parts = ranks.agree("tp_group", width, {**fields, "labels.shape": tuple(labels.shape)}, {"labels": labels, **equal})
     widths = [part.width for part in parts]
-    rank = distributed.rank_of(ranks.groups["tp_group"])
-    group, first = ranks.groups["tp_group"].group_name, sum(widths[:rank])
+    group = ranks.groups["tp_group"]
+    first = sum(widths[: distributed.rank_of(group)])
     shard = Shard(group, first, width, sum(widths), max(widths), min(part.free for part in parts))
     try:
         checks.label_range(labels, shard.vocab, ignore_index)

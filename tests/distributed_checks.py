@@ -479,6 +479,105 @@ def both_groups(rows_: int) -> None:
     assert ("beta" in heard) and (heard.startswith("ValueError") == (dist.get_rank() == 0)), heard
 
 
+# --- data parallelism: the loss inside the model ----------------------------------------------------------------------
+
+
+class PreferenceModel(nn.Module):
+    """A model that ends in its loss: whoever wraps it has gathered the head by then, and sees the gradients."""
+
+    def __init__(self, how: str = "inside"):
+        super().__init__()
+        self.how = how
+        self.body = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 19, bias=False)
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters()):
+                parameter.copy_(0.5 * normal(*parameter.shape, key=(i,)))
+
+    def forward(self, features: Tensor, labels: Tensor) -> Any:
+        hidden = torch.tanh(self.body(features))
+        if self.how == "unshard":  # a head that is wrapped on its own
+            self.head.unshard()
+        return fused_linear_token_dpo(hidden, self.head.weight, labels, reference_logps=0.0, beta=0.5)
+
+
+def _pairs_of(features: Tensor, labels: Tensor, rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """This rank's pairs of a batch: the chosen sequences and the rejected ones of the same numbers."""
+    pairs = torch.arange(len(labels)).view(2, -1)[:, rank::ranks].reshape(-1)
+    return features[pairs], labels[pairs]
+
+
+def _same_gradients(model: nn.Module, expected: nn.Module, what: str) -> None:
+    for (name, parameter), truth in zip(model.named_parameters(), expected.parameters(), strict=True):
+        gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+        relative(gradient, truth.grad, 1e-5, f"{what}: gradient of {name}")
+
+
+def sharded_model(how: str) -> None:
+    """FSDP2 and DDP around a model that ends in its loss: the gradients are those of all pairs in one process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    labels = make_pairs(ranks, 6, 19, torch.float32).labels
+    features = normal(2 * ranks, 6, 8)
+    expected = PreferenceModel()
+    want = expected(features, labels)
+    want.loss.backward()
+    model = PreferenceModel(how)
+    if how == "with tp":  # 2 groups of data, 2 parts of the vocabulary
+        mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("dp", "tp"))
+        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight, mesh["tp"], [Shard(0)]))
+        fully_shard(model, mesh=mesh["dp"])
+        part_of, parts = rank // 2, ranks // 2
+    else:
+        mesh = init_device_mesh("cpu", (ranks,))
+        part_of, parts = rank, ranks
+    mine = _pairs_of(features, labels, part_of, parts)
+    if how == "ddp":
+        wrapped = DistributedDataParallel(model)
+        out = wrapped(*mine)
+    elif how == "outside":  # the loss outside of the model: gathered by hand, and the sum over ranks made a mean
+        fully_shard(model.body, mesh=mesh)
+        fully_shard(model.head, mesh=mesh)
+        hidden = torch.tanh(model.body(mine[0]))
+        weight = model.head.weight.full_tensor(grad_placements=[Partial()])
+        out = fused_linear_token_dpo(hidden, weight, mine[1], reference_logps=0.0, beta=0.5)
+    else:
+        if how == "unshard":
+            fully_shard(model.head, mesh=mesh)
+        if how != "with tp":
+            fully_shard(model, mesh=mesh)
+        out = model(*mine)
+    out.loss.backward()
+    if how == "outside":
+        assert isinstance(model.head.weight.grad, DTensor)
+        model.head.weight.grad /= ranks
+    _same_gradients(model, expected, how)
+    losses = out.loss.detach().clone()
+    dist.all_reduce(losses)
+    assert_within(losses / ranks, want.loss, 1e-6, "mean of the losses")
+
+
+def compiled() -> dict[str, str]:
+    """Inside torch.compile a call with a group is a break of the graph, and an error where there may be none."""
+    batch = make_pairs(2, 6, 21, torch.float32)
+    logits = batch.logits[..., part(21)].contiguous().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return fused_token_dpo(x.tanh(), batch.labels, reference_logps=0.0, tp_group=world()).loss.exp()
+
+    want = loss(logits)
+    (expected,) = torch.autograd.grad(want, logits)
+    got = torch.compile(loss, backend="eager")(logits)
+    (gradient,) = torch.autograd.grad(got, logits)
+    assert torch.equal(got, want) and torch.equal(gradient, expected)
+    torch._dynamo.reset()
+    return {"fullgraph": caught(lambda: torch.compile(loss, backend="eager", fullgraph=True)(logits))}
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 

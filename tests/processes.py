@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-_SECONDS = 30
+_SECONDS = 60
 
 
 def _serve(rank: int, ranks: int, store: str, backend: str, connection) -> None:

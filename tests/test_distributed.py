@@ -158,6 +158,23 @@ def test_vocabulary_and_positions_at_once(four):
     four.run(checks.both_groups, 2)
 
 
+# --- data parallelism ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["inside", "unshard", "outside", "ddp"])
+def test_sharded_model(two, how):
+    two.run(checks.sharded_model, how)
+
+
+def test_sharded_model_with_split_vocabulary(four):
+    four.run(checks.sharded_model, "with tp")
+
+
+def test_inside_torch_compile(two):
+    for found in two.run(checks.compiled):
+        assert "tp_group or sp_group runs between compiled graphs" in found["fullgraph"]
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 # What every rank hears, or what the last rank hears and the others do.
@@ -169,7 +186,7 @@ MISTAKES = {
     "functions": "disagree: the call is 'token_logps' on rank 0 and 'fused_token_dpo' on rank 1",
     "requires_grad": "disagree: requires_grad of hidden states, weight, bias is (True, False, False) on rank 0",
     "hidden size": "disagree: hidden.shape[-1] is 12 on rank 0 and 11 on rank 1",
-    "label beyond": "IndexError: labels[0, 0] = 21 is outside [0, 21) and is not ignore_index; the ranks of tp_group hold",
+    "label beyond": "IndexError: labels[0, 0] = 21 is outside [0, 21) and is not ignore_index; the ranks of tp_group",
     "label beyond, from logits": "is outside [0, 21)",
     "uncovered": "is outside [0, 20) and is not ignore_index; the ranks of tp_group hold 9, 11 columns",
     "own error": "labels must be int64, got torch.float32",
@@ -211,5 +228,5 @@ def test_a_group_needs_processes():
     import qkernels
 
     logits, labels = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="tp_group needs torch.distributed: call .*init_process_group first"):
+    with pytest.raises(ValueError, match=r"tp_group needs torch.distributed: call .*init_process_group first"):
         qkernels.token_logps(logits, labels, tp_group="world")
