@@ -40,6 +40,13 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _widens(device, dtype) else dtype
 
 
+def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: int) -> int:
+    """Memory for the rows of the weight that are widened, or whose gradient is held, at a time; at most."""
+    if device.type != "cpu" or dtype in (torch.float32, torch.float64):
+        return 0
+    return min(vocab, _BLOCK) * hidden * torch.float32.itemsize
+
+
 @constant_when_compiled
 def logits_product(device: torch.device, dtype: torch.dtype) -> str:
     """How logits come about, in words; for `info()` and plans."""
@@ -109,7 +116,7 @@ class Head(NamedTuple):
         result = g.new_zeros(g.shape[0], self.weight.shape[1])
         for start in range(0, self.vocab, _BLOCK):
             block = slice(start, start + _BLOCK)
-            result.addmm_(g[:, block], self.weight[block].to(g.dtype))
+            torch.addmm(result, g[:, block], self.weight[block].to(g.dtype), out=result)
         return result
 
 
@@ -142,7 +149,7 @@ class WeightGrad:
             self.weight = torch.mm(g.t(), x, out=empty(self.head.weight.shape, g.dtype, g.device))
         elif g.dtype == wide:
             assert self.weight is not None
-            self.weight.addmm_(g.t(), x)
+            torch.addmm(self.weight, g.t(), x, out=self.weight)  # addmm_ would not be seen by torch's flop counter
         else:
             if self.weight is None:
                 self.weight = torch.zeros(self.head.weight.shape, dtype=wide, device=g.device)
@@ -165,7 +172,9 @@ class WeightGrad:
             block = slice(start, start + _BLOCK)
             self.weight[block].add_(torch.mm(g[:, block].t(), x) * scale)
 
-    def result(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+    def result(
+        self, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """dW and db in the dtypes of the parameters; zeros when no chunk was added."""
         w, b = self.weight, self.bias
         if self.with_weight and w is None:

@@ -77,12 +77,15 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+def _autocasts(hidden: Tensor) -> bool:
+    """Whether autocast chooses the dtype of a linear layer of these hidden states; it leaves float64 alone."""
+    kind = hidden.device.type
+    return hidden.dtype != torch.float64 and _has_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """What a plain linear layer would compute in: autocast's dtype, or the inputs' own."""
-    kind = hidden.device.type
-    if hidden.dtype != torch.float64 and _has_autocast(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return hidden.dtype
+    return torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
 
 
 def _model(hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str]) -> Model:
@@ -90,7 +93,8 @@ def _model(hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str]) -> 
     hidden_name, weight_name, bias_name = names
     hidden = checks.logits(hidden, hidden_name, "H")
     weight = checks.tensor(weight, weight_name)
-    _refuse_dtensor(weight, weight_name)
+    for value, name in ((hidden, hidden_name), (weight, weight_name), (bias, bias_name)):
+        _refuse_dtensor(value, name)
     if not weight.is_floating_point():
         raise TypeError(f"{weight_name} must be floating point, got {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -99,19 +103,17 @@ def _model(hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str]) -> 
             f" {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
     checks.same_device(weight, weight_name, hidden, hidden_name)
-    dtype = _compute_dtype(hidden)
-    if dtype == hidden.dtype and weight.dtype != hidden.dtype:
+    if not _autocasts(hidden) and weight.dtype != hidden.dtype:
         raise TypeError(
             f"{hidden_name} is {hidden.dtype} and {weight_name} {weight.dtype}: they must agree, or be under"
             " torch.autocast"
         )
     if bias is not None:
         bias = checks.like(bias, bias_name, torch.Size([weight.shape[0]]), weight, weight_name)
-        _refuse_dtensor(bias, bias_name)
     return Model(hidden.reshape(-1, hidden.shape[-1]), weight, bias)
 
 
-def _refuse_dtensor(value: Tensor, name: str) -> None:
+def _refuse_dtensor(value: Any, name: str) -> None:
     # No DTensor can exist before its module has been imported, and importing it takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and isinstance(value, module.DTensor):
@@ -137,6 +139,7 @@ def _prepare(
 ) -> _Call:
     """Check what all functions on hidden states share."""
     policy = _model(hidden, weight, bias, names)
+    _refuse_dtensor(labels, "labels")
     labels = checks.labels(labels, hidden, names[0])
     reference_hidden, reference_weight, reference_bias = reference
     reference_model = None
@@ -196,13 +199,15 @@ def _prepare(
     )
 
 
+def _refuse_meta(call: _Call, name: str) -> None:
+    if call.labels.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, which has no values to compute with; plan_linear takes it")
+
+
 def _check_range(labels: Tensor, flat: Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError for a label outside [0, V), where the host can look: rows lose their numbers in the chunks."""
-    if not checks.readable(labels):
-        return
-    bad = (flat != ignore_index) & ((flat < 0) | (flat >= vocab))
-    if bool(bad.any()):
-        raise rows.label_error(labels, int(bad.nonzero()[0]), vocab)
+    if checks.readable(labels):
+        rows.check_labels(flat, vocab, ignore_index, labels)
 
 
 def _counts(valid: Tensor, sequences: Sequences) -> list[int] | None:
@@ -226,10 +231,12 @@ def _plan(
     needs_hidden, needs_weight, needs_bias = call.needs()
     trains_head = needs_weight or needs_bias
     grad = needs_hidden or trains_head
-    device, hidden_size = call.labels.device, call.policy.hidden.shape[1]
+    device = call.labels.device
     reference_dtype = None if call.reference is None else call.reference_dtype
     per_row = chunks.bytes_per_row(call.vocab, device, call.dtype, reference_dtype, grad, call.softcap is not None)
-    wants_pairs = trains_head and pairwise is None
+    # Room for a whole pair is of use to one plan only.
+    wants_pairs = wanted == "pair_chunks" or (wanted == "auto" and (trains_head or not only_logps))
+    wants_pairs = wants_pairs and grad and pairwise is None
     fit = plans.chunk_rows(
         per_row, call.max_chunk_bytes, device, max(valid_rows, 1), pair_rows if wants_pairs else 0, call.vocab
     )
@@ -247,14 +254,9 @@ def _plan(
     with_kl = bool(columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
     reference_products = 0 if call.reference is None else 2 if name == "recompute" and with_kl else 1
     number = -(-valid_rows // fit) if valid_rows else 0
-    wide = rows.stats_dtype(call.dtype)
-    peak = fit * per_row + fit * hidden_size * call.dtype.itemsize
-    if name == "frozen_head":
-        peak += call.policy.hidden.shape[0] * hidden_size * call.dtype.itemsize
-    if needs_weight and name != "frozen_head" and number > 1 and call.policy.weight.dtype.itemsize < wide.itemsize:
-        peak += call.vocab * hidden_size * wide.itemsize
-    if call.policy.weight.dtype != call.dtype:
-        peak += call.vocab * hidden_size * call.dtype.itemsize
+    peak = fit * per_row + chunks.bytes_besides(
+        call.policy, call.reference, call.dtype, reference_dtype, name, call.needs(), fit, number
+    )
     return LinearPlan(
         name,
         reason,
@@ -351,6 +353,7 @@ def linear_token_stats(
         backend,
         ("hidden", "weight", "bias"),
     )
+    _refuse_meta(call, "hidden")
     differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs)
     if not differentiable:  # nothing to be saved for a backward that cannot come
         call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
@@ -579,7 +582,7 @@ def _prepare_loss(
     )
     loss = _Loss(call, objective, batch, reference, counts, beta, reduction, columns, chosen)
     if chosen.name == "pair_chunks" and counts is not None:
-        loss = loss._replace(plan=chosen._replace(chunks=len(loss.pairs())))
+        loss = loss._replace(plan=chosen._replace(chunks=len(loss.pairs()) if valid_rows else 0))
     return loss
 
 
@@ -689,6 +692,7 @@ def fused_linear_token_dpo(
         temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend,
     )  # fmt: skip
     call, batch = work.call, work.batch
+    _refuse_meta(call, "policy_hidden")
     gradients: Gradients | None = None
     if work.plan.name == "pair_chunks":
         columns = _columns_with_state(work.columns, call.reference is not None)
@@ -696,11 +700,10 @@ def fused_linear_token_dpo(
         selections = work.selections(groups)
         objective = work._replace(columns=columns).objective_of(groups, selections)
         config = call.config(columns, work.plan.chunk_rows)
+        needs = call.needs()  # now: inside a backward nothing does
 
         def run() -> tuple[Tensor, Gradients]:
-            return chunks.pair_gradients(
-                call.policy, call.reference, call.labels, selections, objective, call.needs(), config
-            )
+            return chunks.pair_gradients(call.policy, call.reference, call.labels, selections, objective, needs, config)
 
         values, gradients = run()
         stats = dict(zip(rows.column_names(columns), values.unbind(0), strict=True))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 
 from . import backends
-from .rows import stats_dtype
+from .rows import check_labels, stats_dtype
 
 _library = torch.library.Library("qkernels", "DEF")
 
@@ -96,9 +96,16 @@ def _models(hidden, weight, bias, reference_hidden, reference_weight, reference_
     return Model(hidden, weight, bias), reference
 
 
+def _check_labels(labels, weight, ignore_index):
+    """What eager code has checked already. Chunks do not know the rows' numbers; the shape of a batch is lost here."""
+    if labels.device.type == "cpu":
+        check_labels(labels, weight.shape[0], ignore_index)
+
+
 def _linear_stats(*args):
     from . import chunks
 
+    _check_labels(args[6], args[1], args[11])
     return chunks.stats(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
 
 
@@ -109,11 +116,14 @@ def _linear_stats_fake(*args):
 def _linear_unit_gradient(*args):
     from . import chunks
 
+    _check_labels(args[6], args[1], args[11])
     return chunks.unit_gradient(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
 
 
 def _linear_unit_gradient_fake(*args):
-    return _linear_stats_fake(*args), torch.empty_like(args[0], dtype=args[12])
+    from .chunks import kept_dtype
+
+    return _linear_stats_fake(*args), args[0].new_empty(args[0].shape, dtype=kept_dtype(args[12]))
 
 
 def _linear_gradients(*args):

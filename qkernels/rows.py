@@ -78,6 +78,13 @@ def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if logits_dtype == torch.float64 else torch.float32
 
 
+def check_labels(flat: torch.Tensor, vocab: int, ignore_index: int, labels: torch.Tensor | None = None) -> None:
+    """IndexError for the first of the labels `[N]` outside [0, vocab), with its position in `labels` if given."""
+    bad = (flat != ignore_index) & ((flat < 0) | (flat >= vocab))
+    if bool(bad.any()):
+        raise label_error(flat if labels is None else labels, int(bad.nonzero()[0]), vocab)
+
+
 def label_error(labels: torch.Tensor, flat_index: int, vocab: int) -> IndexError:
     """The error for a label outside [0, vocab): its position in `labels` and its value."""
     position, rest = [], flat_index
@@ -96,6 +103,22 @@ def carried(ctx: Any, stats: torch.Tensor, columns: int, carrying: tuple[str, ..
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)  # a column that nothing depends on has no gradient, rather than a zero one
     return stats, *(stats[column_index(columns, name)] for name in carrying)
+
+
+def saveable(ctx: Any, *constants: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """Constants for `ctx.save_for_backward`, which refuses those made in inference mode: they wait on the context."""
+    if torch.compiler.is_compiling():
+        ctx.waiting = None
+        return constants
+    ctx.waiting = tuple(c if c is not None and c.is_inference() else None for c in constants)
+    return tuple(c if kept is None else None for c, kept in zip(constants, ctx.waiting, strict=True))
+
+
+def restored(ctx: Any, *saved: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The constants that were given to `saveable`, from what the backward finds of them in `ctx.saved_tensors`."""
+    if ctx.waiting is None:
+        return saved
+    return tuple(s if kept is None else kept for s, kept in zip(saved, ctx.waiting, strict=True))
 
 
 def by_name(columns: int, carrying: tuple[str, ...], results: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:

@@ -44,14 +44,16 @@ class LinearStats(torch.autograd.Function):
             stats = chunks.stats(Model(hidden, weight, bias), reference, labels, config)
         if not config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"]):
             reference_hidden = reference_weight = reference_bias = None  # the backward needs no reference
-        ctx.save_for_backward(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, stats)
+        kept = rows.saveable(ctx, reference_hidden, reference_weight, reference_bias)
+        ctx.save_for_backward(hidden, weight, bias, *kept, labels, stats)
         ctx.config, ctx.carrying = config, carrying
         return rows.carried(ctx, stats, config.columns, carrying)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, *grads):
-        hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, stats = ctx.saved_tensors
+        hidden, weight, bias, *kept, labels, stats = ctx.saved_tensors
+        reference_hidden, reference_weight, reference_bias = rows.restored(ctx, *kept)
         config: LinearConfig = ctx.config
         coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         states = stats[:3] if reference_hidden is None else stats[:6]
@@ -83,28 +85,32 @@ class FrozenHead(torch.autograd.Function):
         else:
             reference = _reference(reference_hidden, reference_weight, reference_bias)
             stats, unit = chunks.unit_gradient(Model(hidden, weight, bias), reference, labels, config)
-        ctx.save_for_backward(unit)
+        ctx.save_for_backward(unit, labels == config.ignore_index)
         ctx.dtype = hidden.dtype
         return rows.carried(ctx, stats, config.columns, ("logps",))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, grad):
-        (unit,) = ctx.saved_tensors
-        return scaled(unit, grad.unsqueeze(1), ctx.dtype), None, None, None, None, None, None, None
+        unit, ignored = ctx.saved_tensors
+        # Upstream an ignored row may have anything: 0 * NaN would be NaN.
+        grad = grad.masked_fill(ignored, 0.0).unsqueeze(1)
+        return scaled(unit, grad, ctx.dtype), None, None, None, None, None, None, None
 
 
 class KnownGradient(torch.autograd.Function):
     """A scalar loss whose gradients with respect to hidden states, weight and bias exist already.
 
-    The backward multiplies them by the upstream gradient in their own memory and gives them away. A second backward
-    through the same graph makes them anew.
+    The backward multiplies them by the upstream gradient in their own memory and gives them away; those of fp16 inputs
+    come in fp32 (`chunks.kept_dtype`) and are rounded after that. A second backward through the same graph makes them
+    anew.
     """
 
     @staticmethod
     def forward(ctx, loss, hidden, weight, bias, gradients: Gradients, again: Callable[[], Gradients]):
         # On the context and not through save_for_backward: they belong to nobody else, and are to be written over.
         ctx.gradients, ctx.again = gradients, again
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(hidden, weight, bias)  # so that torch notices if they change before a second backward
         return loss.clone()
 
@@ -120,7 +126,8 @@ class KnownGradient(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     torch.mul(gradient, grad.view((1,) * gradient.dim()), out=gradient)
-        return None, *gradients, None, None
+        results = (g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return None, *results, None, None
 
 
 def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
