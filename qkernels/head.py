@@ -23,7 +23,7 @@ from torch.utils import _python_dispatch
 
 from ._compile import constant_when_compiled
 from .backends import native
-from .memory import empty
+from .memory import BLOCK_ELEMENTS, empty
 from .rows import stats_dtype
 
 # Rows of the weight that are widened, or whose gradient is held, at a time: 16 MiB of fp32 at H = 1024.
@@ -40,11 +40,15 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _widens(device, dtype) else dtype
 
 
-def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: int) -> int:
-    """Memory for the rows of the weight that are widened, or whose gradient is held, at a time; at most."""
+def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: int, sums: bool) -> int:
+    """Memory for the rows of the weight that are widened at a time, or whose gradient is added to the sum (`sums`)."""
     if device.type != "cpu" or dtype in (torch.float32, torch.float64):
         return 0
-    return min(vocab, _BLOCK) * hidden * torch.float32.itemsize
+    block = min(vocab, _BLOCK) * hidden
+    widened = 0 if dtype == torch.bfloat16 and native.has_product() else block * torch.float32.itemsize
+    # torch adds 16 bits to fp32 by way of an fp32 copy.
+    added = block * (dtype.itemsize + torch.float32.itemsize) if sums and not _widens(device, dtype) else 0
+    return max(widened, added)
 
 
 @constant_when_compiled
@@ -104,10 +108,13 @@ class Head(NamedTuple):
             out.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
 
     def uncap(self, capped: Tensor, grad: Tensor, out: Tensor) -> None:
-        """dL/dz in `grad` -> dL/dl in `out`, given the capped logits z, which are overwritten."""
+        """dL/dz in `grad` -> dL/dl in `out`, given the capped logits z; both are overwritten."""
         assert self.softcap is not None
         slope = capped.square_().mul_(-self.logit_scale / self.softcap**2).add_(self.logit_scale)
-        torch.mul(grad, slope, out=out)
+        if out is grad:
+            grad.mul_(slope)
+        else:
+            out.copy_(grad.mul_(slope))  # mul into a narrower `out` would take a wide copy of it on a CPU
 
     def input_grad(self, g: Tensor) -> Tensor:
         """dL/dx = g W, `[n, H]` in the dtype of g."""
@@ -118,6 +125,17 @@ class Head(NamedTuple):
             block = slice(start, start + _BLOCK)
             torch.addmm(result, g[:, block], self.weight[block].to(g.dtype), out=result)
         return result
+
+
+def _column_sums(g: Tensor, scale: Tensor | None) -> Tensor:
+    """Sum over the rows of g `[n, V]`, each times its `scale` `[n]` if there is one, in fp32 or fp64: `[V]`."""
+    wide = stats_dtype(g.dtype)
+    if scale is None and (g.dtype == wide or g.device.type != "cpu"):
+        return g.sum(0, dtype=wide)
+    # Block by block: on a CPU torch would widen all of g first.
+    step = max(1, BLOCK_ELEMENTS // max(1, g.shape[0]))
+    blocks = (g[:, start : start + step].to(wide) for start in range(0, g.shape[1], step))
+    return torch.cat([block.sum(0) if scale is None else scale.to(wide) @ block for block in blocks])
 
 
 class WeightGrad:
@@ -136,8 +154,7 @@ class WeightGrad:
         `weight_scale` `[]`, which the rows of x leave over.
         """
         if self.with_bias:
-            wide = stats_dtype(g.dtype)
-            db = g.sum(0, dtype=wide) if bias_scale is None else self._scaled_sum(g, bias_scale)
+            db = _column_sums(g, bias_scale)
             self.bias = db if self.bias is None else self.bias.add_(db)
         if not self.with_weight:
             return
@@ -160,10 +177,6 @@ class WeightGrad:
                 for start in range(0, self.head.vocab, _BLOCK):
                     block = slice(start, start + _BLOCK)
                     self.weight[block].add_(torch.mm(g[:, block].t(), x))
-
-    def _scaled_sum(self, g: Tensor, scale: Tensor) -> Tensor:
-        blocks = range(0, self.head.vocab, _BLOCK)
-        return torch.cat([scale @ g[:, start : start + _BLOCK].to(scale.dtype) for start in blocks])
 
     def _add_scaled(self, g: Tensor, x: Tensor, scale: Tensor) -> None:
         if self.weight is None:

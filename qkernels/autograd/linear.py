@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import chunks, ops, rows
 from ..chunks import LinearConfig, Model
+from ..memory import BLOCK_ELEMENTS
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -121,17 +122,29 @@ class KnownGradient(torch.autograd.Function):
         if gradients is None:
             _ = ctx.saved_tensors  # raises if the graph has been freed, or the inputs have changed
             gradients = ctx.again()
-        # The host may look at a number in its own memory: the usual factor 1 saves a pass over dW.
-        if grad.device.type != "cpu" or grad.item() != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    torch.mul(gradient, grad.view((1,) * gradient.dim()), out=gradient)
+        # The host may look at a number in its own memory: the usual factor 1 saves a pass over dW, and a plain number
+        # needs no wide copy of it.
+        factor = grad.item() if grad.device.type == "cpu" else None
+        for gradient in gradients:
+            if gradient is None or factor == 1:
+                continue
+            if factor is not None:
+                gradient.mul_(factor)
+            else:
+                torch.mul(gradient, grad.view((1,) * gradient.dim()), out=gradient)
         results = (g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return None, *results, None, None
 
 
 def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """values * factor in `dtype`, multiplied in fp32 or better and rounded once. `factor` broadcasts, as many dims."""
+    """values `[N, H]` * factor `[N, 1]` in `dtype`, multiplied in fp32 or better and rounded once."""
     if torch.compiler.is_compiling():
         return (values * factor).to(dtype)
-    return torch.mul(values, factor, out=torch.empty(values.shape, dtype=dtype, device=values.device))
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    if values.device.type != "cpu" or values.dtype == factor.dtype == dtype:
+        return torch.mul(values, factor, out=out)
+    step = max(1, BLOCK_ELEMENTS // max(1, values.shape[1]))
+    for start in range(0, values.shape[0], step):  # a CPU would make wide copies of it all
+        block = slice(start, start + step)
+        out[block] = values[block] * factor[block]
+    return out
