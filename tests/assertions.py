@@ -178,4 +178,5 @@ def assert_head_gradient(
     norm = expected.square().sum()
     if norm > 0:
         scale = ((actual.detach().cpu().double() * expected.cpu()).sum() / norm.cpu()).item()
-        assert abs(scale - 1) <= HEAD_SCALE[widest], f"{what}: too large by {scale - 1:.2g}"
+        few = 1 + 10 / expected.numel()  # roundings of a few entries do not average out
+        assert abs(scale - 1) <= few * HEAD_SCALE[widest], f"{what}: too large by {scale - 1:.2g}"

@@ -22,15 +22,21 @@ def leaves(batch: HeadBatch, trains: str) -> dict[str, Tensor | None]:
     }
 
 
+def exact_model(batch: HeadBatch, prefix: str = "") -> tuple[Tensor, Tensor, Tensor | None]:
+    """One model in float64. Ignored rows may hold anything, NaN too: 0 here."""
+    hidden, weight, bias = (getattr(batch, prefix + name) for name in MODELS)
+    ignored = (batch.labels == IGNORE).cpu().unsqueeze(-1)
+    return (
+        oracle.exact(hidden).masked_fill(ignored, 0.0),
+        oracle.exact(weight),
+        None if bias is None else oracle.exact(bias),
+    )
+
+
 def truth_logits(batch: HeadBatch, softcap: float | None, logit_scale: float) -> tuple[Tensor, Tensor]:
     """Logits of policy and reference in float64."""
     how = {"softcap": softcap, "logit_scale": logit_scale}
-    policy = [None if t is None else oracle.exact(t) for t in (batch.hidden, batch.weight, batch.bias)]
-    reference = [
-        None if t is None else oracle.exact(t)
-        for t in (batch.reference_hidden, batch.reference_weight, batch.reference_bias)
-    ]
-    return oracle.head_logits(*policy, **how), oracle.head_logits(*reference, **how)
+    return oracle.head_logits(*exact_model(batch), **how), oracle.head_logits(*exact_model(batch, "reference_"), **how)
 
 
 def head_size(batch: HeadBatch, logit_scale: float = 1.0, reference: bool = True) -> float:
@@ -129,8 +135,7 @@ def check_linear_stats(
     how = {"temperature": temperature}
     grad = oracle.gradient(z, labels, upstream, z_ref, **how)
     terms = oracle.gradient_terms(z, labels, upstream, z_ref, **how)
-    exact = [None if (t := getattr(batch, name)) is None else oracle.exact(t) for name in MODELS]
-    expected = oracle.head_gradient(*exact, grad, terms.size, softcap, logit_scale)
+    expected = oracle.head_gradient(*exact_model(batch), grad, terms.size, softcap, logit_scale)
     check_head_gradients(batch, models, expected, products_of(batch.hidden.dtype, batch.hidden.device), size)
     return models
 
@@ -245,10 +250,9 @@ def check_linear_preference(
     if trains:
         grad_of_loss = torch.as_tensor(upstream, dtype=out.loss.dtype, device=out.loss.device).expand(out.loss.shape)
         out.loss.backward(grad_of_loss)
-        exact = [None if (t := getattr(batch, name)) is None else oracle.exact(t) for name in MODELS]
         # What cannot be judged (a slope that cancels) joins the terms, for whose errors a share is allowed.
         terms = truth.terms.size + truth.terms.unsure / 1e-5
-        expected = oracle.head_gradient(*exact, truth.grad, terms, softcap, logit_scale)
+        expected = oracle.head_gradient(*exact_model(batch), truth.grad, terms, softcap, logit_scale)
         check_head_gradients(batch, models, expected, products_of(dtype, batch.hidden.device), size)
     else:
         assert not out.loss.requires_grad
