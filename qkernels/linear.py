@@ -182,7 +182,7 @@ def _prepare(
         raise TypeError(f"max_chunk_bytes must be an int or None, got {type(max_chunk_bytes).__name__}")
     dtype = _compute_dtype(hidden)
     flat = labels.reshape(-1).contiguous()
-    _check_range(labels, flat, weight.shape[0], ignore_index)
+    _check_range(labels, weight.shape[0], ignore_index)
     return _Call(
         policy,
         reference_model,
@@ -204,10 +204,10 @@ def _refuse_meta(call: _Call, name: str) -> None:
         raise ValueError(f"{name} is on the meta device, which has no values to compute with; plan_linear takes it")
 
 
-def _check_range(labels: Tensor, flat: Tensor, vocab: int, ignore_index: int) -> None:
+def _check_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError for a label outside [0, V), where the host can look: rows lose their numbers in the chunks."""
     if checks.readable(labels):
-        rows.check_labels(flat, vocab, ignore_index, labels)
+        rows.check_labels(labels, vocab, ignore_index)
 
 
 def _counts(valid: Tensor, sequences: Sequences) -> list[int] | None:

@@ -78,13 +78,6 @@ def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if logits_dtype == torch.float64 else torch.float32
 
 
-def check_labels(flat: torch.Tensor, vocab: int, ignore_index: int, labels: torch.Tensor | None = None) -> None:
-    """IndexError for the first of the labels `[N]` outside [0, vocab), with its position in `labels` if given."""
-    bad = (flat != ignore_index) & ((flat < 0) | (flat >= vocab))
-    if bool(bad.any()):
-        raise label_error(flat if labels is None else labels, int(bad.nonzero()[0]), vocab)
-
-
 def label_error(labels: torch.Tensor, flat_index: int, vocab: int) -> IndexError:
     """The error for a label outside [0, vocab): its position in `labels` and its value."""
     position, rest = [], flat_index

@@ -110,7 +110,7 @@ def test_the_weights_gradient_does_not_lose_digits_to_the_number_of_chunks(backe
     for chunks in (1, 64):
         models = leaves(batch, "hw")
         if way == "weight in fp32":
-            models["weight"] = batch.weight.float().requires_grad_()
+            models["weight"] = batch.weight.float().clone().requires_grad_()
         with torch.autocast(backend.device.type, dtype, enabled=way == "weight in fp32" and dtype != torch.float32):
             out = fused_linear_token_dpo(
                 models["hidden"], models["weight"], batch.labels, lm_head_bias=models["bias"], backend=backend.name,
