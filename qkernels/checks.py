@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import label_error
+from .rows import check_labels
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -140,11 +140,8 @@ def asked_to_check() -> bool:
 
 def label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError for a label outside [0, V), where the host can look."""
-    if not readable(labels):
-        return
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-    if bool(bad.any()):
-        raise label_error(labels, int(bad.reshape(-1).nonzero()[0]), vocab)
+    if readable(labels):
+        check_labels(labels, vocab, ignore_index)
 
 
 def pairs(sequences: int, what: str) -> None:

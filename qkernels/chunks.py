@@ -10,7 +10,8 @@ g = onehot - p and c the coefficient dL/dlogp of a row, dX_i = c_i (g_i W) and d
 
 A chunk holds fp32 logits and, where products take 16 bits, the gradient rounded once to them; otherwise the gradient is
 written over the logits. fp16 has too few exponents for a gradient times a small coefficient: there rows of g are formed
-for coefficients scaled to 1, and the scale is applied to the `[n, H]` sides of the products.
+for coefficients scaled to 1, and the scale is applied to the `[n, H]` sides of the products. What waits for an upstream
+gradient (a loss scaler's, as a rule) waits in fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import backends, rows
-from .head import Head, WeightGrad, gradient_dtype
+from .head import Head, WeightGrad, block_bytes, gradient_dtype
 from .memory import empty
 from .rows import BIT
 from .vocab_parallel import IGNORED, Shard
@@ -70,6 +71,11 @@ class LinearConfig(NamedTuple):
 Selection = Tensor | slice  # rows of a batch: their numbers, or a range where all of them are meant
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient waits for its upstream factor: fp16 would have lost what loss scaling saves."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def bytes_per_row(
     vocab: int, device: torch.device, dtype: torch.dtype, reference_dtype: torch.dtype | None, grad: bool, capped: bool
 ) -> int:
@@ -80,6 +86,48 @@ def bytes_per_row(
         narrow = gradient_dtype(device, dtype).itemsize
         size += (narrow if narrow < wide else 0) + (wide if capped else 0)
     return vocab * size
+
+
+def bytes_besides(
+    policy: Model,
+    reference: Model | None,
+    dtype: torch.dtype,
+    reference_dtype: torch.dtype | None,
+    plan: str,
+    needs: Sequence[bool],
+    rows_: int,
+    chunks: int,
+) -> int:
+    """Bytes that a plan takes besides the chunk's buffers and the gradients themselves, some numbers per row left out.
+
+    Args:
+        plan: its name.
+        needs: whether hidden states, weight and bias need a gradient.
+        rows_: rows of a chunk.
+        chunks: how many there are.
+    """
+    vocab, hidden = policy.weight.shape
+    device = policy.hidden.device
+    products = gradient_dtype(device, dtype)
+    # A chunk's hidden states as they come and as the product packs them, their gradient, and the part of the head that
+    # is at work at a time.
+    size = rows_ * hidden * (2 * dtype.itemsize + products.itemsize)
+    size += block_bytes(device, dtype, vocab, hidden, plan != "frozen_head" and needs[1] and chunks > 1)
+    if reference is not None and reference_dtype is not None:
+        size += rows_ * reference.hidden.shape[1] * reference_dtype.itemsize
+    # Heads that are not in the products' dtype (autocast) are cast once.
+    for model, of_model in ((policy, dtype), (reference, reference_dtype)):
+        if model is not None and of_model is not None and model.weight.dtype != of_model:
+            size += model.weight.numel() * of_model.itemsize
+    if plan == "frozen_head":
+        size += policy.hidden.numel() * kept_dtype(dtype).itemsize
+    elif needs[1]:
+        summed = products if chunks <= 1 else rows.stats_dtype(dtype)
+        if summed != policy.weight.dtype:
+            size += policy.weight.numel() * summed.itemsize
+    if plan == "pair_chunks" and needs[0] and kept_dtype(policy.hidden.dtype) != policy.hidden.dtype:
+        size += policy.hidden.numel() * kept_dtype(policy.hidden.dtype).itemsize
+    return size
 
 
 class _Chunk(NamedTuple):
@@ -115,6 +163,7 @@ class Pass:
         self.wide = rows.stats_dtype(config.dtype)
         self.narrow = gradient_dtype(labels.device, config.dtype)
         self._buffers: dict[str, Tensor] = {}
+        self._largest = 0
 
     def valid_rows(self) -> Tensor:
         """Numbers of the rows that count. On a GPU the host waits here, once per pass, for how many there are."""
@@ -129,26 +178,21 @@ class Pass:
         return list(index.split(size)) if n else []
 
     def _buffer(self, name: str, rows_: int, dtype: torch.dtype) -> Tensor:
-        """`[rows, V]`, the same memory for every chunk."""
-        old = self._buffers.get(name)
-        if old is None or old.shape[0] < rows_:
-            old = empty((rows_, self.head.vocab), dtype, self.labels.device)
-            self._buffers[name] = old
-        return old[:rows_]
+        """`[rows, V]`, the same memory for every chunk: made once, for the largest of them."""
+        if name not in self._buffers:
+            self._buffers[name] = empty((self._largest, self.head.vocab), dtype, self.labels.device)
+        return self._buffers[name][:rows_]
 
     def chunks(self, selections: Sequence[Selection]) -> Iterator[_Chunk]:
         """Make the logits of one selection of rows after the other."""
-        # The largest first: the buffers are made once.
-        largest = max((_length(s) for s in selections), default=0)
+        self._largest = max((_length(s) for s in selections), default=0)
         for where in selections:
             x = _rows(self.policy.hidden, where).to(self.config.dtype)
-            self._buffer("logits", largest, self.wide)
             logits = self._buffer("logits", x.shape[0], self.wide)
             self.head.logits(x, logits)
             reference = None
             if self.reference is not None and self.reference_head is not None:
                 dtype = rows.stats_dtype(self.config.reference_dtype)
-                self._buffer("reference", largest, dtype)
                 reference = self._buffer("reference", x.shape[0], dtype)
                 self.reference_head.logits(
                     _rows(self.reference.hidden, where).to(self.config.reference_dtype), reference
@@ -239,10 +283,10 @@ def stats(policy: Model, reference: Model | None, labels: Tensor, config: Linear
 def unit_gradient(
     policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig
 ) -> tuple[Tensor, Tensor]:
-    """The columns and d logp / d hidden, `[K, N]` and `[N, H]` in the dtype of the products. Two products."""
+    """The columns and d logp / d hidden, `[K, N]` and `[N, H]` in `kept_dtype` of the products. Two products."""
     work = Pass(policy, reference, labels, config)
     result = torch.zeros(config.columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
-    unit = torch.zeros(policy.hidden.shape, dtype=config.dtype, device=labels.device)
+    unit = torch.zeros(policy.hidden.shape, dtype=kept_dtype(config.dtype), device=labels.device)
     for chunk in work.chunks(work.selections()):
         values = work.stats(chunk, config.columns | rows.STATE)
         _put(result, chunk.where, _only(values, config.columns | rows.STATE, config.columns)[:, 0], 1)
@@ -259,12 +303,12 @@ def _only(stats_: Tensor, have: int, want: int) -> Tensor:
 
 
 class _Gradients:
-    """dX, dW and db of a pass, from coefficients."""
+    """dX, dW and db of a pass, from coefficients, in `dtypes` of hidden states, weight and bias."""
 
-    def __init__(self, work: Pass, needs: Sequence[bool], chunks: int):
-        self.work, self.needs = work, needs
+    def __init__(self, work: Pass, needs: Sequence[bool], dtypes: Sequence[torch.dtype | None], chunks: int):
+        self.work, self.dtypes = work, dtypes
         hidden = work.policy.hidden
-        self.hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs[0] else None
+        self.hidden = torch.zeros(hidden.shape, dtype=dtypes[0], device=hidden.device) if needs[0] else None
         self.weight = WeightGrad(work.head, needs[1], needs[2], chunks)
 
     def add(self, chunk: _Chunk, states: Tensor, coefficients: Tensor) -> None:
@@ -291,8 +335,7 @@ class _Gradients:
             _put(self.hidden, chunk.where, dx if summed is None else summed())
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        policy = self.work.policy
-        weight, bias = self.weight.result(policy.weight.dtype, None if policy.bias is None else policy.bias.dtype)
+        weight, bias = self.weight.result(self.dtypes[1], self.dtypes[2])
         return self.hidden, weight, bias
 
 
@@ -315,7 +358,7 @@ def gradients(
     """
     work = Pass(policy, reference if coefficients.shape[0] > 1 else None, labels, config)
     selections = work.selections()
-    total = _Gradients(work, needs, len(selections))
+    total = _Gradients(work, needs, [None if x is None else x.dtype for x in policy], len(selections))
     for chunk in work.chunks(selections):
         at = (slice(None), chunk.where)
         total.add(chunk, states[at].unsqueeze(1), coefficients[at].unsqueeze(1))
@@ -334,6 +377,8 @@ def pair_gradients(
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """The columns and the gradients of a loss whose coefficients are known once a chunk's columns are. Three products.
 
+    The gradients are in `kept_dtype` of the inputs: an upstream gradient is still to come.
+
     Args:
         selections: the rows of each chunk: whole pairs.
         objective: number of the chunk, its columns `[K, 1, n]` -> dL/dcolumn `[1, n]` by name.
@@ -342,7 +387,7 @@ def pair_gradients(
     work = Pass(policy, reference, labels, config)
     columns = config.columns
     result = torch.zeros(columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
-    total = _Gradients(work, needs, len(selections))
+    total = _Gradients(work, needs, [None if x is None else kept_dtype(x.dtype) for x in policy], len(selections))
     for number, chunk in enumerate(work.chunks(selections)):
         values = work.stats(chunk, columns)
         _put(result, chunk.where, values[:, 0], 1)

@@ -23,7 +23,7 @@ from torch.utils import _python_dispatch
 
 from ._compile import constant_when_compiled
 from .backends import native
-from .memory import empty
+from .memory import BLOCK_ELEMENTS, empty
 from .rows import stats_dtype
 
 # Rows of the weight that are widened, or whose gradient is held, at a time: 16 MiB of fp32 at H = 1024.
@@ -38,6 +38,17 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
 def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which dL/dlogits enters the products of the backward."""
     return torch.float32 if _widens(device, dtype) else dtype
+
+
+def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: int, sums: bool) -> int:
+    """Memory for the rows of the weight that are widened at a time, or whose gradient is added to the sum (`sums`)."""
+    if device.type != "cpu" or dtype in (torch.float32, torch.float64):
+        return 0
+    block = min(vocab, _BLOCK) * hidden
+    widened = 0 if dtype == torch.bfloat16 and native.has_product() else block * torch.float32.itemsize
+    # torch adds 16 bits to fp32 by way of an fp32 copy.
+    added = block * (dtype.itemsize + torch.float32.itemsize) if sums and not _widens(device, dtype) else 0
+    return max(widened, added)
 
 
 @constant_when_compiled
@@ -97,10 +108,13 @@ class Head(NamedTuple):
             out.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
 
     def uncap(self, capped: Tensor, grad: Tensor, out: Tensor) -> None:
-        """dL/dz in `grad` -> dL/dl in `out`, given the capped logits z, which are overwritten."""
+        """dL/dz in `grad` -> dL/dl in `out`, given the capped logits z; both are overwritten."""
         assert self.softcap is not None
         slope = capped.square_().mul_(-self.logit_scale / self.softcap**2).add_(self.logit_scale)
-        torch.mul(grad, slope, out=out)
+        if out is grad:
+            grad.mul_(slope)
+        else:
+            out.copy_(grad.mul_(slope))  # mul into a narrower `out` would take a wide copy of it on a CPU
 
     def input_grad(self, g: Tensor) -> Tensor:
         """dL/dx = g W, `[n, H]` in the dtype of g."""
@@ -109,8 +123,19 @@ class Head(NamedTuple):
         result = g.new_zeros(g.shape[0], self.weight.shape[1])
         for start in range(0, self.vocab, _BLOCK):
             block = slice(start, start + _BLOCK)
-            result.addmm_(g[:, block], self.weight[block].to(g.dtype))
+            torch.addmm(result, g[:, block], self.weight[block].to(g.dtype), out=result)
         return result
+
+
+def _column_sums(g: Tensor, scale: Tensor | None) -> Tensor:
+    """Sum over the rows of g `[n, V]`, each times its `scale` `[n]` if there is one, in fp32 or fp64: `[V]`."""
+    wide = stats_dtype(g.dtype)
+    if scale is None and (g.dtype == wide or g.device.type != "cpu"):
+        return g.sum(0, dtype=wide)
+    # Block by block: on a CPU torch would widen all of g first.
+    step = max(1, BLOCK_ELEMENTS // max(1, g.shape[0]))
+    blocks = (g[:, start : start + step].to(wide) for start in range(0, g.shape[1], step))
+    return torch.cat([block.sum(0) if scale is None else scale.to(wide) @ block for block in blocks])
 
 
 class WeightGrad:
@@ -129,8 +154,7 @@ class WeightGrad:
         `weight_scale` `[]`, which the rows of x leave over.
         """
         if self.with_bias:
-            wide = stats_dtype(g.dtype)
-            db = g.sum(0, dtype=wide) if bias_scale is None else self._scaled_sum(g, bias_scale)
+            db = _column_sums(g, bias_scale)
             self.bias = db if self.bias is None else self.bias.add_(db)
         if not self.with_weight:
             return
@@ -142,7 +166,7 @@ class WeightGrad:
             self.weight = torch.mm(g.t(), x, out=empty(self.head.weight.shape, g.dtype, g.device))
         elif g.dtype == wide:
             assert self.weight is not None
-            self.weight.addmm_(g.t(), x)
+            torch.addmm(self.weight, g.t(), x, out=self.weight)  # addmm_ would not be seen by torch's flop counter
         else:
             if self.weight is None:
                 self.weight = torch.zeros(self.head.weight.shape, dtype=wide, device=g.device)
@@ -154,10 +178,6 @@ class WeightGrad:
                     block = slice(start, start + _BLOCK)
                     self.weight[block].add_(torch.mm(g[:, block].t(), x))
 
-    def _scaled_sum(self, g: Tensor, scale: Tensor) -> Tensor:
-        blocks = range(0, self.head.vocab, _BLOCK)
-        return torch.cat([scale @ g[:, start : start + _BLOCK].to(scale.dtype) for start in blocks])
-
     def _add_scaled(self, g: Tensor, x: Tensor, scale: Tensor) -> None:
         if self.weight is None:
             self.weight = torch.zeros(self.head.weight.shape, dtype=torch.float32, device=g.device)
@@ -165,7 +185,9 @@ class WeightGrad:
             block = slice(start, start + _BLOCK)
             self.weight[block].add_(torch.mm(g[:, block].t(), x) * scale)
 
-    def result(self, weight_dtype: torch.dtype, bias_dtype: torch.dtype | None) -> tuple[Tensor | None, Tensor | None]:
+    def result(
+        self, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """dW and db in the dtypes of the parameters; zeros when no chunk was added."""
         w, b = self.weight, self.bias
         if self.with_weight and w is None:

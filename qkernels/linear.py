@@ -80,12 +80,15 @@ def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
+def _autocasts(hidden: Tensor) -> bool:
+    """Whether autocast chooses the dtype of a linear layer of these hidden states; it leaves float64 alone."""
+    kind = hidden.device.type
+    return hidden.dtype != torch.float64 and _has_autocast(kind) and torch.is_autocast_enabled(kind)
+
+
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     """What a plain linear layer would compute in: autocast's dtype, or the inputs' own."""
-    kind = hidden.device.type
-    if hidden.dtype != torch.float64 and _has_autocast(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return hidden.dtype
+    return torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
 
 
 def _model(hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str]) -> Model:
@@ -101,8 +104,7 @@ def _model(hidden: Any, weight: Any, bias: Any, names: tuple[str, str, str]) -> 
             f" {tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
     checks.same_device(weight, weight_name, hidden, hidden_name)
-    dtype = _compute_dtype(hidden)
-    if dtype == hidden.dtype and weight.dtype != hidden.dtype:
+    if not _autocasts(hidden) and weight.dtype != hidden.dtype:
         raise TypeError(
             f"{hidden_name} is {hidden.dtype} and {weight_name} {weight.dtype}: they must agree, or be under"
             " torch.autocast"
@@ -208,6 +210,11 @@ def _prepare(
     return checked
 
 
+def _refuse_meta(call: _Call, name: str) -> None:
+    if call.labels.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, which has no values to compute with; plan_linear takes it")
+
+
 def _counts(valid: Tensor, sequences: Sequences) -> list[int] | None:
     """Valid rows of each sequence, where the host can know; None otherwise (meta tensors, inside torch.compile)."""
     if torch.compiler.is_compiling() or valid.device.type == "meta":
@@ -229,11 +236,13 @@ def _plan(
     needs_hidden, needs_weight, needs_bias = call.needs()
     trains_head = needs_weight or needs_bias
     grad = needs_hidden or trains_head
-    device, hidden_size = call.labels.device, call.policy.hidden.shape[1]
+    device = call.labels.device
     reference_dtype = None if call.reference is None else call.reference_dtype
     widest, free = (call.vocab, None) if call.shard is None else (call.shard.widest, call.shard.free)
     per_row = chunks.bytes_per_row(widest, device, call.dtype, reference_dtype, grad, call.softcap is not None)
-    wants_pairs = trains_head and pairwise is None
+    # Room for a whole pair is of use to one plan only.
+    wants_pairs = wanted == "pair_chunks" or (wanted == "auto" and (trains_head or not only_logps))
+    wants_pairs = wants_pairs and grad and pairwise is None
     fit = plans.chunk_rows(
         per_row, call.max_chunk_bytes, device, max(valid_rows, 1), pair_rows if wants_pairs else 0, widest, free
     )
@@ -251,14 +260,9 @@ def _plan(
     with_kl = bool(columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
     reference_products = 0 if call.reference is None else 2 if name == "recompute" and with_kl else 1
     number = -(-valid_rows // fit) if valid_rows else 0
-    wide = rows.stats_dtype(call.dtype)
-    peak = fit * per_row + fit * hidden_size * call.dtype.itemsize
-    if name == "frozen_head":
-        peak += call.policy.hidden.shape[0] * hidden_size * call.dtype.itemsize
-    if needs_weight and name != "frozen_head" and number > 1 and call.policy.weight.dtype.itemsize < wide.itemsize:
-        peak += call.vocab * hidden_size * wide.itemsize
-    if call.policy.weight.dtype != call.dtype:
-        peak += call.vocab * hidden_size * call.dtype.itemsize
+    peak = fit * per_row + chunks.bytes_besides(
+        call.policy, call.reference, call.dtype, reference_dtype, name, call.needs(), fit, number
+    )
     return LinearPlan(
         name,
         reason,
@@ -377,6 +381,7 @@ def linear_token_stats(
             {},
             {"the call": "linear_token_stats", "outputs": outputs},
         )
+    _refuse_meta(call, "hidden")
     differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs)
     if not differentiable:  # nothing to be saved for a backward that cannot come
         call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
@@ -644,7 +649,7 @@ def _prepare_loss(
     )
     loss = _Loss(call, objective, batch, reference, counts, beta, reduction, columns, chosen)
     if chosen.name == "pair_chunks" and counts is not None:
-        loss = loss._replace(plan=chosen._replace(chunks=len(loss.pairs())))
+        loss = loss._replace(plan=chosen._replace(chunks=len(loss.pairs()) if valid_rows else 0))
     return loss
 
 
@@ -767,6 +772,7 @@ def fused_linear_token_dpo(
         temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend, tp_group, sp_group,
     )  # fmt: skip
     call, batch = work.call, work.batch
+    _refuse_meta(call, "policy_hidden")
     gradients: Gradients | None = None
     if work.plan.name == "pair_chunks":
         columns = _columns_with_state(work.columns, call.reference is not None)
@@ -774,11 +780,10 @@ def fused_linear_token_dpo(
         selections = work.selections(groups)
         objective = work._replace(columns=columns).objective_of(groups, selections)
         config = call.config(columns, work.plan.chunk_rows)
+        needs = call.needs()  # now: inside a backward nothing does
 
         def run() -> tuple[Tensor, Gradients]:
-            return chunks.pair_gradients(
-                call.policy, call.reference, call.labels, selections, objective, call.needs(), config
-            )
+            return chunks.pair_gradients(call.policy, call.reference, call.labels, selections, objective, needs, config)
 
         values, gradients = run()
         stats = dict(zip(rows.column_names(columns), values.unbind(0), strict=True))

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ._compile import constant_when_compiled
 
+# Where torch would copy a whole tensor to another dtype first, the copy is made of so many elements at a time.
+BLOCK_ELEMENTS = 2**16
+
 # From this size on malloc itself maps fresh pages for a tensor.
 _LARGE = 32 * 2**20
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 
 from . import backends
-from .rows import stats_dtype
+from .rows import check_labels, stats_dtype
 
 _library = torch.library.Library("qkernels", "DEF")
 
@@ -99,6 +99,8 @@ def _models(hidden, weight, bias, reference_hidden, reference_weight, reference_
 def _linear_stats(*args):
     from . import chunks
 
+    # Eager code has done this already, in the shape of the batch. Chunks do not know where their rows come from.
+    check_labels(args[6], args[1].shape[0], args[11])
     return chunks.stats(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
 
 
@@ -109,11 +111,14 @@ def _linear_stats_fake(*args):
 def _linear_unit_gradient(*args):
     from . import chunks
 
+    check_labels(args[6], args[1].shape[0], args[11])
     return chunks.unit_gradient(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
 
 
 def _linear_unit_gradient_fake(*args):
-    return _linear_stats_fake(*args), torch.empty_like(args[0], dtype=args[12])
+    from .chunks import kept_dtype
+
+    return _linear_stats_fake(*args), args[0].new_empty(args[0].shape, dtype=kept_dtype(args[12]))
 
 
 def _linear_gradients(*args):

@@ -94,7 +94,8 @@ def chunk_rows(
     if max_chunk_bytes is None:
         share = (free_memory(device) if free is None else free) // _SHARE_OF_FREE
         budget = min(_DEFAULT_BYTES.get(device.type, _DEFAULT_BYTES_ELSEWHERE), share)
-        budget = max(budget, min(pair_rows * bytes_per_row, 2 * share), bytes_per_row)
+        of_pair = pair_rows * bytes_per_row
+        budget = max(budget, of_pair if of_pair <= 2 * share else 0, bytes_per_row)
     else:
         budget = max_chunk_bytes
         if budget < bytes_per_row:

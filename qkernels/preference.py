@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from . import checks
 from .autograd.logits import PairLoss
@@ -27,8 +26,8 @@ class TokenDPOOutput(NamedTuple):
     token_rewards: beta * (token_logps - reference_token_logps); None when the reference came as per-sequence sums.
     logsumexp: per row; V(s) = beta * logsumexp.
 
-    Besides these fields it has an attribute `plan`: what `fused_linear_token_dpo` did (`LinearPlan`); None from logits
-    and from inside torch.compile.
+    Besides these fields it has an attribute `plan`: what `fused_linear_token_dpo` did (`LinearPlan`); None from logits,
+    from inside torch.compile, and where a wrapper such as FSDP has rebuilt the tuple.
     """
 
     loss: Tensor
@@ -45,7 +44,11 @@ class TokenDPOOutput(NamedTuple):
 
 
 class PlannedOutput(TokenDPOOutput):
-    """A `TokenDPOOutput` that knows its plan, which is not one of the fields: they are tensors."""
+    """A `TokenDPOOutput` that knows its plan, which is not one of the fields: they are tensors.
+
+    To torch it is a named tuple of tensors; where torch takes it apart and builds it anew (hooks of FSDP, the first
+    step of DDP with a static graph), the plan is None afterwards.
+    """
 
     plan: LinearPlan | None = None  # type: ignore[assignment]
 
@@ -54,14 +57,6 @@ class PlannedOutput(TokenDPOOutput):
         planned = PlannedOutput(*output)
         planned.plan = plan
         return planned
-
-
-# To torch (FSDP's hooks, say) a tuple of tensors like its base; only classes made by NamedTuple are so by themselves.
-_pytree.register_pytree_node(
-    PlannedOutput,
-    lambda output: (list(output), output.plan),
-    lambda fields, plan: PlannedOutput.of(TokenDPOOutput(*fields), plan),
-)
 
 
 class Batch(NamedTuple):

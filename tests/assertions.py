@@ -33,6 +33,18 @@ In either, the terms that belong to a probability below the smallest normal fp32
 to end there, and no fp32 result could tell.
 
 float64 results (reference backend only): 1e-12 in place of all of these.
+
+From hidden states, logits carry the rounding of an fp32 sum of H terms: partial sums are smaller than the terms' sum of
+absolute values and their roundings differ in sign, so a quarter of that sum (`head_size`, at least 1) stands for them,
+and the bounds above are taken relative to it. Gradients of hidden states, weight and bias are sums of products of an
+entry of dL/dlogits; `size` is the sum of their absolute values. With u half an ulp of the products' dtype, relative:
+
+16 bit  u of `size` for the rounding of dL/dlogits, once more for dW where chunks are rounded before they are summed;
+        u of the result for each time it is rounded itself: by the product, and by the scale of an upstream gradient.
+any     HEAD_GRADIENT of `size` and `head_size`, for the rounding of the logits and of the sums in fp32.
+
+That is a worst case, which an error of 1 % can pass in 16 bit. Roundings are independent and average out over all
+entries, an error of scale does not: the projection of the whole gradient on the true one must be 1 within HEAD_SCALE.
 """
 
 from __future__ import annotations
@@ -59,6 +71,8 @@ GRADIENT_OF_TERMS = 2e-5
 CANCELLATION = 2e-6
 FLOAT64 = 1e-12
 EPS32 = 2.0**-24
+HEAD_GRADIENT = 1e-6
+HEAD_SCALE = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 # Steps of denormal fp32 numbers.
 SMALLEST = 2.0**-148
 BF16_SMALLEST_NORMAL = 2.0**-126
@@ -139,3 +153,30 @@ def loss_allowance(expected: Tensor, sensitivity: Tensor, dtype: torch.dtype) ->
     if dtype == torch.float64:
         return FLOAT64 * (1 + expected.abs() + sensitivity)
     return ROW_BOUNDS["logps"] * sensitivity + 4 * EPS32 * expected.abs().clamp_min(1)
+
+
+def assert_head_gradient(
+    actual: Tensor, expected: Tensor, size: Tensor, head_size: float, products: torch.dtype, what: str
+) -> None:
+    """A gradient with respect to hidden states, weight or bias, in their dtype.
+
+    expected: the float64 gradient.
+    size: the sum of the absolute values of each entry's terms (`oracle.HeadGradient.sizes`).
+    head_size: what the rounding of the logits goes by.
+    products: the dtype that the products take.
+    """
+    expected, size = expected.double(), torch.maximum(size, expected.abs()).double()
+    if products == torch.float64:
+        assert_within(actual, expected, FLOAT64 * head_size * (size + 1e-3), what)
+        return
+    widest = max((products, actual.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    allowed = HEAD_GRADIENT * (1 + head_size) * size + SMALLEST
+    if widest != torch.float32:
+        unit = torch.finfo(widest).eps / 2
+        allowed = allowed + unit * (2 * size + 3 * expected.abs()) + torch.finfo(widest).smallest_normal * unit
+    assert_within(actual, expected, allowed, what)
+    norm = expected.square().sum()
+    if norm > 0:
+        scale = ((actual.detach().cpu().double() * expected.cpu()).sum() / norm.cpu()).item()
+        few = 1 + 10 / expected.numel()  # roundings of a few entries do not average out
+        assert abs(scale - 1) <= few * HEAD_SCALE[widest], f"{what}: too large by {scale - 1:.2g}"

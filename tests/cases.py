@@ -1,7 +1,8 @@
-"""Made-up batches: logits, labels and references of a given shape and dtype, the same on every machine."""
+"""Made-up batches: logits or hidden states, labels and references of a given shape and dtype, the same everywhere."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -108,3 +109,71 @@ def pack(batch: PairBatch, *, keep_ignored: bool = True) -> PairBatch:
     ends = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=batch.labels.device)
     ends[1:] = lengths.cumsum(0)
     return PairBatch(batch.logits[keep], batch.labels[keep], batch.reference[keep], ends)
+
+
+@dataclass
+class HeadBatch:
+    """A preference batch as hidden states: policy and reference, dense `[2B, T, H]` or packed `[N, H]`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    reference_hidden: Tensor
+    reference_weight: Tensor
+    reference_bias: Tensor | None
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def valid(self) -> int:
+        """Number of rows that count."""
+        return int((self.labels != IGNORE).sum())
+
+    def pack(self) -> HeadBatch:
+        """The same data as one packed row of tokens, ignored rows included."""
+        count, length = self.labels.shape
+        ends = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=self.labels.device)
+        return dataclasses.replace(
+            self,
+            hidden=self.hidden.flatten(0, 1),
+            reference_hidden=self.reference_hidden.flatten(0, 1),
+            labels=self.labels.flatten(),
+            cu_seqlens=ends,
+        )
+
+
+def make_head_batch(
+    pairs: int,
+    length: int,
+    size: int,
+    vocab: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    bias: bool = True,
+    reference_size: int | None = None,
+    key: tuple[int, ...] = (),
+    scale: float = 2.0,
+) -> HeadBatch:
+    """Hidden states of size `size` whose logits have a standard deviation of about `scale`; prompts and padding.
+
+    reference_size: H of the reference, where it is another model; else it is a little trained away from the policy.
+    """
+    labels = make_pairs(pairs, length, vocab, torch.float32, key=key).labels
+    x, w = normal(2 * pairs, length, size, key=(3, *key)), scale * size**-0.5 * normal(vocab, size, key=(4, *key))
+    b = normal(vocab, key=(5, *key))
+    if reference_size is None:
+        rx, rw = (
+            0.95 * x + 0.2 * normal(*x.shape, key=(6, *key)),
+            w + 0.1 * scale * size**-0.5 * normal(*w.shape, key=(7, *key)),
+        )
+    else:
+        rx = normal(2 * pairs, length, reference_size, key=(6, *key))
+        rw = scale * reference_size**-0.5 * normal(vocab, reference_size, key=(7, *key))
+    rb = b + 0.1 * normal(vocab, key=(8, *key))
+    x, w, b, rx, rw, rb = (t.to(device, dtype) for t in (x, w, b, rx, rw, rb))
+    return HeadBatch(x, w, b if bias else None, labels.to(device), rx, rw, rb if bias else None)

@@ -184,6 +184,56 @@ def gradient_terms(
     return Terms(*(torch.where(keep, part, 0.0) / temperature for part in (size, unsure)))
 
 
+# --- the head -------------------------------------------------------------------------------------------------------
+
+
+@_on_one_thread
+def head_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0
+) -> Tensor:
+    """Logits of float64 hidden states `[..., H]`, differentiable: the linear layer, Cohere's scale, Gemma's cap."""
+    logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class HeadGradient(NamedTuple):
+    """dL/dhidden, dL/dweight and dL/dbias (None without one), and the size of the terms that each entry sums."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    sizes: dict[str, Tensor]
+
+
+@_on_one_thread
+def head_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad: Tensor,
+    size: Tensor,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> HeadGradient:
+    """Carry dL/dlogits `[..., V]` through the head by float64 autograd.
+
+    hidden, weight, bias: float64.
+    grad: dL/dlogits.
+    size: of the terms of `grad` (`Terms.size`).
+    """
+    leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    head_logits(leaves[0], leaves[1], *leaves[2:], softcap=softcap, logit_scale=logit_scale).backward(grad)
+    linear = torch.nn.functional.linear(hidden, weight, bias)
+    slope = logit_scale * (1.0 if softcap is None else torch.cosh(logit_scale * linear / softcap) ** -2)
+    terms = (slope * torch.maximum(size, grad.abs())).flatten(0, -2)
+    sizes = {
+        "hidden": (terms @ weight.abs()).view_as(hidden),
+        "weight": terms.T @ hidden.abs().flatten(0, -2),
+        "bias": terms.sum(0),
+    }
+    return HeadGradient(leaves[0].grad, leaves[1].grad, leaves[2].grad if bias is not None else None, sizes)
+
+
 # --- sequences ------------------------------------------------------------------------------------------------------
 
 

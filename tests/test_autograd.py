@@ -373,10 +373,16 @@ def test_logits_of_inference_mode_are_taken(backend):
         assert torch.equal(token_logps(logits, batch.labels, backend=backend.name), expected)
         inside = fused_token_dpo(logits, batch.labels, reference_logits=reference, backend=backend.name).loss
     assert torch.equal(inside, loss)
-    # A reference scored in inference mode serves a policy in training.
-    leaf = batch.logits.clone().requires_grad_()
-    fused_token_dpo(leaf, batch.labels, reference_logits=reference, backend=backend.name).loss.backward()
-    assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
+    # A reference scored in inference mode serves a policy in training, also where the backward reads it.
+    for loss_type in ("sigmoid", "tdpo1"):
+        grads = []
+        for constant in (reference, batch.reference):
+            leaf = batch.logits.clone().requires_grad_()
+            fused_token_dpo(
+                leaf, batch.labels, reference_logits=constant, loss_type=loss_type, backend=backend.name
+            ).loss.backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
 
 
 def test_no_grad_builds_no_graph(backend):

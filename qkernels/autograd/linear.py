@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import chunks, ops, rows
 from ..chunks import LinearConfig, Model
+from ..memory import BLOCK_ELEMENTS
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -44,14 +45,16 @@ class LinearStats(torch.autograd.Function):
             stats = chunks.stats(Model(hidden, weight, bias), reference, labels, config)
         if not config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"]):
             reference_hidden = reference_weight = reference_bias = None  # the backward needs no reference
-        ctx.save_for_backward(hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, stats)
+        kept = rows.saveable(ctx, reference_hidden, reference_weight, reference_bias)
+        ctx.save_for_backward(hidden, weight, bias, *kept, labels, stats)
         ctx.config, ctx.carrying = config, carrying
         return rows.carried(ctx, stats, config.columns, carrying)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, *grads):
-        hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, stats = ctx.saved_tensors
+        hidden, weight, bias, *kept, labels, stats = ctx.saved_tensors
+        reference_hidden, reference_weight, reference_bias = rows.restored(ctx, *kept)
         config: LinearConfig = ctx.config
         coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         states = stats[:3] if reference_hidden is None else stats[:6]
@@ -83,31 +86,35 @@ class FrozenHead(torch.autograd.Function):
         else:
             reference = _reference(reference_hidden, reference_weight, reference_bias)
             stats, unit = chunks.unit_gradient(Model(hidden, weight, bias), reference, labels, config)
-        ctx.save_for_backward(unit, None if config.shard is None else labels != config.ignore_index)
+        ctx.save_for_backward(unit, labels == config.ignore_index)
         ctx.dtype, ctx.shard = hidden.dtype, config.shard
         return rows.carried(ctx, stats, config.columns, ("logps",))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, grad):
-        unit, valid = ctx.saved_tensors
-        gradient = scaled(unit, grad.unsqueeze(1), ctx.dtype)
+        unit, ignored = ctx.saved_tensors
+        # Upstream an ignored row may have anything: 0 * NaN would be NaN.
+        grad = grad.masked_fill(ignored, 0.0).unsqueeze(1)
+        gradient = scaled(unit, grad, ctx.dtype)
         if ctx.shard is not None:
-            gradient = ctx.shard.sum_rows(gradient, valid)
+            gradient = ctx.shard.sum_rows(gradient, ~ignored)
         return gradient, None, None, None, None, None, None, None
 
 
 class KnownGradient(torch.autograd.Function):
     """A scalar loss whose gradients with respect to hidden states, weight and bias exist already.
 
-    The backward multiplies them by the upstream gradient in their own memory and gives them away. A second backward
-    through the same graph makes them anew.
+    The backward multiplies them by the upstream gradient in their own memory and gives them away; those of fp16 inputs
+    come in fp32 (`chunks.kept_dtype`) and are rounded after that. A second backward through the same graph makes them
+    anew.
     """
 
     @staticmethod
     def forward(ctx, loss, hidden, weight, bias, gradients: Gradients, again: Callable[[], Gradients]):
         # On the context and not through save_for_backward: they belong to nobody else, and are to be written over.
         ctx.gradients, ctx.again = gradients, again
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(hidden, weight, bias)  # so that torch notices if they change before a second backward
         return loss.clone()
 
@@ -118,16 +125,29 @@ class KnownGradient(torch.autograd.Function):
         if gradients is None:
             _ = ctx.saved_tensors  # raises if the graph has been freed, or the inputs have changed
             gradients = ctx.again()
-        # The host may look at a number in its own memory: the usual factor 1 saves a pass over dW.
-        if grad.device.type != "cpu" or grad.item() != 1:
-            for gradient in gradients:
-                if gradient is not None:
-                    torch.mul(gradient, grad.view((1,) * gradient.dim()), out=gradient)
-        return None, *gradients, None, None
+        # The host may look at a number in its own memory: the usual factor 1 saves a pass over dW, and a plain number
+        # needs no wide copy of it.
+        factor = grad.item() if grad.device.type == "cpu" else None
+        for gradient in gradients:
+            if gradient is None or factor == 1:
+                continue
+            if factor is not None:
+                gradient.mul_(factor)
+            else:
+                torch.mul(gradient, grad.view((1,) * gradient.dim()), out=gradient)
+        results = (g if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return None, *results, None, None
 
 
 def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """values * factor in `dtype`, multiplied in fp32 or better and rounded once. `factor` broadcasts, as many dims."""
+    """values `[N, H]` * factor `[N, 1]` in `dtype`, multiplied in fp32 or better and rounded once."""
     if torch.compiler.is_compiling():
         return (values * factor).to(dtype)
-    return torch.mul(values, factor, out=torch.empty(values.shape, dtype=dtype, device=values.device))
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    if values.device.type != "cpu" or values.dtype == factor.dtype == dtype:
+        return torch.mul(values, factor, out=out)
+    step = max(1, BLOCK_ELEMENTS // max(1, values.shape[1]))
+    for start in range(0, values.shape[0], step):  # a CPU would make wide copies of it all
+        block = slice(start, start + step)
+        out[block] = values[block] * factor[block]
+    return out

@@ -46,14 +46,16 @@ class RowStats(torch.autograd.Function):
     ):  # fmt: skip
         stats = row_stats(logits, labels, reference, config, shard)
         with_kl = config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"])
-        ctx.save_for_backward(logits, labels, reference if with_kl else None, stats)
+        (kept,) = rows.saveable(ctx, reference if with_kl else None)
+        ctx.save_for_backward(logits, labels, kept, stats)
         ctx.config, ctx.inplace, ctx.carrying, ctx.shard = config, inplace, carrying, shard
         return rows.carried(ctx, stats, config.columns, carrying)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, *grads):
-        logits, labels, reference, stats = ctx.saved_tensors
+        logits, labels, kept, stats = ctx.saved_tensors
+        (reference,) = rows.restored(ctx, kept)
         config: RowConfig = ctx.config
         coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         reference_state = None if reference is None else stats[3:6]
