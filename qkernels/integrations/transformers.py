@@ -702,10 +702,16 @@ def reference_rows(
             "reference_model must shape its logits as model does: softcap, logit scale and columns are"
             f" {ours} of model and {its} of reference_model"
         )
-    with torch.no_grad(), adapter:
-        hidden = hidden_states(reference_model, **inputs)
-        x, weight, bias = _with_adapters(_head_module(causal), hidden)
-    columns = its[2]
+    with adapter:
+        return hidden_and_head(reference_model, inputs)
+
+
+def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states `[B, T, H]`, weight and bias of a model as it is now, without gradients, for use as a reference."""
+    causal = unwrap(model)
+    with torch.no_grad():
+        x, weight, bias = _with_adapters(_head_module(causal), hidden_states(model, **inputs))
+    columns = _shaping(causal)[2]
     return x, weight[:columns].detach(), None if bias is None else bias[:columns].detach()
 
 
