@@ -104,8 +104,8 @@ class Batch(NamedTuple):
             chosen, rejected = sequences.sums(valid.double()).chunk(2)
             shared = sequences.to_tokens(torch.minimum(chosen, rejected).repeat(2))
             weights = torch.where(position > shared, base * plan.ld_alpha, base)
-        # WPO averages over all tokens, also those that LD-DPO gives no weight in the loss.
-        used = (base if plan.use_weighting else weights) != 0
+        # WPO and SFT average over all tokens, also those that LD-DPO gives no weight.
+        used = (base if plan.use_weighting or not plan.discounted else weights) != 0
         return Batch(labels.masked_fill(~used, ignore_index), used, weights, base, sequences, cu_seqlens)
 
     def counts(self) -> Tensor:
@@ -285,6 +285,9 @@ def pair_scores(
         assert reference_sums is not None
         reference = reference_sums.double()
         ratios = log_ratios(logps, reference)
+    full_logps = None
+    if plan.ld_alpha is not None and not plan.discounted:
+        full_logps = sequences.sums(batch.base_weights * stats["logps"]).chunk(2)[0]
     counts = batch.counts()
     per_sequence = [ratios, logps, reference, counts]
     if plan.needs_kl:
@@ -302,6 +305,7 @@ def pair_scores(
         rejected_counts=halves[7],
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
+        chosen_full_logps=full_logps,
         f_divergence=plan.f_divergence,
         f_alpha_divergence_coef=plan.f_alpha_divergence_coef,
     )
