@@ -174,6 +174,8 @@ class TokenPreferenceCollator(DataCollatorForPreference):
                 f"{column} has {len(numbers)} numbers and the answer {len(tokens)} tokens (the end-of-sequence token"
                 " counts); expected one number for each token"
             )
+        if column in WEIGHTS and not all(x is not None and 0 <= x < float("inf") for x in numbers):
+            raise ValueError(f"{column} must be finite numbers, 0 or more; got {numbers}")
         row = [0.0] * len(example["prompt_ids"]) + [float("nan") if x is None else float(x) for x in numbers]
         if self.max_length is not None:
             row = row[: self.max_length] if self.truncation_mode == "keep_start" else row[-self.max_length :]
@@ -229,6 +231,7 @@ class TokenDPOTrainer(DPOTrainer):
       `ref_rejected_token_logps`; NaN for tokens cut off), so that weights and `ld_alpha` may change afterwards. A data
       set that has these columns already is taken as it is.
     - LoRA on the head.
+    - `label_smoothing` smooths `sigmoid` as well (cDPO; with a warning, since TRL ignores it there).
     - `on_token_results` sees the per-token results of every step.
 
     Metrics have TRL's names and meaning; averages over tokens are over the tokens that count (weight not 0). With TDPO,
@@ -296,6 +299,12 @@ class TokenDPOTrainer(DPOTrainer):
             raise ValueError(
                 "padding_free=True packs in the trainer's own collator, and a data_collator is given; leave it out, or"
                 " give a TokenPreferenceCollator(..., packed=True)"
+            )
+        if args.label_smoothing and "sigmoid" in args.loss_type:
+            warnings.warn(
+                f"label_smoothing={args.label_smoothing} smooths the loss 'sigmoid' here (cDPO); TRL's own trainer"
+                " ignores it there",
+                stacklevel=3,
             )
         if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
             raise ValueError(

@@ -261,6 +261,7 @@ def _with_adapters(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor |
     adapter away.
     """
     weight, bias, adapters = _linear(head)
+    x = x.to(weight.device)  # a model split over devices may end on another one than its head
     if not adapters:
         return x, weight, bias
     xs, weights = [x], [weight]
@@ -296,7 +297,8 @@ class HeadCall:
 def _read_head(tap: _Tap, call: HeadCall, labels: Tensor | None, hidden: Tensor) -> dict[str, Tensor]:
     """What the replaced head computes, by name. The labels come aligned with the rows, under the model's own keyword:
     PEFT's prompt methods lengthen it as they lengthen the rows."""
-    x, weight, bias = _with_adapters(tap.head, hidden.to(_linear(tap.head)[0].device))
+    x, weight, bias = _with_adapters(tap.head, hidden)
+    tap.vocab = weight.shape[0]
     if tap.columns is not None:
         weight, bias = weight[: tap.columns], None if bias is None else bias[: tap.columns]
     if not (call.outputs or call.loss):
@@ -349,6 +351,7 @@ class _Tap:
         self.own_head_forward = self.head.forward
         self.takes_cache = "use_cache" in inspect.signature(type(causal).forward).parameters
         self.installed = self.verified = False
+        self.vocab = 0
         self.call: HeadCall | None = None
         self.labels: Tensor | None = None
         self.result: dict[str, Tensor] | None = None
@@ -409,8 +412,7 @@ class _Tap:
 
     def known_numbers(self, device: torch.device) -> Tensor:
         """What the head hands on instead of logits, `[1, 1, V]`."""
-        vocab = _linear(self.head)[0].shape[0]
-        return torch.linspace(-40, 40, vocab, dtype=torch.float32, device=device).view(1, 1, vocab)
+        return torch.linspace(-40, 40, self.vocab, dtype=torch.float32, device=device).view(1, 1, self.vocab)
 
     def verify(self, result: dict[str, Tensor]) -> None:
         """Compare what the model made of the known numbers with scale and softcap as the configuration was read.
@@ -436,7 +438,7 @@ class _Tap:
         self.verified = True
 
 
-def _tap(causal: nn.Module) -> _Tap:
+def tap_of(causal: nn.Module) -> _Tap:
     """The tap of a model. The model keeps it, so that torch.compile meets the same functions in every call."""
     tap = causal.__dict__.get("_qkernels_tap")
     if not isinstance(tap, _Tap) or not tap.stands_for(causal):
@@ -464,7 +466,7 @@ def _put_back(modules: list[tuple[nn.Module, Any]]) -> None:
 @contextlib.contextmanager
 def tapped(causal: nn.Module) -> Iterator[_Tap]:
     """Let a model take the keyword `qkernels` (a `HeadCall`), and put its own forwards back at the end."""
-    tap = _tap(causal)
+    tap = tap_of(causal)
     if tap.installed:
         yield tap
         return
@@ -480,10 +482,9 @@ def install(causal: nn.Module, forward: Callable[..., Any]) -> None:
 
     Args:
         causal: the model, unwrapped.
-        forward: a function `(causal, *args, **kwargs)` that becomes its forward; it calls that of
-            `causal._qkernels_tap`.
+        forward: a function `(causal, *args, **kwargs)` that becomes its forward; it calls `tap_of(causal).forward`.
     """
-    tap = _tap(causal)
+    tap = tap_of(causal)
     # A method of the model, not of the tap: accelerate takes `model.forward.__func__` and binds it to the model again.
     causal.forward = types.MethodType(functools.wraps(type(causal).forward)(forward), causal)  # type: ignore[method-assign]
     tap.head.forward = tap.head_forward  # type: ignore[method-assign]

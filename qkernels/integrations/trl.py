@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .transformers import HeadCall, install
+from .transformers import HeadCall, install, tap_of
 
 if TYPE_CHECKING:
     from .token_dpo_trainer import TokenDPOConfig, TokenDPOTrainer, TokenResults
@@ -128,7 +128,7 @@ def add_token_head(
     coefficient = float(getattr(_text_config(model), "router_aux_loss_coef", None) or 0.0)
 
     def forward(
-        self: Any,
+        self: nn.Module,
         *args: Any,
         fused_lm_head: bool = False,
         labels: Tensor | None = None,
@@ -136,7 +136,7 @@ def add_token_head(
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        tap = self._qkernels_tap
+        tap = tap_of(self)
         if not fused_lm_head:
             passed = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             return tap.forward(*args, **{k: v for k, v in passed.items() if v is not None}, **kwargs)
