@@ -310,6 +310,7 @@ def linear_token_stats(
     reference_weight: Tensor | None = None,
     reference_bias: Tensor | None = None,
     outputs: Sequence[str] = ("logps", "logsumexp"),
+    detached: Sequence[str] = (),
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
@@ -330,6 +331,8 @@ def linear_token_stats(
         bias: `[V]`.
         reference_hidden, reference_weight, reference_bias: of the reference, which may have an H of its own; constants.
         outputs: names of fields of `TokenStats`; only these are computed, the others are None.
+        detached: those of them that need no gradient. With a frozen head, log-probs alone take two products where
+            log-probs and an entropy with gradient take three.
         softcap: of Gemma; None for none.
         logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
         temperature: divides the logits; above 0.
@@ -382,7 +385,10 @@ def linear_token_stats(
             {"the call": "linear_token_stats", "outputs": outputs},
         )
     _refuse_meta(call, "hidden")
-    differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs)
+    unknown = [name for name in detached if name not in outputs]
+    if unknown:
+        raise ValueError(f"detached names {unknown}, which are not among the outputs {list(outputs)}")
+    differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs and name not in detached)
     if not differentiable:  # nothing to be saved for a backward that cannot come
         call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
     plan = _plan(
@@ -556,8 +562,12 @@ def _prepare_loss(
     backend: str,
     tp_group: Any,
     sp_group: Any,
+    outputs: Sequence[str] = (),
 ) -> _Loss:
-    """Check all arguments of the preference loss, agree on them with the other ranks, and choose a plan."""
+    """Check all arguments of the preference loss, agree on them with the other ranks, and choose a plan.
+
+    outputs: further per-row results, without gradient.
+    """
     tp_group, hint, local = distributed.to_local(
         tp_group,
         policy_hidden=(policy_hidden, None),
@@ -622,6 +632,8 @@ def _prepare_loss(
         batch, reference = batch_and_reference(positions)
     call = call._replace(labels=batch.labels.reshape(-1))
     columns = preference.columns(objective, live)
+    if outputs:
+        columns |= check_outputs((*outputs, *(("reference_logps",) if live else ())), "reference_hidden", live)[1]
     counts = _counts(batch.used, batch.sequences)
     if counts is None:
         valid_rows = call.labels.shape[0]
@@ -771,6 +783,62 @@ def fused_linear_token_dpo(
         reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
         temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend, tp_group, sp_group,
     )  # fmt: skip
+    return _solve(work)[0]
+
+
+def linear_token_dpo(
+    policy_hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    outputs: Sequence[str] = (),
+    lm_head_bias: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    reference_logps: Tensor | float | None = None,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    loss_kwargs: Mapping[str, Any] | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    plan: str = "auto",
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> tuple[TokenDPOOutput, TokenStats]:
+    """`fused_linear_token_dpo`, and further per-token results of the policy from the same pass; for integrations.
+
+    Args:
+        outputs: names of fields of `TokenStats`, without gradient here; they cost next to nothing.
+        policy_hidden ... backend: as in `fused_linear_token_dpo`.
+
+    Returns:
+        What `fused_linear_token_dpo` returns, and the outputs.
+
+    Raises:
+        As `fused_linear_token_dpo`; ValueError for an unknown output.
+    """
+    work = _prepare_loss(
+        policy_hidden, lm_head_weight, labels, lm_head_bias, reference_hidden, reference_weight, reference_bias,
+        reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
+        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend, None, None, outputs,
+    )  # fmt: skip
+    output, stats = _solve(work)
+    further = {name: stats[name].detach().view(work.call.shape) for name in outputs}
+    if "is_top1" in further:
+        further["is_top1"] = further["is_top1"] > 0
+    return output, TokenStats(**further)
+
+
+def _solve(work: _Loss) -> tuple[TokenDPOOutput, dict[str, Tensor]]:
+    """Run the plan; the loss, and the per-row results by name."""
     call, batch = work.call, work.batch
     _refuse_meta(call, "policy_hidden")
     gradients: Gradients | None = None
@@ -797,4 +865,4 @@ def fused_linear_token_dpo(
     if gradients is not None:
         loss = KnownGradient.apply(output.loss, *call.policy, gradients, lambda: run()[1])
         output = output._replace(loss=loss)
-    return output if torch.compiler.is_compiling() else PlannedOutput.of(output, work.plan)
+    return (output if torch.compiler.is_compiling() else PlannedOutput.of(output, work.plan)), stats

@@ -45,6 +45,7 @@ class PairScores:
     reference_chosen_logps, reference_rejected_logps: the same of the reference (0 when reference-free).
     chosen_counts, rejected_counts: n, sums of the token weights (number of tokens without weights).
     chosen_kl, rejected_kl: K, sums of w * KL(ref || pi); None unless an objective asked for it.
+    chosen_full_logps: with LD-DPO, `chosen_logps` before it discounts the tail; None without.
     f_divergence, f_alpha_divergence_coef: the link between log-ratios and scores.
     """
 
@@ -58,6 +59,7 @@ class PairScores:
     rejected_counts: Tensor
     chosen_kl: Tensor | None = None
     rejected_kl: Tensor | None = None
+    chosen_full_logps: Tensor | None = None
     f_divergence: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
 
@@ -105,6 +107,7 @@ class Objective:
     needs_kl: whether it reads KL(ref || pi) per token, which takes the reference's logits.
     reference_free: whether the loss does without a reference.
     separable: whether each pair's loss depends on that pair alone.
+    discounted: whether LD-DPO's discount of the longer answer's tail applies to it.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Objective:
     needs_kl: bool = False
     reference_free: bool = False
     separable: bool = True
+    discounted: bool = True
 
 
 @lru_cache(maxsize=256)
@@ -156,13 +160,15 @@ def objective(
     needs_kl: bool = False,
     reference_free: bool = False,
     separable: bool = True,
+    discounted: bool = True,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as `loss_type=<its name>`. The flags are those of `Objective`."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         OBJECTIVES[function.__name__] = Objective(
-            function.__name__, function, _options(function), smoothing, scored, needs_kl, reference_free, separable
-        )
+            function.__name__, function, _options(function), smoothing, scored, needs_kl, reference_free, separable,
+            discounted,
+        )  # fmt: skip
         _resolve_name.cache_clear()
         return function
 
@@ -259,14 +265,15 @@ def discopop(scores: PairScores, beta: float, discopop_tau: float = 0.05) -> Ten
     return -logsigmoid(x) * (1 - blend) + torch.exp(-x) * blend
 
 
-@objective(reference_free=True, separable=False)
+@objective(reference_free=True, separable=False, discounted=False)
 def sft(scores: PairScores, beta: float) -> Tensor:
     """Mean negative log-likelihood over all chosen tokens of the batch (Rafailov et al.'s SFT term).
 
-    Pair i's share is scaled so that the mean over pairs is the mean over tokens.
+    Pair i's share is scaled so that the mean over pairs is the mean over tokens. LD-DPO leaves it alone.
     """
+    logps = scores.chosen_logps if scores.chosen_full_logps is None else scores.chosen_full_logps
     tokens = scores.chosen_counts.sum()
-    return -scores.chosen_logps * (scores.chosen_logps.numel() / torch.where(tokens > 0, tokens, 1.0))
+    return -logps * (logps.numel() / torch.where(tokens > 0, tokens, 1.0))
 
 
 @objective(smoothing=_SMOOTHED, scored=False, separable=False)
@@ -333,6 +340,11 @@ class Plan:
     @property
     def needs_kl(self) -> bool:
         return any(term.needs_kl for term, _, _ in self.terms)
+
+    @property
+    def discounted(self) -> bool:
+        """Whether no term reads the tokens that LD-DPO discounts at their full weight."""
+        return all(term.discounted for term, _, _ in self.terms)
 
     @property
     def reference_free(self) -> bool:

@@ -101,8 +101,8 @@ class Batch(NamedTuple):
             chosen, rejected = sequences.sums(valid.double()).chunk(2)
             shared = sequences.to_tokens(torch.minimum(chosen, rejected).repeat(2))
             weights = torch.where(position > shared, base * plan.ld_alpha, base)
-        # WPO averages over all tokens, also those that LD-DPO gives no weight in the loss.
-        used = (base if plan.use_weighting else weights) != 0
+        # WPO and SFT average over all tokens, also those that LD-DPO gives no weight.
+        used = (base if plan.use_weighting or not plan.discounted else weights) != 0
         return Batch(labels.masked_fill(~used, ignore_index), used, weights, base, sequences, cu_seqlens)
 
 
@@ -283,33 +283,33 @@ def pair_scores(
     """Per-token results summed to what objectives see. Ratios are summed as ratios: sums of log-probs are thousands
     of times larger, and their difference would have lost the digits."""
     sequences, weights = batch.sequences, batch.weights
-    per_token = [batch.base_weights, weights * stats["logps"]]
+    per_token = {"counts": batch.base_weights, "logps": weights * stats["logps"]}
     if plan.needs_kl:
-        per_token.append(weights * stats["kl_reference_policy"])
+        per_token["kl"] = weights * stats["kl_reference_policy"]
+    if plan.ld_alpha is not None and not plan.discounted:
+        per_token["full_logps"] = batch.base_weights * stats["logps"]
     if reference_tokens is not None:
-        per_token += [weights * log_ratios(stats["logps"], reference_tokens), weights * reference_tokens]
-    sums = sequences.sums_of(per_token)
-    counts, logps, kl = sums[0], sums[1], sums[2:3] if plan.needs_kl else []
-    if reference_tokens is not None:
-        ratios, reference = sums[-2:]
-    else:
+        per_token["ratios"] = weights * log_ratios(stats["logps"], reference_tokens)
+        per_token["reference"] = weights * reference_tokens
+    sums = dict(zip(per_token, sequences.sums_of(list(per_token.values())), strict=True))
+    if reference_tokens is None:
         assert reference_sums is not None
-        reference = reference_sums.double()
-        ratios = log_ratios(logps, reference)
-    per_sequence = [ratios, logps, reference, counts, *kl]
-    halves = [half for total in per_sequence for half in total.to(weights.dtype).chunk(2)]
-    chosen_kl, rejected_kl = halves[8:] if plan.needs_kl else (None, None)
+        sums["reference"] = reference_sums.double()
+        sums["ratios"] = log_ratios(sums["logps"], sums["reference"])
+    halves = {name: total.to(weights.dtype).chunk(2) for name, total in sums.items()}
+    chosen_kl, rejected_kl = halves.get("kl", (None, None))
     return PairScores(
-        chosen_log_ratios=halves[0],
-        rejected_log_ratios=halves[1],
-        chosen_logps=halves[2],
-        rejected_logps=halves[3],
-        reference_chosen_logps=halves[4],
-        reference_rejected_logps=halves[5],
-        chosen_counts=halves[6],
-        rejected_counts=halves[7],
+        chosen_log_ratios=halves["ratios"][0],
+        rejected_log_ratios=halves["ratios"][1],
+        chosen_logps=halves["logps"][0],
+        rejected_logps=halves["logps"][1],
+        reference_chosen_logps=halves["reference"][0],
+        reference_rejected_logps=halves["reference"][1],
+        chosen_counts=halves["counts"][0],
+        rejected_counts=halves["counts"][1],
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
+        chosen_full_logps=halves["full_logps"][0] if "full_logps" in halves else None,
         f_divergence=plan.f_divergence,
         f_alpha_divergence_coef=plan.f_alpha_divergence_coef,
     )

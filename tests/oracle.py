@@ -261,6 +261,7 @@ class Pair:
     kl_w: Tensor | None = None
     kl_l: Tensor | None = None
     importance: float = 1.0  # WPO
+    full_logp_w: Tensor | None = None  # before LD-DPO
 
 
 def pairs(
@@ -312,7 +313,8 @@ def pairs(
             n = sum(base)
             sides.append((logp - ref, logp, ref, n, kl, math.exp(float(aligned) / n) if n else 1.0))
         (r_w, lp_w, ref_w, n_w, kl_w, u_w), (r_l, lp_l, ref_l, n_l, kl_l, u_l) = sides
-        out.append(Pair(r_w, r_l, lp_w, lp_l, ref_w, ref_l, n_w, n_l, kl_w, kl_l, u_w * u_l))
+        full = total(flat["logps"], rows[i], [factors[t] for t in rows[i]])
+        out.append(Pair(r_w, r_l, lp_w, lp_l, ref_w, ref_l, n_w, n_l, kl_w, kl_l, u_w * u_l, full))
     return out
 
 
@@ -379,7 +381,7 @@ def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
     if name == "sft":
         tokens = sum(pair.n_w for pair in batch)
         # Per pair so that the mean over pairs is the mean over the batch's chosen tokens.
-        return torch.stack([-pair.logp_w * len(batch) / (tokens or 1.0) for pair in batch])
+        return torch.stack([-pair.full_logp_w * len(batch) / (tokens or 1.0) for pair in batch])
 
     def one(pair: Pair) -> Tensor:
         x = beta * margin(pair)

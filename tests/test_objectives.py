@@ -176,7 +176,8 @@ def test_ld_dpo_discounts_the_tokens_past_the_shorter_answer(backend, dtype, nam
         )  # fmt: skip
         assert_within(out.loss, expected.loss, 1e-5 * (1 + expected.loss.abs()), "loss")
         out.loss.backward()
-        assert bool((leaf.grad.view(6, 12, -1)[weights == 0] == 0).all())
+        if name != "sft":  # which LD-DPO leaves alone
+            assert bool((leaf.grad.view(6, 12, -1)[weights == 0] == 0).all())
         return
     batch = pack(batch) if packed else batch
     check_preference(backend, batch, name, options=CASES[name], ld_alpha=alpha)
