@@ -6,7 +6,7 @@ the prompt belongs to the answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..data import Message, Preference
@@ -85,19 +85,18 @@ class Encoder:
         self.chat = has_template if prompt_format == "auto" else prompt_format == "chat"
         self.special = set(tokenizer.all_special_ids)
 
-    def pairs(self, pairs: Sequence[Preference], first: int = 0) -> list[tuple[EncodedAnswer, EncodedAnswer]]:
-        """Encode the answers of pairs, chosen and rejected.
+    def pairs(self, pairs: Mapping[int, Preference]) -> list[tuple[EncodedAnswer, EncodedAnswer]]:
+        """Encode the answers of pairs, chosen and rejected, all at once.
 
         Args:
-            pairs: a part of the data.
-            first: number of the first of them, for messages.
+            pairs: by their numbers, which messages name.
 
         Raises:
             ScoreError: a pair that cannot be rendered, or does not fit the model; names it.
         """
         sides = [
-            (f"{place(first + i)}, {side} answer", pair.prompt, answer)
-            for i, pair in enumerate(pairs)
+            (f"{place(number)}, {side} answer", pair.prompt, answer)
+            for number, pair in pairs.items()
             for side, answer in (("chosen", pair.chosen), ("rejected", pair.rejected))
         ]
         rendered = [self._render(*side) for side in sides]
@@ -118,12 +117,12 @@ class Encoder:
             for (where, _, answer), (text, boundary, start), tokens in zip(sides, rendered, encoded, strict=True)
         ]
         fitted = []
-        for i, (chosen, rejected) in enumerate(zip(answers[::2], answers[1::2], strict=True)):
+        for number, chosen, rejected in zip(pairs, answers[::2], answers[1::2], strict=True):
             longest = max(len(chosen.ids), len(rejected.ids))
             fitted.append(
                 (
-                    self._fit(f"{place(first + i)}, chosen answer", chosen, longest),
-                    self._fit(f"{place(first + i)}, rejected answer", rejected, longest),
+                    self._fit(f"{place(number)}, chosen answer", chosen, longest),
+                    self._fit(f"{place(number)}, rejected answer", rejected, longest),
                 )
             )
         return fitted

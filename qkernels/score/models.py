@@ -56,6 +56,8 @@ def load(options: ScoreOptions) -> Loaded:
         ScoreError: what cannot be loaded, or does not fit; names the option.
     """
     device = _device(options.device)
+    _refuse_absent("--model", options.model)
+    _refuse_absent("--reference", options.reference)
     tokenizer = _tokenizer("--model", _tokenizer_folder(options.model))
     if options.chat_template is not None:
         try:
@@ -81,6 +83,16 @@ def load(options: ScoreOptions) -> Loaded:
         reference = model if options.reference_logps is None else None
     limits = [position_limit(m) for m in (model, reference) if m is not None]
     return Loaded(model, reference, tokenizer, other, min((n for n in limits if n), default=None))
+
+
+def _refuse_absent(option: str, name: str | None) -> None:
+    """A mistyped path must not be looked for on the hub, whose names are "model" or "owner/model"."""
+    if name is None or Path(name).exists():
+        return
+    path = Path(name)
+    is_path = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
+    if is_path or (len(path.parts) == 2 and path.parent.is_dir()):
+        raise ScoreError(f"{option} {name}: no such folder")
 
 
 def _device(name: str) -> torch.device:

@@ -30,7 +30,7 @@ from .store import (
     CachedReference,
     Results,
     Scored,
-    _json,
+    as_json,
 )
 from .summary import Overview
 from .table import SIDES, TokenTable, prompt_of
@@ -61,17 +61,20 @@ def _score(
         windows.setdefault(pair // WINDOW, []).append(pair)
     for numbers in windows.values():
         encoded: list[tuple[int, str, EncodedAnswer]] = []
-        for number in numbers:
-            encoded += [
-                (number, side, answer)
-                for side, answer in zip(SIDES, encoder.pairs([pairs[number]], number)[0], strict=True)
-            ]
+        for number, answers in zip(numbers, encoder.pairs({n: pairs[n] for n in numbers}), strict=True):
+            for side, answer in zip(SIDES, answers, strict=True):
+                if max(*answer.prompt, *answer.ids) >= scorer.vocabulary:
+                    raise ScoreError(
+                        f"{place(number)}, {side} answer: the tokenizer makes a token of it that the model's head of"
+                        f" {scorer.vocabulary} columns does not have"
+                    )
+                encoded.append((number, side, answer))
         known = None
         if cached is not None:
             known = [cached(f"{place(pair)}, {side} answer", pair, side, answer.ids) for pair, side, answer in encoded]
-        answers = [Answer(answer.prompt, answer.ids) for _, _, answer in encoded]
+        sequences = [Answer(answer.prompt, answer.ids) for _, _, answer in encoded]
         done: dict[int, dict[str, Scored]] = {}
-        for i, scores in scorer.scores(answers, known):
+        for i, scores in scorer.scores(sequences, known):
             pair, side, answer = encoded[i]
             both = done.setdefault(pair, {})
             both[side] = (side, answer, scores)
@@ -213,17 +216,18 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
         )
         results = Results(options.out, _settings(options, scorer, loaded, encoder))
         results.open(options.resume, options.overwrite)
+        results.check(everything, options.max_length)
         ignored = f"; ignored fields: {', '.join(data.ignored_fields)}" if data.ignored_fields else ""
         wanted = list(everything)[: options.limit]
-        todo = {pair: everything[pair] for pair in wanted if pair not in results.done}
-        kept = f"; {len(results.done)} scored before" if results.done else ""
+        todo = {pair: everything[pair] for pair in wanted if pair not in results.info}
+        kept = f"; {len(results.info)} scored before" if results.info else ""
         progress.say(f"Data: {len(wanted)} of {len(everything)} pairs from {options.data}{kept}{ignored}")
         progress.say(_model_line(loaded, scorer))
         if note is not None:
             progress.say(note)
         tokens = _run(scorer, encoder, todo, cached, results, progress)
     scoring = time.monotonic() - began
-    if not results.done:
+    if not results.info:
         raise ScoreError(f"{options.data}: no pairs to score")
     progress.say("Writing tables and report")
     return _finish(options, results, everything, note, {"scoring": round(scoring, 2), "tokens_scored": tokens})
@@ -251,7 +255,7 @@ def _run(
     try:
         with progress.phase("scoring", len(todo)) as phase:
             for pair, answers in _score(scorer, encoder, todo, None if cached is None else cached.logps):
-                results.add(pair, answers)
+                results.add(pair, answers, todo[pair])
                 tokens += sum(len(encoded.ids) for _, encoded, _ in answers)
                 phase.step(f"{tokens / (time.monotonic() - start):.0f} answer tokens/s")
     except torch.OutOfMemoryError as error:
@@ -281,12 +285,13 @@ def _finish(
     overview = Overview()
     for window in results.windows():
         overview.add(window)
-    cuts = results.cuts()
-    table = overview.table(pairs, cuts)
-    results._replace(results.out / PAIRS, lambda temporary: pq.write_table(table, temporary))
+    cuts = {pair: info.cuts for pair, info in results.info.items() if any(info.cuts)}
+    table = overview.table(pairs, results.info)
+    results.replace(PAIRS, lambda temporary: pq.write_table(table, temporary))
     figures = {
         **overview.figures(),
         "cut_pairs": len(cuts),
+        "max_length": options.max_length,
         "settings": results.settings,
         "note": note,
         "threads": torch.get_num_threads(),
@@ -294,7 +299,7 @@ def _finish(
         "versions": _versions(),
         "elapsed_seconds": dict(costs),
     }
-    results.write(SUMMARY, _json(figures))
+    results.write(SUMMARY, as_json(figures))
     shown = _shown(results, overview, pairs, cuts, options.shown)
     results.write(REPORT, make_page(overview, figures, shown, _facts(options, figures)))
     results.close()
@@ -341,10 +346,8 @@ def _settings(options: ScoreOptions, scorer: TokenScorer, loaded: models.Loaded,
         "format": 1,
         "model": models.fingerprint(options.model),
         "reference": reference,
-        "data": hashlib.sha256(options.data.read_bytes()).hexdigest()[:16],
         "beta": options.beta,
         "outputs": list(scorer.outputs),
-        "max_length": options.max_length,
         "prompt_format": "chat" if encoder.chat else "plain",
         "chat_template": None
         if options.chat_template is None
@@ -369,7 +372,7 @@ def _model_line(loaded: models.Loaded, scorer: TokenScorer) -> str:
 def _facts(options: ScoreOptions, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings, elapsed = figures["settings"], figures["elapsed_seconds"]
     reference = str(options.reference or options.reference_logps or "the same model, adapter switched off")
-    cut = f"{figures['cut_pairs']} pairs, at {settings['max_length']} tokens" if figures["cut_pairs"] else "nothing"
+    cut = f"{figures['cut_pairs']} pairs, at {figures['max_length']} tokens" if figures["cut_pairs"] else "nothing"
     facts = [
         ("model", f"{options.model} ({settings['dtype']})"),
         ("reference", reference),
@@ -408,7 +411,7 @@ def summary(figures: Mapping[str, Any], options: ScoreOptions) -> str:
     if figures["rewards_not_finite"]:
         rows.append(("not finite", f"{figures['rewards_not_finite']} token rewards are infinite or NaN"))
     if figures["cut_pairs"]:
-        rows.append(("cut", f"{figures['cut_pairs']} pairs, at {figures['settings']['max_length']} tokens"))
+        rows.append(("cut", f"{figures['cut_pairs']} pairs, at {figures['max_length']} tokens"))
     rows += [
         ("tokens", str(options.out / TOKENS)),
         ("pairs", str(options.out / PAIRS)),

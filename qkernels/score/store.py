@@ -12,6 +12,7 @@ Every file is written under a temporary name and renamed when it is complete.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,8 +20,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..data import Preference
 from .encode import EncodedAnswer
 from .options import ScoreError
 from .table import SIDES, TokenTable
@@ -41,9 +43,29 @@ _TEMPORARY = ".partial-"
 WINDOW = 64  # pairs that are batched together, and that share a row group
 _FLUSH_SECONDS, _FLUSH_TOKENS = 20.0, 1_000_000
 _METADATA = b"qkernels"
+CUT_COLUMNS = ("prompt_cut", "chosen_cut", "rejected_cut")
 
 # One scored answer of a pair: side, tokens, results.
 Scored = tuple[str, EncodedAnswer, Mapping[str, "np.ndarray"]]
+
+
+class PairInfo(NamedTuple):
+    """What a scored pair was, to tell on resuming whether it still is the same.
+
+    digest: of its texts.
+    longest: tokens of its longer sequence, after any cut.
+    cuts: tokens cut off the prompt, the chosen and the rejected answer.
+    """
+
+    digest: str
+    longest: int
+    cuts: tuple[int, int, int]
+
+
+def digest(pair: Preference) -> str:
+    """What tells one pair's texts from another's."""
+    text = json.dumps([pair.prompt, pair.chosen, pair.rejected], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Results:
@@ -54,13 +76,13 @@ class Results:
         settings: what results depend on; plain JSON values.
 
     Attributes:
-        done: numbers of the pairs whose scores lie in the folder.
+        info: the pairs whose scores lie in the folder, by number.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]):
         self.out, self.settings = out, dict(settings)
-        self.done: set[int] = set()
-        self._waiting: dict[int, list[Scored]] = {}
+        self.info: dict[int, PairInfo] = {}
+        self._waiting: dict[int, tuple[list[Scored], PairInfo]] = {}
         self._tokens_waiting = 0
         self._flushed = time.monotonic()
 
@@ -112,7 +134,7 @@ class Results:
             (self.out / PARTS).mkdir(exist_ok=True)
         except OSError as error:
             raise ScoreError(f"--out {self.out}: cannot be written ({error.strerror or error})") from None
-        self.write(SETTINGS, _json(self.settings))
+        self.write(SETTINGS, as_json(self.settings))
 
     def _take_up(self) -> None:
         try:
@@ -121,7 +143,7 @@ class Results:
             raise ScoreError(
                 f"--out {self.out}: {SETTINGS} is damaged ({error}); start over with --overwrite"
             ) from None
-        now = json.loads(_json(self.settings))
+        now = json.loads(as_json(self.settings))
         changed = [
             f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
             for name in sorted({*earlier, *now})
@@ -134,15 +156,42 @@ class Results:
         (self.out / PARTS).mkdir(exist_ok=True)
         for left in [*self.out.glob(f"{_TEMPORARY}*"), *(self.out / PARTS).glob(f"{_TEMPORARY}*")]:
             left.unlink()
-        for source in self._sources():
-            self.done.update(int(pair) for pair in _read(source, ["pair"]).column("pair").unique().to_pylist())
+        if (self.out / TOKENS).is_file() and (self.out / PAIRS).is_file():
+            rows = _read(self.out / PAIRS, ["pair", "digest", "longest", *CUT_COLUMNS]).to_pylist()
+            for row in rows:
+                cuts = tuple(row[name] for name in CUT_COLUMNS)
+                self.info[row["pair"]] = PairInfo(row["digest"], row["longest"], cuts)  # type: ignore[arg-type]
+        for part in self._parts():
+            metadata = json.loads((_open(part).schema_arrow.metadata or {}).get(_METADATA, b"{}"))
+            for pair, (known, longest, cuts) in metadata.items():
+                self.info[int(pair)] = PairInfo(known, longest, tuple(cuts))
+
+    def check(self, pairs: Mapping[int, Preference], max_length: int | None) -> None:
+        """Whether what was scored before would be scored the same way now.
+
+        Raises:
+            ScoreError: naming the first pair that would not.
+        """
+        for number, info in sorted(self.info.items()):
+            where = f"--out {self.out}: --resume: pair {number} has been scored"
+            if number not in pairs:
+                raise ScoreError(f"{where}, and the data has only {len(pairs)} pairs now")
+            if digest(pairs[number]) != info.digest:
+                raise ScoreError(f"{where}, and its texts in the data have changed since")
+            if any(info.cuts) if max_length is None else info.longest > max_length:
+                raise ScoreError(f"{where} with another --max-length ({info.longest} tokens); it must stay as it was")
+            if any(info.cuts) and info.longest != max_length:
+                raise ScoreError(f"{where} cut to {info.longest} tokens; --max-length must stay as it was")
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
-    def add(self, pair: int, answers: Iterable[Scored]) -> None:
+    def add(self, number: int, answers: Iterable[Scored], pair: Preference) -> None:
         """Keep a scored pair; it is on disk after the next `flush`, which comes by itself every 20 seconds."""
-        self._waiting[pair] = list(answers)
-        self._tokens_waiting += sum(len(encoded.ids) for _, encoded, _ in self._waiting[pair])
+        answers = list(answers)
+        encoded = [tokens for _, tokens, _ in answers]
+        cuts = (max(tokens.cut_prompt for tokens in encoded), encoded[0].cut_answer, encoded[1].cut_answer)
+        self._waiting[number] = answers, PairInfo(digest(pair), max(tokens.length for tokens in encoded), cuts)
+        self._tokens_waiting += sum(len(tokens.ids) for tokens in encoded)
         if self._tokens_waiting >= _FLUSH_TOKENS or time.monotonic() - self._flushed >= _FLUSH_SECONDS:
             self.flush()
 
@@ -153,22 +202,18 @@ class Results:
             for pair in sorted(self._waiting):
                 windows.setdefault(pair // WINDOW, []).append(pair)
             tables = [
-                TokenTable.of_answers((pair, *answer) for pair in pairs for answer in self._waiting[pair])
+                TokenTable.of_answers((pair, *answer) for pair in pairs for answer in self._waiting[pair][0])
                 for pairs in windows.values()
             ]
-            cuts = {
-                pair: cut
-                for pair, answers in self._waiting.items()
-                if any(cut := [answers[0][1].cut_prompt, *(encoded.cut_answer for _, encoded, _ in answers)])
-            }
+            info = {pair: known for pair, (_, known) in self._waiting.items()}
             last = max((int(part.stem) for part in (self.out / PARTS).glob("[0-9]*.parquet")), default=-1)
-            self._write_tables(self.out / PARTS / f"{last + 1:06d}.parquet", tables, cuts)
-            self.done.update(self._waiting)
+            self._write_tables(self.out / PARTS / f"{last + 1:06d}.parquet", tables, info)
+            self.info |= info
             self._waiting, self._tokens_waiting = {}, 0
         self._flushed = time.monotonic()
 
-    def _write_tables(self, path: Path, tables: Iterable[TokenTable], cuts: Mapping[int, list[int]]) -> None:
-        """One row group per table."""
+    def _write_tables(self, path: Path, tables: Iterable[TokenTable], info: Mapping[int, PairInfo]) -> None:
+        """One row group per table; what the pairs were goes into the file's metadata."""
         import pyarrow.parquet as pq
 
         def write(temporary: Path) -> None:
@@ -177,24 +222,26 @@ class Results:
                 for table in tables:
                     rows = table.to_arrow()
                     if writer is None:
-                        text = json.dumps({"cuts": cuts}, separators=(",", ":"))
-                        writer = pq.ParquetWriter(temporary, rows.schema.with_metadata({_METADATA: text}))
+                        metadata = {_METADATA: json.dumps(info, separators=(",", ":"))} if info else None
+                        writer = pq.ParquetWriter(temporary, rows.schema.with_metadata(metadata))
                     writer.write_table(rows, row_group_size=max(1, len(rows)))
             finally:
                 if writer is not None:
                     writer.close()
 
-        self._replace(path, write)
+        self.replace(path.relative_to(self.out), write)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the folder."""
-        self._replace(self.out / name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self.replace(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
-    def _replace(self, path: Path, write: Callable[[Path], Any]) -> None:
+    def replace(self, name: str | Path, write: Callable[[Path], Any]) -> None:
+        """Write a file of the folder: `write` gets a temporary path, which takes the name when it is complete."""
+        path = self.out / name
         temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
         try:
             write(temporary)
-            with temporary.open("rb") as written:
+            with temporary.open("r+b") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
         except OSError as error:
@@ -207,11 +254,11 @@ class Results:
     def merge(self) -> None:
         """Bring all parts into `tokens.parquet`, in the order of the data, a window in memory at a time."""
         self.flush()
-        if not any((self.out / PARTS).iterdir()):
+        if not self._parts():
             return
         groups: dict[int, list[tuple[Any, int]]] = {}
         files = []
-        for source in self._sources():
+        for source in self.sources():
             file = _open(source)
             files.append(file)
             for group in range(file.num_row_groups):
@@ -221,24 +268,13 @@ class Results:
             TokenTable.concat([TokenTable.from_arrow(file.read_row_group(group)) for file, group in groups[window]])
             for window in sorted(groups)
         )
-        self._write_tables(self.out / TOKENS, tables, self.cuts())
+        self._write_tables(self.out / TOKENS, tables, {})
         for file in files:
             file.close()
-        shutil.rmtree(self.out / PARTS)
-        (self.out / PARTS).mkdir()
 
     def close(self) -> None:
-        """The run is complete: the folder of parts goes."""
+        """All is written: the parts, which are in `tokens.parquet` and `pairs.parquet` now, can go."""
         shutil.rmtree(self.out / PARTS)
-
-    def cuts(self) -> dict[int, list[int]]:
-        """Tokens cut off prompt, chosen and rejected answer, of the pairs that were cut."""
-        found = {}
-        for source in self._sources():
-            metadata = _open(source).schema_arrow.metadata or {}
-            text = metadata.get(_METADATA)
-            found.update({int(pair): cut for pair, cut in json.loads(text)["cuts"].items()} if text else {})
-        return found
 
     def windows(self) -> Iterator[TokenTable]:
         """The merged results, a window at a time."""
@@ -246,10 +282,13 @@ class Results:
         for group in range(file.num_row_groups):
             yield TokenTable.from_arrow(file.read_row_group(group))
 
-    def _sources(self) -> list[Path]:
+    def _parts(self) -> list[Path]:
+        return sorted((self.out / PARTS).glob("[0-9]*.parquet")) if (self.out / PARTS).is_dir() else []
+
+    def sources(self) -> list[Path]:
+        """The files that hold results: what earlier runs completed, and parts."""
         merged = self.out / TOKENS
-        parts = sorted((self.out / PARTS).glob("*.parquet")) if (self.out / PARTS).is_dir() else []
-        return ([merged] if merged.is_file() else []) + [p for p in parts if not p.name.startswith(_TEMPORARY)]
+        return [*([merged] if merged.is_file() else []), *self._parts()]
 
 
 def _open(path: Path) -> Any:
@@ -272,7 +311,8 @@ def _read(path: Path, columns: list[str]) -> Any:
     return file.read(columns)
 
 
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
+    """A value as the text of a file."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -289,7 +329,7 @@ def read_scores(folder: str | PathLike[str]) -> TokenTable:
     if not (out / SETTINGS).is_file():
         raise ScoreError(f"{out}: not a folder of scores; it has no {SETTINGS}")
     settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    sources = Results(out, settings)._sources()
+    sources = Results(out, settings).sources()
     if not sources:
         raise ScoreError(f"{out}: nothing has been scored there yet")
     table = TokenTable.concat([TokenTable.from_arrow(_open(source).read()) for source in sources])
@@ -317,7 +357,7 @@ class CachedReference:
         self.path = path
         columns = ["pair", "side", "position", "token_id", "reference_logps"]
         if path.is_dir():
-            sources = Results(path, {})._sources()
+            sources = Results(path, {}).sources()
             if not sources:
                 raise ScoreError(f"--reference-logps {path}: no results in that folder")
         elif path.is_file():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..credit import Span, low_reward_spans, mean, ranked_right
 from ..data import Preference
+from .store import CUT_COLUMNS, PairInfo
 from .table import SIDES, TokenTable, prompt_of
 
 if TYPE_CHECKING:
@@ -158,13 +159,15 @@ class Overview:
             "token_means": self.means(),
         }
 
-    def table(self, pairs: Mapping[int, Preference], cuts: Mapping[int, Sequence[int]]) -> Any:
+    def table(self, pairs: Mapping[int, Preference], info: Mapping[int, PairInfo]) -> Any:
         """`pairs.parquet`, as a `pyarrow.Table`."""
         import pyarrow as pa
 
         columns: dict[str, Any] = {name: [getattr(pair, name) for pair in self.pairs] for name in PairFigures._fields}
-        for i, name in enumerate(("prompt_cut", "chosen_cut", "rejected_cut")):
-            columns[name] = [cuts[pair.pair][i] if pair.pair in cuts else 0 for pair in self.pairs]
+        for i, name in enumerate(CUT_COLUMNS):
+            columns[name] = [info[pair.pair].cuts[i] for pair in self.pairs]
+        columns["longest"] = [info[pair.pair].longest for pair in self.pairs]
+        columns["digest"] = [info[pair.pair].digest for pair in self.pairs]
         columns["prompt"] = [json.dumps(prompt_of(pairs[pair.pair]), ensure_ascii=False) for pair in self.pairs]
         return pa.table(columns)
 

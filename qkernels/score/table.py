@@ -194,13 +194,15 @@ class TokenTable:
 
     @staticmethod
     def concat(tables: Sequence[TokenTable]) -> TokenTable:
-        """The rows of several tables with the same columns, sorted."""
+        """The rows of several tables with the same columns, sorted; of a row that is there twice, the first."""
         import numpy as np
 
         prompts = {pair: prompt for table in tables for pair, prompt in table.prompts.items()}
         names = list(tables[0].columns)
         joined = {name: np.concatenate([table[name] for table in tables]) for name in names}
-        return TokenTable(joined, prompts, tables[0].special).sorted()
+        table = TokenTable(joined, prompts, tables[0].special).sorted()
+        same = [table[name][1:] == table[name][:-1] for name in ("pair", "side", "position")]
+        return table._taken(np.concatenate([[True], ~np.logical_and.reduce(same)]))
 
     @staticmethod
     def of_answers(
