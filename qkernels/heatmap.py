@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -103,7 +104,7 @@ class HeatMap:
         """
         if color is None:
             color = _takes_color(stream or sys.stdout)
-        blocks = [f"{_styled(role, _DIM, color)}  {_plain(text)}" for role, text in self.prompt]
+        blocks = [f"{_styled(_plain(role), _DIM, color)}  {_plain(text)}" for role, text in self.prompt]
         for name, tokens in self.answers.items():
             low = low_reward_spans([token.reward for token in tokens], limit=spans)
             total = number(sum(token.reward for token in tokens), 3, True)
@@ -112,7 +113,7 @@ class HeatMap:
                 self._colored(token) if color else _bracketed(_shown(token), marks[0].get(i, ""), marks[1].get(i, ""))
                 for i, token in enumerate(tokens)
             )
-            blocks.append(f"{_styled(f'{name}  {total}', _BOLD, color)}\n{body.rstrip()}")
+            blocks.append(f"{_styled(f'{_plain(name)}  {total}', _BOLD, color)}\n{body.rstrip()}")
             if low:
                 texts = [visible("".join(t.text for t in tokens[span.start : span.end])) for span in low]
                 listed = ", ".join(
@@ -162,7 +163,11 @@ class HeatMap:
             dpi: dots per inch.
             title: as in `figure`.
         """
-        self.figure(width=width, title=title).savefig(path, dpi=dpi, format="png")
+        figure = self.figure(width=width, title=title)
+        with warnings.catch_warnings():
+            # A character that no font at hand has is shown as a box.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+            figure.savefig(path, dpi=dpi, format="png")
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write the document."""

@@ -122,7 +122,7 @@ _WHITESPACE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 def number(value: float, digits: int = 3, sign: bool = False) -> str:
     """A number with a true minus, and no minus before a zero."""
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    if not any(digit in text for digit in "123456789"):
+    if math.isfinite(value) and not any(digit in text for digit in "123456789"):
         text = text.lstrip("+-")
     return text.replace("-", "−")
 

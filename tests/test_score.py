@@ -527,7 +527,9 @@ def test_cached_reference_log_probs_of_an_earlier_run(folders: Path, finished: t
         "--model", folders / "policy", "--reference-logps", finished[0], "--data", folders / "data.json",
         "--out", tmp_path / "cut", "--max-length", 20,
     )  # fmt: skip
-    assert status == 2 and "its tokens are not those of --reference-logps" in err and re.search(r"pair \d+ .record", err)
+    assert (
+        status == 2 and "its tokens are not those of --reference-logps" in err and re.search(r"pair \d+ .record", err)
+    )
 
 
 def test_options_reach_the_results(folders: Path, tmp_path: Path) -> None:
