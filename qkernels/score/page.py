@@ -21,9 +21,9 @@ from ..report import (
     tiles,
     visible,
 )
-from .summary import FoundSpan, Overview
+from .summary import Overview
 
-_SPANS = 30
+_SPANS = 15
 _BINS = 40
 
 _EXPLANATION = f"""<div class="prose">
@@ -60,13 +60,14 @@ def make_page(
     if shown:
         page.sections.append(
             Section(
-                "Pairs that contradict their label most",
+                "Pairs with the lowest margins",
                 heat_map(shown),
-                f"The {len(shown)} of {figures['pairs']} pairs with the lowest margins, lowest first. Point at a token,"
+                f"The first {len(shown)} of {figures['pairs']} pairs, lowest first. Point at a token,"
                 " tap it, or move through an answer with the arrow keys to see its numbers.",
             )
         )
-    page.sections.append(_lowest(overview.spans[:_SPANS]))
+    page.sections.append(_lowest("chosen", overview))
+    page.sections.append(_lowest("rejected", overview))
     page.sections.append(Section("Over the data set", _charts(overview)))
     page.sections.append(_means(figures))
     page.sections.append(Section("This run", f'<div class="facts">{table((), facts)}</div>'))
@@ -100,20 +101,33 @@ def _tiles(figures: Mapping[str, Any], overview: Overview) -> str:
     return tiles(shown)
 
 
-def _lowest(spans: Sequence[FoundSpan]) -> Section:
+def _lowest(side: str, overview: Overview) -> Section:
+    spans = overview.spans(side)[:_SPANS]
     rows = "".join(
-        f'<tr><td class="num">{number(found.span.reward, 3, True)}</td><td>{found.pair}</td><td>{found.side}</td>'
-        f'<td class="where" dir="auto">{_shown(found.before)}<mark>{_shown(found.text)}</mark>'
+        f'<tr><td class="num">{number(found.span.reward, 3, True)}</td><td>{found.pair}</td>'
+        f'<td class="where" dir="auto">{_shown(found.before)}{_marked(found.text)}'
         f"{_shown(found.after)}</td></tr>"
         for found in spans
     )
-    head = "".join(f"<th scope=col>{name}</th>" for name in ("reward", "pair", "side", "where"))
+    head = "".join(f"<th scope=col>{name}</th>" for name in ("reward", "pair", "where"))
     body = f'<div class="scroll"><table class="spans"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
     intro = (
-        "Neighbouring tokens with little reward form one span; its reward is their sum. The lowest of all answers, at"
-        " most three of each. Pairs are numbered from 0."
+        "Candidates for data cleaning: what the model has been taught to find less likely, in answers it was to learn"
+        " from."
+        if side == "chosen"
+        else "What is blamed for the rejection."
     )
-    return Section("Least rewarded spans", body if spans else "<p>No token has a reward below 0.</p>", intro)
+    intro += (
+        " Neighbouring tokens with little reward form one span; its reward is their sum. At most three of an answer."
+    )
+    return Section(
+        f"Least rewarded spans of {side} answers", body if spans else "<p>No token has a reward below 0.</p>", intro
+    )
+
+
+def _marked(text: str) -> str:
+    lead = " " if text.startswith(" ") and text.strip() else ""
+    return f"{lead}<mark>{_shown(text[len(lead) :])}</mark>"
 
 
 def _shown(text: str) -> str:
@@ -122,7 +136,7 @@ def _shown(text: str) -> str:
 
 def _charts(overview: Overview) -> str:
     margins = sorted(pair.margins for pair in overview.pairs)
-    share = [(margin, (i + 1) / len(margins)) for i, margin in enumerate(margins)]
+    share = [(float(f"{margin:.3g}"), (i + 1) / len(margins)) for i, margin in enumerate(margins)]
     if len(share) > 400:
         step = len(share) / 400
         share = [share[min(len(share) - 1, int(i * step))] for i in range(400)] + share[-1:]

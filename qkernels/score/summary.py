@@ -16,15 +16,14 @@ from .table import SIDES, TokenTable, prompt_of
 if TYPE_CHECKING:
     pass
 
-_KEPT_SPANS = 50
+_KEPT_SPANS = 20  # of each side
 _CONTEXT = 60  # characters on either side of a span
 
 
 class FoundSpan(NamedTuple):
-    """A span of low reward and where it stands."""
+    """A span of low reward, and the text before it, its own and the text after it."""
 
     pair: int
-    side: str
     span: Span
     before: str
     text: str
@@ -51,7 +50,6 @@ class Overview:
 
     Attributes:
         pairs: one `PairFigures` each, in the order of the data.
-        spans: the least rewarded spans of all answers, lowest first.
         positions: per side, sum of rewards and number of tokens at each position of an answer.
     """
 
@@ -61,7 +59,7 @@ class Overview:
         self.not_finite = 0
         self._sums: dict[str, dict[str, float]] = {side: {} for side in SIDES}
         self._tokens = dict.fromkeys(SIDES, 0)
-        self._heap: list[tuple[float, int, FoundSpan]] = []
+        self._heaps: dict[str, list[tuple[float, int, FoundSpan]]] = {side: [] for side in SIDES}
         self._seen = 0
 
     def add(self, window: TokenTable) -> None:
@@ -110,26 +108,25 @@ class Overview:
             if math.isfinite(reward):
                 totals[i] += reward
                 counts[i] += 1
-        texts = rows["token"]
+        texts, heap = rows["token"], self._heaps[side]
         for span in low_reward_spans(rewards.tolist(), limit=3):
             self._seen += 1
             key = -math.inf if math.isnan(span.reward) else span.reward
-            if len(self._heap) == _KEPT_SPANS and -key <= self._heap[0][0]:
+            if len(heap) == _KEPT_SPANS and -key <= heap[0][0]:
                 continue
             found = FoundSpan(
                 pair,
-                side,
                 span,
-                "".join(texts[max(0, span.start - _CONTEXT) : span.start])[-_CONTEXT:],
+                _end("".join(texts[max(0, span.start - _CONTEXT) : span.start])),
                 "".join(texts[span.start : span.end]),
-                "".join(texts[span.end : span.end + _CONTEXT])[:_CONTEXT],
+                _end("".join(texts[span.end : span.end + _CONTEXT])[::-1])[::-1],
             )
             entry = (-key, -self._seen, found)
-            heapq.heappush(self._heap, entry) if len(self._heap) < _KEPT_SPANS else heapq.heapreplace(self._heap, entry)
+            heapq.heappush(heap, entry) if len(heap) < _KEPT_SPANS else heapq.heapreplace(heap, entry)
 
-    @property
-    def spans(self) -> list[FoundSpan]:
-        return [found for _, _, found in sorted(self._heap, reverse=True)]
+    def spans(self, side: str) -> list[FoundSpan]:
+        """The least rewarded spans of the chosen or of the rejected answers, lowest first."""
+        return [found for _, _, found in sorted(self._heaps[side], reverse=True)]
 
     def suspicious(self) -> list[PairFigures]:
         """Pairs by margin, lowest first: those in which the model contradicts the label most."""
@@ -170,6 +167,14 @@ class Overview:
         columns["digest"] = [info[pair.pair].digest for pair in self.pairs]
         columns["prompt"] = [json.dumps(prompt_of(pairs[pair.pair]), ensure_ascii=False) for pair in self.pairs]
         return pa.table(columns)
+
+
+def _end(text: str) -> str:
+    """The last characters of a text, from a word's beginning on, and a mark if there is more before them."""
+    if len(text) <= _CONTEXT:
+        return text
+    space = text.find(" ", len(text) - _CONTEXT)
+    return "…" + text[space if space >= 0 else -_CONTEXT :]
 
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
