@@ -215,6 +215,11 @@ def second_error_recall(scores: Sequence[float], planted: Sequence[bool], k: int
     return hit_at_k([*scores[:start], *scores[end:]], rest, k)
 
 
+def overlapping(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """For each token, whether its characters `[start, end)` overlap one of the spans; (-1, -1) overlaps none."""
+    return [any(start < b and a < stop for a, b in spans) for start, stop in offsets]
+
+
 def error_spans(planted: Sequence[bool]) -> list[tuple[int, int]]:
     """The runs `[start, end)` of tokens that belong to an error."""
     spans, start = [], None

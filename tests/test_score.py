@@ -354,6 +354,34 @@ def test_batches_hold_the_longest_first_and_keep_the_budget() -> None:
     assert list(batches_by_length([], 30)) == []
 
 
+def test_known_errors_are_found_by_their_characters(models: tuple) -> None:
+    table = score_preferences(models[0], models[2], records(3), reference=models[1])
+    answer = records(3)[1]["rejected"]
+    start = answer.index("Rome")
+    flags = table.tokens_in(1, "rejected", [(start, start + 4)])
+    texts = table.select(1, "rejected")["token"]
+    assert "".join(text for text, flag in zip(texts, flags, strict=True) if flag).strip() == "Rome"
+    assert not any(table.tokens_in(1, "rejected", []))
+
+
+def test_the_lowest_spans_of_a_table(models: tuple) -> None:
+    table = score_preferences(models[0], models[2], records(6), reference=models[1])
+    found = table.lowest_spans(None, per_answer=2)
+    assert [one.span.reward for one in found] == sorted(one.span.reward for one in found)
+    assert {(one.pair, one.side) for one in found} == {
+        (pair, side) for pair in range(6) for side in ("chosen", "rejected")
+    }
+    for pair, side, span, before, text, after in found:
+        rows = table.select(pair, side)
+        assert span in low_reward_spans(rows["implicit_rewards"].tolist(), limit=2)
+        assert text == "".join(rows["token"][span.start : span.end])
+        whole = "".join(rows["token"])
+        assert before.removeprefix("…") + text + after.removesuffix("…") in whole
+        assert len(before) <= 61 and len(after) <= 61
+    assert table.lowest_spans(3, per_answer=2) == found[:3]
+    assert table.select(side="chosen").lowest_spans(1) == [one for one in found if one.side == "chosen"][:1]
+
+
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 

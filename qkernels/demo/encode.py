@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..credit import overlapping
 from ..data import Preference
 from ..functional import shift_labels
 from ..score.encode import kept_lengths
@@ -57,7 +58,7 @@ def encode(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> l
     for source, (pair, prompt, chosen, rejected) in enumerate(
         zip(pairs, prompts, all_chosen, all_rejected, strict=True)
     ):
-        planted = [any(start < b and a < stop for a, b in pair.planted) for start, stop in rejected.offsets]
+        planted = overlapping(rejected.offsets, pair.planted)
         encoded.append(EncodedPair(prompt, [*chosen.ids, end], [*rejected.ids, end], [*planted, False], source))
     return encoded
 

@@ -6,28 +6,15 @@ import heapq
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from ..credit import Span, low_reward_spans, mean, ranked_right
+from ..credit import mean, ranked_right
 from ..data import Preference
 from .store import CUT_COLUMNS, PairInfo
-from .table import SIDES, TokenTable, prompt_of
-
-if TYPE_CHECKING:
-    pass
+from .table import SIDES, FoundSpan, TokenTable, prompt_of
 
 _KEPT_SPANS = 20  # of each side
-_CONTEXT = 60  # characters on either side of a span
-
-
-class FoundSpan(NamedTuple):
-    """A span of low reward, and the text before it, its own and the text after it."""
-
-    pair: int
-    span: Span
-    before: str
-    text: str
-    after: str
+_PER_ANSWER = 3
 
 
 class PairFigures(NamedTuple):
@@ -108,21 +95,15 @@ class Overview:
             if math.isfinite(reward):
                 totals[i] += reward
                 counts[i] += 1
-        texts, heap = rows["token"], self._heaps[side]
-        for span in low_reward_spans(rewards.tolist(), limit=3):
+        heap = self._heaps[side]
+        for found in rows.lowest_spans(limit=_PER_ANSWER):
             self._seen += 1
-            key = -math.inf if math.isnan(span.reward) else span.reward
-            if len(heap) == _KEPT_SPANS and -key <= heap[0][0]:
-                continue
-            found = FoundSpan(
-                pair,
-                span,
-                _end("".join(texts[max(0, span.start - _CONTEXT) : span.start])),
-                "".join(texts[span.start : span.end]),
-                _end("".join(texts[span.end : span.end + _CONTEXT])[::-1])[::-1],
-            )
+            key = -math.inf if math.isnan(found.span.reward) else found.span.reward
             entry = (-key, -self._seen, found)
-            heapq.heappush(heap, entry) if len(heap) < _KEPT_SPANS else heapq.heapreplace(heap, entry)
+            if len(heap) < _KEPT_SPANS:
+                heapq.heappush(heap, entry)
+            elif -key > heap[0][0]:
+                heapq.heapreplace(heap, entry)
 
     def spans(self, side: str) -> list[FoundSpan]:
         """The least rewarded spans of the chosen or of the rejected answers, lowest first."""
@@ -167,14 +148,6 @@ class Overview:
         columns["digest"] = [info[pair.pair].digest for pair in self.pairs]
         columns["prompt"] = [json.dumps(prompt_of(pairs[pair.pair]), ensure_ascii=False) for pair in self.pairs]
         return pa.table(columns)
-
-
-def _end(text: str) -> str:
-    """The last characters of a text, from a word's beginning on, and a mark if there is more before them."""
-    if len(text) <= _CONTEXT:
-        return text
-    space = text.find(" ", len(text) - _CONTEXT)
-    return "…" + text[space if space >= 0 else -_CONTEXT :]
 
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:

@@ -13,9 +13,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..credit import Span, low_reward_spans, overlapping
 from ..data import Preference
 from ..heatmap import HeatMap
 from ..report import ScoredPair, Token
@@ -25,7 +28,19 @@ if TYPE_CHECKING:
     import numpy as np
 
 SIDES = ("chosen", "rejected")
+_CONTEXT = 60  # characters on either side of a span
 KEYS = ("pair", "side", "position", "token_id", "token", "start", "end")
+
+
+class FoundSpan(NamedTuple):
+    """A span of low reward and where it stands: the text before it, its own, and the text after it."""
+
+    pair: int
+    side: str
+    span: Span
+    before: str
+    text: str
+    after: str
 
 
 class TokenTable:
@@ -154,6 +169,44 @@ class TokenTable:
         sides = SIDES if side is None else (side,)
         return HeatMap({name: self.tokens(pair, name) for name in sides}, self.prompts.get(pair, ()), scale=scale)
 
+    def lowest_spans(self, limit: int | None = 20, *, per_answer: int = 3) -> list[FoundSpan]:
+        """The least rewarded spans (`qkernels.credit.low_reward_spans`) of all answers, lowest first.
+
+        Args:
+            limit: at most so many; None for all.
+            per_answer: at most so many of one answer, so that a single bad one does not fill the list.
+        """
+        import numpy as np
+
+        keys = 2 * self["pair"] + (self["side"] != SIDES[0])
+        starts = [0, *(np.flatnonzero(np.diff(keys)) + 1).tolist(), len(self)] if len(self) else [0]
+        found = []
+        for first, last in itertools.pairwise(starts):
+            texts = self["token"][first:last]
+            for span in low_reward_spans(self["implicit_rewards"][first:last].tolist(), limit=per_answer):
+                before = "".join(texts[max(0, span.start - _CONTEXT) : span.start])
+                after = "".join(texts[span.end : span.end + _CONTEXT])
+                found.append(
+                    FoundSpan(
+                        int(self["pair"][first]),
+                        str(self["side"][first]),
+                        span,
+                        _end(before),
+                        "".join(texts[span.start : span.end]),
+                        _end(after[::-1])[::-1],
+                    )
+                )
+        found.sort(key=lambda one: -math.inf if math.isnan(one.span.reward) else one.span.reward)
+        return found[:limit]
+
+    def tokens_in(self, pair: int, side: str, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """For each token of an answer, whether it overlaps one of the character spans `[start, end)` of its text.
+
+        What `qkernels.credit.detection` takes as planted errors.
+        """
+        rows = self.select(pair, side)
+        return overlapping(list(zip(rows["start"].tolist(), rows["end"].tolist(), strict=True)), spans)
+
     # --- other forms ------------------------------------------------------------------------------------------------
 
     def to_arrow(self) -> Any:
@@ -229,6 +282,14 @@ class TokenTable:
         for name in answers[0][3] if answers else ():
             columns[name] = np.concatenate([scores[name] for _, _, _, scores in answers])
         return TokenTable(columns, **more)
+
+
+def _end(text: str) -> str:
+    """The last characters of a text, from a word's beginning on, and a mark if there is more before them."""
+    if len(text) <= _CONTEXT:
+        return text
+    space = text.find(" ", len(text) - _CONTEXT)
+    return "…" + text[space if space >= 0 else -_CONTEXT :]
 
 
 def prompt_of(pair: Preference) -> list[tuple[str, str]]:
