@@ -726,23 +726,25 @@ def test_a_full_disk_is_told_and_leaves_nothing_partial(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_bad_row_is_named_and_the_rest_can_go_on(folders: Path, tmp_path: Path) -> None:
+def test_a_bad_row_is_named_before_any_work(folders: Path, tmp_path: Path) -> None:
     rows = [*records(70), {"prompt": "Why?", "chosen": "because " * 600, "rejected": "no"}, *records(2)]
-    data = write_data(tmp_path / "data.json", rows)
-    arguments = [
-        "--model", folders / "policy", "--reference", folders / "reference", "--data", data, "--out", tmp_path / "out",
-    ]  # fmt: skip
+    data, out = write_data(tmp_path / "data.json", rows), tmp_path / "out"
+    arguments = ["--model", folders / "policy", "--reference", folders / "reference", "--data", data, "--out", out]
     status, _, err = score(*arguments)
     assert status == 2 and "pair 70 (record 71 of the data), chosen answer" in err and "--max-length 512" in err
-    assert read_scores(tmp_path / "out").pairs() == list(range(64))  # the windows before it
+    assert not out.exists()
+    assert score(*arguments, "--limit", 67)[0] == 0
+    before = (out / "tokens.parquet").read_bytes()
+    status, _, err = score(*arguments, "--resume")
+    assert status == 2 and "pair 70 (record 71 of the data), chosen answer" in err
+    assert (out / "tokens.parquet").read_bytes() == before and len(read_scores(out).pairs()) == 67
     # The row may be mended, or cut; what was scored stays.
     status, _, err = score(*arguments, "--resume", "--max-length", 512)
-    assert status == 0 and "64 scored before" in err
-    assert pq.read_table(tmp_path / "out/pairs.parquet").column("chosen_cut").to_pylist()[70] > 0
-    status, _, err = score(*arguments, "--resume")
-    assert status == 2 and "pair 70 has been scored with another --max-length (512 tokens)" in err
-    status, _, err = score(*arguments, "--resume", "--max-length", 40)
-    assert status == 2 and "pair 70 has been scored with another --max-length (512 tokens)" in err
+    assert status == 0 and "67 scored before" in err
+    assert pq.read_table(out / "pairs.parquet").column("chosen_cut").to_pylist()[70] > 0
+    for more in ([], ["--max-length", 40]):
+        status, _, err = score(*arguments, "--resume", *more)
+        assert status == 2 and "has been scored" in err and "--max-length" in err
 
 
 def test_resuming_takes_the_same_settings_and_data(folders: Path, tmp_path: Path) -> None:

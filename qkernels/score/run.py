@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import torch
 
@@ -45,13 +45,22 @@ _ALWAYS = ("logps", "reference_logps", "implicit_rewards")
 Cached = Callable[[str, int, str, list[int]], "np.ndarray"]
 
 
-def _score(
+class _Sequence(NamedTuple):
+    """An answer ready to be scored; `known` is the reference's log-probs, if they are cached."""
+
+    pair: int
+    side: str
+    answer: EncodedAnswer
+    known: np.ndarray | None
+
+
+def _encode(
     scorer: TokenScorer,
     encoder: Encoder,
     pairs: Mapping[int, Preference],
     cached: Cached | None,
-) -> Iterator[tuple[int, list[Scored]]]:
-    """Score pairs, a window of neighbours at a time; a pair comes when both its answers have been scored.
+) -> Iterator[list[_Sequence]]:
+    """Tokenise pairs, a window of neighbours at a time, and check that they can be scored.
 
     Args:
         pairs: by number, ascending.
@@ -60,26 +69,32 @@ def _score(
     for pair in pairs:
         windows.setdefault(pair // WINDOW, []).append(pair)
     for numbers in windows.values():
-        encoded: list[tuple[int, str, EncodedAnswer]] = []
+        window = []
         for number, answers in zip(numbers, encoder.pairs({n: pairs[n] for n in numbers}), strict=True):
             for side, answer in zip(SIDES, answers, strict=True):
+                where = f"{place(number)}, {side} answer"
                 if max(*answer.prompt, *answer.ids) >= scorer.vocabulary:
                     raise ScoreError(
-                        f"{place(number)}, {side} answer: the tokenizer makes a token of it that the model's head of"
-                        f" {scorer.vocabulary} columns does not have"
+                        f"{where}: the tokenizer makes a token of it that the model's head of {scorer.vocabulary}"
+                        " columns does not have"
                     )
-                encoded.append((number, side, answer))
-        known = None
-        if cached is not None:
-            known = [cached(f"{place(pair)}, {side} answer", pair, side, answer.ids) for pair, side, answer in encoded]
-        sequences = [Answer(answer.prompt, answer.ids) for _, _, answer in encoded]
+                known = None if cached is None else cached(where, number, side, answer.ids)
+                window.append(_Sequence(number, side, answer, known))
+        yield window
+
+
+def _score(scorer: TokenScorer, windows: Iterable[list[_Sequence]]) -> Iterator[tuple[int, list[Scored]]]:
+    """Score window after window; a pair comes when both its answers have been scored."""
+    for window in windows:
+        answers = [Answer(sequence.answer.prompt, sequence.answer.ids) for sequence in window]
+        known = [sequence.known for sequence in window] if scorer.cached else None
         done: dict[int, dict[str, Scored]] = {}
-        for i, scores in scorer.scores(sequences, known):
-            pair, side, answer = encoded[i]
-            both = done.setdefault(pair, {})
-            both[side] = (side, answer, scores)
+        for i, scores in scorer.scores(answers, known):
+            sequence = window[i]
+            both = done.setdefault(sequence.pair, {})
+            both[sequence.side] = (sequence.side, sequence.answer, scores)
             if len(both) == len(SIDES):
-                yield pair, [both[side] for side in SIDES]
+                yield sequence.pair, [both[side] for side in SIDES]
 
 
 def score_preferences(
@@ -138,10 +153,11 @@ def score_preferences(
     limits = [models.position_limit(m) for m in (model, reference) if m is not None]
     encoder = Encoder(tokenizer, prompt_format, max_length, min((n for n in limits if n), default=None))
     cached = None if reference_logps is None else _from_table(reference_logps)
+    windows = list(_encode(scorer, encoder, dict(enumerate(checked)), cached))
     rows: list[tuple[int, str, EncodedAnswer, Mapping[str, np.ndarray]]] = []
     phase = None if progress is None else Progress(progress).phase("scoring", len(checked))
     try:
-        for pair, answers in _score(scorer, encoder, dict(enumerate(checked)), cached):
+        for pair, answers in _score(scorer, windows):
             rows += [(pair, *answer) for answer in answers]
             if phase is not None:
                 phase.step()
@@ -215,16 +231,20 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
             loaded.tokenizer, options.prompt_format, options.max_length, loaded.limit, loaded.other_tokenizer
         )
         results = Results(options.out, _settings(options, scorer, loaded, encoder))
-        results.open(options.resume, options.overwrite)
-        results.check(everything, options.max_length)
+        if options.resume:
+            results.open(options.resume, options.overwrite)
+            results.check(everything, options.max_length)
         ignored = f"; ignored fields: {', '.join(data.ignored_fields)}" if data.ignored_fields else ""
-        wanted = list(everything)[: options.limit]
-        todo = {pair: everything[pair] for pair in wanted if pair not in results.info}
+        wanted = dict(list(everything.items())[: options.limit])
+        todo = {number: pair for number, pair in wanted.items() if number not in results.info}
         kept = f"; {len(results.info)} scored before" if results.info else ""
         progress.say(f"Data: {len(wanted)} of {len(everything)} pairs from {options.data}{kept}{ignored}")
         progress.say(_model_line(loaded, scorer))
         if note is not None:
             progress.say(note)
+        _check(scorer, encoder, todo, cached, progress)
+        if not options.resume:
+            results.open(options.resume, options.overwrite)
         tokens = _run(scorer, encoder, todo, cached, results, progress)
     scoring = time.monotonic() - began
     if not results.info:
@@ -242,6 +262,19 @@ def _outputs(options: ScoreOptions) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*_ALWAYS, *chosen)))
 
 
+def _check(
+    scorer: TokenScorer,
+    encoder: Encoder,
+    pairs: Mapping[int, Preference],
+    cached: CachedReference | None,
+    progress: Progress,
+) -> None:
+    """Tokenise everything once and let it go: what is wrong with a row should be known before hours of work."""
+    with progress.phase("checking", len(pairs)) as phase:
+        for window in _encode(scorer, encoder, pairs, None if cached is None else cached.logps):
+            phase.step(steps=len(window) // len(SIDES))
+
+
 def _run(
     scorer: TokenScorer,
     encoder: Encoder,
@@ -254,7 +287,8 @@ def _run(
     tokens, start = 0, time.monotonic()
     try:
         with progress.phase("scoring", len(todo)) as phase:
-            for pair, answers in _score(scorer, encoder, todo, None if cached is None else cached.logps):
+            windows = _encode(scorer, encoder, todo, None if cached is None else cached.logps)
+            for pair, answers in _score(scorer, windows):
                 results.add(pair, answers, todo[pair])
                 tokens += sum(len(encoded.ids) for _, encoded, _ in answers)
                 phase.step(f"{tokens / (time.monotonic() - start):.0f} answer tokens/s")

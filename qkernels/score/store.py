@@ -104,7 +104,8 @@ class Results:
                 raise ScoreError(f"--out {out}: no run to resume there; the folder has no {SETTINGS}")
             return
         if not overwrite:
-            unfinished = (out / PARTS).is_dir()
+            parts = any((out / PARTS).glob("[0-9]*.parquet"))
+            unfinished = (out / SETTINGS).is_file() and (parts or not (out / REPORT).is_file())
             what = (
                 "the folder holds an unfinished run; continue it with --resume" if unfinished else "the folder exists"
             )
