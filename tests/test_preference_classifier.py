@@ -8,10 +8,15 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-import tiny_models
+import hf_models
+from qkernels.demo.tokenizer import train_tokenizer
 from qkernels.preference_classifier import PreferenceClassifier, yes_no_scores
 
 TEMPLATE = "Q: {prompt} A: {response} Answer with just Yes/No"
+
+
+def llama(vocabulary: int, seed: int = 0, **options) -> torch.nn.Module:
+    return hf_models.model("llama", seed=seed, vocab_size=vocabulary, max_position_embeddings=512, **options)
 
 
 def by_definition(logits: torch.Tensor, yes: list[int], no: list[int]) -> torch.Tensor:
@@ -74,8 +79,8 @@ def test_ids_must_make_sense() -> None:
 
 @pytest.fixture(scope="module")
 def asked() -> tuple:
-    tokenizer = tiny_models.tokenizer(["Answer with just Yes/No", "Yes yes No no", "Tell me about Peru."] * 3)
-    return tiny_models.llama(len(tokenizer)), tokenizer
+    tokenizer = train_tokenizer(["Answer with just Yes/No", "Yes yes No no", "Tell me about Peru."] * 3, 400)
+    return llama(len(tokenizer)), tokenizer
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 4096])

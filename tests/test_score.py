@@ -24,11 +24,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import hf_models
 import qkernels
-import tiny_models
 from qkernels.cli import main
 from qkernels.credit import low_reward_spans
 from qkernels.data import DataError, Message, Preference
+from qkernels.demo.tokenizer import train_tokenizer
 from qkernels.score import (
     Answer,
     Encoder,
@@ -44,6 +45,10 @@ from qkernels.score.tokens import batches_by_length
 ROOT = Path(qkernels.__file__).resolve().parents[1]
 REAL_PAIRS = ROOT.parent / "shared/data/dpo_en_demo.json"
 BETA = 0.3
+
+
+def llama(vocabulary: int, seed: int = 0, **options) -> torch.nn.Module:
+    return hf_models.model("llama", seed=seed, vocab_size=vocabulary, max_position_embeddings=512, **options)
 
 
 def records(count: int, start: int = 0) -> list[dict]:
@@ -62,8 +67,8 @@ def records(count: int, start: int = 0) -> list[dict]:
 def models() -> tuple:
     """Policy, reference, tokenizer."""
     texts = [text for record in records(20) for text in record.values()]
-    tokenizer = tiny_models.tokenizer(texts)
-    return tiny_models.llama(len(tokenizer), 0), tiny_models.llama(len(tokenizer), 1), tokenizer
+    tokenizer = train_tokenizer(texts, 400)
+    return llama(len(tokenizer), 0), llama(len(tokenizer), 1), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +117,18 @@ def by_hand(
     ids = torch.tensor([tokenizer(prompt + record[side] + "<|end|>")["input_ids"]])
     with torch.no_grad():
         z, z_ref = (m(ids).logits[0, start - 1 : -1, :columns].double() for m in (model, reference))
-    labels = ids[0, start:, None]
+    return {"ids": ids[0, start:], **by_logits(z, z_ref, ids[0, start:])}
+
+
+def by_logits(z: torch.Tensor, z_ref: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every output from the rows of both models' logits, fp64."""
+    labels = ids[:, None]
     log_p, log_q = z.log_softmax(-1), z_ref.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     lse, lse_ref = z.logsumexp(-1), z_ref.logsumexp(-1)
     logps, reference_logps = (x.gather(1, labels)[:, 0] for x in (log_p, log_q))
     following = torch.cat([lse[1:], torch.zeros(1)])
     return {
-        "ids": labels[:, 0],
         "logps": logps,
         "reference_logps": reference_logps,
         "logsumexp": lse,
@@ -136,6 +145,20 @@ def by_hand(
         "implicit_rewards": BETA * (logps - reference_logps),
         "bellman_rewards": BETA * (z.gather(1, labels)[:, 0] - reference_logps - following),
     }
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "gpt2", "phi", "mamba"])
+def test_other_heads(family: str) -> None:
+    """Softcap, logit scale, no scale, bias, no attention."""
+    model, reference = (hf_models.model(family, seed=seed) for seed in (0, 1))
+    answers = [Answer([5, 6, 7], [8, 9, 10, 11]), Answer([5], [50, 60]), Answer([7] * 9, [30])]
+    for i, found in TokenScorer(model, reference, beta=BETA).scores(answers):
+        ids, start = [*answers[i].prompt, *answers[i].ids], len(answers[i].prompt)
+        with torch.no_grad():
+            z, z_ref = (m(torch.tensor([ids])).logits[0, start - 1 : -1].double() for m in (model, reference))
+        for name, expected in by_logits(z, z_ref, torch.tensor(answers[i].ids)).items():
+            if name in found:
+                assert np.allclose(found[name].astype(float), expected.numpy(), rtol=2e-5, atol=3e-5), name
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 8192])
@@ -182,7 +205,7 @@ def test_a_greedy_answer_is_top1_throughout(models: tuple) -> None:
 
 def test_a_policy_that_is_its_reference_has_rewards_of_exactly_0(models: tuple) -> None:
     model, _, tokenizer = models
-    table = score_preferences(model, tokenizer, records(3), reference=tiny_models.llama(len(tokenizer), 0))
+    table = score_preferences(model, tokenizer, records(3), reference=llama(len(tokenizer), 0))
     assert not table["implicit_rewards"].any() and np.abs(table["kl_policy_reference"]).max() < 1e-6
 
 
@@ -226,7 +249,7 @@ def test_an_adapter_is_switched_off_for_the_reference(models: tuple, tmp_path: P
     peft = pytest.importorskip("peft")
     base, _, tokenizer = models
     policy = peft.get_peft_model(
-        tiny_models.llama(len(tokenizer), 0), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_alpha=8)
+        llama(len(tokenizer), 0), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_alpha=8)
     )
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
@@ -250,7 +273,7 @@ def test_an_adapter_is_switched_off_for_the_reference(models: tuple, tmp_path: P
 
 def test_heads_padded_to_different_widths_are_scored_over_the_common_columns(models: tuple, tmp_path: Path) -> None:
     policy, _, tokenizer = models
-    padded = tiny_models.llama(len(tokenizer) + 24, 3)
+    padded = llama(len(tokenizer) + 24, 3)
     table = score_preferences(policy, tokenizer, records(3), reference=padded, beta=BETA)
     expected = by_hand(policy, padded, tokenizer, records(3)[1], "chosen", columns=len(tokenizer))
     for name in table.outputs:
@@ -267,7 +290,7 @@ def test_heads_padded_to_different_widths_are_scored_over_the_common_columns(mod
     assert note in err and note in json.loads((tmp_path / "out/summary.json").read_text())["note"]
     assert note in (tmp_path / "out/report.html").read_text(encoding="utf-8")
     # Columns are missing for tokens there are: that is not padding.
-    tiny_models.llama(len(tokenizer) - 3).save_pretrained(tmp_path / "smaller")
+    llama(len(tokenizer) - 3).save_pretrained(tmp_path / "smaller")
     status, _, err = score(
         "--model", tmp_path / "policy", "--reference", tmp_path / "smaller", "--data", data, "--out", tmp_path / "other"
     )
@@ -275,7 +298,7 @@ def test_heads_padded_to_different_widths_are_scored_over_the_common_columns(mod
 
 
 def test_training_mode_and_gradients_are_left_as_they_were(models: tuple) -> None:
-    model = tiny_models.llama(len(models[2]), attention_dropout=0.5)
+    model = llama(len(models[2]), attention_dropout=0.5)
     model.train()
     first, second = (score_preferences(model, models[2], records(2), reference=models[1]) for _ in range(2))
     assert np.array_equal(first["logps"], second["logps"]), "dropout was on"
@@ -300,15 +323,15 @@ class Largest(TorchDispatchMode):
 
 def test_memory_of_the_head_does_not_grow_with_the_length() -> None:
     vocabulary, largest = 6000, []
-    model, reference = (tiny_models.llama(vocabulary, seed) for seed in (0, 1))
-    weights = vocabulary * 16
+    model, reference = (llama(vocabulary, seed) for seed in (0, 1))
+    weights = vocabulary * 32
     for length in (60, 240):
         answers = [Answer([1, 2], torch.randint(0, vocabulary, (length,)).tolist())]
-        scorer = TokenScorer(model, reference, max_chunk_bytes=20 * vocabulary * 2 * 4)
+        scorer = TokenScorer(model, reference, max_chunk_bytes=40 * vocabulary * 2 * 4)
         with Largest() as seen:
             list(scorer.scores(answers))
         largest.append(seen.elements)
-    assert largest[0] == largest[1] == 20 * vocabulary > weights
+    assert largest[0] == largest[1] == 40 * vocabulary > weights
 
 
 def test_low_level_answers_are_checked(models: tuple) -> None:
@@ -455,7 +478,7 @@ def test_what_is_too_long_is_refused_or_cut(models: tuple) -> None:
 
 
 def test_tokenizers_that_disagree_on_a_text_are_found_out(models: tuple) -> None:
-    other = tiny_models.tokenizer(["completely different words entirely"] * 3)
+    other = train_tokenizer(["completely different words entirely"] * 3, 400)
     with pytest.raises(ScoreError, match=r"pair 7 .* make different tokens of it, from token"):
         one(Encoder(models[2], other=other), "Tell me", "Its capital is Lima.")
     assert one(Encoder(models[2], other=models[2]), "Tell me", "Its capital")
@@ -569,7 +592,7 @@ def test_options_reach_the_results(folders: Path, tmp_path: Path) -> None:
     template.write_text("{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}")
     status, _, err = score(
         *usual(folders, tmp_path / "out"), "--outputs", "entropy, V", "--limit", 3, "--max-length", 22,
-        "--chat-template", template, "--shown", 1, "--dtype", "bfloat16", "--device", "cpu", "--batch-tokens", 30,
+        "--chat-template", template, "--shown", 3, "--dtype", "bfloat16", "--device", "cpu", "--batch-tokens", 30,
     )  # fmt: skip
     assert status == 0, err
     table = read_scores(tmp_path / "out")
@@ -578,7 +601,7 @@ def test_options_reach_the_results(folders: Path, tmp_path: Path) -> None:
     pairs = pq.read_table(tmp_path / "out/pairs.parquet").to_pydict()
     assert max(pairs["longest"]) == 22 and max(pairs["prompt_cut"]) > 0
     report = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    assert report.count('<article class="pair"') == 1 and "at 22 tokens" in report and "bfloat16" in report
+    assert report.count('<article class="pair"') == 3 and "at 22 tokens" in report and "bfloat16" in report
     assert "Cut off:" in report
     status, _, err = score(*usual(folders, tmp_path / "plain"), "--prompt-format", "plain", "--limit", 1)
     assert status == 0 and json.loads((tmp_path / "plain/settings.json").read_text())["prompt_format"] == "plain"
@@ -860,7 +883,7 @@ def test_models_that_do_not_fit(folders: Path, models: tuple, tmp_path: Path, mo
     data, out = folders / "data.json", tmp_path / "out"
     status, _, err = score("--model", folders / "policy", "--data", data, "--out", out)
     assert status == 2 and "no PEFT adapter" in err and "--reference DIR" in err and "--reference-logps" in err
-    other = tiny_models.tokenizer(["completely different words entirely"] * 3)
+    other = train_tokenizer(["completely different words entirely"] * 3, 400)
     models[1].save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
     status, _, err = score(
@@ -896,7 +919,7 @@ def test_models_that_do_not_fit(folders: Path, models: tuple, tmp_path: Path, mo
 
 
 def test_tokens_that_the_head_lacks_are_named(models: tuple) -> None:
-    small = tiny_models.llama(300)
+    small = llama(300)
     with pytest.raises(ScoreError, match=r"pair \d+ .record \d+ of the data., \w+ answer: .* head of 300 columns"):
         score_preferences(small, models[2], records(5))
 
@@ -928,7 +951,7 @@ def test_a_table_goes_round_through_its_other_forms(models: tuple, tmp_path: Pat
 
 
 def test_rewards_that_are_no_numbers_reach_summary_and_report(models: tuple, folders: Path, tmp_path: Path) -> None:
-    broken = tiny_models.llama(len(models[2]), 0)
+    broken = llama(len(models[2]), 0)
     with torch.no_grad():
         # One token gets NaN; the softmax over it, and so every row.
         broken.lm_head.weight[5] = math.nan
