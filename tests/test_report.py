@@ -162,6 +162,7 @@ def test_numbers() -> None:
     assert number(-0.0004, sign=True) == "0.000"
     assert number(-1.25, 2) == "−1.25"
     assert number(0.5, 1, sign=True) == "+0.5"
+    assert number(float("-inf")) == "−inf" and number(float("inf"), sign=True) == "+inf"
 
 
 @pytest.mark.parametrize(

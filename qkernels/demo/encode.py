@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..credit import overlapping
 from ..data import Preference
 from ..functional import shift_labels
+from ..score.encode import kept_lengths
 from .tokenizer import END, encode_prompts, encode_texts, token_id
 
 IGNORE = -100
@@ -56,7 +58,7 @@ def encode(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> l
     for source, (pair, prompt, chosen, rejected) in enumerate(
         zip(pairs, prompts, all_chosen, all_rejected, strict=True)
     ):
-        planted = [any(start < b and a < stop for a, b in pair.planted) for start, stop in rejected.offsets]
+        planted = overlapping(rejected.offsets, pair.planted)
         encoded.append(EncodedPair(prompt, [*chosen.ids, end], [*rejected.ids, end], [*planted, False], source))
     return encoded
 
@@ -69,7 +71,7 @@ def truncate(pairs: Sequence[EncodedPair], max_length: int) -> tuple[list[Encode
     """
     kept, prompts, answers = [], 0, 0
     for pair in pairs:
-        for_prompt = max(max_length - max(len(pair.chosen), len(pair.rejected)), max_length // 4)
+        for_prompt, _ = kept_lengths(max(len(pair.chosen), len(pair.rejected)), max_length)
         prompt = pair.prompt[-for_prompt:]
         room = max_length - len(prompt)
         prompts += len(prompt) < len(pair.prompt)
