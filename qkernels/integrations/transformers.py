@@ -1,0 +1,643 @@
+"""Causal language models of transformers: their hidden states, their head, and per-token results without their logits.
+
+How it works. A causal language model ends in `logits = post(lm_head(hidden))`, where `post` is a scale, a soft cap, or
+nothing. For the time of a call the head's `forward` is replaced by one that takes the hidden states of all positions,
+computes what was asked for, chunk by chunk (`qkernels.linear`), and hands on a row of known numbers instead of logits.
+The rest of the model's own forward runs as it is, so that
+
+- everything that the model does before its head is in the hidden states (final norm, muP divisions, projections);
+- the row of known numbers comes out as `post` made it, and is compared with what the model's configuration was read
+  to say: a model whose head does something else is refused, not computed wrongly;
+- everything happens inside one call of the outermost module: hooks of DDP and FSDP, autocast and gradient checkpointing
+  see an ordinary forward, and the parameters of the head are as they are in one.
+
+Nothing of transformers or PEFT is imported; models are known by what they have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import TokenStats, shift_labels
+from ..linear import linear_token_stats
+
+
+class HeadParameters(NamedTuple):
+    """The head of a causal language model: logits = softcap * tanh(logit_scale * (hidden weight^T + bias) / softcap).
+
+    weight: `[V, H]`, with its gradient.
+    bias: `[V]` or None.
+    softcap: None for none (Gemma 2 has 30).
+    logit_scale: what multiplies the logits before the softcap (Cohere; the inverse of Granite's `logits_scaling`).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+# --- finding the model inside its wrappers -------------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal language model itself, inside DDP, FSDP, DeepSpeed, torch.compile, PEFT.
+
+    Raises:
+        TypeError: something without `get_output_embeddings` at the bottom.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    inner = model
+    while True:
+        submodules = inner._modules
+        if "_orig_mod" in submodules:  # torch.compile
+            inner = inner._orig_mod  # type: ignore[assignment]
+        elif callable(getattr(type(inner), "get_base_model", None)) and hasattr(inner, "peft_config"):
+            inner = inner.get_base_model()  # type: ignore[operator]
+        elif not hasattr(type(inner), "get_output_embeddings") and isinstance(submodules.get("module"), nn.Module):
+            inner = submodules["module"]  # DDP, DeepSpeed
+        elif isinstance(submodules.get("_fsdp_wrapped_module"), nn.Module):
+            inner = submodules["_fsdp_wrapped_module"]
+        else:
+            break
+    if not callable(getattr(inner, "get_output_embeddings", None)):
+        raise TypeError(
+            f"{type(inner).__name__} has no get_output_embeddings(): expected a causal language model of transformers,"
+            " bare or inside PEFT, DDP, FSDP or torch.compile"
+        )
+    return inner
+
+
+def _head_module(causal: nn.Module) -> nn.Module:
+    config = getattr(causal, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(causal).__name__} is an encoder-decoder; expected a causal language model")
+    head = causal.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"{type(causal).__name__}.get_output_embeddings() gives {type(head).__name__}: it has no single language"
+            " model head; expected a model such as AutoModelForCausalLM loads"
+        )
+    return head
+
+
+# --- the head's parameters -----------------------------------------------------------------------------------------
+
+
+class _Adapter(NamedTuple):
+    """One active LoRA adapter of a head: logits += scaling * B(A(dropout(x)))."""
+
+    a: nn.Linear
+    b: nn.Linear
+    scaling: float
+    dropout: nn.Module
+
+
+def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None, list[_Adapter]]:
+    """Weight and bias of the linear layer at the bottom of a head, and the LoRA adapters upon it."""
+    if "modules_to_save" in head._modules and "original_module" in head._modules:
+        saved: Any = head.modules_to_save
+        active = [name for name in _active_adapters(head) if name in saved]
+        if getattr(head, "disable_adapters", False) or not active:
+            return _linear(head.original_module)  # type: ignore[arg-type]
+        return _linear(saved[active[0]])
+    if "base_layer" in head._modules:
+        weight, bias, below = _linear(head.base_layer)  # type: ignore[arg-type]
+        return weight, bias, below + _lora(head)
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or weight is None:
+        raise TypeError(
+            f"the head is a {type(head).__module__}.{type(head).__qualname__}; expected torch.nn.Linear, or a LoRA"
+            " adapter or modules_to_save of PEFT on one. Its forward is not known here; use qkernels.token_stats on the"
+            " model's logits"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(f"the head's weight is {weight.dtype}; a quantised head has to be dequantised first")
+    return weight, bias, []
+
+
+def _active_adapters(layer: nn.Module) -> list[str]:
+    active = getattr(layer, "active_adapters", None) or getattr(layer, "active_adapter", None) or []
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _lora(layer: nn.Module) -> list[_Adapter]:
+    """The active adapters of a PEFT layer that have not been merged into its weight."""
+    kind = type(layer).__name__
+    lora_a, lora_b = layer._modules.get("lora_A"), layer._modules.get("lora_B")
+    if getattr(layer, "disable_adapters", False) or getattr(layer, "merged", False):
+        return []
+    active = _active_adapters(layer)
+    if lora_a is None or lora_b is None:
+        if active:
+            raise TypeError(
+                f"the head carries a {type(layer).__module__}.{kind}; only LoRA (and modules_to_save) is known on the"
+                " head. Merge it, or leave the head out of target_modules"
+            )
+        return []
+    found = []
+    for name in active:
+        if name not in lora_a:  # type: ignore[operator]
+            continue
+        dora = getattr(layer, "use_dora", {}).get(name, False)
+        variant = getattr(layer, "lora_variant", {}).get(name)
+        if dora or variant is not None:
+            what = "DoRA" if dora else type(variant).__name__
+            raise ValueError(
+                f"adapter {name!r} on the head is {what}, which is not a sum of weights; use plain LoRA on the head, or"
+                " leave the head out of target_modules"
+            )
+        if getattr(layer, "fan_in_fan_out", False):
+            raise ValueError(f"adapter {name!r} on the head has fan_in_fan_out=True; a head is not a Conv1D")
+        found.append(
+            _Adapter(
+                lora_a[name],  # type: ignore[index]
+                lora_b[name],  # type: ignore[index]
+                float(layer.scaling[name]),  # type: ignore[index]
+                layer.lora_dropout[name],  # type: ignore[index]
+            )
+        )
+    return found
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+# Configuration entries that multiply the logits; those that divide them. A head that finds them applied already
+# (MiniCPM3 divides the hidden states) or not at all (MPT) is listed with what it ignores.
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_IGNORED_ENTRIES = {
+    "mpt": ("logit_scale",),
+    "minicpm3": ("logits_scaling",),
+    "gemma3": ("final_logit_softcapping",),  # the vision-language model; the text model's type is gemma3_text
+}
+
+
+def _shaping(causal: nn.Module) -> tuple[float | None, float, int | None]:
+    """Softcap, logit scale and number of columns kept (None for all), from the configuration."""
+    config: Any = getattr(causal, "config", None)
+    if config is None:
+        return None, 1.0, None
+    text = config.get_text_config() if callable(getattr(config, "get_text_config", None)) else config
+    ignored = _IGNORED_ENTRIES.get(getattr(config, "model_type", ""), ())
+
+    def entry(name: str) -> Any:
+        return None if name in ignored else getattr(text, name, None)
+
+    softcaps = [cap for cap in map(entry, _SOFTCAPS) if cap is not None]
+    scale = 1.0
+    for factor in map(entry, _MULTIPLIERS):
+        if isinstance(factor, (int, float)):
+            scale *= factor
+    if entry("logits_scaling") is not None:
+        scale *= text.logits_scaling if text.model_type.startswith("hyperclovax") else 1 / text.logits_scaling
+    return (float(softcaps[0]) if softcaps else None), float(scale), entry("unpadded_vocab_size")
+
+
+def head_parameters(model: nn.Module) -> HeadParameters:
+    """Weight, bias, softcap and logit scale of a model's head, as the functions on hidden states take them.
+
+    The weight of a head with LoRA adapters is base + scaling * B A, differentiable in A and B, in the dtype of the
+    base; the active adapters count, and none inside `model.disable_adapter()`. (`compute_token_logps` keeps the two
+    products apart, as PEFT does, and so loses no digits of a 16-bit base.)
+
+    Args:
+        model: a causal language model of transformers, bare or inside PEFT, DDP or torch.compile.
+
+    Returns:
+        `HeadParameters`; the parameters themselves, not copies, unless an adapter adds to them.
+
+    Raises:
+        TypeError, ValueError: no single linear head; a quantised head; an adapter that is not a sum of weights (DoRA);
+            LoRA dropout on the head that is switched on.
+    """
+    causal = unwrap(model)
+    weight, bias, adapters = _linear(_head_module(causal))
+    for adapter in adapters:
+        if _drops(adapter.dropout):
+            raise ValueError(
+                "the LoRA adapter on the head has dropout, which has no merged weight: call model.eval(), set"
+                " lora_dropout=0, or use compute_token_logps, which applies it"
+            )
+        delta = adapter.scaling * (adapter.b.weight @ adapter.a.weight)
+        weight = weight + delta.to(weight.dtype)
+        if adapter.b.bias is not None:
+            added = (adapter.scaling * adapter.b.bias).to(weight.dtype)
+            bias = added if bias is None else bias + added
+    softcap, scale, columns = _shaping(causal)
+    if columns is not None:
+        weight, bias = weight[:columns], None if bias is None else bias[:columns]
+    return HeadParameters(weight, bias, softcap, scale)
+
+
+def _with_adapters(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias of a head, LoRA included: [x, A x] and [W, scaling B] side by side.
+
+    The same logits as PEFT's own forward, dropout included, with one product; a merged 16-bit weight would round the
+    adapter away.
+    """
+    weight, bias, adapters = _linear(head)
+    if not adapters:
+        return x, weight, bias
+    xs, weights = [x], [weight]
+    for adapter in adapters:
+        low = adapter.a(adapter.dropout(x.to(adapter.a.weight.dtype)))
+        xs.append(low.to(x.dtype))
+        weights.append((adapter.scaling * adapter.b.weight).to(weight.dtype))
+        if adapter.b.bias is not None:
+            added = (adapter.scaling * adapter.b.bias).to(weight.dtype)
+            bias = added if bias is None else bias + added
+    return torch.cat(xs, -1), torch.cat(weights, -1), bias
+
+
+# --- running the model up to its head ------------------------------------------------------------------------------
+
+
+class HeadCall(NamedTuple):
+    """What one call of a model is to compute at its head. Travels through the wrappers as the keyword `qkernels`.
+
+    outputs: names of fields of `TokenStats`; empty for the hidden states themselves.
+    labels: int64 `[B, T]`, aligned with the rows. (As PEFT's prompt methods lengthen `labels`, they travel under that
+        name, and arrive here.)
+    reference: hidden states, weight and bias of the reference, for the outputs that need them.
+    """
+
+    outputs: tuple[str, ...] = ()
+    temperature: float = 1.0
+    ignore_index: int = -100
+    max_chunk_bytes: int | None = None
+    backend: str = "auto"
+    reference: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+
+def _read_head(tap: _Tap, call: HeadCall, labels: Tensor | None, hidden: Tensor) -> dict[str, Tensor]:
+    """What the replaced head computes, by name."""
+    head = tap.head
+    x, weight, bias = _with_adapters(head, hidden.to(tap.weight_device()))
+    if tap.columns is not None:
+        weight, bias = weight[: tap.columns], None if bias is None else bias[: tap.columns]
+    if not call.outputs:
+        # The head's parameters are used outside: an output that reaches them keeps DDP from taking them for unused.
+        result = {"hidden": hidden}
+        if torch.is_grad_enabled():
+            reached = [p.reshape(-1)[0] for p in (weight, bias) if p is not None and p.requires_grad]
+            if reached:
+                result["reached"] = torch.stack([p.float() for p in reached]).sum()
+        return result
+    assert labels is not None
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and the hidden states {tuple(hidden.shape)}: one label per"
+            " position is expected"
+        )
+    reference = call.reference or (None, None, None)
+    stats = linear_token_stats(
+        x,
+        weight,
+        labels.to(x.device),
+        bias=bias,
+        reference_hidden=reference[0],
+        reference_weight=reference[1],
+        reference_bias=reference[2],
+        outputs=call.outputs,
+        softcap=tap.softcap,
+        logit_scale=tap.scale,
+        temperature=call.temperature,
+        ignore_index=call.ignore_index,
+        max_chunk_bytes=call.max_chunk_bytes,
+        backend=call.backend,
+    )
+    return {name: value for name, value in stats._asdict().items() if value is not None}
+
+
+class _Tap:
+    """The forwards of one model and of its head that stand in for their own while qkernels reads the head.
+
+    `call` is set while a call is under way; without one, both forwards are the model's own.
+    """
+
+    def __init__(self, causal: nn.Module):
+        self.causal = causal
+        self.head = _head_module(causal)
+        self.softcap, self.scale, self.columns = _shaping(causal)
+        self.own_forward = causal.forward
+        self.own_head_forward = self.head.forward
+        self.call: HeadCall | None = None
+        self.labels: Tensor | None = None
+        self.result: dict[str, Tensor] | None = None
+        self.probe: Tensor | None = None
+        self.verified = False
+        self.takes_cache = "use_cache" in _parameter_names(causal)
+
+    def stands_for(self, causal: nn.Module) -> bool:
+        """Whether this is the tap of that model, whose forwards nobody has replaced since."""
+        forwards = (causal.forward, self.head.forward)
+        return self.causal is causal and forwards == (self.own_forward, self.own_head_forward)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copied or stored model gets a tap of its own when it needs one
+
+    def weight_device(self) -> torch.device:
+        return _linear(self.head)[0].device
+
+    def forward(self, *args: Any, qkernels: HeadCall | None = None, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """Stands in for the model's forward."""
+        if qkernels is None:
+            return self.own_forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+        if self.takes_cache:
+            kwargs["use_cache"] = False
+        self.call, self.labels, self.result = qkernels, labels, None
+        try:
+            outputs = self.own_forward(*args, **kwargs)
+            result = self.result
+            if result is None:
+                raise ValueError(
+                    f"{type(self.head).__name__} was not called by {_name(self.causal)}.forward, although"
+                    " get_output_embeddings() gives it; this model's head is not known here. Use qkernels.token_stats"
+                    " on its logits"
+                )
+            if not self.verified and not torch.compiler.is_compiling():
+                self.verify(outputs)
+        finally:
+            self.call = self.labels = self.result = self.probe = None
+        aux_loss = getattr(outputs, "aux_loss", None)
+        if aux_loss is not None:
+            result["aux_loss"] = aux_loss
+        return result
+
+    def head_forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the head's forward."""
+        if self.call is None:
+            return self.own_head_forward(hidden, *args, **kwargs)
+        if self.result is not None:
+            raise ValueError(
+                f"{_name(self.causal)}.forward calls its head more than once; which of the calls makes the logits is"
+                " not known here"
+            )
+        self.result = _read_head(self, self.call, self.labels, hidden)
+        vocab = _linear(self.head)[0].shape[0]
+        self.probe = torch.linspace(-40, 40, vocab, dtype=torch.float32, device=hidden.device).view(1, 1, vocab)
+        return self.probe.clone()
+
+    def verify(self, outputs: Any) -> None:
+        """Compare what the model made of the known numbers with scale and softcap as the configuration was read."""
+        assert self.probe is not None
+        logits = getattr(outputs, "logits", None)
+        if logits is None:
+            logits = outputs[0]
+        expected = self.scale * self.probe.double()
+        if self.softcap is not None:
+            expected = self.softcap * torch.tanh(expected / self.softcap)
+        expected = expected[..., : self.columns]
+        tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
+        if logits.shape != expected.shape or not torch.allclose(
+            logits.detach().double(), expected.to(logits.device), rtol=tolerance, atol=tolerance
+        ):
+            raise ValueError(
+                f"{_name(self.causal)}.forward does something to its logits that is not known here: with softcap"
+                f" {self.softcap} and logit scale {self.scale}, as read from its configuration, they come out"
+                " differently. Use qkernels.token_stats on its logits"
+            )
+        self.verified = True
+
+
+def _name(causal: Any) -> str:
+    return causal.__class__.__name__
+
+
+def _parameter_names(causal: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(causal).forward).parameters)
+
+
+@contextlib.contextmanager
+def tapped(causal: nn.Module) -> Iterator[None]:
+    """Let a model take the keyword `qkernels` (a `HeadCall`), and put its own forwards back at the end."""
+    head = _head_module(causal)
+    tap = causal.__dict__.get("_qkernels_tap")
+    if not isinstance(tap, _Tap) or tap.head is not head or not tap.stands_for(causal):
+        # The model keeps it, so that torch.compile meets the same functions in every call.
+        tap = causal._qkernels_tap = _Tap(causal)  # type: ignore[assignment]
+    before = [(module, module.__dict__.get("forward")) for module in (causal, head)]
+    causal.forward = tap.forward  # type: ignore[method-assign]
+    head.forward = tap.head_forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own  # type: ignore[method-assign]
+
+
+def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """The hidden states that a model's head gets, for all positions; the logits are not computed.
+
+    They are after the final norm and whatever else the model does before its head. One call of `model(**inputs)`,
+    through all its wrappers, with `use_cache=False` where the model knows it. Gradients flow as in any forward.
+
+    Args:
+        model: a causal language model of transformers, bare or inside PEFT, DDP, FSDP or torch.compile.
+        inputs: what the model takes: input_ids `[B, T]`, attention_mask, pixel_values ...; no labels.
+
+    Returns:
+        `[B, T, H]` in the dtype that the model computes in. (A prompt-learning PEFT method adds its virtual tokens in
+        front.) With `head_parameters(model)` they give the logits, but for LoRA dropout on the head.
+
+    Raises:
+        TypeError, ValueError: not such a model; a head that is not known here (the message says what to do).
+    """
+    if "labels" in inputs:
+        raise ValueError("hidden_states takes no labels; give them to linear_token_logps, shifted with shift_labels")
+    with tapped(unwrap(model)):
+        result: Tensor = model(**inputs, qkernels=HeadCall())["hidden"]
+    return result
+
+
+# --- per-token results ---------------------------------------------------------------------------------------------
+
+# Entries of a batch that are about the loss and not for the model.
+_NOT_INPUTS = ("labels", "completion_mask")
+
+
+def batch_labels(
+    batch: Mapping[str, Any],
+    labels: Tensor | None = None,
+    completion_mask: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Labels `[B, T]` aligned with the rows (row t has token t + 1), from a batch of model inputs.
+
+    Tokens to be scored, in this order of precedence: `labels`, or `batch["labels"]` (as transformers has them: aligned
+    with the tokens, `ignore_index` for the others); otherwise `input_ids` where `completion_mask` (or
+    `batch["completion_mask"]`), if there is one, and `attention_mask`, if there is one, are not 0, and whose
+    predecessor is not padding. The first token of a sequence of a packed row is never scored; where sequences start is
+    read from `cu_seq_lens_q`, or from `position_ids` that are 0.
+
+    Raises:
+        TypeError, ValueError: entries that are missing or do not fit each other.
+    """
+    if labels is None:
+        labels = batch.get("labels")
+    if completion_mask is None:
+        completion_mask = batch.get("completion_mask")
+    given = labels is not None
+    if labels is None:
+        if not isinstance(batch.get("input_ids"), Tensor):
+            raise ValueError(f"the batch has neither labels nor input_ids; it has {sorted(map(str, batch))}")
+        labels = batch["input_ids"]
+        attended = batch.get("attention_mask")
+        if attended is not None and attended.shape == labels.shape:
+            labels = labels.masked_fill(attended == 0, ignore_index)
+            labels[:, 1:] = labels[:, 1:].masked_fill(attended[:, :-1] == 0, ignore_index)
+        if completion_mask is not None:
+            if completion_mask.shape != labels.shape:
+                raise ValueError(
+                    f"completion_mask must have the shape of input_ids, {tuple(labels.shape)}, got"
+                    f" {tuple(completion_mask.shape)}"
+                )
+            labels = labels.masked_fill(completion_mask == 0, ignore_index)
+    if labels.dim() != 2:
+        raise ValueError(f"labels must have shape [B, T], got {tuple(labels.shape)}")
+    ends, positions = batch.get("cu_seq_lens_q"), batch.get("position_ids")
+    starts = None
+    if ends is not None:
+        starts = torch.isin(torch.arange(labels.shape[1], device=labels.device), ends.to(labels.device))
+    elif not given and positions is not None and positions.shape == labels.shape:
+        starts = positions == 0
+    if starts is not None:
+        labels = labels.masked_fill(starts, ignore_index)
+    return shift_labels(labels, ignore_index=ignore_index)
+
+
+def compute_token_stats(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    outputs: Sequence[str] = ("logps", "logsumexp"),
+    labels: Tensor | None = None,
+    reference_model: nn.Module | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """Any subset of the per-token numbers of a model on a batch, differentiable, without storing logits.
+
+    Args:
+        model: a causal language model of transformers, bare or inside PEFT, DDP, FSDP or torch.compile. It is called
+            once.
+        batch: what the model takes (input_ids `[B, T]`, attention_mask, ...), and optionally labels or
+            completion_mask, which say what tokens to score; see `batch_labels`.
+        outputs: names of fields of `qkernels.TokenStats`.
+        labels: `[B, T]` int64, aligned with the tokens, instead of `batch["labels"]`.
+        reference_model: for the outputs that compare with a reference: another model with the same vocabulary, softcap
+            and logit scale, or `model` itself if it is a PEFT model, whose adapter is then switched off. It is called
+            without gradients.
+        temperature, max_chunk_bytes, backend: as in `qkernels.linear_token_stats`.
+        ignore_index: the label that marks a token as not to be scored.
+
+    Returns:
+        `TokenStats` of `[B, T]` tensors: entry t belongs to token t + 1, as row t of the logits does; 0 where nothing
+        is scored.
+
+    Raises:
+        TypeError, ValueError: what cannot be done; the message names the argument.
+        IndexError: a label outside the vocabulary.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
+    aligned = batch_labels(batch, labels, ignore_index=ignore_index)
+    reference = None
+    if reference_model is not None:
+        reference = reference_rows(reference_model, inputs, model)
+    call = HeadCall(tuple(outputs), temperature, ignore_index, max_chunk_bytes, backend, reference)
+    with tapped(unwrap(model)):
+        result = model(**inputs, labels=aligned, qkernels=call)
+    length = aligned.shape[1]  # prompt-learning PEFT prepends virtual tokens
+    return TokenStats(**{name: result[name][:, -length:] for name in call.outputs})
+
+
+def compute_token_logps(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each token of a batch under a model, differentiable, without storing logits.
+
+    Args:
+        As `compute_token_stats`.
+
+    Returns:
+        `[B, T]` fp32, nats: entry t is log pi(token t + 1 | tokens up to t); 0 where nothing is scored.
+
+    Raises:
+        As `compute_token_stats`.
+    """
+    stats = compute_token_stats(
+        model,
+        batch,
+        outputs=("logps",),
+        labels=labels,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        max_chunk_bytes=max_chunk_bytes,
+        backend=backend,
+    )
+    assert stats.logps is not None
+    return stats.logps
+
+
+def reference_rows(
+    reference_model: nn.Module, inputs: Mapping[str, Any], model: nn.Module
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states `[B, T, H]`, weight and bias of a reference, without gradients.
+
+    Args:
+        reference_model: another model, or `model` itself with its PEFT adapter, which is switched off.
+        inputs: what the model takes.
+        model: the policy, whose softcap and logit scale the reference must share.
+    """
+    adapter: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if reference_model is model:
+        peft = _peft_model(model)
+        if peft is None:
+            raise ValueError(
+                "reference_model is model itself, which has no PEFT adapter to switch off; pass a frozen copy"
+            )
+        adapter = peft.disable_adapter()  # type: ignore[operator]
+    causal = unwrap(reference_model)
+    ours, its = _shaping(unwrap(model)), _shaping(causal)
+    if ours != its:
+        raise ValueError(
+            "reference_model must shape its logits as model does: softcap, logit scale and columns are"
+            f" {ours} of model and {its} of reference_model"
+        )
+    with torch.no_grad(), adapter:
+        hidden = hidden_states(reference_model, **inputs)
+        x, weight, bias = _with_adapters(_head_module(causal), hidden)
+    columns = its[2]
+    return x, weight[:columns].detach(), None if bias is None else bias[:columns].detach()
+
+
+def _peft_model(model: nn.Module) -> nn.Module | None:
+    """The PEFT wrapper among a model's wrappers."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        if callable(getattr(type(inner), "get_base_model", None)) and hasattr(inner, "peft_config"):
+            return inner
+        inner = inner._modules.get("_orig_mod") or inner._modules.get("module")
+    return None
