@@ -54,13 +54,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    inner = model
+    inner: Any = model
     while True:
         submodules = inner._modules
         if "_orig_mod" in submodules:  # torch.compile
-            inner = inner._orig_mod  # type: ignore[assignment]
-        elif callable(getattr(type(inner), "get_base_model", None)) and hasattr(inner, "peft_config"):
-            inner = inner.get_base_model()  # type: ignore[operator]
+            inner = submodules["_orig_mod"]
+        elif _is_peft(inner):
+            inner = inner.get_base_model()
         elif not hasattr(type(inner), "get_output_embeddings") and isinstance(submodules.get("module"), nn.Module):
             inner = submodules["module"]  # DDP, DeepSpeed
         elif isinstance(submodules.get("_fsdp_wrapped_module"), nn.Module):
@@ -72,7 +72,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             f"{type(inner).__name__} has no get_output_embeddings(): expected a causal language model of transformers,"
             " bare or inside PEFT, DDP, FSDP or torch.compile"
         )
-    return inner
+    result: nn.Module = inner
+    return result
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return callable(getattr(type(model), "get_base_model", None)) and hasattr(model, "peft_config")
 
 
 def _head_module(causal: nn.Module) -> nn.Module:
@@ -111,7 +116,7 @@ def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None, list[_Adapter]]:
     if "base_layer" in head._modules:
         weight, bias, below = _linear(head.base_layer)  # type: ignore[arg-type]
         return weight, bias, below + _lora(head)
-    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    weight: Any = getattr(head, "weight", None)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or weight is None:
         raise TypeError(
             f"the head is a {type(head).__module__}.{type(head).__qualname__}; expected torch.nn.Linear, or a LoRA"
@@ -120,7 +125,7 @@ def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None, list[_Adapter]]:
         )
     if not weight.is_floating_point():
         raise TypeError(f"the head's weight is {weight.dtype}; a quantised head has to be dequantised first")
-    return weight, bias, []
+    return weight, head.bias, []
 
 
 def _active_adapters(layer: nn.Module) -> list[str]:
@@ -143,6 +148,8 @@ def _lora(layer: nn.Module) -> list[_Adapter]:
             )
         return []
     found = []
+    scaling: Any = layer.scaling
+    dropout: Any = layer.lora_dropout
     for name in active:
         if name not in lora_a:  # type: ignore[operator]
             continue
@@ -156,14 +163,7 @@ def _lora(layer: nn.Module) -> list[_Adapter]:
             )
         if getattr(layer, "fan_in_fan_out", False):
             raise ValueError(f"adapter {name!r} on the head has fan_in_fan_out=True; a head is not a Conv1D")
-        found.append(
-            _Adapter(
-                lora_a[name],  # type: ignore[index]
-                lora_b[name],  # type: ignore[index]
-                float(layer.scaling[name]),  # type: ignore[index]
-                layer.lora_dropout[name],  # type: ignore[index]
-            )
-        )
+        found.append(_Adapter(lora_a[name], lora_b[name], float(scaling[name]), dropout[name]))  # type: ignore[index]
     return found
 
 
@@ -637,7 +637,7 @@ def _peft_model(model: nn.Module) -> nn.Module | None:
     """The PEFT wrapper among a model's wrappers."""
     inner: Any = model
     while isinstance(inner, nn.Module):
-        if callable(getattr(type(inner), "get_base_model", None)) and hasattr(inner, "peft_config"):
+        if _is_peft(inner):
             return inner
         inner = inner._modules.get("_orig_mod") or inner._modules.get("module")
     return None
