@@ -114,8 +114,8 @@ def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None, list[_Adapter]]:
             return _linear(head.original_module)  # type: ignore[arg-type]
         return _linear(saved[active[0]])
     if "base_layer" in head._modules:
-        weight, bias, below = _linear(head.base_layer)  # type: ignore[arg-type]
-        return weight, bias, below + _lora(head)
+        base, bias, below = _linear(head.base_layer)  # type: ignore[arg-type]
+        return base, bias, below + _lora(head)
     weight: Any = getattr(head, "weight", None)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or weight is None:
         raise TypeError(
