@@ -113,7 +113,13 @@ def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None, list[_Adapter]]:
         if getattr(head, "disable_adapters", False) or not active:
             return _linear(head.original_module)  # type: ignore[arg-type]
         return _linear(saved[active[0]])
+    if "token_adapter" in head._modules:  # trainable tokens of tied embeddings
+        layer: Any = head.token_adapter
+        _unmerge_if_off(layer)
+        off = layer.disable_adapters or layer.merged or not layer.active_adapters
+        return _linear(layer.base_layer) if off else (layer.get_merged_weights(layer.active_adapters), None, [])
     if "base_layer" in head._modules:
+        _unmerge_if_off(head)
         base, bias, below = _linear(head.base_layer)  # type: ignore[arg-type]
         return base, bias, below + _lora(head)
     weight: Any = getattr(head, "weight", None)
@@ -126,6 +132,12 @@ def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None, list[_Adapter]]:
     if not weight.is_floating_point():
         raise TypeError(f"the head's weight is {weight.dtype}; a quantised head has to be dequantised first")
     return weight, head.bias, []
+
+
+def _unmerge_if_off(layer: Any) -> None:
+    """As PEFT's own forwards do: a switched-off adapter leaves the weight that it was merged into."""
+    if getattr(layer, "disable_adapters", False) and getattr(layer, "merged", False):
+        layer.unmerge()
 
 
 def _active_adapters(layer: nn.Module) -> list[str]:
