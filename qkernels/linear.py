@@ -520,8 +520,12 @@ def _prepare_loss(
     plan: str,
     max_chunk_bytes: Any,
     backend: str,
+    outputs: Sequence[str] = (),
 ) -> _Loss:
-    """Check all arguments of the preference loss and choose its plan."""
+    """Check all arguments of the preference loss and choose its plan.
+
+    outputs: further per-row results, without gradient.
+    """
     wanted = 3 if cu_seqlens is None else 2
     if checks.tensor(policy_hidden, "policy_hidden").dim() != wanted:
         expected = "[2B, T, H], or [N, H] with cu_seqlens" if cu_seqlens is None else "[N, H] with cu_seqlens"
@@ -554,6 +558,8 @@ def _prepare_loss(
     reference = Reference.of(reference_logps, live, "reference_hidden", objective, labels, batch)
     call = call._replace(labels=batch.labels.reshape(-1))
     columns = preference.columns(objective, live)
+    if outputs:
+        columns |= check_outputs((*outputs, *(("reference_logps",) if live else ())), "reference_hidden", live)[1]
     counts = _counts(batch.used, batch.sequences)
     if counts is None:
         valid_rows = call.labels.shape[0]
@@ -688,6 +694,62 @@ def fused_linear_token_dpo(
         reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
         temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend,
     )  # fmt: skip
+    return _solve(work)[0]
+
+
+def linear_token_dpo(
+    policy_hidden: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    outputs: Sequence[str] = (),
+    lm_head_bias: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    reference_logps: Tensor | float | None = None,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    loss_kwargs: Mapping[str, Any] | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    plan: str = "auto",
+    max_chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> tuple[TokenDPOOutput, TokenStats]:
+    """`fused_linear_token_dpo`, and further per-token results of the policy from the same pass; for integrations.
+
+    Args:
+        outputs: names of fields of `TokenStats`, without gradient here; they cost next to nothing.
+        policy_hidden ... backend: as in `fused_linear_token_dpo`.
+
+    Returns:
+        What `fused_linear_token_dpo` returns, and the outputs.
+
+    Raises:
+        As `fused_linear_token_dpo`; ValueError for an unknown output.
+    """
+    work = _prepare_loss(
+        policy_hidden, lm_head_weight, labels, lm_head_bias, reference_hidden, reference_weight, reference_bias,
+        reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
+        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend, outputs,
+    )  # fmt: skip
+    output, stats = _solve(work)
+    further = {name: stats[name].detach().view(work.call.shape) for name in outputs}
+    if "is_top1" in further:
+        further["is_top1"] = further["is_top1"] > 0
+    return output, TokenStats(**further)
+
+
+def _solve(work: _Loss) -> tuple[TokenDPOOutput, dict[str, Tensor]]:
+    """Run the plan; the loss, and the per-row results by name."""
     call, batch = work.call, work.batch
     gradients: Gradients | None = None
     if work.plan.name == "pair_chunks":
@@ -714,4 +776,4 @@ def fused_linear_token_dpo(
     if gradients is not None:
         loss = KnownGradient.apply(output.loss, *call.policy, gradients, lambda: run()[1])
         output = output._replace(loss=loss)
-    return output if torch.compiler.is_compiling() else PlannedOutput.of(output, work.plan)
+    return (output if torch.compiler.is_compiling() else PlannedOutput.of(output, work.plan)), stats

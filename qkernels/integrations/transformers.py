@@ -17,15 +17,18 @@ Nothing of transformers or PEFT is imported; models are known by what they have.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..functional import TokenStats, shift_labels
-from ..linear import linear_token_stats
+from ..linear import linear_token_dpo, linear_token_stats
 
 
 class HeadParameters(NamedTuple):
@@ -274,30 +277,29 @@ def _with_adapters(head: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor |
 # --- running the model up to its head ------------------------------------------------------------------------------
 
 
-class HeadCall(NamedTuple):
+class HeadCall:
     """What one call of a model is to compute at its head. Travels through the wrappers as the keyword `qkernels`.
 
-    outputs: names of fields of `TokenStats`; empty for the hidden states themselves.
-    labels: int64 `[B, T]`, aligned with the rows. (As PEFT's prompt methods lengthen `labels`, they travel under that
-        name, and arrive here.)
-    reference: hidden states, weight and bias of the reference, for the outputs that need them.
+    A plain object and no tuple: wrappers that cast the tensors among a model's arguments (mixed precision of FSDP) must
+    not round log-probs on their way in.
+
+    outputs: names of fields of `TokenStats`; with neither these nor a loss, the hidden states themselves.
+    options: what else `linear_token_stats` (or, with `loss`, `linear_token_dpo`) takes: temperature, backend ...
+    loss: whether to compute a preference loss.
+    fp32: run the head in fp32, whatever the model and autocast compute in.
     """
 
-    outputs: tuple[str, ...] = ()
-    temperature: float = 1.0
-    ignore_index: int = -100
-    max_chunk_bytes: int | None = None
-    backend: str = "auto"
-    reference: tuple[Tensor, Tensor, Tensor | None] | None = None
+    def __init__(self, outputs: Sequence[str] = (), *, loss: bool = False, fp32: bool = False, **options: Any):
+        self.outputs, self.loss, self.fp32, self.options = tuple(outputs), loss, fp32, options
 
 
 def _read_head(tap: _Tap, call: HeadCall, labels: Tensor | None, hidden: Tensor) -> dict[str, Tensor]:
-    """What the replaced head computes, by name."""
-    head = tap.head
-    x, weight, bias = _with_adapters(head, hidden.to(tap.weight_device()))
+    """What the replaced head computes, by name. The labels come aligned with the rows, under the model's own keyword:
+    PEFT's prompt methods lengthen it as they lengthen the rows."""
+    x, weight, bias = _with_adapters(tap.head, hidden.to(_linear(tap.head)[0].device))
     if tap.columns is not None:
         weight, bias = weight[: tap.columns], None if bias is None else bias[: tap.columns]
-    if not call.outputs:
+    if not (call.outputs or call.loss):
         # The head's parameters are used outside: an output that reaches them keeps DDP from taking them for unused.
         result = {"hidden": hidden}
         if torch.is_grad_enabled():
@@ -305,30 +307,32 @@ def _read_head(tap: _Tap, call: HeadCall, labels: Tensor | None, hidden: Tensor)
             if reached:
                 result["reached"] = torch.stack([p.float() for p in reached]).sum()
         return result
-    assert labels is not None
-    if labels.shape != hidden.shape[:-1]:
+    if labels is None or labels.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)} and the hidden states {tuple(hidden.shape)}: one label per"
-            " position is expected"
+            f"one label for each of the {tuple(hidden.shape[:-1])} positions is expected, got"
+            f" {None if labels is None else tuple(labels.shape)}"
         )
-    reference = call.reference or (None, None, None)
-    stats = linear_token_stats(
-        x,
-        weight,
-        labels.to(x.device),
-        bias=bias,
-        reference_hidden=reference[0],
-        reference_weight=reference[1],
-        reference_bias=reference[2],
-        outputs=call.outputs,
-        softcap=tap.softcap,
-        logit_scale=tap.scale,
-        temperature=call.temperature,
-        ignore_index=call.ignore_index,
-        max_chunk_bytes=call.max_chunk_bytes,
-        backend=call.backend,
-    )
-    return {name: value for name, value in stats._asdict().items() if value is not None}
+    labels = labels.to(x.device)
+    options: dict[str, Any] = {"softcap": tap.softcap, "logit_scale": tap.scale, **call.options}
+    context: Any = contextlib.nullcontext()
+    if call.fp32:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+        context = torch.autocast(x.device.type, enabled=False)
+    with context:
+        if not call.loss:
+            stats = linear_token_stats(x, weight, labels, bias=bias, outputs=call.outputs, **options)
+            return {name: value for name, value in stats._asdict().items() if value is not None}
+        added = labels.shape[1] - options.pop("length")
+        if added:  # virtual tokens of a prompt method
+            for name in ("token_weights", "reference_logps"):
+                value = options.get(name)
+                if isinstance(value, Tensor) and value.dim() == 2:
+                    options[name] = nn.functional.pad(value, (added, 0))
+        if options.get("cu_seqlens") is not None:
+            x, labels = x.squeeze(0), labels.squeeze(0)
+        output, stats = linear_token_dpo(x, weight, labels, lm_head_bias=bias, outputs=call.outputs, **options)
+    result = {**output._asdict(), **stats._asdict()}
+    return {name: value for name, value in result.items() if value is not None}
 
 
 class _Tap:
@@ -343,44 +347,49 @@ class _Tap:
         self.softcap, self.scale, self.columns = _shaping(causal)
         self.own_forward = causal.forward
         self.own_head_forward = self.head.forward
+        self.takes_cache = "use_cache" in inspect.signature(type(causal).forward).parameters
+        self.installed = self.verified = False
         self.call: HeadCall | None = None
         self.labels: Tensor | None = None
         self.result: dict[str, Tensor] | None = None
-        self.probe: Tensor | None = None
-        self.verified = False
-        self.takes_cache = "use_cache" in _parameter_names(causal)
 
     def stands_for(self, causal: nn.Module) -> bool:
         """Whether this is the tap of that model, whose forwards nobody has replaced since."""
-        forwards = (causal.forward, self.head.forward)
-        return self.causal is causal and forwards == (self.own_forward, self.own_head_forward)
+        if self.causal is not causal or self.head is not _head_module(causal):
+            return False
+        return self.installed or (self.own_forward, self.own_head_forward) == (causal.forward, self.head.forward)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tap:
+        copied = object.__new__(_Tap)
+        memo[id(self)] = copied
+        copied.__dict__.update((name, copy.deepcopy(value, memo)) for name, value in self.__dict__.items())
+        return copied
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copied or stored model gets a tap of its own when it needs one
+        return type(None), ()  # a stored model gets a tap of its own when it needs one
 
-    def weight_device(self) -> torch.device:
-        return _linear(self.head)[0].device
-
-    def forward(self, *args: Any, qkernels: HeadCall | None = None, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, qkernels: HeadCall | None = None, **kwargs: Any) -> Any:
         """Stands in for the model's forward."""
         if qkernels is None:
-            return self.own_forward(*args, **({} if labels is None else {"labels": labels}), **kwargs)
+            return self.own_forward(*args, **kwargs)
         if self.takes_cache:
             kwargs["use_cache"] = False
-        self.call, self.labels, self.result = qkernels, labels, None
+        self.call, self.labels, self.result = qkernels, kwargs.pop("labels", None), None
         try:
             outputs = self.own_forward(*args, **kwargs)
             result = self.result
-            if result is None:
-                raise ValueError(
-                    f"{type(self.head).__name__} was not called by {_name(self.causal)}.forward, although"
-                    " get_output_embeddings() gives it; this model's head is not known here. Use qkernels.token_stats"
-                    " on its logits"
-                )
-            if not self.verified and not torch.compiler.is_compiling():
-                self.verify(outputs)
         finally:
-            self.call = self.labels = self.result = self.probe = None
+            self.call = self.labels = self.result = None
+        if result is None:
+            raise ValueError(
+                f"{type(self.causal).__name__}.forward does not call the {type(self.head).__name__} that"
+                " get_output_embeddings() gives; this model's head is not known here. Use qkernels.token_stats on its"
+                " logits"
+            )
+        logits = getattr(outputs, "logits", None)
+        result["known_numbers"] = outputs[0] if logits is None else logits
+        if not torch.compiler.is_compiling():
+            self.verify(result)
         aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is not None:
             result["aux_loss"] = aux_loss
@@ -392,63 +401,112 @@ class _Tap:
             return self.own_head_forward(hidden, *args, **kwargs)
         if self.result is not None:
             raise ValueError(
-                f"{_name(self.causal)}.forward calls its head more than once; which of the calls makes the logits is"
-                " not known here"
+                f"{type(self.causal).__name__}.forward calls its head more than once; which of the calls makes the"
+                " logits is not known here"
             )
         self.result = _read_head(self, self.call, self.labels, hidden)
-        vocab = _linear(self.head)[0].shape[0]
-        self.probe = torch.linspace(-40, 40, vocab, dtype=torch.float32, device=hidden.device).view(1, 1, vocab)
-        return self.probe.clone()
+        return self.known_numbers(hidden.device)
 
-    def verify(self, outputs: Any) -> None:
-        """Compare what the model made of the known numbers with scale and softcap as the configuration was read."""
-        assert self.probe is not None
-        logits = getattr(outputs, "logits", None)
-        if logits is None:
-            logits = outputs[0]
-        expected = self.scale * self.probe.double()
+    def known_numbers(self, device: torch.device) -> Tensor:
+        """What the head hands on instead of logits, `[1, 1, V]`."""
+        vocab = _linear(self.head)[0].shape[0]
+        return torch.linspace(-40, 40, vocab, dtype=torch.float32, device=device).view(1, 1, vocab)
+
+    def verify(self, result: dict[str, Tensor]) -> None:
+        """Compare what the model made of the known numbers with scale and softcap as the configuration was read.
+
+        Once for each model; again only when nothing has been compared yet (inside torch.compile nothing can be).
+        """
+        made = result.pop("known_numbers")
+        if self.verified:
+            return
+        expected = self.scale * self.known_numbers(made.device).double()
         if self.softcap is not None:
             expected = self.softcap * torch.tanh(expected / self.softcap)
         expected = expected[..., : self.columns]
-        tolerance = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-        if logits.shape != expected.shape or not torch.allclose(
-            logits.detach().double(), expected.to(logits.device), rtol=tolerance, atol=tolerance
+        tolerance = 1e-4 if made.dtype in (torch.float32, torch.float64) else 2e-2
+        if made.shape != expected.shape or not torch.allclose(
+            made.detach().double(), expected, rtol=tolerance, atol=tolerance
         ):
             raise ValueError(
-                f"{_name(self.causal)}.forward does something to its logits that is not known here: with softcap"
-                f" {self.softcap} and logit scale {self.scale}, as read from its configuration, they come out"
+                f"{type(self.causal).__name__}.forward does something to its logits that is not known here: with"
+                f" softcap {self.softcap} and logit scale {self.scale}, as read from its configuration, they come out"
                 " differently. Use qkernels.token_stats on its logits"
             )
         self.verified = True
 
 
-def _name(causal: Any) -> str:
-    return causal.__class__.__name__
+def _tap(causal: nn.Module) -> _Tap:
+    """The tap of a model. The model keeps it, so that torch.compile meets the same functions in every call."""
+    tap = causal.__dict__.get("_qkernels_tap")
+    if not isinstance(tap, _Tap) or not tap.stands_for(causal):
+        if isinstance(tap, _Tap) and tap.installed and tap.causal is causal:  # its head has been replaced
+            _put_back([(tap.head, tap.head_forward)])
+            forward, causal.forward = causal.forward, tap.own_forward  # type: ignore[method-assign]
+            tap = _Tap(causal)
+            causal.forward, tap.installed = forward, True  # type: ignore[method-assign]
+            tap.head.forward = tap.head_forward  # type: ignore[method-assign]
+        else:
+            tap = _Tap(causal)
+        causal._qkernels_tap = tap  # type: ignore[assignment]
+    return tap
 
 
-def _parameter_names(causal: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(causal).forward).parameters)
+def _put_back(modules: list[tuple[nn.Module, Any]]) -> None:
+    """Give modules the forwards that they had: that of their class where it is the same."""
+    for module, own in modules:
+        if getattr(own, "__func__", None) is type(module).forward:
+            del module.forward
+        else:
+            module.forward = own
 
 
 @contextlib.contextmanager
-def tapped(causal: nn.Module) -> Iterator[None]:
+def tapped(causal: nn.Module) -> Iterator[_Tap]:
     """Let a model take the keyword `qkernels` (a `HeadCall`), and put its own forwards back at the end."""
-    head = _head_module(causal)
-    tap = causal.__dict__.get("_qkernels_tap")
-    if not isinstance(tap, _Tap) or tap.head is not head or not tap.stands_for(causal):
-        # The model keeps it, so that torch.compile meets the same functions in every call.
-        tap = causal._qkernels_tap = _Tap(causal)  # type: ignore[assignment]
-    before = [(module, module.__dict__.get("forward")) for module in (causal, head)]
-    causal.forward = tap.forward  # type: ignore[method-assign]
-    head.forward = tap.head_forward  # type: ignore[method-assign]
+    tap = _tap(causal)
+    if tap.installed:
+        yield tap
+        return
+    causal.forward, tap.head.forward = tap.forward, tap.head_forward  # type: ignore[method-assign]
     try:
-        yield
+        yield tap
     finally:
-        for module, own in before:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own  # type: ignore[method-assign]
+        _put_back([(causal, tap.own_forward), (tap.head, tap.own_head_forward)])
+
+
+def install(causal: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let a model keep taking the keyword `qkernels`, as a trainer needs it that hands the model to other libraries.
+
+    Args:
+        causal: the model, unwrapped.
+        forward: a function `(causal, *args, **kwargs)` that becomes its forward; it calls that of
+            `causal._qkernels_tap`.
+    """
+    tap = _tap(causal)
+    # A method of the model, not of the tap: accelerate takes `model.forward.__func__` and binds it to the model again.
+    causal.forward = types.MethodType(functools.wraps(type(causal).forward)(forward), causal)  # type: ignore[method-assign]
+    tap.head.forward = tap.head_forward  # type: ignore[method-assign]
+    tap.installed = True
+
+
+def uninstall(causal: nn.Module) -> None:
+    """Undo `install`."""
+    tap = causal.__dict__.get("_qkernels_tap")
+    if isinstance(tap, _Tap) and tap.installed:
+        _put_back([(causal, tap.own_forward), (tap.head, tap.own_head_forward)])
+        del causal._qkernels_tap
+
+
+def run(model: nn.Module, inputs: Mapping[str, Any], call: HeadCall, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """Call a model once, through all its wrappers, and return what its head was asked for, by name."""
+    if labels is not None:
+        inputs = {**inputs, "labels": labels}
+    with tapped(unwrap(model)) as tap:
+        result: dict[str, Tensor] = model(**inputs, qkernels=call)
+        if "known_numbers" in result:  # the call was compiled
+            tap.verify(result)
+    return result
 
 
 def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
@@ -470,9 +528,7 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """
     if "labels" in inputs:
         raise ValueError("hidden_states takes no labels; give them to linear_token_logps, shifted with shift_labels")
-    with tapped(unwrap(model)):
-        result: Tensor = model(**inputs, qkernels=HeadCall())["hidden"]
-    return result
+    return run(model, inputs, HeadCall())["hidden"]
 
 
 # --- per-token results ---------------------------------------------------------------------------------------------
@@ -571,9 +627,17 @@ def compute_token_stats(
     reference = None
     if reference_model is not None:
         reference = reference_rows(reference_model, inputs, model)
-    call = HeadCall(tuple(outputs), temperature, ignore_index, max_chunk_bytes, backend, reference)
-    with tapped(unwrap(model)):
-        result = model(**inputs, labels=aligned, qkernels=call)
+    call = HeadCall(
+        outputs,
+        reference_hidden=None if reference is None else reference[0],
+        reference_weight=None if reference is None else reference[1],
+        reference_bias=None if reference is None else reference[2],
+        temperature=temperature,
+        ignore_index=ignore_index,
+        max_chunk_bytes=max_chunk_bytes,
+        backend=backend,
+    )
+    result = run(model, inputs, call, aligned)
     length = aligned.shape[1]  # prompt-learning PEFT prepends virtual tokens
     return TokenStats(**{name: result[name][:, -length:] for name in call.outputs})
 
