@@ -301,6 +301,7 @@ def linear_token_stats(
     reference_weight: Tensor | None = None,
     reference_bias: Tensor | None = None,
     outputs: Sequence[str] = ("logps", "logsumexp"),
+    detached: Sequence[str] = (),
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
@@ -320,6 +321,8 @@ def linear_token_stats(
         bias: `[V]`.
         reference_hidden, reference_weight, reference_bias: of the reference, which may have an H of its own; constants.
         outputs: names of fields of `TokenStats`; only these are computed, the others are None.
+        detached: those of them that need no gradient. With a frozen head, log-probs alone take two products where
+            log-probs and an entropy with gradient take three.
         softcap: of Gemma; None for none.
         logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
         temperature: divides the logits; above 0.
@@ -351,7 +354,10 @@ def linear_token_stats(
         backend,
         ("hidden", "weight", "bias"),
     )
-    differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs)
+    unknown = [name for name in detached if name not in outputs]
+    if unknown:
+        raise ValueError(f"detached names {unknown}, which are not among the outputs {list(outputs)}")
+    differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs and name not in detached)
     if not differentiable:  # nothing to be saved for a backward that cannot come
         call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
     plan = _plan(
