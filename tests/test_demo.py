@@ -436,17 +436,3 @@ def test_cached_log_probs_land_on_their_labels(tokenizer) -> None:
     # Padding is harmless without an attention mask: what comes later is not seen.
     alone = evaluate.pair_logps(model, pairs[:1], batch_size=1)[0]
     assert torch.allclose(alone.chosen, cached[0].chosen, atol=1e-5)
-
-
-def test_auroc_and_detection() -> None:
-    assert evaluate.auroc([3, 1, 2], [True, False, False]) == 1.0
-    assert evaluate.auroc([1, 1, 2], [True, False, False]) == 0.25
-    with pytest.raises(ValueError, match="both kinds"):
-        evaluate.auroc([1.0], [True])
-    found = evaluate.detection(
-        [[3, 1, 2], [1, 5, 2], [9, 9], [9, 8]],
-        [[True, False, False], [True, False, False], [False, False], [True, True]],
-    )
-    assert found == (0.5, 0.5)
-    assert evaluate.detection([[1.0]], [[False]]) is None
-    assert evaluate.ranked_right([(1, 0), (0, 1), (2, 2), (3, 1)]) == 0.625

@@ -1,8 +1,8 @@
-"""Scoring pairs per token: log-probs, rewards, entropies, and how well a score finds planted errors."""
+"""Scoring pairs per token: log-probs, rewards, entropies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -41,28 +41,6 @@ class TokenScores(NamedTuple):
     reference_logps: list[float]
     rewards: list[float]
     entropies: list[float]
-
-
-class Detection(NamedTuple):
-    """How well a score finds the planted errors of the rejected answers.
-
-    auroc: mean over answers of the chance that a planted token scores above another token of the same answer.
-    hit_at_1: share of the answers whose highest score stands on a planted token.
-    """
-
-    auroc: float
-    hit_at_1: float
-
-
-def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean of at least one number."""
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def ranked_right(scores: Iterable[tuple[float, float]]) -> float:
-    """Share of (chosen, rejected) with the larger score on the chosen side; a tie is half right."""
-    return mean(float(chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in scores)
 
 
 @torch.no_grad()
@@ -118,34 +96,6 @@ def score_tokens(
         ]
         result += list(zip(*_halves(scores), strict=True))
     return result
-
-
-def detection(scores: Sequence[Sequence[float]], planted: Sequence[Sequence[bool]]) -> Detection | None:
-    """Measure a score, high where it suspects an error, against the planted tokens.
-
-    Args:
-        scores: per answer, per token.
-        planted: the same shape; answers with nothing planted, or nothing else, are left out.
-
-    Returns:
-        None if no answer is left.
-    """
-    usable = [(s, p) for s, p in zip(scores, planted, strict=True) if any(p) and not all(p)]
-    if not usable:
-        return None
-    return Detection(
-        mean(auroc(s, p) for s, p in usable),
-        mean(float(p[max(range(len(s)), key=s.__getitem__)]) for s, p in usable),
-    )
-
-
-def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
-    """Chance that a positive scores above a negative, ties counting half; both kinds must occur."""
-    positives = [s for s, p in zip(scores, positive, strict=True) if p]
-    negatives = [s for s, p in zip(scores, positive, strict=True) if not p]
-    if not positives or not negatives:
-        raise ValueError(f"auroc needs both kinds, got {len(positives)} positive and {len(negatives)} negative")
-    return mean(float(p > n) + 0.5 * (p == n) for p in positives for n in negatives)
 
 
 def _split(rows: Tensor, labels: Tensor) -> list[Tensor]:

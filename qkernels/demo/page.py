@@ -162,17 +162,29 @@ def _view(
 
 
 def _detection(planted: dict[str, Any]) -> Section:
+    def percent(share: float | None) -> str:
+        return "–" if share is None else _percent(share)
+
     rows = [
-        (name, number(planted[key]["auroc"]), _percent(planted[key]["hit_at_1"])) for key, name in _SCORE_NAMES.items()
+        (
+            name,
+            number(planted[key]["auroc"]),
+            _percent(planted[key]["hit_at_1"]),
+            percent(planted[key]["second_error_recall"]),
+        )
+        for key, name in _SCORE_NAMES.items()
     ]
-    rows.append(("chance", number(0.5), _percent(planted["chance_hit_at_1"])))
+    chance = planted["chance_second_error_recall"]
+    rows.append(("chance", number(0.5), _percent(planted["chance_hit_at_1"]), percent(chance)))
     intro = (
         f"Four scores that could point at the planted error, on {planted['answers']} held-out rejected answers. AUROC:"
         " the chance that a token of the error scores above another token of the same answer. Hit@1: how often the"
-        " highest score is on an error. A model that has learnt these facts finds a wrong one improbable, so plain"
-        " log-probs do well here too; a token reward is the change that preference training has made to them."
+        f" highest score is on an error. Second error: {planted['answers_with_two']} answers have two; with the tokens"
+        " of the first taken out, how often the highest score left is on the second. A model that has learnt these"
+        " facts finds a wrong one improbable, so plain log-probs do well here too; a token reward is the change that"
+        " preference training has made to them."
     )
-    return Section("Finding the error", table(("score", "AUROC", "hit@1"), rows, strong=0), intro)
+    return Section("Finding the error", table(("score", "AUROC", "hit@1", "second error"), rows, strong=0), intro)
 
 
 def _curves(metrics: dict[str, Any]) -> str:

@@ -19,11 +19,12 @@ import torch
 
 from .. import backends
 from .._version import __version__
+from ..credit import detection, mean, ranked_right
 from ..data import DataError, Preference, read_preferences
+from ..progress import Progress
 from . import synthetic
 from .options import MIN_PAIRS, DemoError, DemoOptions, Sizes
 from .output import METRICS, MODEL, REFERENCE, REPORT, OutputFolder
-from .progress import Progress
 
 if TYPE_CHECKING:
     from .encode import EncodedPair, Truncation
@@ -186,8 +187,6 @@ def _own_data(options: DemoOptions) -> Data:
 
 def _results(scores: Sequence[tuple[TokenScores, TokenScores]], held_out: Sequence[EncodedPair]) -> dict[str, Any]:
     """The final figures, all of held-out pairs."""
-    from .evaluate import detection, mean, ranked_right
-
     rewards = [(sum(chosen.rewards), sum(rejected.rewards)) for chosen, rejected in scores]
     logps = [(sum(chosen.reference_logps), sum(rejected.reference_logps)) for chosen, rejected in scores]
     results: dict[str, Any] = {
@@ -206,10 +205,13 @@ def _results(scores: Sequence[tuple[TokenScores, TokenScores]], held_out: Sequen
         "entropy": [s.entropies for s in rejected_scores],
     }
     found = {name: detection(suspicion, planted) for name, suspicion in suspicions.items()}
-    if all(found.values()):
+    chance = detection([[0.0] * len(flags) for flags in planted], planted)
+    if chance is not None:
         results["planted_errors"] = {
-            "answers": sum(1 for flags in planted if any(flags)),
-            "chance_hit_at_1": mean(mean(map(float, flags)) for flags in planted if any(flags)),
+            "answers": chance.answers,
+            "answers_with_two": chance.answers_with_two,
+            "chance_hit_at_1": chance.hit_at_1,
+            "chance_second_error_recall": chance.second_error_recall,
             **{name: value._asdict() for name, value in found.items() if value is not None},
         }
     return results

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..credit import mean, ranked_right
 from ..functional import fused_token_dpo, token_logps
+from ..progress import Progress
 from .encode import IGNORE, EncodedPair, chosen_batch, pair_batch
-from .evaluate import PairLogps, mean, pair_logps, ranked_right
+from .evaluate import PairLogps, pair_logps
 from .options import DemoError, DemoOptions, Sizes
-from .progress import Progress
 from .tokenizer import END, PAD, token_id
 
 # Small models from scratch take larger initial weights than the usual 0.02: with it the facts are learnt in half the
