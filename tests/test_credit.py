@@ -160,7 +160,7 @@ def test_detection() -> None:
     assert found.second_error_recall == 1.0 and (found.answers, found.answers_with_two) == (3, 1)
     assert detection([[1.0]], [[False]]) is None
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        detection([[1.0, 2.0]], [[True]])
+        detection([[1.0, 2.0]], [[True, False, False]])
 
 
 def test_random_scores_are_at_chance() -> None:
