@@ -1,4 +1,4 @@
-"""The command line: `qkernels info`, `qkernels demo`."""
+"""The command line: `qkernels info`, `qkernels demo`, `qkernels score`, `qkernels show`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ in them. It takes a good minute on a CPU; nothing is downloaded. Writes OUT/repo
 transformers format OUT/model and OUT/reference (the SFT model that training started from).
 """
 
-_DEMO_DATA = """\
+_SCORE = """\
+Score every answer token of a preference file under a model and its reference: reward, log-probs, Q, V, advantage,
+entropy, both KL divergences.
+
+Writes OUT/tokens.parquet (a row per token), OUT/pairs.parquet, OUT/summary.json and OUT/report.html, which shows the
+most suspicious answers and tokens first. An interrupted run, also by Ctrl-C, keeps what it has scored; the same command
+with --resume goes on.
+"""
+
+_DATA = """\
 layouts of --data, one record a line (.jsonl) or an array of records (.json):
   {"prompt": "...", "chosen": "...", "rejected": "..."}
   {"prompt": [MESSAGE, ...], "chosen": [MESSAGE], "rejected": [MESSAGE]}
@@ -45,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train a small model with token-level DPO and report its token rewards",
         description=_DEMO,
-        epilog=_DEMO_DATA,
+        epilog=_DATA,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     demo.set_defaults(run=_demo)
@@ -80,7 +89,75 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="CPU threads; more are faster if nothing else runs (default: 1; with --data torch's)",
     )
+    _add_score(commands)
+    _add_show(commands)
     return parser
+
+
+def _add_score(commands: argparse._SubParsersAction) -> None:
+    score = commands.add_parser(
+        "score",
+        help="per-token rewards of your own model on your own preference pairs",
+        description=_SCORE,
+        epilog=_DATA,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    score.set_defaults(run=_score)
+    add = score.add_argument
+    add("--model", required=True, metavar="DIR", help="the trained model, or a PEFT adapter; transformers format")
+    add(
+        "--reference",
+        metavar="DIR",
+        help="the model that training started from (default for a PEFT adapter: its base, the adapter switched off)",
+    )
+    add(
+        "--reference-logps",
+        type=Path,
+        metavar="DIR",
+        help="instead: an earlier run's OUT (or a Parquet file), whose reference log-probs are taken",
+    )
+    add("--data", type=Path, required=True, metavar="FILE", help="preference pairs, .json or .jsonl")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    again = score.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with what an interrupted run left in OUT")
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier run's results in OUT")
+    add("--beta", type=float, default=0.1, metavar="X", help="strength of the KL constraint in training (default: 0.1)")
+    add(
+        "--outputs",
+        type=_names,
+        metavar="NAMES",
+        help="columns beside logps, reference_logps and implicit_rewards, separated by commas (default: Q, V, A,"
+        " bellman_rewards, entropy, both KLs, is_top1)",
+    )
+    add("--limit", type=int, metavar="N", help="only the first N pairs")
+    add("--max-length", type=int, metavar="N", help="cut prompt and answer to N tokens (default: refuse what is longer"
+        " than the model takes)")  # fmt: skip
+    add("--prompt-format", default="auto", metavar="NAME", help="chat (the tokenizer's template), plain, or auto"
+        " (default: chat where there is a template)")  # fmt: skip
+    add("--chat-template", type=Path, metavar="FILE", help="Jinja template in place of the tokenizer's")
+    add("--batch-tokens", type=int, default=8192, metavar="N", help="padded tokens of a forward pass (default: 8192)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    add("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, float16, or auto (default: as saved)")
+    add("--shown", type=int, default=12, metavar="N", help="pairs in the report (default: 12)")
+
+
+def _add_show(commands: argparse._SubParsersAction) -> None:
+    show = commands.add_parser(
+        "show",
+        help="one pair of a scored folder, its tokens coloured by their rewards",
+        description="Show one pair of a folder that `qkernels score` wrote, each token on the colour of its reward.",
+    )
+    show.set_defaults(run=_show)
+    add = show.add_argument
+    add("folder", type=Path, metavar="DIR", help="what `qkernels score --out` wrote")
+    add("--pair", type=int, metavar="N", help="number of the pair (default: the one with the lowest margin)")
+    add("--side", choices=("chosen", "rejected"), help="one answer alone")
+    add("--html", type=Path, metavar="FILE", help="write a page instead of printing")
+    add("--png", type=Path, metavar="FILE", help="write a picture instead of printing; needs matplotlib")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -108,6 +185,59 @@ def _demo(args: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, earlier)
     print(summary(metrics, args.out))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from .data import DataError
+    from .score.options import ScoreError, ScoreOptions
+    from .score.run import run_score, summary
+
+    chosen = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    options = ScoreOptions(**chosen)
+    earlier = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        figures = run_score(options)
+    except (DataError, ScoreError) as error:
+        print(f"qkernels score: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nqkernels score: interrupted; --resume goes on with what has been scored", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    print(summary(figures, options))
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from .score.options import ScoreError
+    from .score.store import read_scores
+
+    try:
+        table = read_scores(args.folder)
+        pair = args.pair
+        if pair is None:
+            rewards = table.pair_rewards()
+            pair = int(rewards["pair"][rewards["margins"].argmin()])
+        elif pair not in table.pairs():
+            raise ScoreError(f"--pair {pair}: not among the {len(table.pairs())} pairs of {args.folder}")
+        heat_map = table.heat_map(pair, args.side)
+        if args.html is not None:
+            heat_map.save_html(args.html)
+        if args.png is not None:
+            heat_map.save_png(args.png)
+    except ScoreError as error:
+        print(f"qkernels show: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"qkernels show: error: cannot write ({error})", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"qkernels show: error: needs {error.name}: pip install {error.name}", file=sys.stderr)
+        return 2
+    if args.html is None and args.png is None:
+        print(f"pair {pair}\n\n{heat_map}")
     return 0
 
 

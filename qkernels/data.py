@@ -15,7 +15,7 @@ transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +102,21 @@ def read_preferences(path: str | PathLike[str], *, minimum: int = 1) -> Preferen
     if len(pairs) < minimum:
         raise DataError(f"{path}: expected at least {minimum} preference pairs, found {len(pairs)}")
     return PreferenceFile(pairs, tuple(sorted(ignored)))
+
+
+def as_preferences(records: Iterable[Any]) -> list[Preference]:
+    """Check records that are at hand: dicts in the layouts above (the rows of a data set), or `Preference`s.
+
+    Raises:
+        DataError: a record that cannot be used, by its number from 0.
+    """
+    pairs = []
+    for number, record in enumerate(records):
+        try:
+            pairs.append(record if isinstance(record, Preference) else _preference(record))
+        except _Unusable as error:
+            raise DataError(f"pair {number}: {error}") from None
+    return pairs
 
 
 def _text(path: Path) -> str:

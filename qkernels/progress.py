@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 _LINES_PER_PHASE = 5
@@ -29,15 +31,16 @@ class Phase:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self, note: str = "") -> None:
-        """One step is done; `note` says how it stands."""
-        self._done += 1
+    def step(self, note: str = "", steps: int = 1) -> None:
+        """So many steps are done; `note` says how it stands."""
+        before = self._done
+        self._done += steps
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update()
+            self._bar.update(steps)
             return
         every = max(1, -(-self._total // _LINES_PER_PHASE))
-        if self._done % every == 0 or self._done == self._total:
+        if self._done // every > before // every or self._done == self._total:
             seconds = time.monotonic() - self._start
             print(f"  {self._name} {self._done}/{self._total}  {note}  {seconds:.0f} s", file=self._stream, flush=True)
 
@@ -63,3 +66,17 @@ class Progress:
     def phase(self, name: str, total: int) -> Phase:
         """Begin `total` steps of work."""
         return Phase(name, total, self._stream)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers' own (saving a model draws some) between ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

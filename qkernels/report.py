@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from html import escape
@@ -22,6 +22,11 @@ from .report_assets import SCRIPT, STYLE
 _SCALE_QUANTILE = 0.99
 _LONG_PROMPT = 480  # characters; longer ones are folded
 
+REWARD_FORMULA = (
+    '<p class="formula">token reward = β · ( log π(token | text so far)'
+    " − log π<sub>ref</sub>(token | text so far) )</p>"
+)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -29,7 +34,7 @@ class Token:
 
     text: as decoded; whitespace and control characters are made visible here.
     reward: beta * (logp - reference_logp).
-    logp, reference_logp: nats.
+    logp, reference_logp: nats; None if unknown.
     entropy: of the policy before the token, nats; None if unknown.
     planted: known to be an error.
     special: a marker such as the end token, not part of the text.
@@ -37,8 +42,8 @@ class Token:
 
     text: str
     reward: float
-    logp: float
-    reference_logp: float
+    logp: float | None = None
+    reference_logp: float | None = None
     entropy: float | None = None
     planted: bool = False
     special: bool = False
@@ -125,8 +130,12 @@ def number(value: float, digits: int = 3, sign: bool = False) -> str:
 def reward_scale(pairs: Sequence[ScoredPair]) -> float:
     """The |reward| that gets the full colour: a high quantile over all tokens, so that one of them cannot pale the
     rest."""
-    sizes = sorted(abs(token.reward) for pair in pairs for side in (pair.chosen, pair.rejected) for token in side)
-    sizes = [size for size in sizes if math.isfinite(size)]
+    return scale_of(token.reward for pair in pairs for side in (pair.chosen, pair.rejected) for token in side)
+
+
+def scale_of(rewards: Iterable[float]) -> float:
+    """The same from rewards."""
+    sizes = sorted(abs(reward) for reward in rewards if math.isfinite(reward))
     if not sizes or sizes[-1] == 0:
         return 1.0
     return sizes[min(len(sizes) - 1, math.ceil(_SCALE_QUANTILE * len(sizes)) - 1)] or sizes[-1]
@@ -173,6 +182,24 @@ def _card(pair: ScoredPair, index: int, scale: float) -> str:
 </article>"""
 
 
+def answer_map(
+    name: str, tokens: Sequence[Token], prompt: Sequence[tuple[str, str]] = (), *, scale: float | None = None
+) -> str:
+    """One answer with each token coloured by its reward, and the legend.
+
+    Args:
+        name: what stands beside it, such as "rejected".
+        tokens: of the answer.
+        prompt: (role, text) of each message before it.
+        scale: the |reward| of the full colour; from the tokens by default.
+    """
+    scale = scale or scale_of(token.reward for token in tokens)
+    head = f"<header>{_prompt(prompt)}</header>" if prompt else ""
+    legend = _heat_legend(scale, any(token.planted for token in tokens))
+    body = _answer(name, tokens, scale, [None] * len(tokens))
+    return f'{legend}<article class="pair" aria-label="{escape(name)} answer">\n{head}{body}</article>\n'
+
+
 def _prompt(prompt: Sequence[tuple[str, str]]) -> str:
     turns = "".join(
         f'<p class="turn"><span class="role">{escape(role)}</span> <span dir="auto">{escape(text)}</span></p>'
@@ -202,6 +229,7 @@ def _answer(side: str, tokens: Sequence[Token], scale: float, twins: Sequence[in
     body = "".join(
         _token(token, scale, twin, i == 0) for i, (token, twin) in enumerate(zip(tokens, twins, strict=True))
     )
+    side = escape(side)
     return f"""<section class="answer {side}"><div class="side"><span class="name">{side}</span>\
 <b title="reward of the answer: the sum of its tokens' rewards">{number(total, 3, True)}</b></div>
 <div class="tokens" role="group" aria-label="{side} answer, tokens with rewards" dir="auto">{body}</div></section>"""
@@ -226,14 +254,13 @@ def _token(token: Token, scale: float, twin: int | None, first: bool) -> str:
     shown = visible(token.text[len(lead) :])
     if not token.text.strip() or shown != token.text[len(lead) :]:
         classes.append("ws")
-    values = [f"{value:.6g}" for value in (token.reward, token.logp, token.reference_logp)]
-    if token.entropy is not None:
-        values.append(f"{token.entropy:.6g}")
+    known = (token.reward, token.logp, token.reference_logp, token.entropy)
+    values = ["" if value is None else f"{value:.6g}" for value in known]
     link = "" if twin is None else f' data-k="{twin}"'
     stop = "0" if first else "-1"
     after = "<br>" if "\n" in token.text else ""
     return (
-        f'{lead}<span class="{" ".join(classes)}" tabindex="{stop}" data-v="{" ".join(values)}"'
+        f'{lead}<span class="{" ".join(classes)}" tabindex="{stop}" data-v="{" ".join(values).rstrip()}"'
         f' data-t="{escape(visible(token.text))}"{link}{style}>{escape(shown)}</span>{after}'
     )
 
@@ -390,28 +417,32 @@ class Page:
 
     def html(self) -> str:
         """The document, complete in itself."""
-        digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-        policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
         body = "\n".join(
             f"<section class=part><h2>{escape(s.heading)}</h2>"
             + (f"<p class=intro>{escape(s.intro)}</p>" if s.intro else "")
             + f"{s.body}</section>"
             for s in self.sections
         )
-        return f"""<!DOCTYPE html>
+        top = f'<header class="top"><h1>{escape(self.title)}</h1><p>{escape(self.subtitle)}</p></header>'
+        return document(self.title, f"{top}\n{self.lead}\n{body}")
+
+
+def document(title: str, body: str) -> str:
+    """A whole HTML document around `body`, with the style sheet and the script, complete in itself."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{escape(self.title)}</title>
+<title>{escape(title)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
 <main>
-<header class="top"><h1>{escape(self.title)}</h1><p>{escape(self.subtitle)}</p></header>
-{self.lead}
 {body}
 </main>
 <div id="tip" role="status" hidden></div>

@@ -122,6 +122,11 @@ th:first-child { text-align: left; }
 td:last-child, th:last-child { padding-right: 4px; }
 thead th { color: var(--soft); font-size: .86rem; }
 tr.strong th, tr.strong td { font-weight: 650; }
+.spans td, .spans th { text-align: left; vertical-align: top; }
+.spans .num { white-space: nowrap; color: var(--rejected); }
+.spans .where { overflow-wrap: anywhere; }
+.spans mark { background: color-mix(in srgb, var(--neg) 60%, transparent); color: inherit; border-radius: .28em;
+  padding: .1em .15em; }
 .facts td { text-align: left; overflow-wrap: anywhere; }
 .facts th { color: var(--soft); vertical-align: top; white-space: nowrap; }
 
@@ -140,6 +145,7 @@ tr.strong th, tr.strong td { font-weight: 650; }
   .facts th { white-space: normal; }
   #tip { position: fixed; left: 10px !important; right: 10px; top: auto !important; bottom: 10px; max-width: none; }
 }
+.framed main { padding: 6px 4px 24px; }
 @media print { .pair, .chart { break-inside: avoid; } }
 """
 
@@ -178,6 +184,7 @@ SCRIPT = """
     element('strong', token.dataset.t, tip);
     const list = element('dl', '', tip);
     token.dataset.v.split(' ').forEach((value, i) => {
+      if (value === '') return;
       element('dt', names[i], list);
       element('dd', format(Number(value), 3, i === 0) + (i ? ' nat' : ''), list);
     });
@@ -209,6 +216,17 @@ SCRIPT = """
     next.focus();
     event.preventDefault();
   });
+
+  // In a frame of a notebook: as tall as the content.
+  const fit = () => { window.frameElement.style.height = document.documentElement.offsetHeight + 2 + 'px'; };
+  try {
+    if (window.frameElement) {
+      document.documentElement.classList.add('framed');
+      fit();
+      window.addEventListener('resize', fit);
+      document.addEventListener('toggle', fit, true);
+    }
+  } catch (refused) { /* a page of another origin around this one */ }
 
   document.querySelectorAll('svg.plot').forEach(plot => {
     const lines = JSON.parse(plot.dataset.lines);

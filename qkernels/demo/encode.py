@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import Preference
 from ..functional import shift_labels
+from ..score.encode import kept_lengths
 from .tokenizer import END, encode_prompts, encode_texts, token_id
 
 IGNORE = -100
@@ -69,7 +70,7 @@ def truncate(pairs: Sequence[EncodedPair], max_length: int) -> tuple[list[Encode
     """
     kept, prompts, answers = [], 0, 0
     for pair in pairs:
-        for_prompt = max(max_length - max(len(pair.chosen), len(pair.rejected)), max_length // 4)
+        for_prompt, _ = kept_lengths(max(len(pair.chosen), len(pair.rejected)), max_length)
         prompt = pair.prompt[-for_prompt:]
         room = max_length - len(prompt)
         prompts += len(prompt) < len(pair.prompt)

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import Preference
 from ..report import (
+    REWARD_FORMULA,
     Figure,
     Page,
     ScoredPair,
@@ -29,10 +30,10 @@ from .encode import EncodedPair
 from .evaluate import TokenScores
 from .tokenizer import token_texts
 
-_EXPLANATION = """<div class="prose">
+_EXPLANATION = f"""<div class="prose">
 <p>A language model trained with preferences carries its own reward. For every token it tells how much more, or less,
 likely training has made that token than it was under the reference, the model that training started from:</p>
-<p class="formula">token reward = β · ( log π(token | text so far) − log π<sub>ref</sub>(token | text so far) )</p>
+{REWARD_FORMULA}
 <p>This is eq. 11 of “From r to Q*: Your Language Model is Secretly a Q-Function” (Rafailov et al. 2024). Summed over an
 answer it is the answer's reward, and the pair is ranked right when the chosen answer has the larger sum. Training only
 ever sees which of two whole answers is better; that the blame comes to lie on single tokens is what the map below

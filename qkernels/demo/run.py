@@ -21,7 +21,7 @@ from .. import backends
 from .._version import __version__
 from ..credit import detection, mean, ranked_right
 from ..data import DataError, Preference, read_preferences
-from ..progress import Progress
+from ..progress import Progress, quiet_transformers
 from . import synthetic
 from .options import MIN_PAIRS, DemoError, DemoOptions, Sizes
 from .output import METRICS, MODEL, REFERENCE, REPORT, OutputFolder
@@ -67,7 +67,7 @@ def run_demo(options: DemoOptions, stream: TextIO | None = None) -> dict[str, An
     progress = Progress(stream or sys.stderr)
     clock = _Clock()
     data = _own_data(options) if options.data is not None else _generated_data(options)
-    with _quiet_transformers(), _threads(options), output:
+    with quiet_transformers(), _threads(options), output:
         try:
             metrics = _train_and_write(options, data, output.path, progress, clock)
         except OSError as error:  # a full disk, above all
@@ -290,20 +290,6 @@ def _require_packages() -> None:
     missing = [name for name in ("transformers", "tokenizers") if find_spec(name) is None]
     if missing:
         raise DemoError(f"the demo needs {' and '.join(missing)}: pip install 'qkernels[demo]'")
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own (saving a model draws some) between ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager

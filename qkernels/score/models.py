@@ -1,0 +1,198 @@
+"""Loading policy, reference and tokenizer for `qkernels score`, and whether they fit together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .encode import first_line
+from .options import ScoreError, ScoreOptions
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+_ADAPTER = "adapter_config.json"
+_BLOCK, _BLOCKS = 4096, 16
+
+
+class Loaded(NamedTuple):
+    """What a run works with.
+
+    model: the policy.
+    reference: another model; the policy itself if its adapter is switched off for the reference; None with cached
+        log-probs.
+    tokenizer: of the policy, with the chat template asked for.
+    other_tokenizer: the reference's, if it has one of its own.
+    limit: most tokens of a sequence that both models take; None if they do not say.
+    """
+
+    model: Any
+    reference: Any
+    tokenizer: Any
+    other_tokenizer: Any
+    limit: int | None
+
+
+def require_packages(options: ScoreOptions) -> None:
+    """Say what to install rather than fail on an import."""
+    needed = ["transformers", "tokenizers", "numpy", "pyarrow"] + (["peft"] if is_adapter(options.model) else [])
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ScoreError(f"scoring needs {' and '.join(missing)}: pip install 'qkernels[score]'")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (Path(name) / _ADAPTER).is_file()
+
+
+def load(options: ScoreOptions) -> Loaded:
+    """Load everything from disk (or the hub).
+
+    Raises:
+        ScoreError: what cannot be loaded, or does not fit; names the option.
+    """
+    device = _device(options.device)
+    tokenizer = _tokenizer("--model", _tokenizer_folder(options.model))
+    if options.chat_template is not None:
+        try:
+            tokenizer.chat_template = options.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ScoreError(f"--chat-template {options.chat_template}: cannot be read ({error})") from None
+    adapter = is_adapter(options.model)
+    if options.reference is None and options.reference_logps is None and not adapter:
+        raise ScoreError(
+            f"--model {options.model} is no PEFT adapter that could be switched off: give --reference DIR (the model"
+            " that training started from), or --reference-logps DIR (results of an earlier run with it)"
+        )
+    other = None
+    if options.reference is not None:
+        folder = _tokenizer_folder(options.reference, needed=False)
+        other = None if folder is None else _tokenizer("--reference", folder)
+        if other is not None:
+            _same_vocabulary(tokenizer, other)
+    model = _model("--model", options.model, options.dtype, device)
+    if options.reference is not None:
+        reference = _model("--reference", options.reference, options.dtype, device)
+    else:
+        reference = model if options.reference_logps is None else None
+    limits = [position_limit(m) for m in (model, reference) if m is not None]
+    return Loaded(model, reference, tokenizer, other, min((n for n in limits if n), default=None))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # an unknown name, a device that is not there
+        raise ScoreError(f"--device {name}: {first_line(error)}") from None
+    return device
+
+
+def _tokenizer_folder(name: str, needed: bool = True) -> str | None:
+    """Where a model's tokenizer is: with it, or with an adapter's base."""
+    folder = Path(name)
+    if not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return name  # a name on the hub, or a folder with a tokenizer
+    if is_adapter(name):
+        base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base:
+            return _tokenizer_folder(base, needed)
+    if needed:
+        raise ScoreError(f"--model {name}: the folder has no tokenizer; save it there with tokenizer.save_pretrained")
+    return None
+
+
+def _tokenizer(option: str, name: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ScoreError(f"{option} {name}: its tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def _model(option: str, name: str, dtype: str, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if Path(name).exists() and not Path(name).is_dir():
+        raise ScoreError(f"{option} {name}: expected the folder of a model, found a file")
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        if is_adapter(name):
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=wanted)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
+    except Exception as error:
+        raise ScoreError(f"{option} {name}: cannot be loaded ({first_line(error)})") from error
+    try:
+        return model.requires_grad_(False).eval().to(device)
+    except torch.OutOfMemoryError as error:
+        raise ScoreError(f"{option} {name}: does not fit {device} ({first_line(error)})") from error
+
+
+def _same_vocabulary(tokenizer: Any, other: Any) -> None:
+    ours, its = tokenizer.get_vocab(), other.get_vocab()
+    if ours == its:
+        return
+    token = min(set(ours.items()) ^ set(its.items()), key=lambda item: (item[1], item[0]))[0]
+    places = [f"{vocabulary[token]}" if token in vocabulary else "absent" for vocabulary in (ours, its)]
+    raise ScoreError(
+        f"the tokenizers of --model and --reference differ ({len(ours)} and {len(its)} tokens; {token!r} is"
+        f" {places[0]} and {places[1]}): their log-probs cannot be compared"
+    )
+
+
+def position_limit(model: Any) -> int | None:
+    """Most tokens of a sequence that a model takes; None if it does not say."""
+    config = model.config.get_text_config()
+    value = getattr(config, "max_position_embeddings", None)
+    return int(value) if isinstance(value, int) and value > 0 else None
+
+
+def check_heads(vocabularies: list[int], tokenizer: Any) -> str | None:
+    """What to tell of heads of different sizes; refuse a difference that is not padding.
+
+    Raises:
+        ScoreError: a head without a column for some token.
+    """
+    if len(set(vocabularies)) == 1:
+        return None
+    common, tokens = min(vocabularies), max(tokenizer.get_vocab().values()) + 1
+    if common < tokens:
+        raise ScoreError(
+            f"the heads of --model and --reference have {vocabularies[0]} and {vocabularies[1]} columns, and the"
+            f" tokenizer has {tokens} tokens: that is more than a difference of padding"
+        )
+    return (
+        f"The heads have {vocabularies[0]} and {vocabularies[1]} columns for {tokens} tokens: scored over the first"
+        f" {common}, which both have; probabilities are over these"
+    )
+
+
+def fingerprint(name: str | None) -> str | None:
+    """What tells a model's folder from another: names and sizes of its files and samples of their contents.
+
+    Weights are read in 16 blocks of 4 KiB: training changes them everywhere. A name that is no folder stands for
+    itself.
+    """
+    if name is None or not Path(name).is_dir():
+        return name
+    digest = hashlib.sha256()
+    for file in sorted(Path(name).iterdir()):
+        if file.suffix not in (".json", ".safetensors", ".bin", ".model", ".jinja") or not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            for i in range(_BLOCKS):
+                content.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
+                digest.update(content.read(_BLOCK))
+    return digest.hexdigest()[:16]

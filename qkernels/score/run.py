@@ -1,0 +1,417 @@
+"""Scoring from pairs to results: in memory for a notebook, into a folder that can be resumed for the command."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from .. import backends
+from .._version import __version__
+from ..data import Preference, as_preferences, read_preferences
+from ..progress import Progress, quiet_transformers
+from ..report import ScoredPair
+from . import models
+from .encode import EncodedAnswer, Encoder, first_line, place
+from .options import ScoreError, ScoreOptions
+from .page import make_page
+from .store import (
+    PAIRS,
+    REPORT,
+    SUMMARY,
+    TOKENS,
+    WINDOW,
+    CachedReference,
+    Results,
+    Scored,
+    _json,
+)
+from .summary import Overview
+from .table import SIDES, TokenTable, prompt_of
+from .tokens import Answer, TokenScorer, check_outputs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_ALWAYS = ("logps", "reference_logps", "implicit_rewards")
+
+# Gives the reference's log-probs of one answer: place for messages, pair, side, token ids.
+Cached = Callable[[str, int, str, list[int]], "np.ndarray"]
+
+
+def _score(
+    scorer: TokenScorer,
+    encoder: Encoder,
+    pairs: Mapping[int, Preference],
+    cached: Cached | None,
+) -> Iterator[tuple[int, list[Scored]]]:
+    """Score pairs, a window of neighbours at a time; a pair comes when both its answers have been scored.
+
+    Args:
+        pairs: by number, ascending.
+    """
+    windows: dict[int, list[int]] = {}
+    for pair in pairs:
+        windows.setdefault(pair // WINDOW, []).append(pair)
+    for numbers in windows.values():
+        encoded: list[tuple[int, str, EncodedAnswer]] = []
+        for number in numbers:
+            encoded += [
+                (number, side, answer)
+                for side, answer in zip(SIDES, encoder.pairs([pairs[number]], number)[0], strict=True)
+            ]
+        known = None
+        if cached is not None:
+            known = [cached(f"{place(pair)}, {side} answer", pair, side, answer.ids) for pair, side, answer in encoded]
+        answers = [Answer(answer.prompt, answer.ids) for _, _, answer in encoded]
+        done: dict[int, dict[str, Scored]] = {}
+        for i, scores in scorer.scores(answers, known):
+            pair, side, answer = encoded[i]
+            both = done.setdefault(pair, {})
+            both[side] = (side, answer, scores)
+            if len(both) == len(SIDES):
+                yield pair, [both[side] for side in SIDES]
+
+
+def score_preferences(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    pairs: Iterable[Any],
+    *,
+    reference: torch.nn.Module | None = None,
+    reference_logps: TokenTable | None = None,
+    beta: float = 0.1,
+    outputs: Sequence[str] | None = None,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    prompt_format: str = "auto",
+    progress: TextIO | None = None,
+    backend: str = "auto",
+) -> TokenTable:
+    """Q, V, advantages, rewards, log-probs, entropy and KLs of every token of preference pairs. No gradients.
+
+    Args:
+        model: the policy, a causal language model of transformers, bare or inside PEFT, on any device.
+        tokenizer: its tokenizer.
+        pairs: records in the layouts of `qkernels.data` (such as rows of a data set), or `Preference`s.
+        reference: the model that training started from, on the same device; `model` itself if it is a PEFT model, whose
+            adapter is then switched off.
+        reference_logps: instead, an earlier table over the same pairs, whose `reference_logps` are taken. Without
+            either, only the outputs that need no reference can be had.
+        beta: strength of the KL constraint the policy was trained with.
+        outputs: names of fields of `TokenStats` and `TokenMDP`; by default all that are of use and can be had.
+        batch_tokens: padded tokens of a forward pass, at most, unless a single sequence has more.
+        max_length: longer sequences are cut to it, the prompt at its beginning, the answer at its end; None refuses
+            those that the model cannot take.
+        prompt_format: "chat" (the tokenizer's template), "plain" (prompt, answer, end token, one after the other) or
+            "auto": "chat" where there is a template.
+        progress: where to draw a progress bar, such as `sys.stderr`; None for nowhere.
+        backend: "auto", or by name; `qkernels.info()` lists what can run.
+
+    Returns:
+        `TokenTable`, one row per token. Log-probs, entropy and KLs in nats; rewards, Q, V and A in units of reward.
+
+    Raises:
+        DataError: a record that cannot be used, by its number.
+        ScoreError: an answer that cannot be rendered, tokenised or taken by the model, by its number.
+        TypeError, ValueError: a model whose head is not known, an output that cannot be had, a number out of range.
+    """
+    checked = as_preferences(pairs)
+    scorer = TokenScorer(
+        model,
+        reference,
+        cached=reference_logps is not None,
+        beta=beta,
+        outputs=outputs,
+        batch_tokens=batch_tokens,
+        backend=backend,
+    )
+    limits = [models.position_limit(m) for m in (model, reference) if m is not None]
+    encoder = Encoder(tokenizer, prompt_format, max_length, min((n for n in limits if n), default=None))
+    cached = None if reference_logps is None else _from_table(reference_logps)
+    rows: list[tuple[int, str, EncodedAnswer, Mapping[str, np.ndarray]]] = []
+    phase = None if progress is None else Progress(progress).phase("scoring", len(checked))
+    try:
+        for pair, answers in _score(scorer, encoder, dict(enumerate(checked)), cached):
+            rows += [(pair, *answer) for answer in answers]
+            if phase is not None:
+                phase.step()
+    finally:
+        if phase is not None:
+            phase.__exit__()
+    prompts = {i: prompt_of(pair) for i, pair in enumerate(checked)}
+    if not rows:
+        raise ValueError("pairs must hold at least one pair")
+    return TokenTable.of_answers(rows, prompts=prompts, special=tokenizer.all_special_ids).sorted()
+
+
+def _from_table(table: TokenTable) -> Cached:
+    def logps(where: str, pair: int, side: str, ids: list[int]) -> np.ndarray:
+        try:
+            rows = table.select(pair, side)
+        except KeyError:
+            raise ScoreError(f"{where}: not among the pairs of reference_logps") from None
+        if rows["token_id"].tolist() != ids:
+            raise ScoreError(
+                f"{where}: its tokens are not those of reference_logps ({len(rows)} there, {len(ids)} here)"
+            )
+        return rows["reference_logps"]
+
+    return logps
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, Any]:
+    """Score a preference file into a folder.
+
+    Args:
+        options: what to do.
+        stream: where progress goes; standard error by default.
+
+    Returns:
+        The contents of `summary.json`.
+
+    Raises:
+        ScoreError: an option, the folder, a model, a tokenizer or an answer stands in the way.
+        DataError: the preference file cannot be used.
+        On these and on any other exception, what has been scored is in the folder, and a run with `resume` goes on
+        from there.
+    """
+    options.check()
+    models.require_packages(options)
+    Results.refuse(options.out, options.resume, options.overwrite)
+    outputs = _outputs(options)
+    progress = Progress(stream or sys.stderr)
+    began = time.monotonic()
+    data = read_preferences(options.data)
+    everything = dict(enumerate(data.pairs))
+    cached = None if options.reference_logps is None else CachedReference(options.reference_logps)
+    with quiet_transformers():
+        loaded = models.load(options)
+        try:
+            scorer = TokenScorer(
+                loaded.model,
+                loaded.reference,
+                cached=cached is not None,
+                beta=options.beta,
+                outputs=outputs,
+                batch_tokens=options.batch_tokens,
+            )
+        except (TypeError, ValueError) as error:
+            raise ScoreError(f"--model {options.model}: {error}") from error
+        note = models.check_heads(scorer.vocabularies, loaded.tokenizer)
+        encoder = Encoder(
+            loaded.tokenizer, options.prompt_format, options.max_length, loaded.limit, loaded.other_tokenizer
+        )
+        results = Results(options.out, _settings(options, scorer, loaded, encoder))
+        results.open(options.resume, options.overwrite)
+        ignored = f"; ignored fields: {', '.join(data.ignored_fields)}" if data.ignored_fields else ""
+        wanted = list(everything)[: options.limit]
+        todo = {pair: everything[pair] for pair in wanted if pair not in results.done}
+        kept = f"; {len(results.done)} scored before" if results.done else ""
+        progress.say(f"Data: {len(wanted)} of {len(everything)} pairs from {options.data}{kept}{ignored}")
+        progress.say(_model_line(loaded, scorer))
+        if note is not None:
+            progress.say(note)
+        tokens = _run(scorer, encoder, todo, cached, results, progress)
+    scoring = time.monotonic() - began
+    if not results.done:
+        raise ScoreError(f"{options.data}: no pairs to score")
+    progress.say("Writing tables and report")
+    return _finish(options, results, everything, note, {"scoring": round(scoring, 2), "tokens_scored": tokens})
+
+
+def _outputs(options: ScoreOptions) -> tuple[str, ...]:
+    kind = "cached" if options.reference_logps is not None else "live"
+    try:
+        chosen = check_outputs(options.outputs, kind)
+    except ValueError as error:
+        raise ScoreError(f"--outputs: {error}") from None
+    return tuple(dict.fromkeys((*_ALWAYS, *chosen)))
+
+
+def _run(
+    scorer: TokenScorer,
+    encoder: Encoder,
+    todo: Mapping[int, Preference],
+    cached: CachedReference | None,
+    results: Results,
+    progress: Progress,
+) -> int:
+    """Score what is missing; number of answer tokens."""
+    tokens, start = 0, time.monotonic()
+    try:
+        with progress.phase("scoring", len(todo)) as phase:
+            for pair, answers in _score(scorer, encoder, todo, None if cached is None else cached.logps):
+                results.add(pair, answers)
+                tokens += sum(len(encoded.ids) for _, encoded, _ in answers)
+                phase.step(f"{tokens / (time.monotonic() - start):.0f} answer tokens/s")
+    except torch.OutOfMemoryError as error:
+        raise ScoreError(
+            f"out of memory ({first_line(error)}); a smaller --batch-tokens than {scorer.batch_tokens} takes less"
+        ) from error
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ScoreError):
+            raise
+        raise ScoreError(str(error)) from error
+    finally:
+        results.flush()
+    return tokens
+
+
+def _finish(
+    options: ScoreOptions,
+    results: Results,
+    pairs: Mapping[int, Preference],
+    note: str | None,
+    costs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Tables, figures and report out of the parts."""
+    import pyarrow.parquet as pq
+
+    results.merge()
+    overview = Overview()
+    for window in results.windows():
+        overview.add(window)
+    cuts = results.cuts()
+    table = overview.table(pairs, cuts)
+    results._replace(results.out / PAIRS, lambda temporary: pq.write_table(table, temporary))
+    figures = {
+        **overview.figures(),
+        "cut_pairs": len(cuts),
+        "settings": results.settings,
+        "note": note,
+        "threads": torch.get_num_threads(),
+        "backend": backends.resolve("auto", torch.zeros(1, 1)),
+        "versions": _versions(),
+        "elapsed_seconds": dict(costs),
+    }
+    results.write(SUMMARY, _json(figures))
+    shown = _shown(results, overview, pairs, cuts, options.shown)
+    results.write(REPORT, make_page(overview, figures, shown, _facts(options, figures)))
+    results.close()
+    return figures
+
+
+def _shown(
+    results: Results,
+    overview: Overview,
+    pairs: Mapping[int, Preference],
+    cuts: Mapping[int, Sequence[int]],
+    count: int,
+) -> list[ScoredPair]:
+    """The most suspicious pairs with their tokens; read again rather than kept."""
+    wanted = [figures.pair for figures in overview.suspicious()[:count]]
+    found: dict[int, ScoredPair] = {}
+    special = results.settings["special_ids"]
+    for window in results.windows():
+        here = set(wanted) & set(window.pairs())
+        if here:
+            table = TokenTable(window.columns, {pair: prompt_of(pairs[pair]) for pair in here}, special)
+            for pair in here:
+                found[pair] = table.scored_pair(pair, _note(pair, cuts.get(pair)))
+    return [found[pair] for pair in wanted]
+
+
+def _note(pair: int, cut: Sequence[int] | None) -> str:
+    if not cut:
+        return f"Pair {pair}."
+    parts = [f"{n} tokens of the {name}" for n, name in zip(cut, ("prompt", *SIDES), strict=True) if n]
+    return f"Pair {pair}. Cut off: {', '.join(parts)}."
+
+
+def _settings(options: ScoreOptions, scorer: TokenScorer, loaded: models.Loaded, encoder: Encoder) -> dict[str, Any]:
+    """What results depend on. Not the folders' names: a model may have moved."""
+    reference = "none"
+    if options.reference is not None:
+        reference = f"model {models.fingerprint(options.reference)}"
+    elif options.reference_logps is not None:
+        reference = f"log-probs of {options.reference_logps}"
+    elif loaded.reference is loaded.model:
+        reference = "adapter switched off"
+    return {
+        "format": 1,
+        "model": models.fingerprint(options.model),
+        "reference": reference,
+        "data": hashlib.sha256(options.data.read_bytes()).hexdigest()[:16],
+        "beta": options.beta,
+        "outputs": list(scorer.outputs),
+        "max_length": options.max_length,
+        "prompt_format": "chat" if encoder.chat else "plain",
+        "chat_template": None
+        if options.chat_template is None
+        else hashlib.sha256(options.chat_template.read_bytes()).hexdigest()[:16],
+        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        "special_ids": sorted(loaded.tokenizer.all_special_ids),
+    }
+
+
+def _model_line(loaded: models.Loaded, scorer: TokenScorer) -> str:
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    first = next(loaded.model.parameters())
+    reference = "its adapter switched off" if loaded.reference is loaded.model else "another model"
+    if loaded.reference is None:
+        reference = "cached log-probs"
+    return (
+        f"Model: {type(loaded.model).__name__}, {parameters / 1e6:.1f} M parameters,"
+        f" {str(first.dtype).removeprefix('torch.')} on {first.device}; reference: {reference}"
+    )
+
+
+def _facts(options: ScoreOptions, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    settings, elapsed = figures["settings"], figures["elapsed_seconds"]
+    reference = str(options.reference or options.reference_logps or "the same model, adapter switched off")
+    cut = f"{figures['cut_pairs']} pairs, at {settings['max_length']} tokens" if figures["cut_pairs"] else "nothing"
+    facts = [
+        ("model", f"{options.model} ({settings['dtype']})"),
+        ("reference", reference),
+        ("data", str(options.data)),
+        ("prompts", "chat template" if settings["prompt_format"] == "chat" else "plain text"),
+        ("cut", cut),
+        ("time", f"{elapsed['scoring']:.1f} s for {elapsed['tokens_scored']} answer tokens, loading included"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in figures["versions"].items())),
+        ("backend", f"{figures['backend']}, threads: {figures['threads']}"),
+    ]
+    if figures["note"]:
+        facts.insert(2, ("heads", figures["note"]))
+    return facts
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "pyarrow")}
+    return {"qkernels": __version__, "python": platform.python_version(), **packages}
+
+
+def summary(figures: Mapping[str, Any], options: ScoreOptions) -> str:
+    """What a run has come to, in a few lines for the terminal."""
+    rows = [
+        ("pairs", f"{figures['pairs']} ({figures['tokens']} answer tokens)"),
+        (
+            "ranked right",
+            f"{figures['pair_accuracy']:.1%} by reward; {figures['pair_accuracy_of_reference_logps']:.1%} by the"
+            " reference's log-prob",
+        ),
+        (
+            "mean margin",
+            f"{figures['mean_margin']:+.3f} (chosen {figures['mean_chosen_reward']:+.3f},"
+            f" rejected {figures['mean_rejected_reward']:+.3f})",
+        ),
+    ]
+    if figures["rewards_not_finite"]:
+        rows.append(("not finite", f"{figures['rewards_not_finite']} token rewards are infinite or NaN"))
+    if figures["cut_pairs"]:
+        rows.append(("cut", f"{figures['cut_pairs']} pairs, at {figures['settings']['max_length']} tokens"))
+    rows += [
+        ("tokens", str(options.out / TOKENS)),
+        ("pairs", str(options.out / PAIRS)),
+        ("report", str(options.out / REPORT)),
+    ]
+    return "\n".join(f"{name:<13} {text}" for name, text in rows)

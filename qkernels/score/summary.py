@@ -1,0 +1,179 @@
+"""What a scored data set comes to: per-pair figures, means, the least rewarded spans; fed a window at a time."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..credit import Span, low_reward_spans, mean, ranked_right
+from ..data import Preference
+from .table import SIDES, TokenTable, prompt_of
+
+if TYPE_CHECKING:
+    pass
+
+_KEPT_SPANS = 50
+_CONTEXT = 60  # characters on either side of a span
+
+
+class FoundSpan(NamedTuple):
+    """A span of low reward and where it stands."""
+
+    pair: int
+    side: str
+    span: Span
+    before: str
+    text: str
+    after: str
+
+
+class PairFigures(NamedTuple):
+    """One pair: numbers of tokens, rewards of its answers, sums of their log-probs (nats)."""
+
+    pair: int
+    chosen_tokens: int
+    rejected_tokens: int
+    chosen_rewards: float
+    rejected_rewards: float
+    margins: float
+    chosen_logps: float
+    rejected_logps: float
+    chosen_reference_logps: float
+    rejected_reference_logps: float
+
+
+class Overview:
+    """Figures of all pairs that were added.
+
+    Attributes:
+        pairs: one `PairFigures` each, in the order of the data.
+        spans: the least rewarded spans of all answers, lowest first.
+        positions: per side, sum of rewards and number of tokens at each position of an answer.
+    """
+
+    def __init__(self) -> None:
+        self.pairs: list[PairFigures] = []
+        self.positions: dict[str, tuple[list[float], list[int]]] = {side: ([], []) for side in SIDES}
+        self.not_finite = 0
+        self._sums: dict[str, dict[str, float]] = {side: {} for side in SIDES}
+        self._tokens = dict.fromkeys(SIDES, 0)
+        self._heap: list[tuple[float, int, FoundSpan]] = []
+        self._seen = 0
+
+    def add(self, window: TokenTable) -> None:
+        """Take in whole pairs."""
+        import numpy as np
+
+        for pair in window.pairs():
+            answers = {side: window.select(pair, side) for side in SIDES}
+            sums = {
+                side: [
+                    float(rows[name].sum(dtype=np.float64)) for name in ("implicit_rewards", "logps", "reference_logps")
+                ]
+                for side, rows in answers.items()
+            }
+            chosen, rejected = sums["chosen"], sums["rejected"]
+            self.pairs.append(
+                PairFigures(
+                    pair,
+                    len(answers["chosen"]),
+                    len(answers["rejected"]),
+                    chosen[0],
+                    rejected[0],
+                    chosen[0] - rejected[0],
+                    chosen[1],
+                    rejected[1],
+                    chosen[2],
+                    rejected[2],
+                )
+            )
+            for side, rows in answers.items():
+                self._answer(pair, side, rows)
+
+    def _answer(self, pair: int, side: str, rows: TokenTable) -> None:
+        import numpy as np
+
+        rewards = rows["implicit_rewards"]
+        self._tokens[side] += len(rows)
+        self.not_finite += int((~np.isfinite(rewards)).sum())
+        for name in rows.outputs:
+            self._sums[side][name] = self._sums[side].get(name, 0.0) + float(rows[name].sum(dtype=np.float64))
+        totals, counts = self.positions[side]
+        grown = len(rows) - len(totals)
+        totals.extend([0.0] * grown)
+        counts.extend([0] * grown)
+        for i, reward in enumerate(rewards.tolist()):
+            if math.isfinite(reward):
+                totals[i] += reward
+                counts[i] += 1
+        texts = rows["token"]
+        for span in low_reward_spans(rewards.tolist(), limit=3):
+            self._seen += 1
+            key = -math.inf if math.isnan(span.reward) else span.reward
+            if len(self._heap) == _KEPT_SPANS and -key <= self._heap[0][0]:
+                continue
+            found = FoundSpan(
+                pair,
+                side,
+                span,
+                "".join(texts[max(0, span.start - _CONTEXT) : span.start])[-_CONTEXT:],
+                "".join(texts[span.start : span.end]),
+                "".join(texts[span.end : span.end + _CONTEXT])[:_CONTEXT],
+            )
+            entry = (-key, -self._seen, found)
+            heapq.heappush(self._heap, entry) if len(self._heap) < _KEPT_SPANS else heapq.heapreplace(self._heap, entry)
+
+    @property
+    def spans(self) -> list[FoundSpan]:
+        return [found for _, _, found in sorted(self._heap, reverse=True)]
+
+    def suspicious(self) -> list[PairFigures]:
+        """Pairs by margin, lowest first: those in which the model contradicts the label most."""
+        return sorted(self.pairs, key=lambda pair: -math.inf if math.isnan(pair.margins) else pair.margins)
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Per output, its mean over the tokens of the chosen and of the rejected answers."""
+        return {
+            name: {side: self._sums[side][name] / self._tokens[side] for side in SIDES} for name in self._sums[SIDES[0]]
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """The summary, as JSON values."""
+        rewards = [(pair.chosen_rewards, pair.rejected_rewards) for pair in self.pairs]
+        reference = [(pair.chosen_reference_logps, pair.rejected_reference_logps) for pair in self.pairs]
+        longer = [float(pair.chosen_tokens - pair.rejected_tokens) for pair in self.pairs]
+        return {
+            "pairs": len(self.pairs),
+            "tokens": sum(self._tokens.values()),
+            "pair_accuracy": ranked_right(rewards),
+            "pair_accuracy_of_reference_logps": ranked_right(reference),
+            "mean_margin": mean(pair.margins for pair in self.pairs),
+            "mean_chosen_reward": mean(chosen for chosen, _ in rewards),
+            "mean_rejected_reward": mean(rejected for _, rejected in rewards),
+            "correlation_of_margin_and_length": correlation(longer, [pair.margins for pair in self.pairs]),
+            "rewards_not_finite": self.not_finite,
+            "token_means": self.means(),
+        }
+
+    def table(self, pairs: Mapping[int, Preference], cuts: Mapping[int, Sequence[int]]) -> Any:
+        """`pairs.parquet`, as a `pyarrow.Table`."""
+        import pyarrow as pa
+
+        columns: dict[str, Any] = {name: [getattr(pair, name) for pair in self.pairs] for name in PairFigures._fields}
+        for i, name in enumerate(("prompt_cut", "chosen_cut", "rejected_cut")):
+            columns[name] = [cuts[pair.pair][i] if pair.pair in cuts else 0 for pair in self.pairs]
+        columns["prompt"] = [json.dumps(prompt_of(pairs[pair.pair]), ensure_ascii=False) for pair in self.pairs]
+        return pa.table(columns)
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+    """Pearson's; None where one of them does not vary, or is not finite."""
+    if not xs or not all(map(math.isfinite, [*xs, *ys])):
+        return None
+    mx, my = mean(xs), mean(ys)
+    sx = math.sqrt(sum((x - mx) ** 2 for x in xs))
+    sy = math.sqrt(sum((y - my) ** 2 for y in ys))
+    return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / (sx * sy) if sx and sy else None

@@ -1,0 +1,262 @@
+"""Token MDP read-outs of a causal language model: numbers for every token of given answers, logits never stored.
+
+Answers are batched by length under a budget of tokens. Each batch goes through the policy and the reference up to their
+heads; from the hidden states the per-token results come chunk by chunk (`qkernels.linear`), for the answers' tokens
+alone. What a batch takes beyond the two models' own forward is a chunk of logits, whatever its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..functional import TokenStats, shift_labels
+from ..integrations.transformers import compute_token_stats, head_parameters, reference_rows
+from ..linear import linear_token_stats
+from ..mdp import TokenMDP, token_mdp_from_logps
+
+if TYPE_CHECKING:
+    import numpy as np
+
+IGNORE = -100
+
+# What the numbers are made of: fields of TokenStats, read off the heads, and of TokenMDP, which follow from those.
+_FROM = {
+    "Q": ("logps", "logsumexp"),
+    "V": ("logps", "logsumexp"),
+    "A": ("logps",),
+    "implicit_rewards": ("logps", "reference_logps"),
+    "bellman_rewards": ("logps", "logsumexp", "reference_logps"),
+}
+OUTPUTS: tuple[str, ...] = (*TokenStats._fields, *TokenMDP._fields)
+_ONLY_LIVE = ("kl_reference_policy", "kl_policy_reference", "reference_logsumexp")
+DEFAULT_OUTPUTS: tuple[str, ...] = (
+    "logps",
+    "reference_logps",
+    "implicit_rewards",
+    "bellman_rewards",
+    "Q",
+    "V",
+    "A",
+    "entropy",
+    "kl_policy_reference",
+    "kl_reference_policy",
+    "is_top1",
+)
+
+
+class Answer(NamedTuple):
+    """Token ids of an answer and of what the model reads before it (at least one token)."""
+
+    prompt: Sequence[int]
+    ids: Sequence[int]
+
+
+def check_outputs(outputs: Sequence[str] | None, reference: str) -> tuple[str, ...]:
+    """The outputs asked for, or all that the reference allows.
+
+    Args:
+        outputs: names of `OUTPUTS`; None for the usual ones.
+        reference: "live" (a model or an adapter to switch off), "cached" (log-probs) or "none".
+    """
+    impossible = {"live": (), "cached": _ONLY_LIVE}.get(
+        reference, (*_ONLY_LIVE, "reference_logps", "implicit_rewards", "bellman_rewards")
+    )
+    if outputs is None:
+        return tuple(name for name in DEFAULT_OUTPUTS if name not in impossible)
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown or not outputs:
+        got = ", ".join(map(repr, unknown)) or "none"
+        raise ValueError(f"outputs must name at least one of {', '.join(OUTPUTS)}; got {got}")
+    refused = [name for name in outputs if name in impossible]
+    if refused:
+        needs = "a reference model (cached log-probs do not tell them)" if reference == "cached" else "a reference"
+        raise ValueError(f"outputs {', '.join(refused)} need {needs}")
+    return tuple(dict.fromkeys(outputs))
+
+
+class TokenScorer:
+    """A policy, its reference, and which numbers of their tokens are wanted.
+
+    Args:
+        model: the policy, a causal language model of transformers, bare or inside PEFT.
+        reference: another such model; or `model` itself, if it is a PEFT model, whose adapter is then switched off; or
+            None, with log-probs given to `scores` instead, or for outputs that need no reference.
+        cached: whether `scores` will be given `reference_logps`.
+        beta: strength of the KL constraint the policy was trained with: the unit of rewards, Q, V and A.
+        outputs: names of fields of `TokenStats` and `TokenMDP`; by default all that are of use and can be had.
+        batch_tokens: padded tokens of a forward pass, at most, unless a single sequence has more.
+        max_chunk_bytes, backend: as in `qkernels.linear_token_stats`.
+
+    Raises:
+        TypeError, ValueError: a model whose head is not known, an output that cannot be had, a number out of range.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        reference: torch.nn.Module | None = None,
+        *,
+        cached: bool = False,
+        beta: float = 0.1,
+        outputs: Sequence[str] | None = None,
+        batch_tokens: int = 8192,
+        max_chunk_bytes: int | None = None,
+        backend: str = "auto",
+    ):
+        if reference is not None and cached:
+            raise ValueError("give either a reference or cached reference_logps, not both")
+        self.model, self.reference, self.cached = model, reference, cached
+        self.beta = checks.positive(beta, "beta")
+        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int):
+            raise TypeError(f"batch_tokens must be an int, got {type(batch_tokens).__name__}")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}")
+        self.batch_tokens, self.max_chunk_bytes, self.backend = batch_tokens, max_chunk_bytes, backend
+        self.outputs = check_outputs(outputs, "cached" if cached else "none" if reference is None else "live")
+        needed = {part for name in self.outputs for part in _FROM.get(name, (name,))}
+        if "reference_logps" not in needed and not needed & set(_ONLY_LIVE) and (cached or reference is not None):
+            raise ValueError(f"none of the outputs {', '.join(self.outputs)} reads the reference: leave it out")
+        if cached:
+            needed.discard("reference_logps")
+        self._columns = tuple(name for name in TokenStats._fields if name in needed)
+        # The columns of the heads: those that both have, should one be padded further than the other.
+        self.vocabularies = [_vocabulary(m) for m in (model, reference) if m is not None]
+        self.vocabulary = min(self.vocabularies)
+
+    @torch.no_grad()
+    def scores(
+        self, answers: Sequence[Answer], reference_logps: Sequence[Any] | None = None
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """The wanted numbers of each answer, longest sequences first.
+
+        Args:
+            answers: token ids.
+            reference_logps: per answer, one number per token of it (`cached`).
+
+        Yields:
+            (index of the answer, arrays `[tokens]` by output): fp32 (fp64 of a float64 model), `is_top1` bool.
+            Log-probs, entropy and KLs in nats, rewards, Q, V and A in units of reward.
+
+        Raises:
+            ValueError: an answer without tokens, or with nothing before it; an id outside the vocabulary;
+                `reference_logps` that do not fit.
+        """
+        self._check(answers, reference_logps)
+        models = [m for m in (self.model, self.reference) if m is not None]
+        training = [m.training for m in models]
+        for model in models:
+            model.eval()
+        try:
+            for group in _batches(answers, self.batch_tokens):
+                known = None if reference_logps is None else [reference_logps[i] for i in group]
+                yield from zip(group, self._batch([answers[i] for i in group], known), strict=True)
+        finally:
+            for model, was in zip(models, training, strict=True):
+                model.train(was)
+
+    def _check(self, answers: Sequence[Answer], reference_logps: Sequence[Any] | None) -> None:
+        if (reference_logps is not None) != self.cached:
+            raise ValueError("reference_logps must be given exactly if the scorer was made with cached=True")
+        if reference_logps is not None and len(reference_logps) != len(answers):
+            raise ValueError(f"reference_logps has {len(reference_logps)} entries for {len(answers)} answers")
+        for i, answer in enumerate(answers):
+            if not len(answer.ids):
+                raise ValueError(f"answer {i} has no tokens")
+            if not len(answer.prompt):
+                raise ValueError(f"answer {i} has no token before it: the probability of its first is not defined")
+            largest = max(max(answer.prompt), max(answer.ids))
+            if largest >= self.vocabulary or min(min(answer.prompt), min(answer.ids)) < 0:
+                raise ValueError(f"answer {i} has token {largest}, outside the vocabulary [0, {self.vocabulary})")
+            if reference_logps is not None and len(reference_logps[i]) != len(answer.ids):
+                raise ValueError(
+                    f"answer {i} has {len(answer.ids)} tokens and {len(reference_logps[i])} reference_logps"
+                )
+
+    def _batch(self, answers: list[Answer], known: list[Any] | None) -> list[dict[str, np.ndarray]]:
+        device = next(self.model.parameters()).device
+        length = max(len(answer.prompt) + len(answer.ids) for answer in answers)
+        # No attention mask goes with it: under a causal model nothing looks at padding that comes after it, and a mask
+        # would be a T x T tensor.
+        input_ids = torch.zeros(len(answers), length, dtype=torch.int64)
+        labels = torch.full_like(input_ids, IGNORE)
+        cache = torch.zeros(len(answers), length, dtype=torch.float64) if known is not None else None
+        for row, answer in enumerate(answers):
+            start, end = len(answer.prompt), len(answer.prompt) + len(answer.ids)
+            input_ids[row, :end] = torch.tensor([*answer.prompt, *answer.ids])
+            labels[row, start:end] = input_ids[row, start:end]
+            if cache is not None and known is not None:
+                cache[row, start - 1 : end - 1] = torch.as_tensor(known[row], dtype=torch.float64)
+        input_ids, labels = input_ids.to(device), labels.to(device)
+        stats = self._stats(input_ids, labels)
+        valid = shift_labels(labels) != IGNORE
+        columns: dict[str, Tensor] = {name: getattr(stats, name) for name in self._columns}
+        if cache is not None:
+            columns["reference_logps"] = cache.to(columns["logps"])
+        if any(name in _FROM for name in self.outputs):
+            columns |= _mdp(columns, self.beta, valid)._asdict()
+        rows = [(len(answer.prompt) - 1, len(answer.ids)) for answer in answers]
+        arrays = {name: columns[name].cpu().numpy() for name in self.outputs}
+        # Copies, so that the padded batch can go.
+        return [
+            {name: array[i, start : start + count].copy() for name, array in arrays.items()}
+            for i, (start, count) in enumerate(rows)
+        ]
+
+    def _stats(self, input_ids: Tensor, labels: Tensor) -> TokenStats:
+        inputs: Mapping[str, Any] = {"input_ids": input_ids}
+        how: dict[str, Any] = {
+            "outputs": self._columns,
+            "max_chunk_bytes": self.max_chunk_bytes,
+            "backend": self.backend,
+        }
+        if self.reference is None or len(set(self.vocabularies)) == 1:
+            return compute_token_stats(self.model, inputs, labels=labels, reference_model=self.reference, **how)
+        # One head is padded further than the other: only the columns that both have take part.
+        x, weight, bias = reference_rows(self.model, inputs, self.reference)
+        ref_x, ref_weight, ref_bias = reference_rows(self.reference, inputs, self.model)
+        head, common = head_parameters(self.model), self.vocabulary
+        return linear_token_stats(
+            x,
+            weight[:common],
+            shift_labels(labels),
+            bias=None if bias is None else bias[:common],
+            reference_hidden=ref_x,
+            reference_weight=ref_weight[:common],
+            reference_bias=None if ref_bias is None else ref_bias[:common],
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            **how,
+        )
+
+
+def _mdp(columns: Mapping[str, Tensor], beta: float, valid: Tensor) -> TokenMDP:
+    """The whole MDP; what was not read off the heads, because no output depends on it, stands in as 0."""
+    logps = columns["logps"]
+    zero = torch.zeros_like(logps)
+    return token_mdp_from_logps(
+        logps, columns.get("logsumexp", zero), columns.get("reference_logps", zero), beta=beta, valid=valid
+    )
+
+
+def _vocabulary(model: torch.nn.Module) -> int:
+    return head_parameters(model).weight.shape[0]
+
+
+def _batches(answers: Sequence[Answer], budget: int) -> Iterator[list[int]]:
+    """Indices, longest first, so that a batch is hardly padded and what does not fit shows at once."""
+    lengths = [len(answer.prompt) + len(answer.ids) for answer in answers]
+    group: list[int] = []
+    for i in sorted(range(len(answers)), key=lambda i: -lengths[i]):
+        if group and (len(group) + 1) * lengths[group[0]] > budget:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
