@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 _TEXT, _SMALL, _TITLE = 11.0, 9.0, 12.0
 _LINE_HEIGHT, _MARGIN, _SIDE = 20.0, 16.0, 70.0
 # Matplotlib brings the first; the others know more scripts, where they are installed.
-_FONTS = ["DejaVu Sans"] + sorted(
-    {"Noto Sans", "Noto Sans CJK SC", "Arial Unicode MS", "Microsoft YaHei", "Hiragino Sans"} & set(get_font_names())
-)
+_OTHERS = {"Noto Sans", "Noto Sans CJK SC", "Arial Unicode MS", "Microsoft YaHei", "Hiragino Sans"}
+_FONTS = ["DejaVu Sans", *sorted(_OTHERS & set(get_font_names()))]
 
 
 class _Placed(NamedTuple):
@@ -89,7 +88,7 @@ def _place(tokens: list[Token], room: float, measure, space: float) -> list[_Pla
         for start in range(0, max(len(text), 1), 60):  # a token of a thousand dashes
             piece = text[start : start + 60]
             width = measure(piece) if piece else 0.0
-            gap = space if lead and not start else 0.0
+            gap = space if (lead or token.special) and not start else 0.0
             if x and x + gap + width > room:
                 x, line, gap = 0.0, line + 1, 0.0
             placed.append(_Placed(x + gap, line, width, piece, token))

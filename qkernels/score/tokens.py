@@ -154,7 +154,8 @@ class TokenScorer:
         for model in models:
             model.eval()
         try:
-            for group in _batches(answers, self.batch_tokens):
+            lengths = [len(answer.prompt) + len(answer.ids) for answer in answers]
+            for group in batches_by_length(lengths, self.batch_tokens):
                 known = None if reference_logps is None else [reference_logps[i] for i in group]
                 yield from zip(group, self._batch([answers[i] for i in group], known), strict=True)
         finally:
@@ -249,11 +250,13 @@ def _vocabulary(model: torch.nn.Module) -> int:
     return head_parameters(model).weight.shape[0]
 
 
-def _batches(answers: Sequence[Answer], budget: int) -> Iterator[list[int]]:
-    """Indices, longest first, so that a batch is hardly padded and what does not fit shows at once."""
-    lengths = [len(answer.prompt) + len(answer.ids) for answer in answers]
+def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of sequences that share a padded batch of at most `budget` tokens, or one that has more alone.
+
+    Longest first: a batch is hardly padded, and what does not fit in memory shows at once.
+    """
     group: list[int] = []
-    for i in sorted(range(len(answers)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if group and (len(group) + 1) * lengths[group[0]] > budget:
             yield group
             group = []
