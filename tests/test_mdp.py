@@ -1,8 +1,8 @@
 """The token MDP of "From r to Q*": its equations on a tree small enough to enumerate, and its invariants on any batch.
 
 The tree: 3 symbols, 4 steps, 40 states, 81 sequences. Rewards and reference policy are random; `qkernels.tabular`
-solves the soft Bellman backup in float64, and the resulting Q* is handed to qkernels as if it were a trained model's logits.
-Equation numbers are the paper's.
+solves the soft Bellman backup in float64, and the resulting Q* is handed to qkernels as if it were a trained model's
+logits. Equation numbers are the paper's.
 """
 
 from __future__ import annotations

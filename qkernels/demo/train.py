@@ -102,6 +102,7 @@ def train_preferences(
         held_out_reference: the reference's log-probs of the held-out pairs.
     """
     needs_logits = options.plan().needs_kl
+    loss_types = options.loss_types()
     pad = model.config.pad_token_id
     batches = _batches(train, sizes.batch_size, random.Random(f"preferences {options.seed}"))
     schedule = list(itertools.islice(batches, sizes.steps))
@@ -137,7 +138,7 @@ def train_preferences(
                 model(input_ids=batch.input_ids, use_cache=False).logits,
                 batch.labels,
                 beta=options.beta,
-                loss_type=list(options.terms),
+                loss_type=loss_types,
                 loss_weights=list(options.terms.values()),
                 label_smoothing=options.label_smoothing,
                 inplace_backward=True,
