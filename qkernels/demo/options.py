@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..objectives import OBJECTIVES, STATEFUL, LossType, Plan, create, resolve
+from torch import Tensor
+
+from ..objectives import OBJECTIVES, STATEFUL, Plan, create, resolve
 
 # Label smoothing of the losses that do not exist without it; the value of the EXO paper.
 _SMOOTHING = {"exo_pair": 1e-3}
@@ -92,7 +95,7 @@ class DemoOptions:
             terms["sft"] = self.sft_weight
         return terms
 
-    def loss_types(self) -> list[LossType]:
+    def loss_types(self) -> list[str | Callable[..., Tensor]]:
         """The losses in the order of `terms`, to be made once for a run: some keep a memory."""
         return [create(name) for name in self.terms]
 
