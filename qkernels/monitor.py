@@ -441,9 +441,9 @@ def _falling_text(now: RewardStats, beta: float, learns: bool) -> str:
     text = (
         f"chosen and rejected rewards fall together (chosen {now.chosen_reward:+.2f}, rejected"
         f" {now.rejected_reward:+.2f}, margin {now.margin:+.2f}, ranked right {now.accuracy:.0%})."
-        f"{_expectation(now, beta)} This is expected after supervised fine-tuning on the chosen answers: on average over"
-        " what the reference writes, the implicit reward can only fall as the policy moves away from it (eq. 16), and"
-        " chosen answers are what it writes."
+        f"{_expectation(now, beta)} This is expected after supervised fine-tuning on the chosen answers: on average"
+        " over what the reference writes, the implicit reward can only fall as the policy moves away from it (eq. 16),"
+        " and chosen answers are what it writes."
     )
     if learns:
         return (
