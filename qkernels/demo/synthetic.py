@@ -107,7 +107,7 @@ _ALSO_TRUE = {
     ("Uruguay", "dish"): {"asado"},
 }
 
-_SENTENCES = {
+SENTENCES = {
     "capital": (
         "The capital of {country} is {value}.",
         "Its capital is {value}.",
@@ -174,19 +174,19 @@ def generate(train_pairs: int, held_out_pairs: int, seed: int) -> SyntheticData:
             cut = max(1, round(len(wrong) * _HELD_OUT_TRIPLES))
             unseen[country, kind], seen[country, kind] = wrong[:cut], wrong[cut:]
     return SyntheticData(
-        [_pair(rng, world, seen) for _ in range(train_pairs)],
-        [_pair(rng, world, unseen) for _ in range(held_out_pairs)],
+        [write_pair(rng, world, seen) for _ in range(train_pairs)],
+        [write_pair(rng, world, unseen) for _ in range(held_out_pairs)],
     )
 
 
-def _pair(rng: random.Random, world: dict[str, dict[str, str]], wrong: dict[tuple[str, str], list[str]]) -> Preference:
+def write_pair(rng: random.Random, world: dict[str, dict[str, str]], wrong: dict[tuple[str, str], list[str]]) -> Preference:
     country = rng.choice(sorted(world))
     kinds = rng.sample(KINDS, rng.randint(3, len(KINDS)))
     errors = rng.sample(kinds, 2 if rng.random() < _TWO_ERRORS else 1)
     chosen, rejected = "", ""
     planted = []
     for kind in kinds:
-        before, after = rng.choice(_SENTENCES[kind]).format(country=country, value="\0").split("\0")
+        before, after = rng.choice(SENTENCES[kind]).format(country=country, value="\0").split("\0")
         separator = " " if chosen else ""
         true = world[country][kind]
         stated = rng.choice(wrong[country, kind]) if kind in errors else true
