@@ -12,7 +12,6 @@ reward.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -96,7 +95,7 @@ def measure(
     given: Setting,
     checker: Checker,
     policy: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | None,
     prompts: tuple[torch.Tensor, torch.Tensor, list[str]],
     beta: float,
     **search: Any,
@@ -121,30 +120,29 @@ def measure(
                     "length": found.lengths[i, 0].item(),
                     "not_ended": 1.0 - found.finished[i, 0].item(),
                     "logp": found.logps[i, 0].item(),
-                    "implicit_reward": found.rewards[i, 0].item(),
                 }
             )
+            if found.rewards is not None:
+                records[-1]["implicit_reward"] = found.rewards[i, 0].item()
     return {name: mean(record[name] for record in records) for name in records[0]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options(__doc__.partition("\n")[0], arguments)
     clock = Clock()
-    given = setting(chosen, sft_steps=70, steps=100, evaluations=2)
+    given = setting(chosen, sft_steps=130, steps=100, evaluations=2)
     betas, widths = (BETAS, WIDTHS) if not chosen.tiny else (BETAS[:2], (1, 3))
     checker = Checker()
     countries = sorted(checker.world)[: 4 if chosen.tiny else None]
     prompts = ask(given, countries)
-    rng = random.Random(f"base {given.seed}")
-    both = [pair._replace(chosen=pair.rejected) if rng.random() < 0.5 else pair for pair in given.train]
     given.progress.say("Reference: answers of both kinds")
-    reference = fine_tune(given, both)
+    reference = fine_tune(given, given.base)
     results: dict[str, Any] = {
         "prompts": len(prompts[2]),
         "longest": LONGEST,
         "reference": {
-            "width 1": measure(given, checker, reference, reference, prompts, 1.0, num_beams=1),
-            "width 5": measure(given, checker, reference, reference, prompts, 1.0, num_beams=5),
+            "width 1": measure(given, checker, reference, None, prompts, 1.0, num_beams=1),
+            "width 5": measure(given, checker, reference, None, prompts, 1.0, num_beams=5),
         },
         "policies": {},
     }

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -54,37 +55,52 @@ def options(description: str, arguments: Sequence[str] | None) -> Options:
     return Options(chosen.out, chosen.seed, chosen.tiny)
 
 
-class Setting(NamedTuple):
-    """Data in text and in tokens, and the sizes of model and trainings.
+class Texts(NamedTuple):
+    """Answers before tokenisation. base: what a base model is trained on, the chosen side of each pair."""
 
-    texts: the held-out pairs before tokenisation, in the order of `held_out`.
-    """
+    base: list[Preference]
+    train: list[Preference]
+    held_out: list[Preference]
+
+
+def country_answers(sizes: Sizes, seed: int) -> Texts:
+    """The demo's pairs, whose rejected answers have planted errors; a base model reads both kinds alike."""
+    data = synthetic.generate(sizes.train_pairs, sizes.held_out_pairs, seed)
+    rng = random.Random(f"base {seed}")
+    base = [p._replace(chosen=p.rejected, rejected=p.chosen) if rng.random() < 0.5 else p for p in data.train]
+    return Texts(base, data.train, data.held_out)
+
+
+class Setting(NamedTuple):
+    """Data in tokens, and the sizes of model and trainings."""
 
     tokenizer: PreTrainedTokenizerBase
+    base: list[EncodedPair]
     train: list[EncodedPair]
     held_out: list[EncodedPair]
-    texts: list[Preference]
     sizes: Sizes
     seed: int
     progress: Progress
 
 
-def setting(chosen: Options, **sizes: Any) -> Setting:
-    """Generate the demo's data: answers about countries, the rejected ones with planted errors.
+def setting(chosen: Options, write: Callable[[Sizes, int], Texts] = country_answers, **sizes: Any) -> Setting:
+    """Write the texts, train a tokenizer on the training pairs, tokenise.
 
-    sizes: changes to the demo's sizes (`qkernels.demo.options.Sizes`); not at the tiny size.
+    Args:
+        chosen: the command line.
+        write: makes the texts out of sizes and seed.
+        sizes: changes to the demo's sizes (`qkernels.demo.options.Sizes`); not at the tiny size.
     """
-    demo = DemoOptions(chosen.out, seed=chosen.seed, tiny=chosen.tiny)
-    base = demo.base_sizes()
+    changed = DemoOptions(chosen.out, seed=chosen.seed, tiny=chosen.tiny).base_sizes()
     if not chosen.tiny:
-        base = replace(base, **sizes)
-    data = synthetic.generate(base.train_pairs, base.held_out_pairs, chosen.seed)
-    texts = [text for pair in data.train for text in (*(m.content for m in pair.prompt), pair.chosen, pair.rejected)]
-    tokenizer = train_tokenizer(texts, base.vocabulary_size)
-    pairs = encode(data.train + data.held_out, tokenizer)
-    base = replace(base, max_length=max(pair.length for pair in pairs) + 80)  # room for what is generated
-    train, held_out = pairs[: len(data.train)], pairs[len(data.train) :]
-    return Setting(tokenizer, train, held_out, data.held_out, base, chosen.seed, Progress(sys.stderr))
+        changed = replace(changed, **sizes)
+    texts = write(changed, chosen.seed)
+    lines = [line for pair in texts.train for line in (*(m.content for m in pair.prompt), pair.chosen, pair.rejected)]
+    tokenizer = train_tokenizer(lines, changed.vocabulary_size)
+    base, train, held_out = (encode(pairs, tokenizer) for pairs in texts)
+    longest = max(pair.length for pairs in (base, train, held_out) for pair in pairs)
+    changed = replace(changed, max_length=longest + 80)  # room for what is generated
+    return Setting(tokenizer, base, train, held_out, changed, chosen.seed, Progress(sys.stderr))
 
 
 def fine_tune(given: Setting, pairs: Sequence[EncodedPair], start: PreTrainedModel | None = None) -> PreTrainedModel:

@@ -12,7 +12,6 @@ full logits, against -beta times the exact KL of qkernels, for models in float64
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,10 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clock = Clock()
     given = setting(chosen, evaluations=15, steps=150)
     pad = given.tokenizer.pad_token_id
-    rng = random.Random(f"base {given.seed}")
-    both = [pair._replace(chosen=pair.rejected) if rng.random() < 0.5 else pair for pair in given.train]
     given.progress.say("Base model: answers of both kinds")
-    base = fine_tune(given, both)
+    base = fine_tune(given, given.base)
     given.progress.say("SFT on the chosen answers")
     tuned = fine_tune(given, given.train, base)
 

@@ -179,7 +179,10 @@ def generate(train_pairs: int, held_out_pairs: int, seed: int) -> SyntheticData:
     )
 
 
-def write_pair(rng: random.Random, world: dict[str, dict[str, str]], wrong: dict[tuple[str, str], list[str]]) -> Preference:
+def write_pair(
+    rng: random.Random, world: dict[str, dict[str, str]], wrong: dict[tuple[str, str], list[str]]
+) -> Preference:
+    """One pair about a country drawn from `world`; wrong values are drawn from `wrong[country, kind]`."""
     country = rng.choice(sorted(world))
     kinds = rng.sample(KINDS, rng.randint(3, len(KINDS)))
     errors = rng.sample(kinds, 2 if rng.random() < _TWO_ERRORS else 1)
