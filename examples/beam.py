@@ -27,7 +27,7 @@ from qkernels.demo.tokenizer import encode_prompts
 from qkernels.search import beam_search
 
 BETAS = (0.02, 0.1, 0.5)
-WIDTHS = (1, 2, 3, 5, 8, 12, 20)
+WIDTHS = (1, 2, 3, 5, 10, 20)
 QUESTIONS = ("Tell me about {country}.", "What should I know about {country}?")
 LONGEST = 100
 
@@ -130,7 +130,7 @@ def measure(
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options(__doc__.partition("\n")[0], arguments)
     clock = Clock()
-    given = setting(chosen, sft_steps=130, steps=100, evaluations=2)
+    given = setting(chosen, sft_steps=95, steps=100, evaluations=2)
     betas, widths = (BETAS, WIDTHS) if not chosen.tiny else (BETAS[:2], (1, 3))
     checker = Checker()
     countries = sorted(checker.world)[: 4 if chosen.tiny else None]

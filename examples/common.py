@@ -103,11 +103,21 @@ def setting(chosen: Options, write: Callable[[Sizes, int], Texts] = country_answ
     return Setting(tokenizer, base, train, held_out, changed, chosen.seed, Progress(sys.stderr))
 
 
-def fine_tune(given: Setting, pairs: Sequence[EncodedPair], start: PreTrainedModel | None = None) -> PreTrainedModel:
-    """Supervised fine-tuning on the chosen side of pairs; the frozen result. Begins with random weights, or `start`."""
-    model = build_model(given.tokenizer, given.sizes, given.seed) if start is None else copy.deepcopy(start)
+def fine_tune(
+    given: Setting, pairs: Sequence[EncodedPair], start: PreTrainedModel | None = None, steps: int | None = None
+) -> PreTrainedModel:
+    """Supervised fine-tuning on the chosen side of pairs; the frozen result.
+
+    Args:
+        given: sizes, seed.
+        pairs: what to learn from.
+        start: the model to go on with (its copy is trained); random weights without.
+        steps: at most so many; as the sizes say without.
+    """
+    sizes = given.sizes if steps is None else replace(given.sizes, sft_steps=min(steps, given.sizes.sft_steps))
+    model = build_model(given.tokenizer, sizes, given.seed) if start is None else copy.deepcopy(start)
     model.requires_grad_(True)
-    train_sft(model, pairs, given.sizes, given.seed, given.progress)
+    train_sft(model, pairs, sizes, given.seed, given.progress)
     return model.requires_grad_(False).eval()
 
 

@@ -37,8 +37,8 @@ def misconceptions(sizes: Sizes, seed: int) -> Texts:
     held-out pairs the second."""
     rng = random.Random(f"credit {seed}")
     world = synthetic.facts()
-    first: dict[tuple[str, str], list[str]] = {}
-    second: dict[tuple[str, str], list[str]] = {}
+    first: synthetic.WrongValues = {}
+    second: synthetic.WrongValues = {}
     for country in world:
         for kind in synthetic.KINDS:
             wrong = synthetic.wrong_values(country, kind, world)
@@ -46,7 +46,7 @@ def misconceptions(sizes: Sizes, seed: int) -> Texts:
             first[country, kind], second[country, kind] = wrong[:1], wrong[1:2]
     either = {fact: first[fact] + second[fact] for fact in first}
 
-    def pairs(count: int, wrong: dict[tuple[str, str], list[str]]) -> list[Preference]:
+    def pairs(count: int, wrong: synthetic.WrongValues) -> list[Preference]:
         written = []
         for _ in range(count):
             pair = synthetic.write_pair(rng, world, wrong)

@@ -1,30 +1,50 @@
-"""Why the rewards of chosen answers fall, measured: DPO with and without SFT first ("From r to Q*", section 5.3).
+"""Why the rewards of chosen answers fall, measured: DPO with and without SFT first ("From r to Q*", section 5.3)
 
     python examples/decline.py
 
-A base model is trained on texts of both kinds, right and wrong answers alike. From there: (a) SFT on the chosen answers
-and DPO from the result; (b) DPO from the base model itself. By eq. 16 the implicit reward is negative on average over
-what the reference writes, -beta KL(ref || policy) at each position. After SFT on them, chosen answers are what it
-writes. The equation is checked at every evaluation: the expectation summed over the whole vocabulary in float64 from
-full logits, against -beta times the exact KL of qkernels, for models in float64, float32 and bf16.
+A base model has read texts about countries, right and wrong alike, that say things in other words than the answers of
+the preference pairs do. From there: (a) SFT on the chosen answers, and DPO from the result; (b) DPO from the base model
+itself. By eq. 16 the implicit reward is negative on average over what the reference writes, -beta KL(ref || policy) at
+each position. After SFT on them, chosen answers are what it writes; without, they are not. The equation is checked at
+every evaluation: the expectation summed over the whole vocabulary in float64 from full logits, against -beta times the
+exact KL of qkernels, for models in float64, float32 and bf16.
 """
 
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from common import BLUE, DARK, GREY, ORANGE, Clock, fine_tune, options, panels, prefer, setting, write
+from common import BLUE, DARK, GREY, ORANGE, Clock, Texts, fine_tune, options, panels, prefer, setting, write
 from transformers import PreTrainedModel
 
 from qkernels import token_stats
+from qkernels.demo import synthetic
 from qkernels.demo.encode import IGNORE, EncodedPair, chosen_batch
+from qkernels.demo.options import Sizes
 from qkernels.monitor import RewardMonitor, measure_rewards
 
 BETA = 0.1
+BASE_STEPS, SFT_STEPS = 100, 40
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def other_words(sizes: Sizes, seed: int) -> Texts:
+    """The demo's answers, with one form of each sentence kept for the base texts, and the others for the pairs."""
+    rng = random.Random(f"decline {seed}")
+    world = synthetic.facts()
+    apart = {kind: forms[:1] for kind, forms in synthetic.SENTENCES.items()}
+    forms = {kind: forms[1:] for kind, forms in synthetic.SENTENCES.items()}
+    seen, unseen = synthetic.split_wrong_values(rng, world)
+    base = [synthetic.write_pair(rng, world, seen, apart) for _ in range(sizes.train_pairs)]
+    return Texts(
+        [p._replace(chosen=p.rejected, rejected=p.chosen) if rng.random() < 0.5 else p for p in base],
+        [synthetic.write_pair(rng, world, seen, forms) for _ in range(sizes.train_pairs)],
+        [synthetic.write_pair(rng, world, unseen, forms) for _ in range(sizes.held_out_pairs)],
+    )
 
 
 @torch.no_grad()
@@ -53,12 +73,12 @@ def equation_16(
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options(__doc__.partition("\n")[0], arguments)
     clock = Clock()
-    given = setting(chosen, evaluations=15, steps=150)
+    given = setting(chosen, other_words, evaluations=12, steps=120)
     pad = given.tokenizer.pad_token_id
-    given.progress.say("Base model: answers of both kinds")
-    base = fine_tune(given, given.base)
+    given.progress.say("Base model: right and wrong texts in other words")
+    base = fine_tune(given, given.base, steps=BASE_STEPS)
     given.progress.say("SFT on the chosen answers")
-    tuned = fine_tune(given, given.train, base)
+    tuned = fine_tune(given, given.train, base, steps=SFT_STEPS)
 
     probe = given.held_out[:48]
     batches = [preference_inputs(probe[i : i + 16], pad) for i in range(0, len(probe), 16)]
@@ -116,8 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     figure, axes = panels("Implicit rewards of held-out answers during DPO", "SFT on the chosen answers first",
                           "No SFT: straight from the base model", "Equation 16")  # fmt: skip
-    lowest = min(p["rejected_reward"] for run in runs.values() for p in run["held_out"])
-    highest = max(p["margin"] for run in runs.values() for p in run["held_out"])
     for axis, (name, run) in zip(axes, runs.items(), strict=False):
         steps = [p["step"] for p in run["held_out"]]
         for key, colour, label in (
@@ -130,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             axis.annotate(f"{label} {values[-1]:+.2f}", (steps[-1], values[-1]), xytext=(-4, 5), ha="right",
                           textcoords="offset points", color=colour if colour != GREY else DARK, fontsize=8)  # fmt: skip
         axis.axhline(0, color=DARK, lw=0.6)
-        axis.set_ylim(1.12 * lowest, 1.12 * highest)
+        axis.margins(y=0.15)
         axis.set_xlabel(f"steps of DPO ({name})")
         axis.set_ylabel("sequence reward")
     for name, colour in (("SFT first", BLUE), ("no SFT", ORANGE)):
