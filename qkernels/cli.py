@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, STATEFUL
 
 _DEMO = """\
 Train a small language model with token-level DPO and show where its rewards fall.
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--loss",
         default="sigmoid",
         metavar="NAME",
-        help=f"one of {', '.join(sorted(OBJECTIVES))} (default: sigmoid, DPO)",
+        help=f"one of {', '.join(sorted({*OBJECTIVES, *STATEFUL}))} (default: sigmoid, DPO)",
     )
     add(
         "--sft-weight",

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, softplus
 
 from ._compile import constant_when_compiled
 
@@ -313,9 +313,22 @@ def simpo(scores: PairScores, beta: float, gamma: float = 0.5) -> Tensor:
     return -logsigmoid(beta * (chosen - rejected) - gamma)
 
 
+@objective(separable=False)
+def rspo(scores: PairScores, beta: float) -> Tensor:
+    """RSPO (Kallus 2025): ranks every chosen-over-rejected index above every mirrored one; any monotone link.
+
+    Pair i loses the mean over the batch's pairs j (itself included) of softplus(-(t_i + t_j)), t = beta D.
+    """
+    t = beta * scores.margins
+    return softplus(-(t[:, None] + t[None, :])).mean(1)
+
+
 # Options that act on weights or scores, whatever the objective.
 _SHARED_OPTIONS = ("ld_alpha", "use_weighting")
 _LINK_OPTIONS = ("f_divergence", "f_alpha_divergence_coef")
+
+# Objectives that keep a memory from step to step (`qkernels.semiparametric`); `create` makes them.
+STATEFUL = ("ospo", "pspo")
 
 LossType = str | Callable[..., Tensor] | Sequence[str | Callable[..., Tensor]]
 
@@ -391,7 +404,7 @@ class Plan:
 
 
 def _label(term: Objective) -> str:
-    return repr(term.name) if term.name else getattr(term.function, "__name__", repr(term.function))
+    return repr(term.name) if term.name else getattr(term.function, "__name__", type(term.function).__name__)
 
 
 def _call(term: Objective, scores: PairScores, beta: float, options: dict[str, Any]) -> Tensor:
@@ -403,6 +416,11 @@ def _call(term: Objective, scores: PairScores, beta: float, options: dict[str, A
 
 def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
     if isinstance(loss_type, str):
+        if loss_type in STATEFUL:
+            raise ValueError(
+                f"loss_type {loss_type!r} learns from one step to the next, so it cannot be had by name: make an object"
+                f" once, `loss = qkernels.objectives.create({loss_type!r})`, and pass loss_type=loss in every step"
+            )
         if loss_type not in OBJECTIVES:
             known = ", ".join(sorted(OBJECTIVES))
             raise ValueError(
@@ -417,6 +435,28 @@ def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
     smoothed = any(name == "label_smoothing" for name, _ in _parameters(loss_type))
     # A user's function may couple pairs, so nothing is assumed of it.
     return Objective("", loss_type, _options(loss_type), _SMOOTHED if smoothed else None, separable=False)
+
+
+def create(name: str, **options: Any) -> str | Callable[..., Tensor]:
+    """A valid `loss_type` for a whole training run out of a name: a new object for an objective with a memory.
+
+    Args:
+        name: of `OBJECTIVES`, which is returned as it is, or of `STATEFUL`.
+        options: of the class that stands for a name of `STATEFUL` (`qkernels.semiparametric`).
+
+    Raises:
+        ValueError: an unknown name, or an option out of range.
+        TypeError: options for an objective without a memory, whose options are `loss_kwargs`.
+    """
+    if name in STATEFUL:
+        from . import semiparametric
+
+        return {"ospo": semiparametric.OSPO, "pspo": semiparametric.PSPO}[name](**options)
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}; expected one of {', '.join(sorted({*OBJECTIVES, *STATEFUL}))}")
+    if options:
+        raise TypeError(f"{name!r} takes its options as loss_kwargs of the loss function, got {sorted(options)} here")
+    return name
 
 
 def resolve(

@@ -383,6 +383,10 @@ def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
         # Per pair so that the mean over pairs is the mean over the batch's chosen tokens.
         return torch.stack([-pair.full_logp_w * len(batch) / (tokens or 1.0) for pair in batch])
 
+    if name == "rspo":
+        t = [beta * margin(pair) for pair in batch]
+        return torch.stack([sum(_nls(a + b) for b in t) / len(t) for a in t])
+
     def one(pair: Pair) -> Tensor:
         x = beta * margin(pair)
         w, l = beta * pair.r_w, beta * pair.r_l  # noqa: E741

@@ -25,7 +25,7 @@ from qkernels.data import Message, Preference
 from qkernels.demo import DemoError, DemoOptions, evaluate, run, synthetic, train
 from qkernels.demo.encode import IGNORE, encode, pair_batch, truncate
 from qkernels.demo.tokenizer import encode_prompts, encode_texts, token_texts, train_tokenizer
-from qkernels.objectives import OBJECTIVES
+from qkernels.objectives import OBJECTIVES, STATEFUL
 
 REAL_PAIRS = Path(__file__).parents[1] / "../shared/data/dpo_en_demo.json"
 
@@ -126,7 +126,7 @@ def test_same_seed_same_result(finished: tuple[Path, str, str], tmp_path: Path) 
     assert other["curves"] != again["curves"]
 
 
-@pytest.mark.parametrize("loss", ["tdpo2", "simpo", "exo_pair"])
+@pytest.mark.parametrize("loss", ["tdpo1", "tdpo2", "simpo", "exo_pair", "rspo", "ospo", "pspo"])
 def test_other_losses_run(tmp_path: Path, loss: str) -> None:
     status, _, err = demo("--tiny", "--loss", loss, "--steps", 2, "--sft-steps", 1, "--out", tmp_path / "out")
     assert status == 0, err
@@ -135,7 +135,7 @@ def test_other_losses_run(tmp_path: Path, loss: str) -> None:
 
 
 def test_every_loss_is_accepted() -> None:
-    for name in OBJECTIVES:
+    for name in (*OBJECTIVES, *STATEFUL):
         DemoOptions(Path("out"), loss=name).check()
 
 

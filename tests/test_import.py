@@ -170,7 +170,7 @@ def test_objectives_are_listed_with_their_options():
     assert objectives.OBJECTIVES["tdpo2"].options == {"alpha": 0.5}
     assert not objectives.OBJECTIVES["sigmoid"].options
     coupled = {name for name, objective in objectives.OBJECTIVES.items() if not objective.separable}
-    assert coupled == {"sft", "aot", "aot_unpaired"}
+    assert coupled == {"sft", "aot", "aot_unpaired", "rspo"}
 
 
 def test_columns_have_one_order_in_python_and_cpp():

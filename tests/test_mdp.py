@@ -1,15 +1,13 @@
 """The token MDP of "From r to Q*": its equations on a tree small enough to enumerate, and its invariants on any batch.
 
-The tree: 3 symbols, 4 steps, 40 states, 81 sequences. Rewards and reference policy are random; the soft Bellman backup
-is solved exactly here, in float64, and the resulting Q* is handed to qkernels as if it were a trained model's logits.
-Equation numbers are the paper's.
+The tree: 3 symbols, 4 steps, 40 states, 81 sequences. Rewards and reference policy are random; `qkernels.tabular`
+solves the soft Bellman backup in float64, and the resulting Q* is handed to qkernels as if it were a trained model's
+logits. Equation numbers are the paper's.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -20,59 +18,45 @@ from torch import Tensor
 from assertions import assert_within
 from cases import IGNORE, generator, make_pairs, make_rows, pack
 from qkernels import fused_token_dpo, token_logps, token_mdp, token_stats
+from qkernels.tabular import TabularMDP, random_mdp, solve_mdp
 
 SYMBOLS, STEPS = 3, 4
-STATES = [s for n in range(STEPS) for s in itertools.product(range(SYMBOLS), repeat=n)]
-SEQUENCES = list(itertools.product(range(SYMBOLS), repeat=STEPS))
-State = tuple[int, ...]
+LABELS = torch.tensor(list(itertools.product(range(SYMBOLS), repeat=STEPS)))
 
 
-@dataclass
 class Tree:
-    """The solved MDP: per state a vector over actions, float64."""
+    """A solved MDP looked up along all 81 sequences."""
 
-    beta: float
-    reward: dict[State, Tensor]
-    log_ref: dict[State, Tensor]
-    q: dict[State, Tensor]
-    v: dict[State, float]
+    def __init__(self, mdp: TabularMDP):
+        self.mdp, self.beta = mdp, mdp.beta
 
-    def rows(self, values: dict[State, Tensor], dtype=torch.float64) -> Tensor:
+    def rows(self, tables) -> Tensor:
         """`[81, 4, 3]`: the vector of each state along each sequence."""
-        return torch.stack([torch.stack([values[s[:t]] for t in range(STEPS)]) for s in SEQUENCES]).to(dtype)
+        return self.mdp.rows(tables, LABELS)
 
-    def along(self, values: dict[State, Tensor]) -> Tensor:
+    def along(self, tables) -> Tensor:
         """`[81, 4]`: the entry of the action taken."""
-        taken = [[float(values[s[:t]][s[t]]) for t in range(STEPS)] for s in SEQUENCES]
-        return torch.tensor(taken, dtype=torch.float64)
+        return self.mdp.along(tables, LABELS)
 
     def value_of(self, shift: int) -> Tensor:
         """`[81, 4]`: V of the state before (0) or after (1) each action; 0 after the end."""
-        return torch.tensor(
-            [[self.v.get(s[: t + shift], 0.0) for t in range(STEPS)] for s in SEQUENCES], dtype=torch.float64
-        )
+        before = self.along(self.mdp.V)
+        return before if shift == 0 else torch.nn.functional.pad(before[:, 1:], (0, 1))
 
+    @property
+    def q(self):
+        return self.mdp.Q
 
-def solve(beta: float, reward: dict[State, Tensor], log_ref: dict[State, Tensor]) -> Tree:
-    """The soft Bellman backup (7) with V* of (6), from the leaves up."""
-    q: dict[State, Tensor] = {}
-    v: dict[State, float] = {}
-    for state in reversed(STATES):
-        following = torch.tensor([v.get((*state, a), 0.0) for a in range(SYMBOLS)], dtype=torch.float64)
-        q[state] = reward[state] + beta * log_ref[state] + following
-        v[state] = beta * math.log(sum(math.exp(x / beta) for x in q[state].tolist()))
-    return Tree(beta, reward, log_ref, q, v)
+    @property
+    def v0(self) -> float:
+        return self.mdp.V[0].item()
 
 
 def random_tree(seed: int, beta: float) -> Tree:
-    g = generator(seed)
-    reward = {s: torch.randn(SYMBOLS, generator=g, dtype=torch.float64) for s in STATES}
-    log_ref = {s: torch.randn(SYMBOLS, generator=g, dtype=torch.float64).log_softmax(0) for s in STATES}
-    return solve(beta, reward, log_ref)
+    return Tree(random_mdp(SYMBOLS, STEPS, beta, generator(seed)))
 
 
 BETAS = (0.5, 1.0)
-LABELS = torch.tensor(SEQUENCES)
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -81,10 +65,11 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def mdp_of(tree: Tree, backend, dtype):
-    logits = tree.rows(tree.q, torch.float64) / tree.beta
+    logits = tree.rows(tree.q) / tree.beta
     return token_mdp(
         logits.to(backend.device, dtype), LABELS.to(backend.device),
-        reference_logits=tree.rows(tree.log_ref).to(backend.device, dtype), beta=tree.beta, backend=backend.name,
+        reference_logits=tree.rows(tree.mdp.reference_logps).to(backend.device, dtype), beta=tree.beta,
+        backend=backend.name,
     )  # fmt: skip
 
 
@@ -111,7 +96,7 @@ def test_bellman_rewards_recover_the_rewards(backend, dtype, beta):
     """(7): r = Q - beta log pi_ref - V', exactly the rewards the tree was made with."""
     for seed in range(5):
         tree = random_tree(seed, beta)
-        rewards = tree.along(tree.reward)
+        rewards = tree.along(tree.mdp.rewards)
         assert_within(mdp_of(tree, backend, dtype).bellman_rewards, rewards, 10 * unit(dtype), "Bellman rewards")
 
 
@@ -121,10 +106,10 @@ def test_implicit_rewards_are_rewards_shaped_by_the_value(backend, dtype, beta):
     """(10): beta log(pi/pi_ref) = r + V' - V, and over a sequence the difference is V(s_0)."""
     tree = random_tree(2, beta)
     mdp = mdp_of(tree, backend, dtype)
-    shaped = tree.along(tree.reward) + tree.value_of(1) - tree.value_of(0)
+    shaped = tree.along(tree.mdp.rewards) + tree.value_of(1) - tree.value_of(0)
     assert_within(mdp.implicit_rewards, shaped, 10 * unit(dtype), "implicit rewards")
     gap = (mdp.bellman_rewards - mdp.implicit_rewards).double().sum(1)
-    assert_within(gap, torch.full((81,), tree.v[()], dtype=torch.float64), 40 * unit(dtype), "V(s_0)")
+    assert_within(gap, torch.full((81,), tree.v0, dtype=torch.float64), 40 * unit(dtype), "V(s_0)")
 
 
 @pytest.mark.dtypes(*EXACT)
@@ -132,7 +117,7 @@ def test_sequence_preferences_follow_the_rewards(backend, dtype):
     """(8): sigma(difference of implicit returns) is Bradley-Terry on the true returns, for all 81 x 81 pairs."""
     tree = random_tree(3, 0.5)
     mdp = mdp_of(tree, backend, dtype)
-    implicit, true = mdp.implicit_rewards.double().sum(1).cpu(), tree.along(tree.reward).sum(1)
+    implicit, true = mdp.implicit_rewards.double().sum(1).cpu(), tree.along(tree.mdp.rewards).sum(1)
     preference = torch.sigmoid(implicit[:, None] - implicit[None])
     assert_within(preference, torch.sigmoid(true[:, None] - true[None]), 40 * unit(dtype), "p(tau_w > tau_l)")
 
@@ -141,10 +126,10 @@ def test_sequence_preferences_follow_the_rewards(backend, dtype):
 def test_the_loss_is_the_negative_log_likelihood_of_the_preferences(backend, dtype):
     """(9): on data whose policy is optimal, the loss is the cross-entropy of the true returns."""
     tree = random_tree(4, 0.5)
-    true = tree.along(tree.reward).sum(1)
+    true = tree.along(tree.mdp.rewards).sum(1)
     order = torch.randperm(81, generator=generator(9))[:80]
     logits = (tree.rows(tree.q) / tree.beta)[order].to(backend.device, dtype)
-    reference = tree.rows(tree.log_ref)[order].to(backend.device, dtype)
+    reference = tree.rows(tree.mdp.reference_logps)[order].to(backend.device, dtype)
     out = fused_token_dpo(
         logits, LABELS[order].to(backend.device), reference_logits=reference, beta=tree.beta, reduction="none",
         backend=backend.name,
@@ -152,7 +137,7 @@ def test_the_loss_is_the_negative_log_likelihood_of_the_preferences(backend, dty
     chosen, rejected = true[order].chunk(2)
     expected = torch.log1p(torch.exp(-(chosen - rejected)))
     assert_within(out.loss, expected, 40 * unit(dtype), "negative log-likelihood")
-    v0 = tree.v[()]
+    v0 = tree.v0
     assert_within(out.chosen_rewards, chosen - v0, 40 * unit(dtype), "chosen rewards")
     assert_within(out.rejected_rewards, rejected - v0, 40 * unit(dtype), "rejected rewards")
 
@@ -162,23 +147,21 @@ def test_every_reward_of_a_shaping_class_has_the_same_representative(backend, dt
     """Theorem 1, (11): rewards that differ by a potential have one optimal policy, hence one implicit reward."""
     tree = random_tree(5, 0.7)
     g = generator(77)
-    potential = {s: float(torch.randn((), generator=g)) for s in STATES}
-    potential[()] = 0.0
-    reward = {
-        s: r + torch.tensor([potential.get((*s, a), 0.0) for a in range(SYMBOLS)]) - potential[s]
-        for s, r in tree.reward.items()
-    }
-    shaped = solve(tree.beta, reward, tree.log_ref)
-    assert max(float((shaped.q[s] - tree.q[s]).abs().max()) for s in STATES) > 0.5, "another Q, but the same policy"
+    mdp = tree.mdp
+    potential = [torch.randn(SYMBOLS**t, generator=g, dtype=torch.float64) for t in range(STEPS)]
+    potential[0].zero_()
+    after = [*(p.view(-1, SYMBOLS) for p in potential[1:]), torch.zeros(SYMBOLS ** (STEPS - 1), SYMBOLS)]
+    reward = [r + a - p[:, None] for r, a, p in zip(mdp.rewards, after, potential, strict=True)]
+    shaped = Tree(solve_mdp(reward, mdp.reference_logps, mdp.beta))
+    moved = max((a - b).abs().max() for a, b in zip(shaped.q, tree.q, strict=True))
+    assert moved > 0.5, "another Q, but the same policy"
     implicit = mdp_of(tree, backend, dtype).implicit_rewards
     again = mdp_of(shaped, backend, dtype)
     assert_within(again.implicit_rewards, implicit.double(), 20 * unit(dtype), "implicit rewards")
     # (11): the representative, taken as a reward itself, has V = 0 everywhere and the same policy.
-    representative = {
-        s: tree.beta * (tree.q[s] / tree.beta).log_softmax(0) - tree.beta * tree.log_ref[s] for s in STATES
-    }
-    own = solve(tree.beta, representative, tree.log_ref)
-    assert max(abs(v) for v in own.v.values()) < 1e-12
+    representative = mdp.implicit_rewards
+    own = Tree(solve_mdp(representative, mdp.reference_logps, mdp.beta))
+    assert max(v.abs().max() for v in own.mdp.V) < 1e-12
     fixed = mdp_of(own, backend, dtype)
     assert_within(fixed.bellman_rewards, fixed.implicit_rewards.double(), 20 * unit(dtype), "fixed point")
     assert_within(fixed.implicit_rewards, tree.along(representative), 20 * unit(dtype), "representative")
@@ -191,31 +174,22 @@ def test_the_optimal_policy_tilts_the_reference_by_the_return(backend, dtype):
     tree = random_tree(6, 0.5)
     logits = (tree.rows(tree.q) / tree.beta).to(backend.device, dtype)
     log_pi = token_logps(logits, LABELS.to(backend.device), backend=backend.name).double().sum(1)
-    tilted = (tree.along(tree.log_ref).sum(1) + tree.along(tree.reward).sum(1) / tree.beta).log_softmax(0)
+    tilted = (
+        tree.along(tree.mdp.reference_logps).sum(1) + tree.along(tree.mdp.rewards).sum(1) / tree.beta
+    ).log_softmax(0)
     assert_within(log_pi, tilted, 20 * unit(dtype), "log pi*(tau)")
 
 
-def beam_search(tree: Tree, backend, width: int, steps: int) -> list[State]:
+def beam_search(tree: Tree, backend, width: int, steps: int) -> list[list[int]]:
     """Likelihood beam search on the policy: log pi of qkernels as score, no length penalty. Best first."""
-    beams: list[tuple[float, State]] = [(0.0, ())]
-    for _ in range(steps):
-        logits = torch.stack([tree.q[s] / tree.beta for _, s in beams])  # (beams, 3)
-        wide = logits.repeat_interleave(SYMBOLS, 0).to(backend.device, torch.float32)
-        actions = torch.arange(SYMBOLS).repeat(len(beams)).to(backend.device)
-        logps = token_logps(wide, actions, backend=backend.name).tolist()
-        grown = [
-            (score + logps[i * SYMBOLS + a], (*s, a)) for i, (score, s) in enumerate(beams) for a in range(SYMBOLS)
-        ]
-        beams = sorted(grown, reverse=True)[:width]
-    return [s for _, s in beams]
-
-
-def planning_value(tree: Tree, sequence: State) -> float:
-    """(12): K steps of r + beta log pi_ref, plus V* of the state after them."""
-    steps = sum(
-        float(tree.reward[sequence[:t]][a] + tree.beta * tree.log_ref[sequence[:t]][a]) for t, a in enumerate(sequence)
-    )
-    return steps + tree.v.get(sequence, 0.0)
+    beams, scores = torch.zeros(1, 0, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+    for t in range(steps):
+        grown = torch.cat([beams.repeat_interleave(SYMBOLS, 0), torch.arange(SYMBOLS).repeat(len(beams))[:, None]], 1)
+        logits = tree.mdp.rows(tree.mdp.logits, grown)[:, t].to(backend.device, torch.float32)
+        logps = token_logps(logits, grown[:, t].to(backend.device), backend=backend.name)
+        scores, best = (scores.repeat_interleave(SYMBOLS) + logps.double().cpu()).sort(descending=True)
+        beams, scores = grown[best[:width]], scores[:width]
+    return beams.tolist()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
@@ -224,16 +198,53 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_plan(backend, steps):
     greedy_misses = 0
     for seed in range(20):
         tree = random_tree(100 + seed, 0.8)
-        plans = sorted(
-            itertools.product(range(SYMBOLS), repeat=steps), key=lambda s: planning_value(tree, s), reverse=True
-        )
+        sequences = tree.mdp.sequences(steps)
+        values, order = tree.mdp.plan_values(sequences).sort(descending=True)
+        plans = sequences[order].tolist()
         beam = beam_search(tree, backend, SYMBOLS**steps, steps)
-        assert beam[0] == plans[0]
         assert beam[:3] == plans[:3], "the whole order agrees, not only its head"
-        score = sum(float(tree.q[plans[0][:t]][a] - tree.v[plans[0][:t]]) for t, a in enumerate(plans[0]))
-        assert planning_value(tree, plans[0]) - tree.v[()] == pytest.approx(score, abs=1e-9)  # (13)
+        score = tree.beta * tree.mdp.along(tree.mdp.logps, sequences[order[:1]]).sum()
+        assert (values[0] - tree.v0).item() == pytest.approx(score.item(), abs=1e-9)  # (13)
         greedy_misses += beam_search(tree, backend, 1, steps)[0] != plans[0]
     assert greedy_misses > 0 or steps == 1, "a greedy search should miss some plans, or the test shows nothing"
+
+
+def test_the_solver_against_enumeration():
+    """V*(s) and pi*(tau) out of all continuations, without a backup: V* = beta log E_ref[exp(return / beta)]."""
+    mdp = random_mdp(SYMBOLS, STEPS, 0.6, generator(8))
+    returns = mdp.along(mdp.rewards, LABELS)
+    log_ref = mdp.along(mdp.reference_logps, LABELS)
+    for t in range(STEPS):
+        tail = (log_ref[:, t:].sum(1) + returns[:, t:].sum(1) / mdp.beta).view(SYMBOLS**t, -1)
+        assert_within(mdp.V[t], mdp.beta * tail.logsumexp(1), 1e-12, f"V at depth {t}")
+    weight = (log_ref.sum(1) + returns.sum(1) / mdp.beta).log_softmax(0)
+    assert_within(mdp.along(mdp.logps, LABELS).sum(1), weight, 1e-12, "log pi*(tau)")
+
+
+def test_forbidden_actions_and_wrong_tables():
+    """An action that the reference forbids stays forbidden; tables of a wrong shape, type or value are refused."""
+    rewards = [torch.zeros(1, 2), torch.ones(2, 2)]
+    reference = [torch.tensor([[0.0, -torch.inf]]), torch.zeros(2, 2)]
+    mdp = solve_mdp(rewards, reference, 1.0)
+    assert mdp.logps[0].tolist() == [[0.0, -torch.inf]] and mdp.V[0].item() == pytest.approx(1.0)
+    assert mdp.states(torch.tensor([[1, 0]])).tolist() == [[0, 1]]
+    for bad, message in (
+        (([], [], 1.0), "one table for each depth"),
+        ((rewards, reference[:1], 1.0), "one table for each depth"),
+        ((rewards, reference, 0.0), "beta must be finite"),
+        (([rewards[0], torch.ones(3, 2)], reference, 1.0), r"rewards\[1\] must have shape"),
+        (([rewards[0] / 0, rewards[1]], reference, 1.0), "rewards must be finite"),
+        ((rewards, [torch.full((1, 2), -torch.inf), reference[1]], 1.0), "needs a finite entry"),
+        (([torch.zeros(1, 3)] * 20, [torch.zeros(1, 3)] * 20, 1.0), "states"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            solve_mdp(*bad)
+    with pytest.raises(TypeError, match="floating point"):
+        solve_mdp([torch.zeros(1, 2, dtype=torch.int64)], reference[:1], 1.0)
+    with pytest.raises(ValueError, match="lie in"):
+        mdp.along(mdp.Q, torch.tensor([[2, 0]]))
+    with pytest.raises(ValueError, match="length must"):
+        mdp.sequences(3)
 
 
 # --- invariants on any batch ------------------------------------------------------------------------------------------

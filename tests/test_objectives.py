@@ -39,9 +39,10 @@ CASES = {
     "tdpo1": Options(),
     "tdpo2": Options(),
     "simpo": Options(beta=2.0),
+    "rspo": Options(),
 }
 # Functions of scores s = f(r), for which an f-divergence has a meaning.
-SCORED = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop", "tdpo1", "tdpo2")
+SCORED = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop", "tdpo1", "tdpo2", "rspo")
 
 
 def batch_for(dtype, device, *, pairs=3, length=8, vocab=40, key=()) -> PairBatch:
@@ -112,7 +113,7 @@ def test_any_beta(backend, dtype, name, beta):
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "robust", "nca_pair", "bco_pair", "apo_zero", "apo_down",
-                                  "aot", "tdpo1", "simpo"])  # fmt: skip
+                                  "aot", "tdpo1", "simpo", "rspo"])  # fmt: skip
 def test_huge_margins_do_not_overflow(backend, name, sign):
     """beta * margin of about +-1500: the loss is the margin or 0, never inf or NaN."""
     logits = torch.zeros(2, 3, 5, device=backend.device)

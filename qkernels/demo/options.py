@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..objectives import OBJECTIVES, Plan, resolve
+from torch import Tensor
+
+from ..objectives import OBJECTIVES, STATEFUL, Plan, create, resolve
 
 # Label smoothing of the losses that do not exist without it; the value of the EXO paper.
 _SMOOTHING = {"exo_pair": 1e-3}
 _MIN_LENGTH = 16
+LOSSES = tuple(sorted({*OBJECTIVES, *STATEFUL}))
 # Below this there is nothing to learn from, and nothing to hold out.
 MIN_PAIRS = 8
 
@@ -30,7 +34,7 @@ class DemoOptions:
     sft_steps, steps: optimiser steps of supervised fine-tuning and of preference training.
     batch_size: pairs per step.
     beta: strength of the KL constraint.
-    loss: a name of `qkernels.objectives.OBJECTIVES`.
+    loss: a name of `qkernels.objectives.OBJECTIVES` or `STATEFUL`.
     sft_weight: factor of the chosen answers' mean negative log-likelihood, added to the loss.
     max_length: most tokens of prompt and answer together.
     threads: of the CPU. Matrices as small as the generated data's mean thousands of short parallel stretches, and on a
@@ -71,8 +75,8 @@ class DemoOptions:
             raise DemoError(f"--beta must be finite and above 0, got {self.beta}")
         if not (math.isfinite(self.sft_weight) and self.sft_weight >= 0):
             raise DemoError(f"--sft-weight must be finite and 0 or more, got {self.sft_weight}")
-        if self.loss not in OBJECTIVES:
-            raise DemoError(f"--loss must be one of {', '.join(sorted(OBJECTIVES))}; got {self.loss!r}")
+        if self.loss not in LOSSES:
+            raise DemoError(f"--loss must be one of {', '.join(LOSSES)}; got {self.loss!r}")
         try:
             self.plan()
         except ValueError as error:
@@ -91,9 +95,13 @@ class DemoOptions:
             terms["sft"] = self.sft_weight
         return terms
 
+    def loss_types(self) -> list[str | Callable[..., Tensor]]:
+        """The losses in the order of `terms`, to be made once for a run: some keep a memory."""
+        return [create(name) for name in self.terms]
+
     def plan(self) -> Plan:
         """The loss as `qkernels.objectives` sees it; raises ValueError if it cannot be had."""
-        return resolve(list(self.terms), list(self.terms.values()), self.label_smoothing)
+        return resolve(self.loss_types(), list(self.terms.values()), self.label_smoothing)
 
     def base_sizes(self) -> Sizes:
         """The sizes before the data is known: how much to generate, the vocabulary."""

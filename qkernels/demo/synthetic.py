@@ -11,6 +11,7 @@ before any answer is written.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..data import Message, Preference
@@ -107,7 +108,7 @@ _ALSO_TRUE = {
     ("Uruguay", "dish"): {"asado"},
 }
 
-_SENTENCES = {
+SENTENCES = {
     "capital": (
         "The capital of {country} is {value}.",
         "Its capital is {value}.",
@@ -165,28 +166,50 @@ def generate(train_pairs: int, held_out_pairs: int, seed: int) -> SyntheticData:
     """
     rng = random.Random(f"qkernels demo {seed}")
     world = facts()
-    seen: dict[tuple[str, str], list[str]] = {}
-    unseen: dict[tuple[str, str], list[str]] = {}
+    seen, unseen = split_wrong_values(rng, world)
+    return SyntheticData(
+        [write_pair(rng, world, seen) for _ in range(train_pairs)],
+        [write_pair(rng, world, unseen) for _ in range(held_out_pairs)],
+    )
+
+
+WrongValues = dict[tuple[str, str], list[str]]
+
+
+def split_wrong_values(rng: random.Random, world: dict[str, dict[str, str]]) -> tuple[WrongValues, WrongValues]:
+    """The wrong values of each (country, kind of fact) that training pairs may plant, and those for held-out pairs."""
+    seen: WrongValues = {}
+    unseen: WrongValues = {}
     for country in world:
         for kind in KINDS:
             wrong = wrong_values(country, kind, world)
             rng.shuffle(wrong)
             cut = max(1, round(len(wrong) * _HELD_OUT_TRIPLES))
             unseen[country, kind], seen[country, kind] = wrong[:cut], wrong[cut:]
-    return SyntheticData(
-        [_pair(rng, world, seen) for _ in range(train_pairs)],
-        [_pair(rng, world, unseen) for _ in range(held_out_pairs)],
-    )
+    return seen, unseen
 
 
-def _pair(rng: random.Random, world: dict[str, dict[str, str]], wrong: dict[tuple[str, str], list[str]]) -> Preference:
+def write_pair(
+    rng: random.Random,
+    world: dict[str, dict[str, str]],
+    wrong: WrongValues,
+    sentences: Mapping[str, Sequence[str]] = SENTENCES,
+) -> Preference:
+    """One pair about a country drawn from `world`.
+
+    Args:
+        rng: draws everything.
+        world: country -> kind of fact -> true value.
+        wrong: the wrong values to plant, by country and kind.
+        sentences: the forms of a sentence, by kind.
+    """
     country = rng.choice(sorted(world))
     kinds = rng.sample(KINDS, rng.randint(3, len(KINDS)))
     errors = rng.sample(kinds, 2 if rng.random() < _TWO_ERRORS else 1)
     chosen, rejected = "", ""
     planted = []
     for kind in kinds:
-        before, after = rng.choice(_SENTENCES[kind]).format(country=country, value="\0").split("\0")
+        before, after = rng.choice(sentences[kind]).format(country=country, value="\0").split("\0")
         separator = " " if chosen else ""
         true = world[country][kind]
         stated = rng.choice(wrong[country, kind]) if kind in errors else true

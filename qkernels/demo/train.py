@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +88,7 @@ def train_preferences(
     options: DemoOptions,
     sizes: Sizes,
     progress: Progress,
+    on_evaluation: Callable[[int], None] | None = None,
 ) -> PreferenceCurves:
     """Train the policy with the loss of the options.
 
@@ -100,8 +101,10 @@ def train_preferences(
         reference: the frozen SFT model.
         train, held_out: the pairs.
         held_out_reference: the reference's log-probs of the held-out pairs.
+        on_evaluation: called with the number of steps done whenever the held-out pairs have been scored.
     """
     needs_logits = options.plan().needs_kl
+    loss_types = options.loss_types()
     pad = model.config.pad_token_id
     batches = _batches(train, sizes.batch_size, random.Random(f"preferences {options.seed}"))
     schedule = list(itertools.islice(batches, sizes.steps))
@@ -120,6 +123,8 @@ def train_preferences(
         rewards = [policy.rewards(ref, options.beta) for policy, ref in zip(scores, held_out_reference, strict=True)]
         chosen, rejected = mean(r[0] for r in rewards), mean(r[1] for r in rewards)
         curves.held_out.append(_point(step, chosen, rejected, ranked_right(rewards)))
+        if on_evaluation is not None:
+            on_evaluation(step)
 
     every = max(1, -(-sizes.steps // sizes.evaluations))
     score_held_out(0)
@@ -137,7 +142,7 @@ def train_preferences(
                 model(input_ids=batch.input_ids, use_cache=False).logits,
                 batch.labels,
                 beta=options.beta,
-                loss_type=list(options.terms),
+                loss_type=loss_types,
                 loss_weights=list(options.terms.values()),
                 label_smoothing=options.label_smoothing,
                 inplace_backward=True,

@@ -1,0 +1,99 @@
+"""The reward monitor as a callback of transformers' Trainer (and TRL's), on pairs of the user's choice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from ..monitor import RewardMonitor, measure_rewards
+
+logger = logging.getLogger(__name__)
+
+
+class RewardMonitorCallback(TrainerCallback):
+    """Scores a fixed set of pairs before the first step and every so many steps, logs the numbers, reports findings.
+
+    The numbers of the last observation join each of the trainer's log entries under "qkernels/...", so that they reach
+    whatever it reports to; findings go to this module's logger, as warnings, and into `monitor.findings`. Every process
+    of a distributed run scores the pairs (sharded models need that); the main one speaks.
+
+    With TRL, batches are had from the trainer itself:
+
+        probe = [trainer.data_collator([trainer.train_dataset[i] for i in range(start, start + 8)])
+                 for start in range(0, 32, 8)]
+        trainer.add_callback(RewardMonitorCallback(probe, reference_model=trainer.ref_model))
+
+    Args:
+        batches: as `qkernels.monitor.measure_rewards` takes them; 32 pairs or more show length bias.
+        reference_model: the frozen reference; None for a PEFT model, whose adapter is switched off instead.
+        beta: of the loss; None for the training arguments' own (`DPOConfig.beta`).
+        every: steps from one observation to the next; None for the training arguments' `logging_steps`.
+        monitor: to be used, with thresholds of its own; None for a `RewardMonitor` with the defaults.
+
+    Raises:
+        ValueError: no batches; `every` below 1; when training begins, no beta, or a model without an adapter and no
+            reference.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[Mapping[str, Any]],
+        reference_model: nn.Module | None = None,
+        *,
+        beta: float | None = None,
+        every: int | None = None,
+        monitor: RewardMonitor | None = None,
+    ):
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("batches is empty: give at least one batch of pairs to score")
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ValueError(f"every must be an int of 1 or more, or None; got {every!r}")
+        self.reference_model, self.beta, self.every = reference_model, beta, every
+        self._monitor = monitor
+
+    @property
+    def monitor(self) -> RewardMonitor:
+        """The monitor; made when training begins, unless it was given."""
+        if self._monitor is None:
+            raise ValueError("the monitor does not exist before training begins, unless it is given to the callback")
+        return self._monitor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.beta is None:
+            self.beta = self._monitor.beta if self._monitor is not None else getattr(args, "beta", None)
+        if self.beta is None:
+            raise ValueError("RewardMonitorCallback needs beta=: the training arguments have none")
+        if self.reference_model is None and not callable(getattr(model, "disable_adapter", None)):
+            raise ValueError(
+                "RewardMonitorCallback needs reference_model=: the model has no PEFT adapter that could be switched off"
+            )
+        if self._monitor is None:
+            self._monitor = RewardMonitor(self.beta)
+        self._observe(state, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        every = self.every or max(1, int(getattr(args, "logging_steps", 1) or 1))
+        if state.global_step % every == 0:
+            self._observe(state, model)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        numbers = self.monitor.logs() if self._monitor is not None else {}
+        if logs is not None:
+            logs.update(numbers)
+        if state.log_history:
+            state.log_history[-1].update(numbers)
+
+    def _observe(self, state: Any, model: nn.Module) -> None:
+        assert self.beta is not None
+        history = self.monitor.history
+        if history and history[-1].step >= state.global_step:  # training goes on after an interruption
+            return
+        pairs = measure_rewards(model, self.reference_model or model, self.batches, beta=self.beta)
+        for finding in self.monitor.observe(state.global_step, pairs):
+            if state.is_world_process_zero:
+                logger.warning("%s", finding)
