@@ -22,6 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--rows", type=int, default=None, help="positions in the batch (default: what memory holds, <= 1024)"
     )
     group.addoption("--vocab", type=int, default=128256, help="size of the vocabulary (default: 128256)")
+    group.addoption("--hidden", type=int, default=1024, help="size of the hidden states (default: 1024)")
+    group.addoption(
+        "--linear-vocab", type=int, default=32000, help="vocabulary of the head in test_linear.py (default: 32000)"
+    )
     group.addoption("--dtypes", default="fp32,bf16", help="comma-separated among fp32, bf16, fp16 (default: fp32,bf16)")
     group.addoption("--rounds", type=int, default=5, help="timed rounds of each contender (default: 5)")
     group.addoption(

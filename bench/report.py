@@ -14,8 +14,8 @@ class Entry:
 
     work, contender, dtype, shape: what was timed.
     milliseconds, fastest, slowest: median, minimum and maximum over the rounds.
-    bytes_moved: the least any implementation has to move between memory and processor.
-    copy_ratio: median time over the time that copying as many bytes took in the same run.
+    amount, unit: the least any implementation has to do, in "GB" moved between memory and processor or in "GFLOP".
+    floor, floor_ratio: what the time is compared with, measured in the same run, and the median as a multiple of it.
     peak_bytes: resident memory beyond the inputs, at most; None where it was not measured.
     logits_bytes: size of one tensor of logits.
     """
@@ -27,8 +27,10 @@ class Entry:
     milliseconds: float
     fastest: float
     slowest: float
-    bytes_moved: int
-    copy_ratio: float
+    amount: float
+    unit: str
+    floor: str
+    floor_ratio: float
     peak_bytes: int | None
     logits_bytes: int
 
@@ -41,14 +43,17 @@ class Entry:
             slowest=stats.max * 1e3,
             **{
                 key: info[key]
-                for key in ("work", "contender", "dtype", "shape", "bytes_moved", "peak_bytes", "logits_bytes")
+                for key in (
+                    "work", "contender", "dtype", "shape", "amount", "unit", "floor", "peak_bytes", "logits_bytes"
+                )
             },
-            copy_ratio=stats.median * info["copy_bandwidth"] / info["bytes_moved"],
-        )
+            floor_ratio=stats.median / info["floor_seconds"],
+        )  # fmt: skip
 
     @property
-    def gigabytes_per_second(self) -> float:
-        return self.bytes_moved / self.milliseconds / 1e6
+    def rate(self) -> float:
+        """Amount per second."""
+        return self.amount / self.milliseconds * 1e3
 
 
 def _groups(entries: list[Entry]) -> dict[tuple[str, str, str], list[Entry]]:
@@ -74,20 +79,21 @@ def markdown(entries: list[Entry], machine: dict[str, str]) -> str:
     lines = [f"- {key}: {value}" for key, value in machine.items()]
     for (work, dtype, shape), group in _groups(entries).items():
         lines += ["", f"**{work}**, {dtype}, {shape}", ""]
+        first = group[0]
         lines += [
-            "| | median | min–max | against the first | GB/s | time / copy of the same bytes | peak beyond inputs |"
+            f"| | median | min–max | against the first | {first.unit}/s | time / {first.floor} | peak beyond inputs |"
         ]
         lines += ["|---|---|---|---|---|---|---|"]
         for entry in group:
             lines.append(
                 f"| {entry.contender} | {_time(entry.milliseconds)} | {_time(entry.fastest)}–{_time(entry.slowest)} "
-                f"| {entry.milliseconds / group[0].milliseconds:.2f}x | {entry.gigabytes_per_second:.1f} "
-                f"| {entry.copy_ratio:.2f} | {_peak(entry)} |"
+                f"| {entry.milliseconds / first.milliseconds:.2f}x | {entry.rate:.1f} "
+                f"| {entry.floor_ratio:.2f} | {_peak(entry)} |"
             )
     lines += [
         "",
-        "GB/s and the ratio to a copy count the bytes that the work needs at least, whatever a contender really moves;",
-        "peak memory is a multiple (or share) of one tensor of logits.",
+        "GB/s, GFLOP/s and the ratio to a copy or to bare products count what the work needs at least, whatever a",
+        "contender really does; peak memory is a multiple (or share) of one tensor of logits.",
     ]
     return "\n".join(lines)
 
@@ -107,7 +113,7 @@ def write(entries: list[Entry], machine: dict[str, str], directory: Path) -> Non
 
 
 def plot(entries: list[Entry], path: Path) -> None:
-    """Bars for each piece of work that peers do too: median times, and a copy of the same bytes as a line."""
+    """Bars for each piece of work that peers do too: median times, and the floor as a line."""
     import matplotlib.pyplot as plt
 
     groups = sorted(
@@ -130,9 +136,9 @@ def plot(entries: list[Entry], path: Path) -> None:
         colours = ["#0b6e99" if "qkernels" in name else "#b9bec4" for name in names]
         bars = axis.barh(names, times, color=colours, height=0.7)
         axis.bar_label(bars, [_time(t) for t in times], padding=4, fontsize=9)
-        floor = group[0].milliseconds / group[0].copy_ratio
+        floor = group[0].milliseconds / group[0].floor_ratio
         axis.axvline(floor, color="#c2410c", linewidth=1.2, linestyle="--")
-        axis.text(floor, -0.75, " copy of the same bytes", color="#c2410c", fontsize=8, va="center")
+        axis.text(floor, -0.75, f" {group[0].floor}", color="#c2410c", fontsize=8, va="center")
         axis.set_xlim(0, max(times) * 1.18)
         axis.set_ylim(len(names) - 0.4, -1.1)
         axis.set_title(f"{work}, {dtype}", fontsize=11, loc="left", fontweight="bold")

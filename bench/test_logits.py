@@ -31,9 +31,11 @@ def record(benchmark, work: str, contender: str, dtype: str, size: Size, data: D
         contender=contender,
         dtype=dtype,
         shape=f"{size.rows} rows x {size.vocab}",
-        bytes_moved=int(passes * data.logits_bytes),
+        amount=passes * data.logits_bytes / 1e9,
+        unit="GB",
+        floor="copy of the same bytes",
+        floor_seconds=passes * data.logits_bytes / data.copy_bandwidth,
         logits_bytes=data.logits_bytes,
-        copy_bandwidth=data.copy_bandwidth,
         peak_bytes=None,
     )
 
