@@ -11,7 +11,8 @@ noise:
     products   hidden states of the answers' rows times the heads, chunk by chunk, into a buffer that is kept
     head       the same rows to log-probs, entropy, KLs, Q, V, A and rewards, products included
 
-"Beyond the products" is head - products, as a share of forward. Memory is the highest rise of the resident set.
+"Beyond the products" is head - products, as a share of forward. Memory is the highest rise of
+the resident set during `head`.
 """
 
 from __future__ import annotations
@@ -94,10 +95,6 @@ def _hidden(scorer: TokenScorer, ids: torch.Tensor) -> list[torch.Tensor]:
     return [hidden_states(m, input_ids=ids) for m in (scorer.model, scorer.reference)]
 
 
-def _whole(scorer: TokenScorer, answer: Answer) -> None:
-    list(scorer.scores([answer]))
-
-
 def _head(scorer: TokenScorer, hidden: Sequence[torch.Tensor], labels: torch.Tensor) -> None:
     """What scoring does after the models' own forward."""
     weights = [head_parameters(m).weight for m in (scorer.model, scorer.reference)]
@@ -140,16 +137,15 @@ def measure_time(scorer: TokenScorer, answers: Sequence[Answer], rounds: int) ->
 
 
 @torch.no_grad()
-def measure_memory(scorer: TokenScorer, lengths: Sequence[int]) -> list[tuple[int, int | None, int | None, int]]:
-    """Per length: highest rise in memory of the head alone and of scoring one answer; bytes of one model's logits."""
+def measure_memory(scorer: TokenScorer, lengths: Sequence[int]) -> list[tuple[int, int | None, int]]:
+    """Per length of a sequence: by how much the head raises the memory at most; bytes of both models' logits."""
     rng = random.Random(0)
     rows = []
     for length in lengths:
         answer = Answer([1] * 16, [rng.randrange(scorer.vocabulary) for _ in range(length - 16)])
         ids, labels = _padded([answer])
         head = peak_memory(functools.partial(_head, scorer, _hidden(scorer, ids), labels))
-        whole = peak_memory(functools.partial(_whole, scorer, answer))
-        rows.append((length, head, whole, 4 * length * scorer.vocabulary))
+        rows.append((length, head, 2 * 4 * length * scorer.vocabulary))
     return rows
 
 
@@ -188,13 +184,10 @@ def main() -> None:
         times = " | ".join(f"{value:.1f}" for value in (*seconds.values(), beyond))
         print(f"| {number} | {times} | {beyond / seconds['forward']:.1%} | {rate:.0f} |")
     if args.lengths:
-        print(
-            "\n| tokens of one sequence | head MiB | scoring MiB, models' activations included | logits would be MiB |"
-        )
-        print("|---|---|---|---|")
-        for length, head, whole, logits in measure_memory(scorer, args.lengths):
-            shown = ["–" if size is None else f"{size / 2**20:.0f}" for size in (head, whole)]
-            print(f"| {length} | {shown[0]} | {shown[1]} | {2 * logits / 2**20:.0f} |")
+        print("\n| tokens of one sequence | head MiB | both models' logits MiB |")
+        print("|---|---|---|")
+        for length, head, logits in measure_memory(scorer, args.lengths):
+            print(f"| {length} | {'–' if head is None else f'{head / 2**20:.0f}'} | {logits / 2**20:.0f} |")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class Encoder:
         texts = [text for text, _, _ in rendered]
         encoded = self._tokenise(texts)
         if self.other is not None:
-            others = self.other(texts, add_special_tokens=not self.chat)["input_ids"]
+            others = self.other(texts, add_special_tokens=not self.chat, verbose=False)["input_ids"]
             for (where, _, _), (ids, _), its in zip(sides, encoded, others, strict=True):
                 if ids != list(its):
                     at = _common(ids, its)
@@ -163,7 +163,8 @@ class Encoder:
         """Ids and offsets of whole texts; offsets are None from tokenizers that do not tell them."""
         fast = bool(getattr(self.tokenizer, "is_fast", False))
         options: dict[str, Any] = {"return_offsets_mapping": True} if fast else {}
-        encoded = self.tokenizer(texts, add_special_tokens=not self.chat, **options)
+        # Not verbose: what is too long is this package's to refuse or to cut, not the tokenizer's to warn of.
+        encoded = self.tokenizer(texts, add_special_tokens=not self.chat, verbose=False, **options)
         offsets = encoded["offset_mapping"] if fast else [None] * len(texts)
         return [
             (list(ids), None if spans is None else [(int(a), int(b)) for a, b in spans])

@@ -246,11 +246,16 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
         if not options.resume:
             results.open(options.resume, options.overwrite)
         tokens = _run(scorer, encoder, todo, cached, results, progress)
-    scoring = time.monotonic() - began
-    if not results.info:
-        raise ScoreError(f"{options.data}: no pairs to score")
+    device = next(loaded.model.parameters()).device
+    facts = {
+        "note": note,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "backend": backends.resolve("auto", torch.zeros(1, 1, device=device)),
+        "elapsed_seconds": {"scoring": round(time.monotonic() - began, 2), "tokens_scored": tokens},
+    }
     progress.say("Writing tables and report")
-    return _finish(options, results, everything, note, {"scoring": round(scoring, 2), "tokens_scored": tokens})
+    return _finish(options, results, everything, facts)
 
 
 def _outputs(options: ScoreOptions) -> tuple[str, ...]:
@@ -309,8 +314,7 @@ def _finish(
     options: ScoreOptions,
     results: Results,
     pairs: Mapping[int, Preference],
-    note: str | None,
-    costs: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Tables, figures and report out of the parts."""
     import pyarrow.parquet as pq
@@ -327,11 +331,8 @@ def _finish(
         "cut_pairs": len(cuts),
         "max_length": options.max_length,
         "settings": results.settings,
-        "note": note,
-        "threads": torch.get_num_threads(),
-        "backend": backends.resolve("auto", torch.zeros(1, 1)),
+        **facts,
         "versions": _versions(),
-        "elapsed_seconds": dict(costs),
     }
     results.write(SUMMARY, as_json(figures))
     shown = _shown(results, overview, pairs, cuts, options.shown)
@@ -415,7 +416,7 @@ def _facts(options: ScoreOptions, figures: Mapping[str, Any]) -> list[tuple[str,
         ("cut", cut),
         ("time", f"{elapsed['scoring']:.1f} s for {elapsed['tokens_scored']} answer tokens, loading included"),
         ("versions", ", ".join(f"{name} {version}" for name, version in figures["versions"].items())),
-        ("backend", f"{figures['backend']}, threads: {figures['threads']}"),
+        ("backend", f"{figures['backend']} on {figures['device']}, threads: {figures['threads']}"),
     ]
     if figures["note"]:
         facts.insert(2, ("heads", figures["note"]))
