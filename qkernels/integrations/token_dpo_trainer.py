@@ -38,7 +38,7 @@ from .. import objectives
 from ..functional import shift_labels
 from ..preference import Batch
 from ..sequences import log_ratios
-from .transformers import HeadCall, hidden_and_head, run, unwrap
+from .transformers import HeadCall, check_same_shape_of_logits, hidden_and_head, run, unwrap
 from .trl import NotOnTheHead, Patch, add_token_head
 
 IGNORE = -100
@@ -321,6 +321,8 @@ class TokenDPOTrainer(DPOTrainer):
             raise ValueError(
                 f"{what} and a vision data set do not go together: its answers are tokenised batch by batch"
             )
+        if self._plan.needs_kl and self.ref_model is not None:
+            check_same_shape_of_logits(self.model, self.ref_model)
         if not self.padding_free:
             return
         causal = unwrap(self.model)

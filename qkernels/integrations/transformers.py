@@ -696,15 +696,19 @@ def reference_rows(
                 "reference_model is model itself, which has no PEFT adapter to switch off; pass a frozen copy"
             )
         adapter = peft.disable_adapter()  # type: ignore[operator]
-    causal = unwrap(reference_model)
-    ours, its = _shaping(unwrap(model)), _shaping(causal)
+    check_same_shape_of_logits(model, reference_model)
+    with adapter:
+        return hidden_and_head(reference_model, inputs)
+
+
+def check_same_shape_of_logits(model: nn.Module, reference_model: nn.Module) -> None:
+    """Refuse a reference whose logits are capped or scaled in another way than the policy's."""
+    ours, its = _shaping(unwrap(model)), _shaping(unwrap(reference_model))
     if ours != its:
         raise ValueError(
             "reference_model must shape its logits as model does: softcap, logit scale and columns are"
             f" {ours} of model and {its} of reference_model"
         )
-    with adapter:
-        return hidden_and_head(reference_model, inputs)
 
 
 def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,0 +1,665 @@
+"""TRL: our trainer gives TRL's numbers, does what TRL lacks, and the patch is put on and taken off cleanly.
+
+Both trainers run for a few steps on a tiny model with equal seeds. Plain SGD, because Adam turns a rounding error in a
+gradient near 0 into a full step.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib.metadata
+import math
+import os
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import qkernels
+from qkernels import fused_linear_token_dpo, shift_labels
+
+pytest.importorskip("trl", reason="TRL is not installed")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from datasets import Dataset, disable_progress_bars
+from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer, utils
+
+import hf_models
+from qkernels.integrations import trl as integration
+from qkernels.integrations.token_dpo_trainer import TokenPreferenceCollator
+from qkernels.integrations.transformers import compute_token_logps, head_parameters, hidden_states
+from qkernels.integrations.trl import (
+    TokenDPOConfig,
+    TokenDPOTrainer,
+    add_token_head,
+    patch_trl,
+    require_trl,
+    unpatch_trl,
+)
+
+disable_progress_bars()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+PAIRS = Dataset.from_list(hf_models.preferences())
+WEIGHTED = Dataset.from_list(hf_models.preferences(weights=True))
+REFERENCE = hf_models.model(seed=7)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage():
+    """accelerate collects garbage after each training; what was there before needs no looking at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def train(trainer, tmp_path, *, model=None, ref_model="default", data=PAIRS, config=DPOConfig, steps=3,
+          evaluate=True, extra=None, **options):  # fmt: skip
+    """Train for a few steps and evaluate; returns the trainer."""
+    options = {
+        "per_device_train_batch_size": 4, "max_steps": steps, "logging_steps": 1, "learning_rate": 0.05, "seed": 1,
+        "optim": "sgd", "lr_scheduler_type": "constant", "report_to": [], "use_cpu": True, "save_strategy": "no",
+        "disable_tqdm": True, "log_level": "error", "gradient_checkpointing": False, "bf16": False, **options,
+    }  # fmt: skip
+    made = trainer(
+        model=hf_models.model() if model is None else model,
+        ref_model=copy.deepcopy(REFERENCE) if ref_model == "default" else ref_model,
+        args=config(output_dir=str(tmp_path), **options),
+        train_dataset=data,
+        eval_dataset=data.select(range(8)) if evaluate else None,
+        processing_class=hf_models.tokenizer(),
+        **(extra or {}),
+    )
+    made.remove_callback(__import__("transformers").PrinterCallback)
+    made.train()
+    if evaluate:
+        made.evaluate()
+    return made
+
+
+def numbers(trainer):
+    """What a trainer has logged, without times."""
+    timing = ("runtime", "per_second", "total_flos")
+    return [
+        {name: value for name, value in entry.items() if not any(word in name for word in timing)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def assert_same(ours, theirs, tolerance=1e-4, names=True):
+    """Equal logs, under equal names, and equal parameters."""
+    for one, other in zip(numbers(ours), numbers(theirs), strict=True):
+        if names:
+            assert one.keys() == other.keys()
+        for name in one.keys() & other.keys():
+            assert one[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), name
+    mine, its = dict(ours.model.named_parameters()), dict(theirs.model.named_parameters())
+    assert mine.keys() == its.keys()
+    for name, value in mine.items():
+        torch.testing.assert_close(value, its[name], rtol=tolerance, atol=tolerance)
+
+
+_STOCK: dict = {}
+
+
+def stock(tmp_path, **options):
+    """TRL's own trainer; its runs with plain options are kept."""
+    key = repr(sorted(options.items())) if not {"model", "extra", "data"} & options.keys() else None
+    if key is None or key not in _STOCK:
+        made = train(DPOTrainer, tmp_path, **options)
+        if key is None:
+            return made
+        _STOCK[key] = made
+    return _STOCK[key]
+
+
+# --- the same numbers as TRL ---------------------------------------------------------------------------------------
+
+LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+          "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"]  # fmt: skip
+SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_of_trl(loss, tmp_path):
+    options = {"loss_type": loss, "label_smoothing": 0.1 if loss in SMOOTHED else 0.0, "beta": 0.2}
+    if loss in ("sppo_hard", "ipo"):
+        options["learning_rate"] = 1e-3  # their gradients are large
+    assert_same(train(TokenDPOTrainer, tmp_path, **options), stock(tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 0.5]},
+        {"loss_type": ["ipo", "hinge"], "learning_rate": 1e-3},
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "js_divergence", "loss_type": "hinge"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.6},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+        {"use_weighting": True},
+        {"ld_alpha": 0.4},
+        {"ld_alpha": 0.4, "loss_type": ["sigmoid", "sft"], "precompute_ref_log_probs": True},
+        {"precompute_ref_log_probs": True},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"max_length": 9},
+        {"max_length": 9, "truncation_mode": "keep_end", "precompute_ref_log_probs": True},
+        {"pad_to_multiple_of": 8},
+        {"per_device_train_batch_size": 1, "sync_ref_model": True, "ref_model_sync_steps": 2},
+    ],
+    ids=str,
+)
+def test_options_of_trl(options, tmp_path):
+    assert_same(train(TokenDPOTrainer, tmp_path, **options), stock(tmp_path, **options))
+
+
+def test_bf16_autocast(tmp_path):
+    """TRL rounds logits to bf16 before the softmax, which is worth 3e-2 for each token."""
+    ours, theirs = train(TokenDPOTrainer, tmp_path, bf16=True), stock(tmp_path, bf16=True)
+    exact = stock(tmp_path)
+    first = [numbers(trainer)[0] for trainer in (ours, theirs, exact)]
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], abs=0.05)
+    assert first[0]["loss"] != first[2]["loss"]
+    assert_same(ours, theirs, tolerance=0.2)
+
+
+def test_evaluation_metrics_of_the_user(tmp_path):
+    extra = {"compute_metrics": lambda prediction: {"total": float(prediction.predictions.astype("float64").sum())}}
+    ours = train(TokenDPOTrainer, tmp_path, extra=extra)
+    assert_same(ours, stock(tmp_path, extra=extra))
+    assert "eval_total" in numbers(ours)[-1]
+
+
+def test_mixture_of_experts(tmp_path):
+    def made():
+        return hf_models.model("mixtral")
+
+    options = {"router_aux_loss_coef": 0.1, "ref_model": hf_models.model("mixtral", seed=7)}
+    theirs = stock(tmp_path, model=made(), **copy.deepcopy(options))
+    assert_same(train(TokenDPOTrainer, tmp_path, model=made(), **copy.deepcopy(options)), theirs)
+    with patch_trl():
+        assert_same(train(DPOTrainer, tmp_path, model=made(), **copy.deepcopy(options)), theirs)
+    assert numbers(theirs)[0]["aux_loss"] > 1
+
+
+def test_soft_capped_model(tmp_path):
+    def made():
+        return hf_models.model("gemma2")
+
+    reference = hf_models.model("gemma2", seed=7)
+    theirs = stock(tmp_path, model=made(), ref_model=copy.deepcopy(reference))
+    assert_same(train(TokenDPOTrainer, tmp_path, model=made(), ref_model=copy.deepcopy(reference)), theirs)
+
+
+def test_compiled(tmp_path):
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    options = {"evaluate": False, "steps": 2}
+    ours = train(TokenDPOTrainer, tmp_path, torch_compile=True, torch_compile_backend="eager", **options)
+    assert not counters["graph_break"] and counters["frames"]["ok"] >= 2
+    assert_same(ours, stock(tmp_path, **options))
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lora():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+
+    def config(*targets, **options):
+        return peft.LoraConfig(r=4, lora_alpha=32, target_modules=list(targets), task_type="CAUSAL_LM", **options)
+
+    config.peft = peft
+    return config
+
+
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}], ids=str)
+def test_adapter_off_is_the_reference(lora, options, tmp_path):
+    options = {"ref_model": None, "learning_rate": 0.5, **options}
+    ours = train(TokenDPOTrainer, tmp_path, extra={"peft_config": lora("q_proj", "v_proj")}, **options)
+    theirs = stock(tmp_path, extra={"peft_config": lora("q_proj", "v_proj")}, **options)
+    assert_same(ours, theirs)
+    assert numbers(ours)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if not options.get("precompute_ref_log_probs"):  # caches are made of other batches, which round differently
+        assert numbers(ours)[0]["rewards/margins"] == 0
+
+
+def test_adapter_that_exists_is_copied_as_the_reference(lora, tmp_path):
+    def made():
+        model = lora.peft.get_peft_model(hf_models.model(), lora("q_proj"))
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0, 0.1)
+        return model
+
+    options = {"ref_model": None, "learning_rate": 0.5}
+    assert_same(train(TokenDPOTrainer, tmp_path, model=made(), **options), stock(tmp_path, model=made(), **options))
+
+
+def test_other_kinds_of_adapter(lora, tmp_path):
+    options = {"ref_model": None, "learning_rate": 0.1}
+    for config in (
+        lora("q_proj", modules_to_save=["lm_head"]),
+        lora.peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ):
+        ours = train(TokenDPOTrainer, tmp_path, extra={"peft_config": copy.deepcopy(config)}, **options)
+        assert_same(ours, stock(tmp_path, extra={"peft_config": copy.deepcopy(config)}, **options))
+
+
+def test_adapter_on_the_head(lora, tmp_path):
+    """TRL refuses it. Here the reference for the numbers is plain DPO on the model's own logits."""
+    options = {"ref_model": None, "learning_rate": 0.5, "evaluate": False}
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        train(DPOTrainer, tmp_path, extra={"peft_config": lora("lm_head")}, **options)
+    ours = train(TokenDPOTrainer, tmp_path, extra={"peft_config": lora("q_proj", "lm_head")}, **options)
+    with patch_trl():
+        patched = train(DPOTrainer, tmp_path, extra={"peft_config": lora("q_proj", "lm_head")}, **options)
+    assert_same(ours, patched)
+    trained = [p for name, p in ours.model.named_parameters() if "lm_head.lora_B" in name]
+    assert trained and float(trained[0].abs().max()) > 1e-3
+
+    model = ours.model.eval()
+    batch = next(iter(ours.get_eval_dataloader(ours.train_dataset)))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = shift_labels(batch["input_ids"], mask=batch["completion_mask"])
+
+    def logps():
+        found = torch.log_softmax(model(**inputs).logits, -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        return torch.where(labels == -100, 0.0, found).sum(1)
+
+    with torch.no_grad(), model.disable_adapter():
+        reference = logps()
+    margins = (logps() - reference).view(2, -1)
+    expected = -torch.nn.functional.logsigmoid(0.1 * (margins[0] - margins[1])).mean()
+    got = ours.compute_loss(model, batch)
+    assert float(got) == pytest.approx(float(expected), abs=1e-6)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for one, other in zip(torch.autograd.grad(got, parameters), torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+# --- what TRL lacks ------------------------------------------------------------------------------------------------
+
+
+def test_token_weights(tmp_path):
+    """Ones change nothing; others are the weights of the loss on hidden states."""
+    ones = [
+        {**pair, **{name: [1.0] * len(pair[name]) for name in pair if name.endswith("_weights")}}
+        for pair in hf_models.preferences(weights=True)
+    ]
+    plain = Dataset.from_list([{k: v for k, v in pair.items() if not k.endswith("_weights")} for pair in ones])
+    assert_same(
+        train(TokenDPOTrainer, tmp_path, data=Dataset.from_list(ones)), stock(tmp_path, data=plain), tolerance=1e-4
+    )
+    trainer = train(TokenDPOTrainer, tmp_path, data=WEIGHTED, steps=1)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    labels = shift_labels(batch["input_ids"], mask=batch["completion_mask"])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    policy, reference = trainer.model, trainer.ref_model
+    expected = fused_linear_token_dpo(
+        hidden_states(policy, **inputs), head_parameters(policy).weight, labels,
+        reference_hidden=hidden_states(reference, **inputs), reference_weight=head_parameters(reference).weight,
+        token_weights=nn.functional.pad(batch["token_weights"][:, 1:], (0, 1)),
+    )  # fmt: skip
+    assert float(trainer.compute_loss(policy, batch)) == pytest.approx(float(expected.loss), abs=1e-5)
+    assert float(batch["token_weights"].max()) == 2.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_type": "ipo", "learning_rate": 1e-3},
+        {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5, "use_weighting": False},
+        {"loss_type": "tdpo2"},
+        {"max_length": 9, "precompute_ref_log_probs": True},
+        {"use_weighting": True},
+    ],
+    ids=str,
+)
+def test_packed_equals_padded(options, tmp_path):
+    packed = train(TokenDPOTrainer, tmp_path, data=WEIGHTED, padding_free=True, **options)
+    assert_same(packed, train(TokenDPOTrainer, tmp_path, data=WEIGHTED, **options))
+    batch = next(iter(packed.get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch
+    assert packed.padding_free and packed.args.padding_free
+
+
+def test_packed_and_compiled(tmp_path):
+    options = {"padding_free": True, "evaluate": False, "steps": 1}
+    compiled = train(TokenDPOTrainer, tmp_path, torch_compile=True, torch_compile_backend="eager", **options)
+    assert_same(compiled, train(TokenDPOTrainer, tmp_path, **options))
+
+
+@pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])
+def test_tdpo(loss, tmp_path):
+    trainer = train(TokenDPOTrainer, tmp_path, loss_type=loss, steps=1)
+    first = numbers(trainer)[0]
+    assert first["kl/chosen"] > 0 and first["kl/rejected"] > 0
+    policy, batch = hf_models.model(), next(iter(trainer.get_train_dataloader()))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = fused_linear_token_dpo(
+        hidden_states(policy, **inputs), policy.lm_head.weight,
+        shift_labels(batch["input_ids"], mask=batch["completion_mask"]),
+        reference_hidden=hidden_states(REFERENCE, **inputs), reference_weight=REFERENCE.lm_head.weight, loss_type=loss,
+    )  # fmt: skip
+    with torch.no_grad():
+        trainer.model.load_state_dict(policy.state_dict())
+        assert float(trainer.compute_loss(trainer.model, batch)) == pytest.approx(float(expected.loss), abs=1e-5)
+
+
+def test_options_of_losses(tmp_path):
+    """tdpo2 with alpha 0 is DPO; a function can be the loss; simpo loads no reference."""
+    plain = stock(tmp_path)
+    ours = train(TokenDPOTrainer, tmp_path, config=TokenDPOConfig, loss_type="tdpo2", loss_kwargs={"alpha": 0.0})
+    assert_same(ours, plain, names=False)
+    ours = train(TokenDPOTrainer, tmp_path, config=TokenDPOConfig, loss_type=hinge_with_margin, max_chunk_bytes=4000)
+    assert_same(ours, stock(tmp_path, loss_type="hinge"))
+    ours.args.to_json_string()
+    simpo = train(
+        TokenDPOTrainer, tmp_path, config=TokenDPOConfig, ref_model=None, loss_type="simpo", beta=2.0,
+        loss_kwargs={"gamma": 1.0},
+    )  # fmt: skip
+    assert simpo.ref_model is None
+    first = numbers(simpo)[0]
+    assert first["rewards/chosen"] == pytest.approx(2.0 * first["logps/chosen"], rel=1e-5)
+
+
+def hinge_with_margin(scores, beta, margin=1.0):
+    return torch.relu(margin - beta * scores.margins)
+
+
+def test_token_caches(tmp_path):
+    """A log-prob for each token, NaN where the answer is cut off; those that a data set has are used."""
+    trainer = train(TokenDPOTrainer, tmp_path, precompute_ref_log_probs=True, max_length=9)
+    data = trainer.train_dataset
+    model = copy.deepcopy(REFERENCE)
+    for example in list(data)[:4]:
+        ids = torch.tensor([example["prompt_ids"] + example["rejected_ids"]])[:, :9]
+        start = len(example["prompt_ids"])
+        expected = compute_token_logps(model, {"input_ids": ids})[0, start - 1 : -1]
+        cached = torch.tensor(example["ref_rejected_token_logps"])
+        assert cached.shape == (len(example["rejected_ids"]),)
+        torch.testing.assert_close(cached[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+        assert bool(cached[len(expected) :].isnan().all())
+    shifted = [
+        {
+            **{name: example[name] for name in ("prompt", "chosen", "rejected")},
+            **{name: [0.0] * len(example[name]) for name in example if name.endswith("_token_logps")},
+        }
+        for example in data
+    ]
+    given = train(
+        TokenDPOTrainer, tmp_path, data=Dataset.from_list(shifted), precompute_ref_log_probs=True, evaluate=False
+    )
+    first = numbers(given)[0]
+    assert first["rewards/chosen"] == pytest.approx(0.1 * first["logps/chosen"], rel=1e-5)
+    batch = next(iter(trainer.get_train_dataloader()))
+    chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
+    assert chosen.shape == rejected.shape == (4,)
+
+
+def test_collator():
+    tokens = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]}
+    other = {"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [10, 11]}
+    weights = {"chosen_token_weights": [1.0, 2.0, 0.5], "rejected_token_weights": [0.0]}
+    caches = {"ref_chosen_token_logps": [-1.0, -2.0, None], "ref_rejected_token_logps": [-3.0]}
+    first = {**tokens, **weights, **caches}
+    second = {
+        **other, "chosen_token_weights": [3.0], "rejected_token_weights": [4.0, 5.0],
+        "ref_chosen_token_logps": [-1.0], "ref_rejected_token_logps": [-1.5, -2.5],
+    }  # fmt: skip
+    batch = TokenPreferenceCollator(pad_token_id=0, max_length=4)([first, second])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 7, 0, 0], [5, 6, 10, 0], [5, 10, 11, 0]]
+    assert batch["token_weights"].tolist() == [[0, 0, 1, 2], [0, 3, 0, 0], [0, 0, 0, 0], [0, 4, 5, 0]]
+    assert batch["ref_token_logps"].tolist() == [[0, 0, -1, -2], [0, -1, 0, 0], [0, 0, -3, 0], [0, -1.5, -2.5, 0]]
+    packed = TokenPreferenceCollator(pad_token_id=0, max_length=4, packed=True)([first, second])
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 5, 7, 5, 6, 10, 5, 10, 11]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1, 2]]
+    assert packed["cu_seqlens"].tolist() == [0, 4, 6, 9, 12] and packed["cu_seqlens"].dtype == torch.int32
+    assert packed["token_weights"].tolist() == [[0, 0, 1, 2, 0, 3, 0, 0, 0, 0, 4, 5]]
+    with pytest.raises(ValueError, match="lack tokens that this batch scores"):
+        TokenPreferenceCollator(pad_token_id=0)([first, second])
+    with pytest.raises(ValueError, match="chosen_token_weights has 1 numbers and the answer 3 tokens"):
+        TokenPreferenceCollator(pad_token_id=0)([{**first, "chosen_token_weights": [1.0]}])
+    with pytest.raises(ValueError, match="needs both of"):
+        TokenPreferenceCollator(pad_token_id=0)([{**tokens, "chosen_token_weights": [1.0] * 3}])
+    for bad in (-1.0, float("nan"), None):
+        with pytest.raises(ValueError, match="chosen_token_weights must be finite numbers, 0 or more"):
+            TokenPreferenceCollator(pad_token_id=0)([{**first, "chosen_token_weights": [1.0, bad, 1.0]}])
+
+
+def test_results_of_every_step(tmp_path):
+    seen = []
+
+    class Watching(TokenDPOTrainer):
+        def on_token_results(self, results):
+            seen.append(results)
+            self._metrics[results.mode]["rewards/lowest_token"].append(float(results.token_rewards.min()))
+
+    trainer = train(Watching, tmp_path, steps=2)
+    assert [results.mode for results in seen] == ["train", "train", "eval"]
+    assert {"rewards/lowest_token"} <= numbers(trainer)[0].keys()
+    assert "eval_rewards/lowest_token" in numbers(trainer)[-1]
+    first = seen[0]
+    scored = first.labels != -100
+    assert torch.equal(first.logps != 0, scored) and not first.loss.requires_grad
+    rewards = (first.token_weights * first.token_rewards).sum(1)
+    torch.testing.assert_close(torch.cat([first.chosen_rewards, first.rejected_rewards]), rewards)
+    torch.testing.assert_close(first.token_rewards, 0.1 * (first.logps - first.reference_logps))
+    assert numbers(trainer)[0]["rewards/chosen"] == pytest.approx(float(first.chosen_rewards.mean()), rel=1e-5)
+    packed = train(Watching, tmp_path, steps=1, padding_free=True, evaluate=False)
+    last = seen[-1]
+    assert last.logps.dim() == 1 and last.cu_seqlens[-1] == last.logps.shape[0]
+    assert numbers(packed)[0]["rewards/lowest_token"] == pytest.approx(numbers(trainer)[0]["rewards/lowest_token"])
+
+
+def test_a_trained_model_is_a_model(tmp_path):
+    trainer = train(TokenDPOTrainer, tmp_path, steps=1, evaluate=False)
+    ids = torch.tensor([[5, 6, 7]])
+    assert trainer.model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] <= 5
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = type(trainer.model).from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(
+        compute_token_logps(loaded, {"input_ids": ids}), compute_token_logps(trainer.model, {"input_ids": ids})
+    )
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"loss_type": "tdpo1", "precompute_ref_log_probs": True}, "needs the whole distribution of the reference"),
+        ({"loss_type": "simpo", "ref_model": None, "sync_ref_model": True}, "has no meaning for loss_type"),
+        ({"loss_type": "nonsense"}, "loss_type 'nonsense' is unknown"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing=0.1 has no meaning"),
+        ({"config": TokenDPOConfig, "loss_kwargs": {"ld_alpha": 0.5}}, "is the option ld_alpha of the configuration"),
+        ({"config": TokenDPOConfig, "loss_kwargs": {"gamma": 0.5}}, "'gamma'] unknown to loss_type"),
+        (
+            {"padding_free": True, "extra": {"data_collator": lambda examples: {}}},
+            "packs in the trainer's own collator",
+        ),
+        ({"padding_free": True, "model": "mamba", "ref_model": "mamba"}, "MambaForCausalLM does not"),
+        ({"loss_type": "tdpo1", "model": "llama", "ref_model": "gemma2"}, "shape its logits as model does"),
+        ({"config": TokenDPOConfig, "backend": "abacus"}, "abacus"),
+    ],
+)
+def test_contradictions(options, message, tmp_path):
+    for name in ("model", "ref_model"):
+        if isinstance(options.get(name), str):
+            options = {**options, name: hf_models.model(options[name])}
+    before = dict(vars(dpo_trainer))
+    with pytest.raises((ValueError, TypeError), match=message.replace("[", r"\[").replace("]", r"\]")):
+        train(TokenDPOTrainer, tmp_path, steps=1, **options)
+    assert dict(vars(dpo_trainer)) == before
+
+
+def test_weights_that_would_get_lost(tmp_path):
+    collator = dpo_trainer.DataCollatorForPreference(pad_token_id=0)
+    with pytest.raises(ValueError, match="the batch has no token_weights"):
+        train(TokenDPOTrainer, tmp_path, data=WEIGHTED, extra={"data_collator": collator})
+    with pytest.raises(ValueError, match="the batch has no ref_token_logps"):
+        train(TokenDPOTrainer, tmp_path, precompute_ref_log_probs=True, extra={"data_collator": collator})
+
+
+def test_label_smoothing_of_dpo_is_announced(tmp_path):
+    with pytest.warns(UserWarning, match="cDPO"):
+        train(TokenDPOTrainer, tmp_path, label_smoothing=0.1, steps=1, evaluate=False)
+
+
+@pytest.mark.parametrize(
+    "version, message",
+    [("1.15.2", "TRL 1.15.2 is too old"), ("0.9.4", "too old"), ("2.0.0", "major version that this release"),
+     ("unknown", "too old")],
+)  # fmt: skip
+def test_versions(version, message, monkeypatch):
+    own = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "trl" else own(name))
+    with pytest.raises(ImportError, match=message) as raised:
+        patch_trl()
+    assert "1.16" in str(raised.value) and version in str(raised.value)
+    with pytest.raises(ImportError, match=message):
+        add_token_head(hf_models.model())
+
+
+def test_missing_plug_points(monkeypatch):
+    monkeypatch.delattr(utils, "add_fused_lm_head")
+    with pytest.raises(ImportError, match=r"lacks trl\.trainer\.utils\.add_fused_lm_head"):
+        require_trl()
+    monkeypatch.undo()
+    monkeypatch.delattr(DPOTrainer, "_compute_loss")
+    with pytest.raises(ImportError, match=r"lacks DPOTrainer\._compute_loss"):
+        require_trl()
+
+
+def test_without_trl(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(ImportError, match=r"pip install 'qkernels\[trl\]'"):
+        integration.__getattr__("TokenDPOTrainer")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        integration.__getattr__("nothing")
+
+
+# --- the patch -----------------------------------------------------------------------------------------------------
+
+
+def test_patched_trainer(tmp_path):
+    with patch_trl():
+        ours = train(DPOTrainer, tmp_path, use_weighting=True)
+    assert_same(ours, stock(tmp_path, use_weighting=True))
+
+
+def test_patch_is_taken_off_exactly():
+    def state():
+        return [dict(vars(module)) for module in (utils, dpo_trainer)]
+
+    before = state()
+    patch_trl()
+    patched = state()
+    assert patched[0]["add_fused_lm_head"].func is add_token_head
+    patch_trl()  # changes nothing
+    assert state() == patched
+    late = types.ModuleType("trl.trainer.imported_later")
+    late.add_fused_lm_head = utils.add_fused_lm_head
+    sys.modules[late.__name__] = late
+    try:
+        unpatch_trl()
+    finally:
+        del sys.modules[late.__name__]
+    assert state() == before and late.add_fused_lm_head is utils.add_fused_lm_head
+    unpatch_trl()
+    with patch_trl() as outer:
+        with patch_trl() as inner:
+            assert outer is not inner
+        assert state() == patched or utils.add_fused_lm_head.func is add_token_head  # the inner one undid nothing
+    assert state() == before
+    with pytest.raises(RuntimeError), patch_trl():
+        raise RuntimeError
+    assert state() == before
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("family", ["llama", "cohere", "gemma2", "phi"])
+def test_head_equals_trl_s_head(family, cast):
+    """All outputs of TRL's head and their gradients, the entropy's included, as GRPO uses them."""
+    theirs, ours, batch = hf_models.model(family), hf_models.model(family), hf_models.batch()
+    outputs = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    options = {"temperature": 0.8, "cast_lm_head_to_fp32": cast, "outputs": outputs}
+    utils.add_fused_lm_head(theirs, **options)
+    add_token_head(ours, **options)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    results = []
+    for model in (ours, theirs):
+        out = model(**batch, labels=labels, fused_lm_head=True, num_items_in_batch=7)
+        (out.loss + (out.entropy * torch.linspace(0, 1, out.entropy.numel()).view_as(out.entropy)).sum()).backward()
+        results.append((out, [p.grad for p in model.parameters()]))
+    (one, mine), (other, its) = results
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=2e-5, rtol=1e-4)
+    for p, q in zip(mine, its, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
+    shifted = shift_labels(labels)
+    pair = [model(**batch, shift_labels=shifted, fused_lm_head=True).log_probs.detach() for model in (ours, theirs)]
+    assert pair[0].shape == (3, 12)
+    torch.testing.assert_close(*pair, atol=2e-5, rtol=1e-4)
+    assert ours(**batch).logits.shape[-1] == hf_models.VOCAB
+    with pytest.raises(ValueError, match="needs labels or shift_labels"):
+        ours(**batch, fused_lm_head=True)
+    with pytest.raises(ValueError, match="outputs must be of"):
+        add_token_head(hf_models.model(), outputs=("logits",))
+
+
+def test_sft_trainer_on_the_patched_head(tmp_path):
+    """Other trainers of TRL use the same head."""
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_list([{"text": pair["prompt"] + pair["chosen"]} for pair in hf_models.preferences()])
+    runs = []
+    for patched in (False, True):
+        if patched:
+            patch_trl()
+        try:
+            trainer = SFTTrainer(
+                model=hf_models.model(),
+                args=SFTConfig(
+                    output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, optim="sgd", seed=1,
+                    learning_rate=0.05, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False,
+                    save_strategy="no", log_level="error", gradient_checkpointing=False,
+                ),
+                train_dataset=data,
+                processing_class=hf_models.tokenizer(),
+            )  # fmt: skip
+        finally:
+            unpatch_trl()
+        trainer.remove_callback(__import__("transformers").PrinterCallback)
+        trainer.train()
+        runs.append(trainer)
+    assert_same(*reversed(runs))
+
+
+def test_importing_the_package_imports_nothing_of_this():
+    import subprocess
+
+    code = "import sys, qkernels; print([m for m in sys.modules if m.startswith('qkernels.integrations')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]" and qkernels.__version__
