@@ -11,6 +11,8 @@ import torch
 
 from . import backends
 from ._version import __version__
+from .head import logits_product
+from .plans import default_chunk_bytes
 
 _AUTO_RULE = "the first available of " + ", ".join(backends._MODULES) + " for the tensor's device and dtype"
 
@@ -49,7 +51,8 @@ def info() -> Info:
 
     Returns:
         A dict that prints as a table. `info()["backends"][name]` is "available" or the reason why not;
-        `info()["auto"][device]` is what `backend="auto"` picks for fp32 tensors there.
+        `info()["auto"][device]` is what `backend="auto"` picks for fp32 tensors there;
+        `info()["hidden_states"]` how logits come out of hidden states, and the memory of a chunk unless asked for.
     """
     from .backends import cuda, native
 
@@ -72,5 +75,13 @@ def info() -> Info:
         auto={device.type: backends.resolve_for("auto", device, torch.float32) for device in devices},
         auto_rule=_AUTO_RULE,
         native_extension={**native.describe(), "cuda": cuda.describe()},
+        hidden_states={
+            **{
+                f"{device.type} {name}": logits_product(device, dtype)
+                for device in devices
+                for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+            },
+            **{f"{device.type} chunk": f"{default_chunk_bytes(device) / 2**20:.0f} MiB" for device in devices},
+        },
         threads={"torch": torch.get_num_threads(), "cores": os.cpu_count()},
     )

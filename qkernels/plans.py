@@ -69,6 +69,15 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
+def default_chunk_bytes(device: torch.device) -> int:
+    """The budget of a chunk unless asked for, with the memory that is free now."""
+    return _budget(device, free_memory(device))
+
+
+def _budget(device: torch.device, free: int) -> int:
+    return min(_DEFAULT_BYTES.get(device.type, _DEFAULT_BYTES_ELSEWHERE), free // _SHARE_OF_FREE)
+
+
 def chunk_rows(
     bytes_per_row: int,
     max_chunk_bytes: int | None,
@@ -92,8 +101,8 @@ def chunk_rows(
         ValueError: a budget too small for one row.
     """
     if max_chunk_bytes is None:
-        share = (free_memory(device) if free is None else free) // _SHARE_OF_FREE
-        budget = min(_DEFAULT_BYTES.get(device.type, _DEFAULT_BYTES_ELSEWHERE), share)
+        free = free_memory(device) if free is None else free
+        share, budget = free // _SHARE_OF_FREE, _budget(device, free)
         of_pair = pair_rows * bytes_per_row
         budget = max(budget, of_pair if of_pair <= 2 * share else 0, bytes_per_row)
     else:
