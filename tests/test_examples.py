@@ -101,9 +101,10 @@ def test_decline(example, tmp_path, capsys):
     worst = results["largest_difference_eq_16"]
     assert worst["float64"] < 1e-5 and worst["bfloat16"] < 1e-3
     for name in ("SFT first", "no SFT"):
-        checks = results["runs"][name]["equation_16"]
+        assert len(results["runs"][name]["held_out"]) == 3
+        checks = results["runs"][name]["equation_16"][0]
         assert checks[0]["float64"]["expectation"] == 0 and checks[-1]["float64"]["expectation"] < 0
-        assert results["runs"][name]["observations"][0]["largest_log_ratio"] == 0
+        assert not any("reference_mismatch" in finding for run in results["runs"][name]["findings"] for finding in run)
 
 
 def test_equation_16_fails_when_it_should(example, monkeypatch):

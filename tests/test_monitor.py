@@ -129,7 +129,13 @@ def test_each_course_has_its_finding_and_no_other(name):
     if name == "falling_together":
         (finding,) = monitor.findings
         assert finding.severity == "note" and finding.step == 40
-        for words in ("expected after supervised fine-tuning", "eq. 16", "-0.002", "SFT term", "nothing need be done"):
+        for words in (
+            "expected after supervised fine-tuning",
+            "eq. 16",
+            "reward of -0.002 there",
+            "SFT term",
+            "nothing need be done",
+        ):
             assert words in finding.text, finding.text
     if name == "falling without learning":
         assert monitor.findings[0].severity == "warning" and "without learning" in monitor.findings[0].text

@@ -18,7 +18,7 @@ from cases import generator
 from qkernels.decoding import CopyMixture, ImplicitRewardGuidance, ProxyTuning
 from qkernels.search import beam_search, score_completions
 from qkernels.tabular import random_mdp
-from toy_models import END, PAD, llama, next_logps, tabular_models
+from toy_models import END, PAD, gpt2, llama, next_logps, tabular_models
 
 PROMPTS = [[5, 2, 9, 4, 7], [3, 8], [6, 6, 11, 2]]
 
@@ -300,6 +300,23 @@ def test_processors_under_sampling(models, name):
             assert scores[row].double().exp().sum().item() == pytest.approx(1.0, abs=1e-5)
             seen += 1
     assert seen > 15
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_positions_count_tokens_and_not_padding(use_cache):
+    """With learned absolute positions, in the search, in the auxiliary models and in the numbers that come with it."""
+    base, proxy, reference = (gpt2(seed) for seed in (1, 2, 3))
+    ids, mask = padded()
+    processor = ProxyTuning(proxy, reference, 1.5, use_cache=use_cache)
+    found = beam_search(
+        base, ids, mask, reference_model=reference, num_beams=3, max_new_tokens=5, logits_processor=[processor]
+    )
+    assert_beams(found, tuned(base, proxy, reference, 1.5), 3, 5)
+    for b, prompt in enumerate(PROMPTS):
+        tokens = found.completions[b, 0][found.completion_mask[b, 0]].tolist()
+        for model, name in ((base, "token_logps"), (reference, "reference_token_logps")):
+            truth = torch.stack([next_logps(model, prompt + tokens[:t])[a] for t, a in enumerate(tokens)])
+            assert_within(getattr(found, name)[b, 0, : len(tokens)], truth, 2e-5, name)
 
 
 class Counting:
