@@ -82,18 +82,19 @@ def test_beam(example, tmp_path, capsys):
 def test_the_checker_knows_right_from_wrong(example):
     checker = example("beam").Checker()
     judge = checker.judge
-    assert judge("Peru", "Its capital is Lima. Peru lies in South America.") == (2, 2)
-    assert judge("Peru", "Its capital is Oslo. Peru lies in South America.") == (1, 2)
-    assert judge("Peru", "Its capital is Lima. The capital of Peru is Lima.") == (1, 2), "said twice"
-    assert judge("Peru", "The capital of Chile is Santiago.") == (0, 1), "about another country"
-    assert judge("Peru", "Its capital is Atlantis. Hello. Its capital is Li") == (0, 3)
-    assert judge("Peru", "") == (0, 0) and judge("Peru", "").score == 0.0
+    assert judge("Peru", "Its capital is Lima. Peru lies in South America.") == (2, 0, 2)
+    assert judge("Peru", "Its capital is Oslo. Peru lies in South America.") == (1, 0, 2)
+    assert judge("Peru", "Its capital is Lima. The capital of Peru is Lima.") == (1, 1, 2), "said twice"
+    assert judge("Peru", "The capital of Chile is Santiago.") == (0, 0, 1), "about another country"
+    assert judge("Peru", "Its capital is Atlantis. Hello. Its capital is Li") == (0, 1, 3)
+    assert judge("Peru", "") == (0, 0, 0) and judge("Peru", "").score == 0.0
+    assert judge("Peru", "Its capital is Lima. Hello.").score == 0.5
     for country, facts in list(synthetic.facts().items())[:5]:
         for kind, forms in synthetic.SENTENCES.items():
             for form in forms:
-                assert judge(country, form.format(country=country, value=facts[kind])) == (1, 1)
+                assert judge(country, form.format(country=country, value=facts[kind])) == (1, 0, 1)
                 for wrong in synthetic.wrong_values(country, kind, checker.world)[:3]:
-                    assert judge(country, form.format(country=country, value=wrong)) == (0, 1)
+                    assert judge(country, form.format(country=country, value=wrong)) == (0, 0, 1)
 
 
 def test_decline(example, tmp_path, capsys):
