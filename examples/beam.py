@@ -170,19 +170,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = results["policies"][beta]["widths"]
         best = max(rows, key=lambda width: rows[width]["score"])
         first, last = (rows[str(width)] for width in (widths[0], widths[-1]))
+        again = [row["repeated"] / row["sentences"] if row["sentences"] else 0.0 for row in (first, last)]
         return (
             f"Beta {beta}: true score {first['score']:.3f} greedily, at best {rows[best]['score']:.3f} (width {best}),"
-            f" {last['score']:.3f} with {widths[-1]} beams; {first['length']:.0f} to {last['length']:.0f} tokens,"
-            f" {last['not_ended']:.0%} unended; sentences that repeat {first['repeated'] / first['sentences']:.0%} to"
-            f" {last['repeated'] / last['sentences']:.0%}; log pi {first['logp']:.2f} to {last['logp']:.2f}, implicit reward"
-            f" {first['implicit_reward']:+.2f} to {last['implicit_reward']:+.2f}"
+            f" {last['score']:.3f} with {widths[-1]} beams; {first['length']:.1f} to {last['length']:.1f} tokens,"
+            f" {last['not_ended']:.0%} unended; sentences that repeat {again[0]:.0%} to {again[1]:.0%}; log pi"
+            f" {first['logp']:.2f} to {last['logp']:.2f}, implicit reward {first['implicit_reward']:+.2f} to"
+            f" {last['implicit_reward']:+.2f}"
         )
 
     start = results["reference"]["width 1"]
     paragraph = (
-        f"{results['prompts']} questions, base model of {given.sizes.sft_steps} steps; the reference's greedy answers have a true score of {start['score']:.3f}. "
-        + ". ".join(describe(str(beta)) for beta in betas)
-        + "."
+        f"{results['prompts']} questions, base model of {given.sizes.sft_steps} steps; the reference's greedy answers"
+        f" have a true score of {start['score']:.3f}. " + ". ".join(describe(str(beta)) for beta in betas) + "."
     )
     figure, axes = panels("Beam search on DPO policies, by width of the beam", "True score", "Length, tokens",
                           "log pi of the answer", "Implicit reward", width=3.1)  # fmt: skip
