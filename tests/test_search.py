@@ -357,6 +357,16 @@ def test_a_processor_serves_one_prompt_after_another(models):
         assert_beams(found, definition, 3, 4, prompts)
     processor.reset()
     assert processor._numerator._cache is None
+    with torch.no_grad():  # beam_search says that a new prompt begins, so no cache of other weights is left
+        proxy = llama(2)
+        processor = ProxyTuning(proxy, reference, 1.5)
+        ids, mask = padded([[5, 2, 4]])
+        whole = beam_search(base, ids, mask, num_beams=1, max_new_tokens=2, logits_processor=[processor])
+        proxy.lm_head.weight.mul_(-1.0)
+        proxy.model.embed_tokens.weight.mul_(-1.0)
+        longer = whole.sequences[0]
+        found = beam_search(base, longer, num_beams=3, max_new_tokens=3, logits_processor=[processor])
+    assert_beams(found, tuned(base, proxy, reference, 1.5), 3, 3, longer.tolist())
 
 
 def test_equal_ids_with_other_padding_are_other_rows(models):
@@ -496,6 +506,16 @@ def test_errors(models):
     ):
         with pytest.raises(error, match=message):
             beam_search(**{"model": base, "input_ids": ids, "attention_mask": mask, **arguments})
+    completion = mask[:, 1:].bool()
+    for arguments, message in (
+        ({"sequences": ids[0]}, r"sequences must be int64 \[S, L\]"),
+        ({"attention_mask": mask[:, 1:]}, "attention_mask must have the shape of sequences"),
+        ({"completion_mask": mask.bool()}, "completion_mask must have shape"),
+        ({"completion_mask": completion[1:]}, "completion_mask must have shape"),
+    ):
+        given = {"sequences": ids, "attention_mask": mask, "completion_mask": completion, **arguments}
+        with pytest.raises(ValueError, match=message):
+            score_completions(base, **given)
     scores = torch.zeros(1, 13)
     for make, error, message in (
         (lambda: ProxyTuning("proxy", reference), TypeError, r"proxy must be a torch\.nn\.Module"),
