@@ -33,9 +33,11 @@ LONGEST = 100
 
 
 class Verdict(NamedTuple):
-    """What the checker finds in an answer: sentences that state a right fact for the first time, and all sentences."""
+    """What the checker finds in an answer: sentences that state a right fact for the first time, sentences that say
+    again what has been said, and all sentences; the others are wrong or none of the known forms."""
 
     right: int
+    repeated: int
     sentences: int
 
     @property
@@ -56,18 +58,20 @@ class Checker:
         """Read an answer sentence by sentence; what follows the last full stop is a sentence too."""
         sentences = [part.strip() for part in answer.split(".") if part.strip()]
         stated: set[str] = set()
-        right = 0
+        right = repeated = 0
         for sentence in sentences:
             for kind, form in self.forms:
                 match = form.fullmatch(sentence)
                 if match is None or match.groupdict().get("country", country) != country:
                     continue
                 value = match["value"]
-                if kind not in stated and value not in synthetic.wrong_values(country, kind, self.world):
+                if kind in stated:
+                    repeated += 1
+                elif value not in synthetic.wrong_values(country, kind, self.world):
                     right += value in {known[kind] for known in self.world.values()}
                 stated.add(kind)
                 break
-        return Verdict(right, len(sentences))
+        return Verdict(right, repeated, len(sentences))
 
 
 def _pattern(form: str) -> str:
@@ -116,7 +120,8 @@ def measure(
                 {
                     "score": verdict.score,
                     "sentences": verdict.sentences,
-                    "right_facts": verdict.right,
+                    "right": verdict.right,
+                    "repeated": verdict.repeated,
                     "length": found.lengths[i, 0].item(),
                     "not_ended": 1.0 - found.finished[i, 0].item(),
                     "logp": found.logps[i, 0].item(),
@@ -128,9 +133,9 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    chosen = options(__doc__.partition("\n")[0], arguments)
+    chosen = options(__doc__.partition("\n")[0], arguments, base_steps=95)
     clock = Clock()
-    given = setting(chosen, sft_steps=95, steps=100, evaluations=2)
+    given = setting(chosen, sft_steps=chosen.base_steps, steps=100, evaluations=2)
     betas, widths = (BETAS, WIDTHS) if not chosen.tiny else (BETAS[:2], (1, 3))
     checker = Checker()
     countries = sorted(checker.world)[: 4 if chosen.tiny else None]
@@ -139,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     reference = fine_tune(given, given.base)
     results: dict[str, Any] = {
         "prompts": len(prompts[2]),
+        "base_steps": given.sizes.sft_steps,
         "longest": LONGEST,
         "reference": {
             "width 1": measure(given, checker, reference, None, prompts, 1.0, num_beams=1),
@@ -164,18 +170,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = results["policies"][beta]["widths"]
         best = max(rows, key=lambda width: rows[width]["score"])
         first, last = (rows[str(width)] for width in (widths[0], widths[-1]))
+        again = [row["repeated"] / row["sentences"] if row["sentences"] else 0.0 for row in (first, last)]
         return (
             f"Beta {beta}: true score {first['score']:.3f} greedily, at best {rows[best]['score']:.3f} (width {best}),"
-            f" {last['score']:.3f} with {widths[-1]} beams; {first['length']:.0f} to {last['length']:.0f} tokens,"
-            f" {last['not_ended']:.0%} unended; log pi {first['logp']:.2f} to {last['logp']:.2f}, implicit reward"
-            f" {first['implicit_reward']:+.2f} to {last['implicit_reward']:+.2f}"
+            f" {last['score']:.3f} with {widths[-1]} beams; {first['length']:.1f} to {last['length']:.1f} tokens,"
+            f" {last['not_ended']:.0%} unended; sentences that repeat {again[0]:.0%} to {again[1]:.0%}; log pi"
+            f" {first['logp']:.2f} to {last['logp']:.2f}, implicit reward {first['implicit_reward']:+.2f} to"
+            f" {last['implicit_reward']:+.2f}"
         )
 
     start = results["reference"]["width 1"]
     paragraph = (
-        f"{results['prompts']} questions; the reference's greedy answers have a true score of {start['score']:.3f}. "
-        + ". ".join(describe(str(beta)) for beta in betas)
-        + "."
+        f"{results['prompts']} questions, base model of {given.sizes.sft_steps} steps; the reference's greedy answers"
+        f" have a true score of {start['score']:.3f}. " + ". ".join(describe(str(beta)) for beta in betas) + "."
     )
     figure, axes = panels("Beam search on DPO policies, by width of the beam", "True score", "Length, tokens",
                           "log pi of the answer", "Implicit reward", width=3.1)  # fmt: skip

@@ -33,26 +33,50 @@ BLUE, ORANGE, GREEN, GREY, DARK = "#0b6e99", "#c2410c", "#3f7d20", "#9aa1a8", "#
 
 
 class Options(NamedTuple):
-    """The command line: where to write, the seed, and whether to run at a size that only shows that all works."""
+    """The command line.
+
+    out: where to write.
+    seed: of everything.
+    tiny: whether to run at a size that only shows that all works.
+    base_steps: how long the base model is trained, in the experiments that let the user choose; None in others.
+    command: what was typed, but for the folder.
+    """
 
     out: Path
     seed: int
     tiny: bool
+    base_steps: int | None
+    command: str
 
 
-def options(description: str, arguments: Sequence[str] | None) -> Options:
-    """Read the command line, and keep torch to the number of threads that is asked for."""
+def options(description: str, arguments: Sequence[str] | None, base_steps: int | None = None) -> Options:
+    """Read the command line, and keep torch to the number of threads that is asked for.
+
+    Args:
+        description: for --help.
+        arguments: None for those of the process.
+        base_steps: the default of --base-steps, for an experiment that has it.
+    """
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--out", type=Path, default=Path("experiments"), metavar="DIR", help="where to write (default: experiments)")
     add("--seed", type=int, default=0, metavar="N", help="of data, weights and batches (default: 0)")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads; the matrices are small (default: 1)")
     add("--tiny", action="store_true", help="seconds; shows that everything works, not what is found")
+    if base_steps is not None:
+        text = f"how long the base model is trained (default: {base_steps}; not with --tiny)"
+        add("--base-steps", type=int, default=base_steps, metavar="N", help=text)
     chosen = parser.parse_args(arguments)
-    if chosen.threads < 1 or chosen.seed < 0:
-        parser.error("--threads must be 1 or more and --seed 0 or more")
+    steps = getattr(chosen, "base_steps", None)
+    if chosen.threads < 1 or chosen.seed < 0 or (steps is not None and steps < 1):
+        parser.error("--threads and --base-steps must be 1 or more and --seed 0 or more")
     torch.set_num_threads(chosen.threads)
-    return Options(chosen.out, chosen.seed, chosen.tiny)
+    command = f"--seed {chosen.seed}"
+    if steps != base_steps:
+        command += f" --base-steps {steps}"
+    if chosen.tiny:
+        command += " --tiny"
+    return Options(chosen.out, chosen.seed, chosen.tiny, steps, command)
 
 
 class Texts(NamedTuple):
@@ -172,7 +196,7 @@ def machine() -> str:
 def write(chosen: Options, name: str, results: dict[str, Any], paragraph: str, figure: Any, clock: Clock) -> None:
     """Write `name`.json and `name`.png, and print the paragraph."""
     document = {
-        "command": f"python examples/{name}.py --seed {chosen.seed}{' --tiny' if chosen.tiny else ''}",
+        "command": f"python examples/{name}.py {chosen.command}",
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "versions": {

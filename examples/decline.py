@@ -13,6 +13,7 @@ exact KL of qkernels, for models in float64, float32 and bf16.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from qkernels.monitor import RewardMonitor, measure_rewards
 
 BETA = 0.1
 BASE_STEPS, SFT_STEPS = 100, 40
+ORDERS = 3  # of the batches
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -73,7 +75,7 @@ def equation_16(
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options(__doc__.partition("\n")[0], arguments)
     clock = Clock()
-    given = setting(chosen, other_words, evaluations=12, steps=120)
+    given = setting(chosen, other_words, evaluations=8, steps=80)
     pad = given.tokenizer.pad_token_id
     given.progress.say("Base model: right and wrong texts in other words")
     base = fine_tune(given, given.base, steps=BASE_STEPS)
@@ -82,87 +84,90 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     probe = given.held_out[:48]
     batches = [preference_inputs(probe[i : i + 16], pad) for i in range(0, len(probe), 16)]
-    runs: dict[str, dict[str, Any]] = {}
     worst = dict.fromkeys(DTYPES, 0.0)
+    runs: dict[str, dict[str, Any]] = {}
     for name, reference in (("SFT first", tuned), ("no SFT", base)):
-        given.progress.say(f"DPO, {name}")
-        monitor = RewardMonitor(BETA)
-        checks: list[dict[str, Any]] = []
+        run: dict[str, Any] = {"held_out": [], "equation_16": [], "findings": []}
+        for order in range(ORDERS):
+            given.progress.say(f"DPO, {name}, order of the batches {order + 1} of {ORDERS}")
+            monitor = RewardMonitor(BETA)
+            checks: list[dict[str, Any]] = []
 
-        def evaluate(policy: PreTrainedModel, step: int, reference=reference, monitor=monitor, checks=checks) -> None:
-            monitor.observe(step, measure_rewards(policy, reference, batches, beta=BETA))
-            point: dict[str, Any] = {"step": step}
-            for kind, dtype in DTYPES.items():
-                error, expectation, bound = equation_16(policy, reference, probe[:16], dtype)
-                worst[kind] = max(worst[kind], error)
-                point[kind] = {"largest_difference": error, "expectation": expectation, "minus_beta_kl": bound}
-            checks.append(point)
+            def evaluate(policy: PreTrainedModel, step: int, reference=reference, monitor=monitor, checks=checks):
+                monitor.observe(step, measure_rewards(policy, reference, batches, beta=BETA))
+                point: dict[str, Any] = {"step": step}
+                for kind, dtype in DTYPES.items():
+                    error, expectation, bound = equation_16(policy, reference, probe[:16], dtype)
+                    worst[kind] = max(worst[kind], error)
+                    point[kind] = {"largest_difference": error, "expectation": expectation, "minus_beta_kl": bound}
+                checks.append(point)
 
-        _, curves = prefer(given, reference, given.train, BETA, evaluate)
-        runs[name] = {
-            "held_out": curves.held_out,
-            "equation_16": checks,
-            "observations": [{k: v for k, v in stats._asdict().items() if v is not None} for stats in monitor.history],
-            "findings": [finding._asdict() for finding in monitor.findings],
-        }
+            shuffled = given._replace(seed=given.seed + 1000 * order)
+            _, curves = prefer(shuffled, reference, given.train, BETA, evaluate)
+            run["held_out"].append(curves.held_out)
+            run["equation_16"].append(checks)
+            run["findings"].append([f"step {found.step}: {found.name}" for found in monitor.findings])
+            if order == 0:
+                run["last_report"] = monitor.report()
+        runs[name] = run
 
-    ends = {name: run["held_out"][-1] for name, run in runs.items()}
-    results = {"beta": BETA, "largest_difference_eq_16": worst, "runs": runs}
-    tokens = {name: run["observations"][-1] for name, run in runs.items()}
+    results = {"beta": BETA, "base_steps": BASE_STEPS, "sft_steps": SFT_STEPS, "largest_difference_eq_16": worst,
+               "runs": runs}  # fmt: skip
+
+    def over_orders(name: str, key: str) -> str:
+        values = [curve[-1][key] for curve in runs[name]["held_out"]]
+        return ", ".join(f"{value:+.2f}" for value in values)
 
     def text(name: str) -> str:
-        end = ends[name]
+        turns = [_turns([p["chosen_reward"] for p in curve]) for curve in runs[name]["held_out"]]
         return (
-            f"chosen {end['chosen_reward']:+.2f}, rejected {end['rejected_reward']:+.2f}, margin {end['margin']:+.2f},"
-            f" ranked right {end['accuracy']:.1%}"
+            f"chosen {over_orders(name, 'chosen_reward')}; rejected {over_orders(name, 'rejected_reward')}; margin"
+            f" {over_orders(name, 'margin')}; the chosen reward changed direction {', '.join(map(str, turns))} times"
         )
 
-    expected = {name: -BETA * now["chosen_kl_reference_policy"] for name, now in tokens.items()}
-    seen = {
-        name: ", ".join(finding["name"].replace("_", " ") for finding in run["findings"]) or "nothing"
-        for name, run in runs.items()
-    }
     paragraph = (
-        f"After {ends['SFT first']['step']} steps of DPO, on {len(given.held_out)} held-out pairs: with SFT on the"
-        f" chosen answers first {text('SFT first')}; without {text('no SFT')}. At the positions of chosen answers a"
-        f" token drawn from the reference has an expected reward of {expected['SFT first']:.4f} with SFT and"
-        f" {expected['no SFT']:.4f} without; the chosen token itself has"
-        f" {tokens['SFT first']['chosen_token_reward']:+.4f} and {tokens['no SFT']['chosen_token_reward']:+.4f}. Eq. 16"
-        f" held at every position of every evaluation: the largest difference of its two sides is"
-        f" {worst['float64']:.1g} with models in float64, {worst['float32']:.1g} in float32 and"
-        f" {worst['bfloat16']:.1g} in bf16. What the monitor said of the run with SFT first: {seen['SFT first']}; of"
-        f" the other: {seen['no SFT']}."
+        f"Sequence rewards of {len(given.held_out)} held-out pairs after {runs['no SFT']['held_out'][0][-1]['step']}"
+        f" steps of DPO, for {ORDERS} orders of the batches. With SFT on the chosen answers first: {text('SFT first')}."
+        f" Without: {text('no SFT')}. Eq. 16 held at every position of every evaluation: the largest difference of its"
+        f" two sides is {worst['float64']:.1g} with models in float64, {worst['float32']:.1g} in float32 and"
+        f" {worst['bfloat16']:.1g} in bf16."
     )
 
-    figure, axes = panels("Implicit rewards of held-out answers during DPO", "SFT on the chosen answers first",
-                          "No SFT: straight from the base model", "Equation 16")  # fmt: skip
+    figure, axes = panels("Implicit rewards of held-out answers during DPO; thin lines: other orders of the batches",
+                          "SFT on the chosen answers first", "No SFT: straight from the base model",
+                          "Equation 16, at positions of chosen answers")  # fmt: skip
     for axis, (name, run) in zip(axes, runs.items(), strict=False):
-        steps = [p["step"] for p in run["held_out"]]
-        for key, colour, label in (
-            ("margin", GREY, "margin"),
-            ("chosen_reward", BLUE, "chosen"),
-            ("rejected_reward", ORANGE, "rejected"),
-        ):
-            values = [p[key] for p in run["held_out"]]
-            axis.plot(steps, values, color=colour, lw=1.8)
-            axis.annotate(f"{label} {values[-1]:+.2f}", (steps[-1], values[-1]), xytext=(-4, 5), ha="right",
-                          textcoords="offset points", color=colour if colour != GREY else DARK, fontsize=8)  # fmt: skip
+        for order, curve in enumerate(run["held_out"]):
+            steps = [p["step"] for p in curve]
+            for key, colour, label in (
+                ("margin", GREY, "margin"), ("chosen_reward", BLUE, "chosen"), ("rejected_reward", ORANGE, "rejected")
+            ):  # fmt: skip
+                values = [p[key] for p in curve]
+                main_line = order == 0
+                axis.plot(steps, values, color=colour, lw=2.0 if main_line else 0.9, alpha=1.0 if main_line else 0.6,
+                          label=f"{label} {values[-1]:+.2f}" if main_line else None)  # fmt: skip
         axis.axhline(0, color=DARK, lw=0.6)
-        axis.margins(y=0.15)
         axis.set_xlabel(f"steps of DPO ({name})")
         axis.set_ylabel("sequence reward")
+        axis.legend(loc="best")
     for name, colour in (("SFT first", BLUE), ("no SFT", ORANGE)):
-        checks = runs[name]["equation_16"]
+        checks = runs[name]["equation_16"][0]
         steps = [p["step"] for p in checks]
         axes[2].plot(steps, [p["float64"]["expectation"] for p in checks], color=colour, lw=1.8,
                      label=rf"$E_{{ref}}[r]$, {name}")  # fmt: skip
         axes[2].plot(steps, [p["bfloat16"]["minus_beta_kl"] for p in checks], "o", color=colour, ms=4, mfc="none",
-                     label=rf"$-\beta\,KL$ (models in bf16), {name}")  # fmt: skip
+                     label=r"$-\beta\,KL$, models in bf16")  # fmt: skip
     axes[2].axhline(0, color=DARK, lw=0.6)
     axes[2].set_xlabel("steps of DPO")
-    axes[2].set_ylabel("reward of a token drawn from the reference")
-    axes[2].legend(loc="lower left")
+    axes[2].set_ylabel("reward of a token of the reference")
+    axes[2].legend(loc="best")
     write(chosen, "decline", results, paragraph, figure, clock)
+
+
+def _turns(values: Sequence[float]) -> int:
+    """How often a course changes its direction."""
+    steps = [b - a for a, b in itertools.pairwise(values)]
+    return sum(a * b < 0 for a, b in itertools.pairwise(steps))
 
 
 def preference_inputs(pairs: Sequence[EncodedPair], pad: int) -> dict[str, torch.Tensor]:

@@ -159,6 +159,10 @@ class _PromptProcessor(LogitsProcessor):
         if attention_mask is not None:
             attention_mask = left_padding(attention_mask)
         self._attention_mask = attention_mask
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all caches: to free their memory, or because a model has been trained since they were made."""
 
     def _mask(self, ids: Tensor) -> Tensor:
         """int64 `[R, L]` for the rows of a generation: padding of their prompts, and ones."""
@@ -268,7 +272,6 @@ class _LogRatioProcessor(_PromptProcessor):
         return logits
 
     def reset(self) -> None:
-        """Forget the caches of the auxiliary models (to free their memory; results never depend on it)."""
         for model in (self._numerator, self._denominator):
             if model is not None:
                 model.reset()
@@ -412,6 +415,7 @@ class CopyMixture(_PromptProcessor):
         use_cache: bool = True,
         attention_mask: Tensor | None = None,
     ):
+        self._auxiliary = _Auxiliary(model, "model", use_cache, inside=True)
         self._prompt_length: int | None = None
         super().__init__(attention_mask, *_special_tokens(model))
         if not _finite(scale, "scale") >= 0:
@@ -422,7 +426,6 @@ class CopyMixture(_PromptProcessor):
                 raise ValueError(f"source_mask must be bool [B, P], got {source_mask.dtype} {tuple(source_mask.shape)}")
         self.scale = float(scale)
         self._source_mask = source_mask
-        self._auxiliary = _Auxiliary(model, "model", use_cache, inside=True)
         self._norm = _final_norm(model) if final_norm is None else final_norm
         count = int(unwrap(model).config.get_text_config().num_hidden_layers)  # type: ignore[operator, union-attr]
         self.layers = list(range(count // 2, count)) if layers is None else [int(layer) for layer in layers]
@@ -436,7 +439,6 @@ class CopyMixture(_PromptProcessor):
         self._prompt_length = None if self._attention_mask is None else self._attention_mask.shape[1]
 
     def reset(self) -> None:
-        """Forget the cache."""
         self._auxiliary.reset()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .integrations.transformers import compute_token_stats, unwrap
+from .sequences import log_ratios
 
 # What keeps `generate` to the policy's own distribution, whatever the model's generation_config says, unless the caller
 # does: the sum of log-probs as the score, and no processors that change it.
@@ -230,7 +231,23 @@ def score_completions(
     """
     beta = checks.positive(beta, "beta")
     _at_least_one(batch_size, "batch_size")
-    length = completion_mask.shape[1]
+    sequences = checks.tensor(sequences, "sequences")
+    if sequences.dim() != 2 or sequences.dtype != torch.int64:
+        raise ValueError(f"sequences must be int64 [S, L], got {sequences.dtype} {tuple(sequences.shape)}")
+    attention_mask = checks.tensor(attention_mask, "attention_mask").to(sequences.device)
+    if attention_mask.shape != sequences.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of sequences, {tuple(sequences.shape)}, got"
+            f" {tuple(attention_mask.shape)}"
+        )
+    completion_mask = checks.tensor(completion_mask, "completion_mask")
+    length = completion_mask.shape[-1]
+    if completion_mask.dim() != 2 or len(completion_mask) != len(sequences) or length >= sequences.shape[1]:
+        raise ValueError(
+            f"completion_mask must have shape [S, T] with S = {len(sequences)} and T below L = {sequences.shape[1]} (a"
+            f" completion has a prompt), got {tuple(completion_mask.shape)}"
+        )
+    completion_mask = completion_mask.to(sequences.device) != 0
     labels = sequences.new_full(sequences.shape, -100)
     if length:
         labels[:, -length:] = sequences[:, -length:].masked_fill(~completion_mask, -100)
@@ -265,7 +282,7 @@ def score_completions(
     values = beta * logsumexp * completion_mask
     if not reference:
         return ScoredSequences(logps, values, None, None, _sums(logps), None)
-    rewards = beta * (logps - reference[0])
+    rewards = beta * log_ratios(logps, reference[0])
     return ScoredSequences(logps, values, reference[0], rewards, _sums(logps), _sums(rewards))
 
 

@@ -82,18 +82,19 @@ def test_beam(example, tmp_path, capsys):
 def test_the_checker_knows_right_from_wrong(example):
     checker = example("beam").Checker()
     judge = checker.judge
-    assert judge("Peru", "Its capital is Lima. Peru lies in South America.") == (2, 2)
-    assert judge("Peru", "Its capital is Oslo. Peru lies in South America.") == (1, 2)
-    assert judge("Peru", "Its capital is Lima. The capital of Peru is Lima.") == (1, 2), "said twice"
-    assert judge("Peru", "The capital of Chile is Santiago.") == (0, 1), "about another country"
-    assert judge("Peru", "Its capital is Atlantis. Hello. Its capital is Li") == (0, 3)
-    assert judge("Peru", "") == (0, 0) and judge("Peru", "").score == 0.0
+    assert judge("Peru", "Its capital is Lima. Peru lies in South America.") == (2, 0, 2)
+    assert judge("Peru", "Its capital is Oslo. Peru lies in South America.") == (1, 0, 2)
+    assert judge("Peru", "Its capital is Lima. The capital of Peru is Lima.") == (1, 1, 2), "said twice"
+    assert judge("Peru", "The capital of Chile is Santiago.") == (0, 0, 1), "about another country"
+    assert judge("Peru", "Its capital is Atlantis. Hello. Its capital is Li") == (0, 1, 3)
+    assert judge("Peru", "") == (0, 0, 0) and judge("Peru", "").score == 0.0
+    assert judge("Peru", "Its capital is Lima. Hello.").score == 0.5
     for country, facts in list(synthetic.facts().items())[:5]:
         for kind, forms in synthetic.SENTENCES.items():
             for form in forms:
-                assert judge(country, form.format(country=country, value=facts[kind])) == (1, 1)
+                assert judge(country, form.format(country=country, value=facts[kind])) == (1, 0, 1)
                 for wrong in synthetic.wrong_values(country, kind, checker.world)[:3]:
-                    assert judge(country, form.format(country=country, value=wrong)) == (0, 1)
+                    assert judge(country, form.format(country=country, value=wrong)) == (0, 0, 1)
 
 
 def test_decline(example, tmp_path, capsys):
@@ -101,9 +102,10 @@ def test_decline(example, tmp_path, capsys):
     worst = results["largest_difference_eq_16"]
     assert worst["float64"] < 1e-5 and worst["bfloat16"] < 1e-3
     for name in ("SFT first", "no SFT"):
-        checks = results["runs"][name]["equation_16"]
+        assert len(results["runs"][name]["held_out"]) == 3
+        checks = results["runs"][name]["equation_16"][0]
         assert checks[0]["float64"]["expectation"] == 0 and checks[-1]["float64"]["expectation"] < 0
-        assert results["runs"][name]["observations"][0]["largest_log_ratio"] == 0
+        assert not any("reference_mismatch" in finding for run in results["runs"][name]["findings"] for finding in run)
 
 
 def test_equation_16_fails_when_it_should(example, monkeypatch):

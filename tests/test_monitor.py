@@ -129,7 +129,13 @@ def test_each_course_has_its_finding_and_no_other(name):
     if name == "falling_together":
         (finding,) = monitor.findings
         assert finding.severity == "note" and finding.step == 40
-        for words in ("expected after supervised fine-tuning", "eq. 16", "-0.002", "SFT term", "nothing need be done"):
+        for words in (
+            "expected after supervised fine-tuning",
+            "eq. 16",
+            "reward of -0.002 there",
+            "SFT term",
+            "nothing need be done",
+        ):
             assert words in finding.text, finding.text
     if name == "falling without learning":
         assert monitor.findings[0].severity == "warning" and "without learning" in monitor.findings[0].text
@@ -315,7 +321,7 @@ def test_the_callback_by_hand(probe, caplog):
 def test_the_callback_in_a_trainer(probe, tmp_path):
     pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
     pytest.importorskip("transformers")
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from qkernels.integrations.monitor import RewardMonitorCallback
     from qkernels.integrations.transformers import compute_token_logps
@@ -342,13 +348,22 @@ def test_the_callback_in_a_trainer(probe, tmp_path):
         output_dir=str(tmp_path), max_steps=4, logging_steps=2, per_device_train_batch_size=1, report_to=[],
         learning_rate=1e-2, use_cpu=True, disable_tqdm=True, save_strategy="no", remove_unused_columns=False,
     )  # fmt: skip
-    callback = RewardMonitorCallback(probe, reference, beta=0.1)
+    reported = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            reported.append(dict(logs))
+
     trainer = Preference(
         model=llama(1), args=arguments, train_dataset=Batches(), data_collator=lambda items: items[0],
-        callbacks=[callback],
+        callbacks=[Reporter()],
     )  # fmt: skip
+    trainer.ref_model = reference
+    callback = RewardMonitorCallback(probe, beta=0.1).attach(trainer)
+    assert callback.reference_model is reference
     trainer.train()
     history = callback.monitor.history
     assert [stats.step for stats in history] == [0, 2, 4] and history[-1].margin > history[0].margin == 0
     logged = [entry["qkernels/margin"] for entry in trainer.state.log_history if "qkernels/margin" in entry]
     assert logged[:2] == [history[1].margin, history[2].margin]
+    assert [entry["qkernels/margin"] for entry in reported[:2]] == logged[:2], "reporters see it"

@@ -18,7 +18,7 @@ from cases import generator
 from qkernels.decoding import CopyMixture, ImplicitRewardGuidance, ProxyTuning
 from qkernels.search import beam_search, score_completions
 from qkernels.tabular import random_mdp
-from toy_models import END, PAD, llama, next_logps, tabular_models
+from toy_models import END, PAD, gpt2, llama, next_logps, tabular_models
 
 PROMPTS = [[5, 2, 9, 4, 7], [3, 8], [6, 6, 11, 2]]
 
@@ -302,6 +302,23 @@ def test_processors_under_sampling(models, name):
     assert seen > 15
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_positions_count_tokens_and_not_padding(use_cache):
+    """With learned absolute positions, in the search, in the auxiliary models and in the numbers that come with it."""
+    base, proxy, reference = (gpt2(seed) for seed in (1, 2, 3))
+    ids, mask = padded()
+    processor = ProxyTuning(proxy, reference, 1.5, use_cache=use_cache)
+    found = beam_search(
+        base, ids, mask, reference_model=reference, num_beams=3, max_new_tokens=5, logits_processor=[processor]
+    )
+    assert_beams(found, tuned(base, proxy, reference, 1.5), 3, 5)
+    for b, prompt in enumerate(PROMPTS):
+        tokens = found.completions[b, 0][found.completion_mask[b, 0]].tolist()
+        for model, name in ((base, "token_logps"), (reference, "reference_token_logps")):
+            truth = torch.stack([next_logps(model, prompt + tokens[:t])[a] for t, a in enumerate(tokens)])
+            assert_within(getattr(found, name)[b, 0, : len(tokens)], truth, 2e-5, name)
+
+
 class Counting:
     """How many positions a model was run on."""
 
@@ -340,6 +357,16 @@ def test_a_processor_serves_one_prompt_after_another(models):
         assert_beams(found, definition, 3, 4, prompts)
     processor.reset()
     assert processor._numerator._cache is None
+    with torch.no_grad():  # beam_search says that a new prompt begins, so no cache of other weights is left
+        proxy = llama(2)
+        processor = ProxyTuning(proxy, reference, 1.5)
+        ids, mask = padded([[5, 2, 4]])
+        whole = beam_search(base, ids, mask, num_beams=1, max_new_tokens=2, logits_processor=[processor])
+        proxy.lm_head.weight.mul_(-1.0)
+        proxy.model.embed_tokens.weight.mul_(-1.0)
+        longer = whole.sequences[0]
+        found = beam_search(base, longer, num_beams=3, max_new_tokens=3, logits_processor=[processor])
+    assert_beams(found, tuned(base, proxy, reference, 1.5), 3, 3, longer.tolist())
 
 
 def test_equal_ids_with_other_padding_are_other_rows(models):
@@ -479,6 +506,16 @@ def test_errors(models):
     ):
         with pytest.raises(error, match=message):
             beam_search(**{"model": base, "input_ids": ids, "attention_mask": mask, **arguments})
+    completion = mask[:, 1:].bool()
+    for arguments, message in (
+        ({"sequences": ids[0]}, r"sequences must be int64 \[S, L\]"),
+        ({"attention_mask": mask[:, 1:]}, "attention_mask must have the shape of sequences"),
+        ({"completion_mask": mask.bool()}, "completion_mask must have shape"),
+        ({"completion_mask": completion[1:]}, "completion_mask must have shape"),
+    ):
+        given = {"sequences": ids, "attention_mask": mask, "completion_mask": completion, **arguments}
+        with pytest.raises(ValueError, match=message):
+            score_completions(base, **given)
     scores = torch.zeros(1, 13)
     for make, error, message in (
         (lambda: ProxyTuning("proxy", reference), TypeError, r"proxy must be a torch\.nn\.Module"),

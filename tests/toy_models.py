@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationMixin,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from qkernels.tabular import TabularMDP
@@ -22,6 +30,17 @@ def llama(seed: int, vocab: int = 13, layers: int = 2, end: int | None = END, **
             "eos_token_id": end, "bos_token_id": None, "attn_implementation": "eager", "max_position_embeddings": 64,
         }  # fmt: skip
         return LlamaForCausalLM(LlamaConfig(**{**options, **config})).eval()
+
+
+def gpt2(seed: int, vocab: int = 13) -> GPT2LMHeadModel:
+    """A random GPT-2, to which a token's absolute position matters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5,
+            pad_token_id=PAD, eos_token_id=END, bos_token_id=None, attn_implementation="eager",
+        )  # fmt: skip
+        return GPT2LMHeadModel(config).eval()
 
 
 def next_logps(model: nn.Module, ids: list[int]) -> Tensor:

@@ -17,19 +17,23 @@ logger = logging.getLogger(__name__)
 class RewardMonitorCallback(TrainerCallback):
     """Scores a fixed set of pairs before the first step and every so many steps, logs the numbers, reports findings.
 
-    The numbers of the last observation join each of the trainer's log entries under "qkernels/...", so that they reach
-    whatever it reports to; findings go to this module's logger, as warnings, and into `monitor.findings`. Every process
-    of a distributed run scores the pairs (sharded models need that); the main one speaks.
+    The numbers of the last observation join each of the trainer's log entries under "qkernels/..."; findings go to this
+    module's logger, as warnings, and into `monitor.findings`. Every process of a distributed run scores the pairs
+    (sharded models need that); the main one speaks.
 
     With TRL, batches are had from the trainer itself:
 
         probe = [trainer.data_collator([trainer.train_dataset[i] for i in range(start, start + 8)])
-                 for start in range(0, 32, 8)]
-        trainer.add_callback(RewardMonitorCallback(probe, reference_model=trainer.ref_model))
+                 for start in range(0, 64, 8)]
+        RewardMonitorCallback(probe).attach(trainer)
+
+    `attach` puts the callback before those that report (to TensorBoard, Weights & Biases ...), so that they see its
+    numbers; with `callbacks=[...]` or `add_callback` it comes after them, and only `state.log_history` has the numbers.
 
     Args:
         batches: as `qkernels.monitor.measure_rewards` takes them; 32 pairs or more show length bias.
-        reference_model: the frozen reference; None for a PEFT model, whose adapter is switched off instead.
+        reference_model: the frozen reference; None for `attach` to find it, or for a PEFT model, whose adapter is
+            switched off instead.
         beta: of the loss; None for the training arguments' own (`DPOConfig.beta`).
         every: steps from one observation to the next; None for the training arguments' `logging_steps`.
         monitor: to be used, with thresholds of its own; None for a `RewardMonitor` with the defaults.
@@ -55,6 +59,16 @@ class RewardMonitorCallback(TrainerCallback):
             raise ValueError(f"every must be an int of 1 or more, or None; got {every!r}")
         self.reference_model, self.beta, self.every = reference_model, beta, every
         self._monitor = monitor
+
+    def attach(self, trainer: Any) -> RewardMonitorCallback:
+        """Add the callback to a trainer, before all others, with the trainer's `ref_model` if none was given."""
+        if self.reference_model is None:
+            self.reference_model = getattr(trainer, "ref_model", None)
+        trainer.add_callback(self)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        return self
 
     @property
     def monitor(self) -> RewardMonitor:
