@@ -83,7 +83,7 @@ def test_the_plan_follows_what_trains_and_what_the_loss_needs(trains, options, n
 
 def test_whether_pairs_separate_is_known_of_every_objective():
     coupled = {name for name, objective in objectives.OBJECTIVES.items() if not objective.separable}
-    assert coupled == {"aot", "aot_unpaired", "sft"}
+    assert coupled == {"aot", "aot_unpaired", "rspo", "sft"}
     for name, objective in objectives.OBJECTIVES.items():
         smoothing = {"label_smoothing": 0.1} if name == "exo_pair" else {}
         plan = plan_of(small(), "hwb", loss_type=name, live=True, **smoothing)
