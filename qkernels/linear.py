@@ -648,7 +648,8 @@ def _prepare_loss(
         pairwise = "sp_group spreads each pair over ranks"
     elif reduction == "none":
         pairwise = "reduction='none' leaves each pair's factor to what follows"
-    elif torch.compiler.is_compiling():
+    elif torch.compiler.is_compiling() or (counts is None and labels.device.type != "meta"):
+        # (Where the compiler leaves a part of this to Python, the parts differ in what they call compiling.)
         pairwise = "inside torch.compile the loss is differentiated by the compiler"
     chosen = _plan(
         call,

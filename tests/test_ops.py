@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from assertions import assert_within
-from cases import make_pairs, make_rows, normal, pack
+from cases import make_head_batch, make_pairs, make_rows, normal, pack
 from qkernels import fused_token_dpo, ops, token_logps, token_mdp, token_stats
 from qkernels.rows import BIT, COEFFICIENTS, REFERENCE_STATE, STATE
 
@@ -81,6 +81,61 @@ def test_pair_loss(backend, packed, per_sequence):
     reference = (normal(4) if per_sequence else normal(*shape, key=(1,))).to(backend.device)
     weights = torch.ones(shape, device=backend.device)
     torch.library.opcheck(ops.pair_loss, (logps, reference, weights, ends, 0.1, 0.05, backend.name))
+
+
+def linear_args(backend, dtype, columns, live=False, bias=True, softcap=None, strided=False):
+    """Arguments of the ops on hidden states: two models, labels, and how."""
+    batch = make_head_batch(1, 4, 6, 11, dtype, backend.device, bias=bias)
+    hidden = batch.hidden.flatten(0, 1)
+    if strided:
+        hidden = torch.cat([hidden, hidden], 1)[:, :6]
+    reference = (None,) * 3
+    if live:
+        reference = (batch.reference_hidden.flatten(0, 1), batch.reference_weight, batch.reference_bias)
+    how = (columns, 0.7, softcap, 1.3, -100, dtype, dtype, 3, backend.name)
+    return (hidden, batch.weight, batch.bias, *reference, batch.labels.flatten()), how
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
+@pytest.mark.parametrize(
+    "columns, options",
+    [(BIT["logps"], {"bias": False, "strided": True}), (STATE | BIT["entropy"], {"softcap": 2.0}),
+     (STATE | REFERENCE_STATE | BIT["kl_reference_policy"], {"live": True})],
+)  # fmt: skip
+def test_linear_stats(backend, dtype, columns, options):
+    models, how = linear_args(backend, dtype, columns, **options)
+    torch.library.opcheck(ops.linear_stats, (*models, *how))
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
+@pytest.mark.parametrize("options", [{"bias": False, "strided": True}, {"softcap": 2.0}, {"live": True}])
+def test_linear_unit_gradient(backend, dtype, options):
+    columns = STATE | (BIT["reference_logps"] if options.get("live") else 0)
+    models, how = linear_args(backend, dtype, columns, **options)
+    torch.library.opcheck(ops.linear_unit_gradient, (*models, *how))
+
+
+@pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
+@pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize("live", [False, True])
+def test_linear_gradients(backend, dtype, needs, live):
+    columns = STATE | (REFERENCE_STATE | BIT["kl_policy_reference"] if live else 0)
+    models, how = linear_args(backend, dtype, columns, live, strided=True)
+    stats = ops.linear_stats(*models, *how)
+    coefficients = normal(len(COEFFICIENTS) if live else 1, 8).to(stats)
+    args = (*models, stats[: 6 if live else 3].contiguous(), coefficients, list(needs), *how)
+    torch.library.opcheck(ops.linear_gradients, args)
+
+
+@pytest.mark.dtypes(torch.float32)
+def test_linear_ops_name_a_bad_label_by_its_row(backend, dtype):
+    models, how = linear_args(backend, dtype, STATE)
+    models[6][5] = 11
+    if backend.device.type != "cpu":
+        pytest.skip("a GPU answers with NaN")
+    for op in (ops.linear_stats, ops.linear_unit_gradient):
+        with pytest.raises(IndexError, match=r"labels\[5\] = 11"):
+            op(*models, *how)
 
 
 @pytest.mark.parametrize("dtype", PLAIN, ids=str)

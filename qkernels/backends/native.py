@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._compile import constant_when_compiled
 from ..memory import fresh_zeros
 from ..rows import label_error
 
@@ -194,6 +195,7 @@ def run_pair_loss(
     return loss, rewards, grad
 
 
+@constant_when_compiled
 def has_product() -> bool:
     """Whether this machine multiplies bf16 matrices into fp32 (`product`)."""
     return _C is not None and bool(_C.has_product())
