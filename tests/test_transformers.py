@@ -324,6 +324,12 @@ def test_a_head_that_does_something_else_is_refused(monkeypatch):
     model.config.final_logit_softcapping = 30.0  # of which Llama knows nothing
     with pytest.raises(ValueError, match="does something to its logits that is not known here: with softcap 30"):
         compute_token_logps(model, batch)
+    model = hf_models.model("gemma2")
+    check(model)
+    model.config.final_logit_softcapping = 2.0  # edited after the first call
+    check(model)
+    model.config.final_logit_softcapping = None
+    check(model)
     model = hf_models.model()
     own = type(model).forward
 
@@ -373,6 +379,10 @@ def test_models_that_are_not_known():
         head_parameters(_Odd(quantised))
     with pytest.raises(ValueError, match="no single language model head"):
         head_parameters(_Odd(None))
+    with pytest.raises(ValueError, match="meta device"):
+        head_parameters(_Odd(nn.Linear(4, 10, device="meta")))
+    with pytest.raises(TypeError, match="DataParallel"):
+        head_parameters(nn.DataParallel(_Odd(nn.Linear(4, 10))))
     with pytest.raises(TypeError, match=r"Linear has no get_output_embeddings\(\)"):
         head_parameters(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"must be a torch\.nn.Module, got str"):

@@ -479,6 +479,19 @@ def test_a_trained_model_is_a_model(tmp_path):
     )
 
 
+def test_models_by_name_and_data_that_stream(tmp_path):
+    """As most people start: names instead of models, and a stream instead of a table."""
+    hf_models.model().save_pretrained(tmp_path / "policy")
+    name = str(tmp_path / "policy")
+    streamed = WEIGHTED.to_iterable_dataset()
+    options = {"model": name, "ref_model": None, "evaluate": False, "steps": 2}
+    trainer = train(TokenDPOTrainer, tmp_path, data=streamed, **options)
+    assert trainer.ref_model is not None
+    assert numbers(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    simpo = train(TokenDPOTrainer, tmp_path, data=streamed, loss_type="simpo", **options)
+    assert simpo.ref_model is None
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,10 @@ def unwrap(model: nn.Module) -> nn.Module:
             inner = submodules["_orig_mod"]
         elif _is_peft(inner):
             inner = inner.get_base_model()
+        elif isinstance(inner, nn.DataParallel):
+            raise TypeError(
+                "nn.DataParallel runs copies of the model, whose heads cannot be read; use one process per GPU (DDP)"
+            )
         elif not hasattr(type(inner), "get_output_embeddings") and isinstance(submodules.get("module"), nn.Module):
             inner = submodules["module"]  # DDP, DeepSpeed
         elif isinstance(submodules.get("_fsdp_wrapped_module"), nn.Module):
@@ -134,6 +138,11 @@ def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None, list[_Adapter]]:
         )
     if not weight.is_floating_point():
         raise TypeError(f"the head's weight is {weight.dtype}; a quantised head has to be dequantised first")
+    if weight.is_meta:
+        raise ValueError(
+            "the head's weight is on the meta device: it is offloaded, or the model is not loaded yet. Keep the head on a"
+            " device (device_map)"
+        )
     return weight, head.bias, []
 
 
@@ -299,8 +308,9 @@ def _read_head(tap: _Tap, call: HeadCall, labels: Tensor | None, hidden: Tensor)
     PEFT's prompt methods lengthen it as they lengthen the rows."""
     x, weight, bias = _with_adapters(tap.head, hidden)
     tap.vocab = weight.shape[0]
-    if tap.columns is not None:
-        weight, bias = weight[: tap.columns], None if bias is None else bias[: tap.columns]
+    softcap, scale, columns = tap.shaping
+    if columns is not None:
+        weight, bias = weight[:columns], None if bias is None else bias[:columns]
     if not (call.outputs or call.loss):
         # The head's parameters are used outside: an output that reaches them keeps DDP from taking them for unused.
         result = {"hidden": hidden}
@@ -315,7 +325,7 @@ def _read_head(tap: _Tap, call: HeadCall, labels: Tensor | None, hidden: Tensor)
             f" {None if labels is None else tuple(labels.shape)}"
         )
     labels = labels.to(x.device)
-    options: dict[str, Any] = {"softcap": tap.softcap, "logit_scale": tap.scale, **call.options}
+    options: dict[str, Any] = {"softcap": softcap, "logit_scale": scale, **call.options}
     context: Any = contextlib.nullcontext()
     if call.fp32:
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
@@ -346,7 +356,7 @@ class _Tap:
     def __init__(self, causal: nn.Module):
         self.causal = causal
         self.head = _head_module(causal)
-        self.softcap, self.scale, self.columns = _shaping(causal)
+        self.shaping = _shaping(causal)
         self.own_forward = causal.forward
         self.own_head_forward = self.head.forward
         self.takes_cache = "use_cache" in inspect.signature(type(causal).forward).parameters
@@ -375,6 +385,8 @@ class _Tap:
         """Stands in for the model's forward."""
         if qkernels is None:
             return self.own_forward(*args, **kwargs)
+        if not torch.compiler.is_compiling() and self.shaping != _shaping(self.causal):  # the configuration was edited
+            self.shaping, self.verified = _shaping(self.causal), False
         if self.takes_cache:
             kwargs["use_cache"] = False
         self.call, self.labels, self.result = qkernels, kwargs.pop("labels", None), None
@@ -417,22 +429,23 @@ class _Tap:
     def verify(self, result: dict[str, Tensor]) -> None:
         """Compare what the model made of the known numbers with scale and softcap as the configuration was read.
 
-        Once for each model; again only when nothing has been compared yet (inside torch.compile nothing can be).
+        Once for each model and configuration.
         """
         made = result.pop("known_numbers")
         if self.verified:
             return
-        expected = self.scale * self.known_numbers(made.device).double()
-        if self.softcap is not None:
-            expected = self.softcap * torch.tanh(expected / self.softcap)
-        expected = expected[..., : self.columns]
+        softcap, scale, columns = self.shaping
+        expected = scale * self.known_numbers(made.device).double()
+        if softcap is not None:
+            expected = softcap * torch.tanh(expected / softcap)
+        expected = expected[..., :columns]
         tolerance = 1e-4 if made.dtype in (torch.float32, torch.float64) else 2e-2
         if made.shape != expected.shape or not torch.allclose(
             made.detach().double(), expected, rtol=tolerance, atol=tolerance
         ):
             raise ValueError(
                 f"{type(self.causal).__name__}.forward does something to its logits that is not known here: with"
-                f" softcap {self.softcap} and logit scale {self.scale}, as read from its configuration, they come out"
+                f" softcap {softcap} and logit scale {scale}, as read from its configuration, they come out"
                 " differently. Use qkernels.token_stats on its logits"
             )
         self.verified = True
