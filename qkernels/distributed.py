@@ -233,18 +233,18 @@ class Ranks:
         """
         group = self.groups[name]
         _check_backend(group, name, self.device)
-        known = _agreed.setdefault(group, {})
-        key = _fingerprint({**fields, "own width": width})
         self._waiting.remove(name)
-        if key in known and not self._every_call():
-            return known[key]
+        known = {} if self._every_call() else _agreed.setdefault(group, {})
+        call = _fingerprint({**fields, "own width": width})
+        if call in known:
+            return known[call]
         sums = {f"the checksum of {key}": _checksum(x) for key, x in equal.items() if _has_values(x)}
         fields = {**fields, **sums}
         try:
-            known[key] = _exchange(group, name, width, free_memory(self.device), fields)
+            known[call] = _exchange(group, name, width, free_memory(self.device), fields)
         except ValueError as error:
             raise ValueError(f"{error}{self._hint if name == 'tp_group' else ''}") from None
-        return known[key]
+        return known[call]
 
     def sequence_shard(self, sequences: int, dtype: torch.dtype, fields: Mapping[str, Any]) -> SequenceShard | None:
         """Agree with the other ranks of `sp_group` on a loss; None without one.

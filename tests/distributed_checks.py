@@ -75,7 +75,7 @@ def check_rows(rows: Rows, backend: str, inplace: bool, group: Any) -> None:
         outputs=oracle.STATS, temperature=rows.temperature, inplace_backward=inplace, backend=backend, tp_group=group,
     )  # fmt: skip
     truth = oracle.token_stats(
-        oracle.exact(rows.logits), rows.labels, oracle.exact(rows.reference), temperature=rows.temperature
+        oracle.exact(rows.logits), rows.labels.cpu(), oracle.exact(rows.reference), temperature=rows.temperature
     )
     sizes = row_sizes(rows)
     for name, value in stats._asdict().items():
@@ -91,6 +91,10 @@ def check_rows(rows: Rows, backend: str, inplace: bool, group: Any) -> None:
 
 def rows_of_logits(dtype: torch.dtype, backend: str, vocab: int, inplace: bool = False) -> None:
     check_rows(make_rows((3, 5), vocab, dtype, temperature=0.8), backend, inplace, world())
+
+
+def rows_on_gpu(dtype: torch.dtype) -> None:
+    check_rows(make_rows((3, 5), 67, dtype, f"cuda:{dist.get_rank()}", temperature=0.8), "auto", False, world())
 
 
 def spoiled_rows(column: str) -> str:
@@ -289,7 +293,7 @@ def losses_from_hidden(dtype: torch.dtype, plan: str, options: dict, loss: dict,
 
 def compare_head_losses(
     head: dict, dtype: torch.dtype, plan: str, options: dict, loss: dict, live: bool, chunks: bool,
-    tp_group: Any = None, sp_group: Any = None,
+    tp_group: Any = None, sp_group: Any = None, device: str = "cpu",
 ) -> None:  # fmt: skip
     """One loss on this rank's rows of the head and positions of the batch, against the whole in float64."""
     vocab = head["weight"].shape[0]
@@ -320,7 +324,9 @@ def compare_head_losses(
         return value[:, positions].contiguous()
 
     want, gradients = run(lambda _, x: x, lambda x: x.double(), **TRUTH)
-    got, actual = run(own, lambda x: x, plan=plan, tp_group=tp_group, sp_group=sp_group)
+    got, actual = run(
+        lambda name, x: own(name, x).to(device), lambda x: x, plan=plan, tp_group=tp_group, sp_group=sp_group
+    )
     assert got.plan.name == plan and (got.plan.chunks > 1) == chunks, got.plan
     compare_outputs(got, want, lambda x: x[:, positions], {torch.bfloat16: 2e-5}.get(dtype, 3e-6))
     for name in trained:
@@ -329,6 +335,70 @@ def compare_head_losses(
             gradient = gradient.clone()
             dist.all_reduce(gradient, group=sp_group)
         relative(gradient, own(name, gradients[name]), tolerance(dtype), f"gradient of {name}", gradients[name])
+
+
+def head_on_gpu(dtype: torch.dtype, plan: str) -> None:
+    """The same with tensors on a GPU each."""
+    device = f"cuda:{dist.get_rank()}"
+    compare_head_losses(make_head(dtype), dtype, plan, {}, {}, True, True, tp_group=world(), device=device)
+
+
+def sent(call: Callable[[], Any]) -> list[int]:
+    """Bytes of each message that a call sends."""
+    sizes: list[int] = []
+    names = ("all_reduce", "all_gather")
+    real = {name: getattr(dist, name) for name in names}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def send(*args: Any, **kwargs: Any) -> Any:
+            tensor = args[1] if name == "all_gather" else args[0]
+            sizes.append(tensor.numel() * tensor.element_size())
+            return real[name](*args, **kwargs)
+
+        return send
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        call()
+    finally:
+        for name in names:
+            setattr(dist, name, real[name])
+    return sizes
+
+
+def messages() -> dict[str, list[int]]:
+    """What each kind of call sends, forward and backward apart; 36 of 42 rows are valid."""
+    head = make_head(torch.float32)
+    valid = int((head["labels"] != IGNORE).sum())
+    mine, positions = part(29), part(7)
+    found: dict[str, list[int]] = {"valid": [valid]}
+    logits = (head["hidden"] @ head["weight"].t()).detach()
+
+    def count(name: str, call: Callable[[], Any]) -> None:
+        loss: list[Tensor] = []
+        found[name] = sent(lambda: loss.append(call()))
+        found[name + ", backward"] = sent(lambda: loss[0].backward())
+
+    for plan in ("frozen_head", "pair_chunks", "recompute"):
+        weight = head["weight"][mine].clone().requires_grad_(plan != "frozen_head")
+        hidden = head["hidden"].clone().requires_grad_()
+        count(plan, lambda w=weight, h=hidden, p=plan: fused_linear_token_dpo(
+            h, w, head["labels"], reference_logps=0.0, plan=p, tp_group=world()
+        ).loss)  # fmt: skip
+    columns = logits[..., mine].contiguous().requires_grad_()
+    count("logits", lambda: token_logps(columns, head["labels"], tp_group=world()).sum())
+    local = logits[:, positions].contiguous().requires_grad_()
+    labels = head["labels"][:, positions].contiguous()
+    count("positions", lambda: fused_token_dpo(local, labels, reference_logps=0.0, sp_group=world()).loss)
+    alone = logits.clone().requires_grad_()
+    count("one process", lambda: fused_token_dpo(alone, head["labels"], reference_logps=0.0).loss)
+    return found
+
+
+def example(code: str) -> None:
+    """A block of the documentation."""
+    exec(compile(code, "docs/scaling.md", "exec"), {"__name__": "__main__"})
 
 
 def stats_from_hidden(dtype: torch.dtype, chunks: bool) -> None:

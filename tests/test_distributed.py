@@ -5,6 +5,9 @@ The checks themselves run on the ranks: `distributed_checks.py`.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -173,6 +176,57 @@ def test_sharded_model_with_split_vocabulary(four):
 def test_inside_torch_compile(two):
     for found in two.run(checks.compiled):
         assert "tp_group or sp_group runs between compiled graphs" in found["fullgraph"]
+
+
+# --- what is sent, what is documented --------------------------------------------------------------------------------
+
+
+def test_messages(two):
+    for found in two.run(checks.messages):
+        (valid,) = found["valid"]
+        agreement, small = [32], [4 * valid, 2 * 8 * valid]
+        gradient = [4 * 12 * valid]
+        assert 0 < valid < 42
+        assert found["frozen_head"] == found["recompute"] == agreement + small
+        assert found["frozen_head, backward"] == found["recompute, backward"] == gradient
+        assert found["pair_chunks"] == agreement + small + gradient and found["pair_chunks, backward"] == []
+        assert found["logits"] == [*agreement, 4 * 42, 2 * 8 * 42] and found["logits, backward"] == []
+        assert found["positions"] == [*agreement, 4 * 6 * 8] and found["positions, backward"] == []
+        assert found["one process"] == found["one process, backward"] == []
+
+
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs/scaling.md").read_text(encoding="utf-8"), re.DOTALL
+)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_documented_examples(two, number):
+    assert len(EXAMPLES) == 3
+    two.run(checks.example, EXAMPLES[number])
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+nccl = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module")
+def gpus():
+    with Ranks(2, "nccl") as ranks:
+        yield ranks
+
+
+@nccl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_rows_on_gpus(gpus, dtype):
+    gpus.run(checks.rows_on_gpu, dtype)
+
+
+@nccl
+@pytest.mark.parametrize("plan", ["frozen_head", "pair_chunks", "recompute"])
+def test_losses_from_hidden_on_gpus(gpus, plan):
+    gpus.run(checks.head_on_gpu, torch.bfloat16, plan)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
