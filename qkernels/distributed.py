@@ -4,8 +4,9 @@
 is sent is sent from this file.
 
 Ranks that disagree (other shapes, other options, an error on one of them) would wait for each other forever. So they
-compare 32 bytes before the first result is exchanged: on every call with tensors on the CPU, where that costs a few
-hundred microseconds; on a GPU on the first call of each kind and shape, or on every call with QKERNELS_CHECK=1.
+compare 32 bytes before the first result is exchanged: on every call with tensors on the CPU, where that is one small
+message more; on a GPU, where the host would have to wait, on the first call of each kind and shape, or on every call
+with QKERNELS_CHECK=1.
 """
 
 from __future__ import annotations

@@ -698,7 +698,7 @@ def plan_linear(
     """What `fused_linear_token_dpo` would do with these arguments, without doing it.
 
     Takes the same arguments, checks them the same way, and runs no product. Tensors on the meta device will do (all
-    rows count as valid then).
+    rows count as valid then). With a `tp_group` or `sp_group` every rank of it has to call this.
 
     Returns:
         `LinearPlan`: name, reason, chunk sizes, number of products, expected peak memory. It prints as a summary.
