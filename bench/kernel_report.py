@@ -43,7 +43,7 @@ class Variant:
     kernel: "row_stats", "combine", "row_grad" or "pair_loss".
     dtype, reference: element types of the two models' logits; no reference read if `reference` is "".
     flags: the compile-time parameters that differ from call to call.
-    written: bytes per logit that the kernel writes.
+    gradient: element type that the kernel writes for each logit; "" if it does not.
     registers: the most registers per thread that the planned occupancy allows on sm_90 and sm_100 (see `PLAN`).
     symbol: of a CUDA kernel, what its mangled name begins with (a regular expression); "" for Triton's.
     """
@@ -53,7 +53,7 @@ class Variant:
     dtype: str = "bf16"
     reference: str = ""
     flags: tuple[tuple[str, Any], ...] = ()
-    written: int = 0
+    gradient: str = ""
     registers: int = 255
     symbol: str = ""
 
@@ -65,7 +65,7 @@ class Variant:
     @property
     def bytes_per_logit(self) -> int:
         """Bytes moved per entry of a policy row."""
-        return _SIZES[self.dtype] + (_SIZES[self.reference] if self.reference else 0) + self.written
+        return sum(_SIZES[dtype] for dtype in (self.dtype, self.reference, self.gradient) if dtype)
 
 
 # 65536 registers per processor and 128 threads per program: what a number of registers leaves (they are granted in
@@ -80,11 +80,13 @@ SM_80_REGISTERS = 96
 
 
 def _stats(name: str, registers: int, dtype: str = "bf16", reference: str = "", **flags: Any) -> Variant:
-    return Variant(name, "row_stats", dtype, reference, tuple(flags.items()), 0, registers)
+    return Variant(name, "row_stats", dtype, reference, tuple(flags.items()), "", registers)
 
 
-def _grad(name: str, registers: int, dtype: str = "bf16", reference: str = "", **flags: Any) -> Variant:
-    return Variant(name, "row_grad", dtype, reference, tuple(flags.items()), _SIZES[dtype], registers)
+def _grad(
+    name: str, registers: int, dtype: str = "bf16", reference: str = "", gradient: str = "", **flags: Any
+) -> Variant:
+    return Variant(name, "row_grad", dtype, reference, tuple(flags.items()), gradient or dtype, registers)
 
 
 VARIANTS: tuple[Variant, ...] = (
@@ -103,8 +105,10 @@ VARIANTS: tuple[Variant, ...] = (
     _grad("gradient of log-probs", 56),
     _grad("gradient of log-probs, fp32", 56, "fp32"),
     _grad("gradient of log-probs, fp16", 56, "fp16"),
+    _grad("gradient of log-probs, fp32 to bf16", 56, "fp32", gradient="bf16"),
     _grad("gradient, five coefficients", 56, FULL=True),
     _grad("gradient with KLs", 72, reference="bf16", FULL=True, WITH_REFERENCE=True),
+    _grad("gradient with KLs, fp32 to bf16", 72, "fp32", "fp32", "bf16", FULL=True, WITH_REFERENCE=True),
     _grad("gradient of log-probs, input aligned otherwise", 56, ALIGNED=False),
     Variant("pair loss", "pair_loss", "fp32", flags=(("PACKED", True),)),
 )
@@ -126,16 +130,19 @@ def _cuda_stats(
     typed = _MANGLED["any" if reads == 2 else dtype]
     symbol = rf"_ZN2qk4cuda16row_stats_kernelI{typed}LNS_6GatherE{gather}ELNS0_5ReadsE{reads}EE"
     flags = (("elements", ANY_ELEMENTS),) if reads == 2 else ()
-    return Variant(name, "row_stats", dtype, reference, flags, 0, registers, symbol)
+    return Variant(name, "row_stats", dtype, reference, flags, "", registers, symbol)
 
 
 def _cuda_grad(
-    name: str, registers: int, form: int, dtype: str = "bf16", reference: str = "", any: bool = False
-) -> Variant:
-    typed = _MANGLED["any" if any else dtype]
-    symbol = rf"_ZN2qk4cuda\w*15row_grad_kernelI{typed}LNS0_4FormE{form}EE"
+    name: str, registers: int, form: int, dtype: str = "bf16", reference: str = "", gradient: str = "",
+    any: bool = False,
+) -> Variant:  # fmt: skip
+    typed, written = _MANGLED["any" if any else dtype], gradient or dtype
+    # The second type's name repeats the first one's: of a class as a reference to what was named before.
+    second = _MANGLED[written] if written != dtype else typed if len(typed) == 1 else r"S\d*_"
+    symbol = rf"_ZN2qk4cuda\w*15row_grad_kernelI{typed}{second}LNS0_4FormE{form}EE"
     flags = (("elements", ANY_ELEMENTS),) if any else ()
-    return Variant(name, "row_grad", dtype, reference, flags, _SIZES[dtype], registers, symbol)
+    return Variant(name, "row_grad", dtype, reference, flags, written, registers, symbol)
 
 
 CUDA_VARIANTS: tuple[Variant, ...] = (
@@ -152,8 +159,11 @@ CUDA_VARIANTS: tuple[Variant, ...] = (
     _cuda_grad("gradient of log-probs", 64, 0),
     _cuda_grad("gradient of log-probs, fp32", 64, 0, "fp32"),
     _cuda_grad("gradient of log-probs, fp16", 64, 0, "fp16"),
+    _cuda_grad("gradient of log-probs, fp32 to bf16", 64, 0, "fp32", gradient="bf16"),
+    _cuda_grad("gradient of log-probs, fp32 to fp16", 64, 0, "fp32", gradient="fp16"),
     _cuda_grad("gradient, five coefficients", 64, 1),
     _cuda_grad("gradient with KLs", 80, 2, reference="bf16"),
+    _cuda_grad("gradient with KLs, fp32 to bf16", 80, 2, "fp32", "fp32", "bf16"),
     _cuda_grad("gradient, any types and alignments", 80, 2, reference="bf16", any=True),
     Variant("pair loss", "pair_loss", "fp32", symbol=r"_ZN2qk4cuda\w*16pair_loss_kernel"),
 )
@@ -239,8 +249,7 @@ def source_of(variant: Variant, architecture: str) -> tuple[Any, dict[str, str],
     from qkernels.backends.triton import common, pair_loss_kernel, row_grad_kernel, row_stats_kernel
 
     flags = dict(variant.flags)
-    sizes = [_SIZES[variant.dtype], _SIZES[variant.reference or variant.dtype]]
-    vector = 16 // min(sizes)
+    vector = 16 // min(_SIZES[dtype] for dtype in (variant.dtype, variant.reference, variant.gradient) if dtype)
     tile = {"LANES": common.WARPS * _target(architecture).warp_size, "VEC": vector}
     pointers = {"logits": variant.dtype, "reference": variant.reference or variant.dtype, "labels": "i64"}
     options = common.OPTIONS
@@ -259,7 +268,7 @@ def source_of(variant: Variant, architecture: str) -> tuple[Any, dict[str, str],
         function = row_grad_kernel.row_grad_kernel
         values = {"FULL": False, "WITH_REFERENCE": False, "ALIGNED": True, "R_ALIGNED": True, **flags, **tile}
         values["UNROLL"] = row_grad_kernel.UNROLL[values["WITH_REFERENCE"]]
-        pointers |= {"out": variant.dtype, "state": "fp32", "r_state": "fp32", "coefficients": "fp32"}
+        pointers |= {"out": variant.gradient, "state": "fp32", "r_state": "fp32", "coefficients": "fp32"}
     else:
         function = pair_loss_kernel.pair_loss_kernel
         values = {"PER_SEQUENCE": False, "PACKED": False, **flags}

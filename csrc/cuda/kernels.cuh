@@ -127,18 +127,6 @@ void launch(const char* operation, void (*kernel)(Parameters...), int64_t blocks
   check(cudaGetLastError(), operation);
 }
 
-inline bool same_type(const Rows& a, const Rows& b) { return a.dtype == b.dtype; }
-
-// Whether each row of `a` lies as far past a 16-byte line as the same row of `b`; of the same element type.
-inline bool lie_alike(const Rows& a, const Rows& b, const Shape& shape) {
-  const int64_t vector = a.dtype == DType::kFloat32 ? 4 : 8, size = 16 / vector;
-  const int64_t base = static_cast<int64_t>(reinterpret_cast<uintptr_t>(a.data) / static_cast<uintptr_t>(size)) -
-                       static_cast<int64_t>(reinterpret_cast<uintptr_t>(b.data) / static_cast<uintptr_t>(size));
-  return same_type(a, b) && base % vector == 0 &&
-         (shape.outer == 1 || (a.outer_stride - b.outer_stride) % vector == 0) &&
-         (shape.inner == 1 || (a.inner_stride - b.inner_stride) % vector == 0);
-}
-
 inline void check_vocab(const Shape& shape) {
   if (shape.vocab > std::numeric_limits<int32_t>::max() / 2)
     throw std::runtime_error("qkernels: rows of more than 2^30 entries are not supported on a GPU");

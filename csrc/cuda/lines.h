@@ -184,13 +184,14 @@ struct MinusInfinity<Float16> {
 
 // --- what a thread holds of a row at once ---------------------------------------------------------------------------
 
-// kVectors vectors of one line each, not yet widened.
-template <class T>
+// Four lines, not yet widened: vectors of kLines lines each.
+template <class T, int kLines>
 struct Packed {
-  static constexpr int kVectors = 4, kVector = 16 / sizeof(T), kCount = kVectors * kVector;
-  Line line[kVectors];
+  static constexpr int kPerLine = 16 / sizeof(T);
+  static constexpr int kVectors = 4 / kLines, kVector = kLines * kPerLine, kCount = kVectors * kVector;
+  Line line[4];
 
-  QK_HOST_DEVICE float operator[](int i) const { return lane<T>(line[i / kVector], i % kVector); }
+  QK_HOST_DEVICE float operator[](int i) const { return lane<T>(line[i / kPerLine], i % kPerLine); }
 
   QK_HOST_DEVICE float max() const {
     uint32_t top[4];
@@ -206,14 +207,14 @@ struct Packed {
   // Take an element out.
   QK_HOST_DEVICE void remove(int i) {
     constexpr int kPerWord = 4 / sizeof(T);
-    uint32_t& word = line[i / kVector].word[i % kVector / kPerWord];
+    uint32_t& word = line[i / kPerLine].word[i % kPerLine / kPerWord];
     const uint32_t mask = kPerWord == 1 ? ~0u : i % 2 ? 0xffff0000u : 0xffffu;
     word = (word & ~mask) | (MinusInfinity<T>::word & mask);
   }
 
   QK_HOST_DEVICE void remove_vector(int u) {
     QK_UNROLL
-    for (int w = 0; w < 4; ++w) line[u].word[w] = MinusInfinity<T>::word;
+    for (int w = 0; w < 4 * kLines; ++w) line[u * kLines + w / 4].word[w % 4] = MinusInfinity<T>::word;
   }
 };
 
@@ -242,10 +243,11 @@ struct Widened {
 
 // --- rows -----------------------------------------------------------------------------------------------------------
 
-// A row whose vectors are lines of its own: one load each.
-template <class T>
+// A row whose vectors are lines of its own: a load for each line. Two lines are the vector where results of half the
+// width are to fill one.
+template <class T, int kLines = 1>
 struct AlignedRow {
-  using Tile = Packed<T>;
+  using Tile = Packed<T, kLines>;
   static constexpr bool kInside = false;
   const T* data;
 
@@ -255,9 +257,12 @@ struct AlignedRow {
   // Vectors of the tile, `step` elements apart, the first at element `at`.
   QK_HOST_DEVICE void read(Tile& tile, int64_t at, int step) const {
     QK_UNROLL
-    for (int u = 0; u < Tile::kVectors; ++u) tile.line[u] = load_streaming(data + at + static_cast<int64_t>(u) * step);
+    for (int u = 0; u < Tile::kVectors; ++u) read_vector(tile, u, at + static_cast<int64_t>(u) * step);
   }
-  QK_HOST_DEVICE void read_vector(Tile& tile, int u, int64_t at) const { tile.line[u] = load_streaming(data + at); }
+  QK_HOST_DEVICE void read_vector(Tile& tile, int u, int64_t at) const {
+    QK_UNROLL
+    for (int l = 0; l < kLines; ++l) tile.line[u * kLines + l] = load_streaming(data + at + l * Tile::kPerLine);
+  }
 };
 
 // A row that may lie anywhere relative to the lines that cut it, and of any type. A vector of 8 elements that begins

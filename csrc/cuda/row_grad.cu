@@ -4,13 +4,13 @@
 // in shared memory; the label's entry is put into its vector before that is stored, so no order of stores matters.
 //
 // Memory traffic. Each logit (and each of the reference's, with five coefficients) is read once, each gradient written
-// once, 16 bytes at a time; lines are those of the output. Where logits or reference lie differently relative to lines,
-// or the reference is of another type, one kernel for all types puts vectors together from two lines each. Rows with an
-// ignored label and rows whose coefficients are all 0 are written 0 without being read. Few rows are split over blocks,
-// whose pieces do not depend on each other.
+// once, 16 bytes at a time; lines are those of the output. A line of 16-bit gradients of fp32 logits is made from two of
+// these. Where logits or reference lie differently relative to lines, or the reference is of another type, one kernel
+// for all types puts vectors together from neighbouring lines. Rows with an ignored label and rows whose coefficients
+// are all 0 are written 0 without being read. Few rows are split over blocks, whose pieces do not depend on each other.
 //
-// Aliasing. The output may be the logits: each thread reads what it writes before it writes it, and what no other
-// thread reads. State, coefficients, labels and the reference are not written.
+// Aliasing. The output may be the logits, if it is of their type: each thread reads what it writes before it writes it,
+// and what no other thread reads. State, coefficients, labels and the reference are not written.
 //
 // Numerics. Per element fp32, rounded once. -inf logits have e = 0 and gradient 0 whatever the factor is. NaN in the
 // state makes the row NaN, and so does a label outside [0, V).
@@ -28,7 +28,8 @@ __device__ __forceinline__ char* byte_of(const Rows& rows, const Shape& shape, i
          (offset_of(rows, shape, row) + start) * (rows.dtype == DType::kFloat32 ? 4 : 2);
 }
 
-template <class T, Form kForm>
+// Of logits of type T gradients of type G, or of any types (void).
+template <class T, class G, Form kForm>
 __global__ void __launch_bounds__(kThreads, blocks_of(kForm, std::is_same<T, void>::value))
     row_grad_kernel(const __grid_constant__ GradCall call, Split split) {
   __shared__ RowGrad shared;
@@ -52,17 +53,24 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kForm, std::is_same<T, voi
     const AnyOut out = {byte_of(call.out, call.shape, row, start), call.out.dtype};
     walk_grad<kForm>(policy, reference, with_reference, out, n, label, r, thread);
   } else {
-    const AlignedRow<T> policy = {row_of<T>(call.policy, call.shape, row) + start};
-    const AlignedRow<T> reference = {kForm == Form::kPair ? row_of<T>(call.reference, call.shape, row) + start
-                                                          : nullptr};
-    const AlignedOut<T> out = {const_cast<T*>(row_of<T>(call.out, call.shape, row)) + start};
+    using Row = AlignedRow<T, sizeof(T) / sizeof(G)>;
+    const Row policy = {row_of<T>(call.policy, call.shape, row) + start};
+    const Row reference = {kForm == Form::kPair ? row_of<T>(call.reference, call.shape, row) + start : nullptr};
+    const AlignedOut<G> out = {const_cast<G*>(row_of<G>(call.out, call.shape, row)) + start};
     walk_grad<kForm>(policy, reference, kForm == Form::kPair, out, n, label, r, thread);
   }
 }
 
-template <class T, Form kForm>
+template <class T, class G, Form kForm>
 void launch_grad(const GradCall& call, const Launch& where, const Split& split) {
-  launch("row_grad", row_grad_kernel<T, kForm>, call.shape.rows() * split.count, kThreads, where, call, split);
+  launch("row_grad", row_grad_kernel<T, G, kForm>, call.shape.rows() * split.count, kThreads, where, call, split);
+}
+
+template <class T, class G>
+void launch_form(const GradCall& call, const Launch& where, const Split& split) {
+  if (call.coefficient_count != kCoefficientCount) return launch_grad<T, G, Form::kPlain>(call, where, split);
+  if (call.reference_state) return launch_grad<T, G, Form::kPair>(call, where, split);
+  launch_grad<T, G, Form::kFull>(call, where, split);
 }
 
 }  // namespace
@@ -72,17 +80,14 @@ void row_grad(const GradCall& call, const Launch& where) {
   check_vocab(call.shape);
   const OnDevice device(where.device);
   const Split split = split_of(call.shape.vocab, where.splits);
-  const bool full = call.coefficient_count == kCoefficientCount, pair = full && call.reference_state;
-  const bool alike =
-      lie_alike(call.out, call.policy, call.shape) && (!pair || lie_alike(call.out, call.reference, call.shape));
-  GradCall plain = call;
-  if (!pair) plain.reference_state = nullptr;
-  if (!alike) return launch_grad<void, Form::kPair>(plain, where, split);
-  with_type(call.out.dtype, [&](auto t) {
-    using T = Pointee<decltype(t)>;
-    if (pair) return launch_grad<T, Form::kPair>(plain, where, split);
-    if (full) return launch_grad<T, Form::kFull>(plain, where, split);
-    launch_grad<T, Form::kPlain>(plain, where, split);
+  const bool pair = call.coefficient_count == kCoefficientCount && call.reference_state;
+  GradCall used = call;
+  if (!pair) used.reference_state = nullptr;
+  if (!in_lines(call, pair)) return launch_grad<void, void, Form::kPair>(used, where, split);
+  with_type(call.out.dtype, [&](auto out) {
+    using G = Pointee<decltype(out)>;
+    if (sizeof(G) == 2 && call.policy.dtype == DType::kFloat32) return launch_form<float, G>(used, where, split);
+    launch_form<G, G>(used, where, split);
   });
 }
 

@@ -44,7 +44,7 @@ void row_stats(const StatsCall& call, const Launch& where) {
   const Gather gather = gather_of(call.columns);
   const bool two = call.reference.data && (call.columns & kReadsReference);
   if (two && (call.columns & kDivergences)) {
-    if (lie_alike(call.policy, call.reference, call.shape))
+    if (same_type(call.policy, call.reference) && lie_alike(call.policy, call.reference, call.shape))
       launch_stats_both(call, where, split, gather);
     else
       launch_stats_any(call, where, split);

@@ -420,6 +420,32 @@ QK_HOST_DEVICE void walk_fill(const AnyOut& out, int n, float value, int thread)
   if (thread < c.edges) out.put(c.edge(thread), value);
 }
 
+// --- which kernel ---------------------------------------------------------------------------------------------------
+
+inline bool same_type(const Rows& a, const Rows& b) { return a.dtype == b.dtype; }
+
+// Where a tensor begins in memory, counted in its elements.
+inline int64_t first_element(const Rows& rows) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(rows.data) / (rows.dtype == DType::kFloat32 ? 4 : 2));
+}
+
+// Whether a 16-byte line begins in each row of `b` where one begins in the same row of `a`; for the same element type
+// this holds in both directions. `a` is not wider than `b`.
+inline bool lie_alike(const Rows& a, const Rows& b, const Shape& shape) {
+  const int64_t vector = b.dtype == DType::kFloat32 ? 4 : 8;  // a line of `a` is one of `b`, or two
+  const int64_t base = first_element(a) - first_element(b);
+  return base % vector == 0 && (shape.outer == 1 || (a.outer_stride - b.outer_stride) % vector == 0) &&
+         (shape.inner == 1 || (a.inner_stride - b.inner_stride) % vector == 0);
+}
+
+// Whether a kernel for one type of logits and one of gradients can do a call: gradients of the logits' type, or of 16
+// bits for fp32 logits, and each line that is written met by whole lines that are read.
+inline bool in_lines(const GradCall& call, bool pair) {
+  auto reads = [&](const Rows& rows) { return same_type(rows, call.policy) && lie_alike(call.out, rows, call.shape); };
+  return (same_type(call.out, call.policy) || call.policy.dtype == DType::kFloat32) && reads(call.policy) &&
+         (!pair || reads(call.reference));
+}
+
 // --- pieces ---------------------------------------------------------------------------------------------------------
 
 // A row spread over `count` blocks.

@@ -95,8 +95,7 @@ void with_type(DType dtype, F f) {
   }
 }
 
-// --- the block
-// --------------------------------------------------------------------------------------------------------
+// --- the block ------------------------------------------------------------------------------------------------------
 
 // As add_block in kernels.cuh: restate to the maximum of the block, a tree within each warp, warps in order.
 Partial add_block(std::vector<Partial> threads, double log2e_per_temperature) {
@@ -154,9 +153,10 @@ void stats_of(const StatsCall& call, int splits, bool any, bool of_reference) {
   finish_row<columns_of(kGather, kPair)>(call, 0, total, of_reference);
 }
 
-// As row_grad_kernel.
+// As row_grad_kernel. `any`: the kernel for all types, where it need not be.
 template <Form kForm>
-void grad_of(const GradCall& call, int splits, bool any) {
+void grad_of(const GradCall& call, int splits, bool any = false) {
+  any = any || !in_lines(call, kForm == Form::kPair);
   const Split split = split_of(call.shape.vocab, splits);
   const RowGrad r = row_grad_of(call, 0);
   const bool with_reference = kForm == Form::kPair && call.reference_state;
@@ -173,17 +173,24 @@ void grad_of(const GradCall& call, int splits, bool any) {
                          AnyOut{byte(call.out), call.out.dtype}, n, label, r, thread);
       else
         with_type(call.out.dtype, [&](auto t) {
-          using T = decltype(t);
-          walk_grad<kForm>(AlignedRow<T>{reinterpret_cast<const T*>(byte(call.policy))},
-                           AlignedRow<T>{with_reference ? reinterpret_cast<const T*>(byte(call.reference)) : nullptr},
-                           with_reference, AlignedOut<T>{reinterpret_cast<T*>(byte(call.out))}, n, label, r, thread);
+          using G = decltype(t);
+          auto walk = [&](auto u) {
+            using T = decltype(u);
+            using Lines = AlignedRow<T, sizeof(T) < sizeof(G) ? 1 : sizeof(T) / sizeof(G)>;
+            walk_grad<kForm>(Lines{reinterpret_cast<const T*>(byte(call.policy))},
+                             Lines{with_reference ? reinterpret_cast<const T*>(byte(call.reference)) : nullptr},
+                             with_reference, AlignedOut<G>{reinterpret_cast<G*>(byte(call.out))}, n, label, r, thread);
+          };
+          if (call.policy.dtype == DType::kFloat32)
+            walk(float{});
+          else
+            walk(G{});
         });
     }
   }
 }
 
-// --- the truth
-// --------------------------------------------------------------------------------------------------------
+// --- the truth ------------------------------------------------------------------------------------------------------
 
 struct Softmax {
   std::vector<long double> p, logp;
@@ -326,7 +333,7 @@ void check_case(std::mt19937& random, const Case& c) {
   auto check_grad = [&](const Row& out, int form, const char* what) {
     for (int j = 0; j < c.vocab; ++j) {
       const double want = static_cast<double>(wanted[form][static_cast<size_t>(j)]);
-      const double slack = 1e-5 * static_cast<double>(largest[form]) + ulp(c.dtype, want) + 1e-40;
+      const double slack = 1e-5 * static_cast<double>(largest[form]) + ulp(out.dtype(), want) + 1e-40;
       ++checks;
       if (std::fabs(out.get(j) - want) <= slack) continue;
       expect(false, name + ": " + what + " at " + std::to_string(j) + " got " + std::to_string(out.get(j)) +
@@ -339,16 +346,32 @@ void check_case(std::mt19937& random, const Case& c) {
     if (form < 2) g.reference_state = nullptr;
     Row fast(policy), any(c.dtype, c.vocab, (c.offset + 2 * width(c.dtype)) % 16);
     g.out = g.policy = fast.rows();
-    const bool in_step = form < 2 || alike;
-    if (form == 0) grad_of<Form::kPlain>(g, c.splits, false);
-    if (form == 1) grad_of<Form::kFull>(g, c.splits, false);
-    if (form == 2) grad_of<Form::kPair>(g, c.splits, !in_step);
+    auto run = [&] {
+      if (form == 0) grad_of<Form::kPlain>(g, c.splits);
+      if (form == 1) grad_of<Form::kFull>(g, c.splits);
+      if (form == 2) grad_of<Form::kPair>(g, c.splits);
+    };
+    expect(in_lines(g, form == 2) == (form < 2 || alike), name + ": which kernel");
+    run();
     check_grad(fast, form, "gradient in place");
     g.policy = policy.rows();
     g.out = any.rows();
     grad_of<Form::kPair>(g, c.splits, true);
     check_grad(any, form, "gradient into other lines");
     expect(any == fast, name + ": a new gradient equals the one in place");
+    if (c.dtype != DType::kFloat32) continue;
+    // From fp32 logits to 16 bits: the fp32 gradient rounded once, whatever it is made with.
+    for (const DType narrow : {DType::kBFloat16, DType::kFloat16})
+      for (const int elements : {0, 1, 4}) {  // by which logits and gradients lie differently; by half a line is alike
+        const int offset = (c.offset / 2 + 2 * elements) % 16;
+        Row rounded(narrow, c.vocab, offset), expected(narrow, c.vocab, 0);
+        for (int j = 0; j < c.vocab; ++j) expected.set(j, fast.get(j));
+        g.out = rounded.rows();
+        expect(in_lines(g, form == 2) == (elements != 1 && (form < 2 || alike)), name + ": which kernel narrows");
+        run();
+        check_grad(rounded, form, "gradient rounded to 16 bits");
+        expect(rounded == expected, name + ": rounded once");
+      }
   }
   // Rows that are ignored, silent, or have a label outside of the vocabulary.
   Row out(c.dtype, c.vocab, c.offset);
@@ -398,8 +421,7 @@ void check_special_rows() {
   }
 }
 
-// --- pair loss
-// --------------------------------------------------------------------------------------------------------
+// --- pair loss ------------------------------------------------------------------------------------------------------
 
 // As pair_loss_kernel.
 void run_pair_loss(const PairCall& call) {
