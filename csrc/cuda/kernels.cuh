@@ -92,6 +92,7 @@ __device__ __forceinline__ Partial add_block(Partial mine, double log2e_per_temp
 
 inline void check(cudaError_t error, const char* operation) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // forget it, lest the next launch be taken for the one that failed
   throw std::runtime_error(std::string("qkernels: ") + operation + " failed on the GPU: " + cudaGetErrorName(error) +
                            ": " + cudaGetErrorString(error));
 }

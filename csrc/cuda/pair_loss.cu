@@ -72,7 +72,6 @@ std::string unavailable(int device) {
     // Fails where none of the architectures that were compiled serves this device.
     check(cudaFuncGetAttributes(&attributes, pair_loss_kernel), "looking for kernels for this device");
   } catch (const std::runtime_error& error) {
-    cudaGetLastError();  // forget it
     return error.what();
   }
   return "";

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kGather, kReads))
     const AlignedRow<T> reference = {kPair ? row_of<T>(call.reference, call.shape, row) + start : nullptr};
     walk_row<kGather, kPair>(policy, reference, n, label, scale, threadIdx.x, lane);
   }
-  const Partial total = add_block<kGather, kPair, kThreads>(partial_of(lane), log2e_per_temperature);
+  const Partial total = add_block<kGather, kPair, kThreads>(partial_of(lane, log2e_per_temperature), log2e_per_temperature);
   if (threadIdx.x != 0) return;
   if (scratch)
     scratch[static_cast<int64_t>(block) * models + of_reference * (models - 1)] = total;

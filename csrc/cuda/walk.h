@@ -76,7 +76,11 @@ QK_HOST_DEVICE void for_trips(int whole, int touched, Plain plain, Careful caref
 
 // --- sums -----------------------------------------------------------------------------------------------------------
 
-// One thread's sums of one model; the fields are those of `Sums`.
+// `cross` of a thread is kept in the unit of the logits times this. Then every finite logit, also the -3e38 by which some
+// mask, gives a finite sum of the 2^10 terms and more that a thread meets; exponents of such logits overflow.
+constexpr float kCrossUnit = 0x1p-12f;
+
+// One thread's sums of one model; the fields are those of `Sums`, but for the unit of `cross`.
 struct LaneSums {
   float max = -kInfinity;
   float exp = 0, exp_t = 0, exp_sq = 0, cross = 0, raw = 0;
@@ -87,29 +91,29 @@ struct LaneRow {
   float before = -kInfinity;  // the largest of the policy's logits before the label; only with Gather::kAll
 };
 
-QK_HOST_DEVICE Sums widened(const LaneSums& lane) {
+QK_HOST_DEVICE Sums widened(const LaneSums& lane, double log2e_per_temperature) {
   Sums sums;
   sums.max = lane.max;
   sums.exp = lane.exp;
   sums.exp_t = lane.exp_t;
   sums.exp_sq = lane.exp_sq;
-  sums.cross = lane.cross;
+  sums.cross = lane.cross * (log2e_per_temperature / kCrossUnit);
   sums.raw = lane.raw;
   return sums;
 }
 
-// What a new maximum does to a thread's sums. While nothing but -inf was met exponents are relative to 0, and all sums
-// are 0.
+// What a new maximum does to a thread's sums: the exponents' fall, in the unit of `cross` too. While nothing but -inf was
+// met exponents are relative to 0, and all sums are 0.
 struct Move {
-  float base, shift, factor;
+  float base, shift, cross_shift, factor;
 };
 
 QK_HOST_DEVICE Move move_max(float& max, float top, float scale) {
   const float now = fmaxf(max, top);
   const float base = now == -kInfinity ? 0.0f : now;
-  const float shift = (max - base) * scale;
+  const float fall = max - base, shift = fall * scale;
   max = now;
-  return {base, shift, exp2_approx(shift)};
+  return {base, shift, fall * kCrossUnit, exp2_approx(shift)};
 }
 
 // sum e x after the move, without the tile's own terms. A factor of 0 forgets, also infinities.
@@ -153,12 +157,11 @@ QK_HOST_DEVICE void fold_pair(const Tile& z, const Tile& rz, float scale, LaneRo
     float part = 0, r_part = 0;
     QK_UNROLL
     for (int j = 0; j < Tile::kVector; ++j) {
-      const float t = (z[u * Tile::kVector + j] - move.base) * scale;
-      const float rt = (rz[u * Tile::kVector + j] - r_move.base) * scale;
-      const float e = exp2_approx(t), re = exp2_approx(rt);
+      const float below = z[u * Tile::kVector + j] - move.base, r_below = rz[u * Tile::kVector + j] - r_move.base;
+      const float t = below * scale, e = exp2_approx(t), re = exp2_approx(r_below * scale);
       part += e;
       r_part += re;
-      const float d = t - rt;  // may be infinite, or NaN where both models forbid the token
+      const float d = (below - r_below) * kCrossUnit;  // infinite, or NaN, where models forbid the token by -inf
       if (e > 0) cross = fmaf(e, d, cross);
       if (re > 0) r_cross = fmaf(re, -d, r_cross);
       if (kGather != Gather::kExp) exp_t = fmaf(e, fmaxf(t, kNothing), exp_t);
@@ -169,8 +172,8 @@ QK_HOST_DEVICE void fold_pair(const Tile& z, const Tile& rz, float scale, LaneRo
   }
   if (kGather != Gather::kExp) p.exp_t = moved(p.exp_t, move.shift, p.exp, move.factor) + exp_t;
   if (kGather == Gather::kAll) p.exp_sq = fmaf(move.factor * move.factor, p.exp_sq, exp_sq);
-  p.cross = moved(p.cross, move.shift - r_move.shift, p.exp, move.factor) + cross;
-  q.cross = moved(q.cross, r_move.shift - move.shift, q.exp, r_move.factor) + r_cross;
+  p.cross = moved(p.cross, move.cross_shift - r_move.cross_shift, p.exp, move.factor) + cross;
+  q.cross = moved(q.cross, r_move.cross_shift - move.cross_shift, q.exp, r_move.factor) + r_cross;
   p.exp = fmaf(move.factor, p.exp, exp);
   q.exp = fmaf(r_move.factor, q.exp, r_exp);
 }
@@ -471,10 +474,10 @@ struct Partial {
   float before = -kInfinity;  // the largest of the policy's logits before the label
 };
 
-QK_HOST_DEVICE Partial partial_of(const LaneRow& lane) {
+QK_HOST_DEVICE Partial partial_of(const LaneRow& lane, double log2e_per_temperature) {
   Partial p;
-  p.sums.policy = widened(lane.policy);
-  p.sums.reference = widened(lane.reference);
+  p.sums.policy = widened(lane.policy, log2e_per_temperature);
+  p.sums.reference = widened(lane.reference, log2e_per_temperature);
   p.before = lane.before;
   return p;
 }

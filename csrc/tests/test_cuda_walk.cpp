@@ -145,7 +145,7 @@ void stats_of(const StatsCall& call, int splits, bool any, bool of_reference) {
           walk_row<kGather, kPair>(policy, reference, n, label, scale, thread, lane);
         });
       }
-      threads[static_cast<size_t>(thread)] = partial_of(lane);
+      threads[static_cast<size_t>(thread)] = partial_of(lane, log2e_per_temperature);
     }
     pieces[static_cast<size_t>(piece)] = add_block(threads, log2e_per_temperature);
   }
@@ -419,6 +419,27 @@ void check_special_rows() {
     expect(both ? out[kKlPolicyReference] == 0 : out[kKlPolicyReference] == inf, "a token that the reference forbids");
     expect(std::fabs(out[kKlReferencePolicy]) < 1e-3, "the other divergence stays finite");
   }
+  // Masked by a finite number in one model alone, wherever a thread meets it: as far from infinite as that number.
+  for (const int first : {0, 9000, 30000})
+    for (const bool of_policy : {false, true})
+      for (const double temperature : {0.9, 1.3}) {
+        const int n = 40000, masked = 8000;
+        Row row(DType::kFloat32, n, 4), reference(DType::kFloat32, n, 4);
+        for (int j = 0; j < n; ++j) row.set(j, 0.01f * static_cast<float>(j % 77)), reference.set(j, 0.5f);
+        for (int j = first; j < first + masked; ++j) (of_policy ? row : reference).set(j, -3e38f);
+        const int64_t label = 20000;
+        float out[kColumnCount];
+        StatsCall call{{1, 1, n}, row.rows(), reference.rows(), {&label, -100}, temperature, kEverything, out};
+        stats_of<Gather::kAll, true>(call, 1, false, false);
+        const Softmax p(row, temperature), q(reference, temperature);
+        const Softmax &free = of_policy ? q : p, &other = of_policy ? p : q;
+        long double want = 0;
+        for (size_t j = 0; j < n; ++j)
+          if (free.p[j] > 0) want += free.p[j] * (free.logp[j] - other.logp[j]);
+        expect_close(out[of_policy ? kKlReferencePolicy : kKlPolicyReference], want, 2e-6, 0, "a finite mask");
+        const float small = out[of_policy ? kKlPolicyReference : kKlReferencePolicy];
+        expect(small > 0 && small < 1, "the divergence of the masked model");
+      }
 }
 
 // --- pair loss ------------------------------------------------------------------------------------------------------
