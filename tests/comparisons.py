@@ -9,6 +9,7 @@ import oracle
 from assertions import assert_gradient, assert_row_output, assert_within, loss_allowance
 from cases import IGNORE, PairBatch, Rows, generator
 from qkernels import fused_token_dpo, token_logps, token_stats
+from qkernels.rows import REFERENCE_STATE, STATE, bits, coefficients
 
 
 def row_sizes(rows: Rows) -> dict[str, Tensor]:
@@ -98,6 +99,31 @@ def check_gradient(backend, rows: Rows, upstream: dict[str, Tensor], **options) 
     grad = row_gradient(backend, rows, upstream, **options)
     assert_gradient(grad, expected, terms, f"gradient of {'+'.join(upstream)}")
     return grad
+
+
+def check_gradient_into(backend, rows: Rows, narrow: torch.dtype, outputs: tuple[str, ...], gap: int = 0) -> None:
+    """The gradient of fp32 logits written to a tensor of another dtype, as the path from hidden states wants it.
+
+    Every entry is written, ignored rows as zeros; nothing around the rows is, and the logits stay as they are.
+    gap: elements between the rows of the target.
+    """
+    logits, labels = rows.logits.unsqueeze(0), rows.labels.unsqueeze(0)
+    full = any(name in oracle.WITH_REFERENCE for name in outputs)
+    reference = rows.reference.unsqueeze(0) if full else None
+    columns = STATE | bits(outputs) | (REFERENCE_STATE if full else 0)
+    how = (rows.temperature, IGNORE)
+    stats = backend.module.row_stats(logits, labels, reference, columns, *how)
+    upstream = random_upstream(rows, outputs)
+    given = coefficients(stats, {name: value.unsqueeze(0) for name, value in upstream.items()}, columns)
+    memory = torch.full((1, len(rows.labels), rows.vocab + gap), 777.0, dtype=narrow, device=logits.device)
+    out, before = memory[..., : rows.vocab], logits.clone()
+    states = (stats[:3], stats[3:6] if full else None)
+    backend.module.row_grad_into(out, logits, labels, reference, *states, given, *how)
+    assert torch.equal(logits, before) and bool((memory[..., rows.vocab :] == 777).all())
+    assert bool((out[labels == IGNORE] == 0).all())
+    expected = oracle.gradient(rows.logits, rows.labels, upstream, rows.reference, temperature=rows.temperature)
+    terms = oracle.gradient_terms(rows.logits, rows.labels, upstream, rows.reference, temperature=rows.temperature)
+    assert_gradient(out[0], expected, terms, f"gradient of {'+'.join(outputs)} in {narrow}")
 
 
 def check_preference(

@@ -1,8 +1,8 @@
 """The CPU's own product of bf16 matrices with an fp32 result, and what takes its place on other instruction sets.
 
 An entry is a sum of k exact products (16 bits of significand at most), and each addition rounds a partial sum: the
-error may be k eps32 of the sum of absolute values, and as a rule it is a few eps32, because roundings differ in sign. 16
-are allowed. A result that had been rounded to bf16 would err by 2^-9 of itself, thousands of eps32.
+error may be k eps32 of the sum of absolute values, and as a rule it is a few eps32, for roundings differ in sign. The
+bound is 16 of them. A result that had been rounded to bf16 would err by 2^-9 of itself, thousands of eps32.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 import oracle
 from assertions import ROW_BOUNDS, assert_gradient, assert_within
 from cases import IGNORE, Rows, generator, make_labels, make_rows, normal
-from comparisons import check_gradient, check_logps, check_outputs, random_upstream, row_gradient
+from comparisons import check_gradient, check_gradient_into, check_logps, check_outputs, random_upstream, row_gradient
 from qkernels import token_logps, token_stats
 
 VOCABS = (1, 2, 7, 17, 1003, 2048, 2049, 4097, 32001)
@@ -324,6 +324,17 @@ def test_no_rows(backend, dtype):
     assert logps.shape == (2, 0)
     logps.sum().backward()
     assert logits.grad.shape == (2, 0, 11)
+
+
+@pytest.mark.dtypes(torch.float32)
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 515, 2049, 4100])
+def test_gradient_into_a_given_tensor(backend, dtype, vocab, narrow):
+    """What the path from hidden states does with its fp32 logits: the gradient in the dtype of the products."""
+    rows = make_rows((5,), vocab, dtype, backend.device, temperature=0.8)
+    for outputs in (("logps",), oracle.WITH_GRADIENT):
+        for gap in (0, 3):
+            check_gradient_into(backend, rows, narrow, outputs, gap)
 
 
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)

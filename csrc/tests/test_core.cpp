@@ -17,6 +17,7 @@
 #include "../core/pair_loss.h"
 #include "../cpu/cpu.h"
 #include "../cpu/fill.h"
+#include "../cpu/product.h"
 #include "../cpu/thread_pool.h"
 
 #if !defined(_WIN32)
@@ -260,6 +261,62 @@ void check_pair_loss() {
   expect(grad[3] == 0, "pair_loss gradient of a zero weight");
 }
 
+// Matrices that end where their last element lies, whatever their stride; a result that ends there, too.
+void check_product(std::mt19937& random, int64_t rows, int64_t columns, int64_t depth, int64_t gap, int64_t offset,
+                   bool with_bias, int threads) {
+  const std::string name = "product " + std::to_string(rows) + " x " + std::to_string(columns) + " x " +
+                           std::to_string(depth) + " gap " + std::to_string(gap) + " offset " + std::to_string(offset) +
+                           " threads " + std::to_string(threads);
+  std::normal_distribution<float> normal(0, 1);
+  auto matrix = [&](int64_t count) {
+    std::vector<qk::BFloat16> values(static_cast<size_t>(offset + (count - 1) * (depth + gap) + depth));
+    for (qk::BFloat16& value : values) value = qk::narrow<qk::BFloat16>(normal(random));
+    values.shrink_to_fit();
+    return values;
+  };
+  const std::vector<qk::BFloat16> left = matrix(rows), right = matrix(columns);
+  std::vector<float> bias(static_cast<size_t>(columns));
+  for (float& value : bias) value = normal(random);
+  const int64_t stride = columns + gap;
+  auto run = [&](int used_threads) {
+    std::vector<float> out(static_cast<size_t>((rows - 1) * stride + columns), 777.f);
+    qk::product({rows, columns, depth, left.data() + offset, right.data() + offset, depth + gap, depth + gap,
+                 with_bias ? bias.data() : nullptr, out.data(), stride},
+                used_threads);
+    return out;
+  };
+  const std::vector<float> out = run(threads);
+  expect(out == run(1), name + ": the same bits from one thread");
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      long double want = with_bias ? bias[static_cast<size_t>(j)] : 0, size = std::fabs(want);
+      for (int64_t k = 0; k < depth; ++k) {
+        const long double term =
+            static_cast<long double>(qk::widen(left[static_cast<size_t>(offset + i * (depth + gap) + k)])) *
+            qk::widen(right[static_cast<size_t>(offset + j * (depth + gap) + k)]);
+        want += term;
+        size += std::fabs(term);
+      }
+      const float got = out[static_cast<size_t>(i * stride + j)];
+      expect(std::fabs(got - want) <= 1e-6L * size, name + ": value");
+    }
+    for (int64_t j = columns; i + 1 < rows && j < stride; ++j)
+      expect(out[static_cast<size_t>(i * stride + j)] == 777.f, name + ": written between rows");
+  }
+}
+
+void check_products(std::mt19937& random) {
+  if (!qk::has_product()) {
+    std::printf("no bf16 product on this machine\n");
+    return;
+  }
+  // Tiles are 12 x 32, blocks along k 512.
+  for (int64_t depth : {1, 2, 7, 32, 33, 64, 511, 512, 513, 1030}) check_product(random, 13, 33, depth, 0, 0, true, 2);
+  for (int64_t rows : {1, 11, 12, 25})
+    for (int64_t columns : {1, 15, 16, 17, 31, 32, 70}) check_product(random, rows, columns, 37, 3, 1, rows != 11, 3);
+  check_product(random, 3, 1500, 40, 5, 3, true, 3);  // many panels
+}
+
 void check_fill() {
   for (size_t bytes : {0, 1, 63, 64, 5000, 100001})
     for (size_t offset : {0, 1, 40}) {
@@ -313,6 +370,7 @@ int main() {
       check_rows(random, dtype, dtype, {1, 2, 5000}, 0, 0, 1, 300, false, 1);    // sums restated again and again
     }
     check_special_rows();
+    if (set == qk::instruction_sets().back()) check_products(random);
     std::printf("%s: ok so far, %d checks\n", set.c_str(), checks);
   }
   check_pair_loss();
