@@ -237,7 +237,7 @@ def test_evaluation_needs_no_graph():
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_model():
-    model, counters = hf_models.model(), torch._dynamo.utils.counters
+    model, counters = hf_models.model(num_hidden_layers=1), torch._dynamo.utils.counters
     compiled = torch.compile(model, backend="aot_eager")
     counters.clear()
     for rows, length in ((3, 12), (3, 10), (3, 9)):
