@@ -202,17 +202,17 @@ def test_soft_capped_model(tmp_path):
     assert_same(train(TokenDPOTrainer, tmp_path, model=made(), ref_model=copy.deepcopy(reference)), theirs)
 
 
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
 def test_compiled(tmp_path):
     counters = torch._dynamo.utils.counters
     counters.clear()
-    options = {"evaluate": False, "steps": 2, "torch_compile_backend": "eager"}
-    small = {"num_hidden_layers": 1}
+    small, options = {"num_hidden_layers": 1}, {"evaluate": False, "steps": 2}
     ours, theirs = (
-        train(
-            trainer, tmp_path, torch_compile=compiled, model=hf_models.model(**small),
-            ref_model=hf_models.model(seed=7, **small), **options,
-        )
-        for trainer, compiled in ((TokenDPOTrainer, True), (DPOTrainer, False))
+        train(trainer, tmp_path, model=hf_models.model(**small), ref_model=hf_models.model(seed=7, **small),
+              **options, **compiled)
+        for trainer, compiled in ((TokenDPOTrainer, COMPILED), (DPOTrainer, {}))
     )  # fmt: skip
     assert not counters["graph_break"] and counters["frames"]["ok"] >= 2
     assert_same(ours, theirs)
@@ -347,10 +347,10 @@ def test_packed_equals_padded(options, tmp_path):
 
 
 def test_packed_and_compiled(tmp_path):
-    options = {"padding_free": True, "evaluate": False, "steps": 1, "torch_compile_backend": "eager"}
+    options = {"padding_free": True, "evaluate": False, "steps": 1}
     compiled, plain = (
-        train(TokenDPOTrainer, tmp_path, torch_compile=on, model=hf_models.model(num_hidden_layers=1), **options)
-        for on in (True, False)
+        train(TokenDPOTrainer, tmp_path, model=hf_models.model(num_hidden_layers=1), **options, **more)
+        for more in (COMPILED, {})
     )
     assert_same(compiled, plain)
 
