@@ -88,7 +88,7 @@ def train(trainer, tmp_path, *, model=None, ref_model="default", data=PAIRS, con
 
 def numbers(trainer):
     """What a trainer has logged, without times."""
-    timing = ("runtime", "per_second", "total_flos")
+    timing = ("runtime", "per_second", "total_flos", "step_time")
     return [
         {name: value for name, value in entry.items() if not any(word in name for word in timing)}
         for entry in trainer.state.log_history
@@ -652,32 +652,45 @@ def test_head_equals_trl_s_head(family, cast):
         add_token_head(hf_models.model(), outputs=("logits",))
 
 
-def test_sft_trainer_on_the_patched_head(tmp_path):
-    """Other trainers of TRL use the same head."""
-    from trl import SFTConfig, SFTTrainer
+@pytest.mark.parametrize("name", ["SFT", "KTO", "GRPO", "RLOO"])
+def test_other_trainers_on_the_patched_head(name, tmp_path):
+    """They use the same head; losses, metrics and parameters stay theirs."""
+    import trl
 
-    data = Dataset.from_list([{"text": pair["prompt"] + pair["chosen"]} for pair in hf_models.preferences()])
-    runs = []
-    for patched in (False, True):
-        if patched:
-            patch_trl()
-        try:
-            trainer = SFTTrainer(
-                model=hf_models.model(),
-                args=SFTConfig(
-                    output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, optim="sgd", seed=1,
-                    learning_rate=0.05, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False,
-                    save_strategy="no", log_level="error", gradient_checkpointing=False,
-                ),
-                train_dataset=data,
-                processing_class=hf_models.tokenizer(),
-            )  # fmt: skip
-        finally:
-            unpatch_trl()
+    pairs, data, options, more = hf_models.preferences(), [], {}, {}
+    for number, pair in enumerate(pairs):
+        if name == "SFT":
+            data.append({"text": pair["prompt"] + pair["chosen"]})
+        elif name == "KTO":
+            data.append({"prompt": pair["prompt"], "completion": pair["chosen"], "label": number % 2 == 0})
+        else:
+            data.append({"prompt": pair["prompt"]})
+    if name == "KTO":
+        more["ref_model"] = copy.deepcopy(REFERENCE)
+    elif name != "SFT":
+        options = {"num_generations": 2, "max_completion_length": 6, "beta": 0.0, "temperature": 0.9}
+        more["reward_funcs"] = lambda completions, **_: [float(len(set(text.split()))) for text in completions]
+
+    def trained():
+        trainer = getattr(trl, f"{name}Trainer")(
+            model=hf_models.model(),
+            args=getattr(trl, f"{name}Config")(
+                str(tmp_path), max_steps=2, per_device_train_batch_size=4, optim="sgd", seed=1, learning_rate=0.05,
+                logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False, save_strategy="no",
+                log_level="error", gradient_checkpointing=False, **options,
+            ),
+            train_dataset=Dataset.from_list(data),
+            processing_class=hf_models.tokenizer(),
+            **more,
+        )  # fmt: skip
         trainer.remove_callback(__import__("transformers").PrinterCallback)
         trainer.train()
-        runs.append(trainer)
-    assert_same(*reversed(runs))
+        return trainer
+
+    theirs = trained()
+    with patch_trl():
+        ours = trained()
+    assert_same(ours, theirs)
 
 
 def test_importing_the_package_imports_nothing_of_this():
