@@ -30,6 +30,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer, utils
 
 import hf_models
+from processes import Ranks
 from qkernels.integrations import trl as integration
 from qkernels.integrations.token_dpo_trainer import TokenPreferenceCollator
 from qkernels.integrations.transformers import compute_token_logps, head_parameters, hidden_states
@@ -500,6 +501,41 @@ def test_models_by_name_and_data_that_stream(tmp_path):
     assert numbers(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     simpo = train(TokenDPOTrainer, tmp_path, data=streamed, loss_type="simpo", **options)
     assert simpo.ref_model is None
+
+
+def train_on_a_rank(folder, options):
+    """What one of two processes logs and ends with."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    rank = torch.distributed.get_rank()
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0", ACCELERATE_USE_CPU="1",
+    )  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    batches = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "ddp_backend": "gloo"}
+    trainer = train(TokenDPOTrainer, folder, data=WEIGHTED, **batches, **options)
+    assert trainer.accelerator.num_processes == 2
+    return numbers(trainer), [p.detach().numpy() for p in trainer.model.parameters()]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    all_options = [
+        {"padding_free": True, "precompute_ref_log_probs": True},
+        {"loss_type": "tdpo1", "gradient_checkpointing": True},
+    ]
+    with Ranks(2) as ranks:
+        results = [ranks.run(train_on_a_rank, tmp_path, options) for options in all_options]
+    for options, of_ranks in zip(all_options, results, strict=True):
+        alone = train(TokenDPOTrainer, tmp_path, data=WEIGHTED, **options)
+        for logged, parameters in of_ranks:
+            for one, other in zip(logged, numbers(alone), strict=True):
+                for name in one.keys() - {"epoch"}:
+                    assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
+            for one, other in zip(parameters, alone.model.parameters(), strict=True):
+                torch.testing.assert_close(torch.from_numpy(one), other.detach(), atol=1e-4, rtol=1e-4)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
