@@ -112,6 +112,8 @@ def test_left_padding_scores_only_tokens_after_tokens():
     got = compute_token_logps(model, left)
     assert torch.equal(got[:, :3], torch.zeros(1, 3))
     torch.testing.assert_close(got[:, 3:], compute_token_logps(model, right), atol=1e-5, rtol=1e-5)
+    del left["position_ids"]  # the mask alone says it too
+    assert (batch_labels(left) != -100).tolist() == [[False] * 3 + [True] * 7 + [False]]
 
 
 def test_packed_row_equals_its_sequences():
@@ -237,7 +239,7 @@ def test_evaluation_needs_no_graph():
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_model():
-    model, counters = hf_models.model(), torch._dynamo.utils.counters
+    model, counters = hf_models.model(num_hidden_layers=1), torch._dynamo.utils.counters
     compiled = torch.compile(model, backend="aot_eager")
     counters.clear()
     for rows, length in ((3, 12), (3, 10), (3, 9)):

@@ -30,6 +30,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer, utils
 
 import hf_models
+from processes import Ranks
 from qkernels.integrations import trl as integration
 from qkernels.integrations.token_dpo_trainer import TokenPreferenceCollator
 from qkernels.integrations.transformers import compute_token_logps, head_parameters, hidden_states
@@ -88,7 +89,7 @@ def train(trainer, tmp_path, *, model=None, ref_model="default", data=PAIRS, con
 
 def numbers(trainer):
     """What a trainer has logged, without times."""
-    timing = ("runtime", "per_second", "total_flos")
+    timing = ("runtime", "per_second", "total_flos", "step_time")
     return [
         {name: value for name, value in entry.items() if not any(word in name for word in timing)}
         for entry in trainer.state.log_history
@@ -202,13 +203,20 @@ def test_soft_capped_model(tmp_path):
     assert_same(train(TokenDPOTrainer, tmp_path, model=made(), ref_model=copy.deepcopy(reference)), theirs)
 
 
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
 def test_compiled(tmp_path):
     counters = torch._dynamo.utils.counters
     counters.clear()
-    options = {"evaluate": False, "steps": 2}
-    ours = train(TokenDPOTrainer, tmp_path, torch_compile=True, torch_compile_backend="eager", **options)
+    small, options = {"num_hidden_layers": 1}, {"evaluate": False, "steps": 2}
+    ours, theirs = (
+        train(trainer, tmp_path, model=hf_models.model(**small), ref_model=hf_models.model(seed=7, **small),
+              **options, **compiled)
+        for trainer, compiled in ((TokenDPOTrainer, COMPILED), (DPOTrainer, {}))
+    )  # fmt: skip
     assert not counters["graph_break"] and counters["frames"]["ok"] >= 2
-    assert_same(ours, stock(tmp_path, **options))
+    assert_same(ours, theirs)
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
@@ -341,8 +349,11 @@ def test_packed_equals_padded(options, tmp_path):
 
 def test_packed_and_compiled(tmp_path):
     options = {"padding_free": True, "evaluate": False, "steps": 1}
-    compiled = train(TokenDPOTrainer, tmp_path, torch_compile=True, torch_compile_backend="eager", **options)
-    assert_same(compiled, train(TokenDPOTrainer, tmp_path, **options))
+    compiled, plain = (
+        train(TokenDPOTrainer, tmp_path, model=hf_models.model(num_hidden_layers=1), **options, **more)
+        for more in (COMPILED, {})
+    )
+    assert_same(compiled, plain)
 
 
 @pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])
@@ -490,6 +501,41 @@ def test_models_by_name_and_data_that_stream(tmp_path):
     assert numbers(trainer)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     simpo = train(TokenDPOTrainer, tmp_path, data=streamed, loss_type="simpo", **options)
     assert simpo.ref_model is None
+
+
+def train_on_a_rank(folder, options):
+    """What one of two processes logs and ends with."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    rank = torch.distributed.get_rank()
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0", ACCELERATE_USE_CPU="1",
+    )  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    batches = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "ddp_backend": "gloo"}
+    trainer = train(TokenDPOTrainer, folder, data=WEIGHTED, **batches, **options)
+    assert trainer.accelerator.num_processes == 2
+    return numbers(trainer), [p.detach().numpy() for p in trainer.model.parameters()]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    all_options = [
+        {"padding_free": True, "precompute_ref_log_probs": True},
+        {"loss_type": "tdpo1", "gradient_checkpointing": True},
+    ]
+    with Ranks(2) as ranks:
+        results = [ranks.run(train_on_a_rank, tmp_path, options) for options in all_options]
+    for options, of_ranks in zip(all_options, results, strict=True):
+        alone = train(TokenDPOTrainer, tmp_path, data=WEIGHTED, **options)
+        for logged, parameters in of_ranks:
+            for one, other in zip(logged, numbers(alone), strict=True):
+                for name in one.keys() - {"epoch"}:
+                    assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-4), name
+            for one, other in zip(parameters, alone.model.parameters(), strict=True):
+                torch.testing.assert_close(torch.from_numpy(one), other.detach(), atol=1e-4, rtol=1e-4)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -642,32 +688,45 @@ def test_head_equals_trl_s_head(family, cast):
         add_token_head(hf_models.model(), outputs=("logits",))
 
 
-def test_sft_trainer_on_the_patched_head(tmp_path):
-    """Other trainers of TRL use the same head."""
-    from trl import SFTConfig, SFTTrainer
+@pytest.mark.parametrize("name", ["SFT", "KTO", "GRPO", "RLOO"])
+def test_other_trainers_on_the_patched_head(name, tmp_path):
+    """They use the same head; losses, metrics and parameters stay theirs."""
+    import trl
 
-    data = Dataset.from_list([{"text": pair["prompt"] + pair["chosen"]} for pair in hf_models.preferences()])
-    runs = []
-    for patched in (False, True):
-        if patched:
-            patch_trl()
-        try:
-            trainer = SFTTrainer(
-                model=hf_models.model(),
-                args=SFTConfig(
-                    output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, optim="sgd", seed=1,
-                    learning_rate=0.05, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False,
-                    save_strategy="no", log_level="error", gradient_checkpointing=False,
-                ),
-                train_dataset=data,
-                processing_class=hf_models.tokenizer(),
-            )  # fmt: skip
-        finally:
-            unpatch_trl()
+    pairs, data, options, more = hf_models.preferences(), [], {}, {}
+    for number, pair in enumerate(pairs):
+        if name == "SFT":
+            data.append({"text": pair["prompt"] + pair["chosen"]})
+        elif name == "KTO":
+            data.append({"prompt": pair["prompt"], "completion": pair["chosen"], "label": number % 2 == 0})
+        else:
+            data.append({"prompt": pair["prompt"]})
+    if name == "KTO":
+        more["ref_model"] = copy.deepcopy(REFERENCE)
+    elif name != "SFT":
+        options = {"num_generations": 2, "max_completion_length": 6, "beta": 0.0, "temperature": 0.9}
+        more["reward_funcs"] = lambda completions, **_: [float(len(set(text.split()))) for text in completions]
+
+    def trained():
+        trainer = getattr(trl, f"{name}Trainer")(
+            model=hf_models.model(),
+            args=getattr(trl, f"{name}Config")(
+                str(tmp_path), max_steps=2, per_device_train_batch_size=4, optim="sgd", seed=1, learning_rate=0.05,
+                logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, bf16=False, save_strategy="no",
+                log_level="error", gradient_checkpointing=False, **options,
+            ),
+            train_dataset=Dataset.from_list(data),
+            processing_class=hf_models.tokenizer(),
+            **more,
+        )  # fmt: skip
         trainer.remove_callback(__import__("transformers").PrinterCallback)
         trainer.train()
-        runs.append(trainer)
-    assert_same(*reversed(runs))
+        return trainer
+
+    theirs = trained()
+    with patch_trl():
+        ours = trained()
+    assert_same(ours, theirs)
 
 
 def test_importing_the_package_imports_nothing_of_this():

@@ -363,19 +363,22 @@ class TokenDPOTrainer(DPOTrainer):
         fingerprint = [Hasher.hash(made_with)]
         broadcast_object_list(fingerprint, from_process=0)
         cache_file = dataset._get_cache_file_path(fingerprint[0])
-        if not os.path.exists(cache_file):
-            caches = self._token_caches(dataset, name, batch_size, collator)
-            if self.accelerator.is_main_process:
-                dataset.map(
-                    lambda _, index: {column: caches[column][index] for column in CACHES},
-                    with_indices=True,
-                    remove_columns=dataset.column_names,
-                    new_fingerprint=fingerprint[0],
-                    cache_file_name=cache_file,
-                    desc=f"Caching reference log probs for {name} dataset",
-                )
-            self.accelerator.wait_for_everyone()
-        return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)
+        if all(gather_object([os.path.exists(cache_file)])):
+            return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)
+        caches = self._token_caches(dataset, name, batch_size, collator)
+        if self.accelerator.is_main_process and not os.path.exists(cache_file):
+            dataset.map(
+                lambda _, index: {column: caches[column][index] for column in CACHES},
+                with_indices=True,
+                remove_columns=dataset.column_names,
+                new_fingerprint=fingerprint[0],
+                cache_file_name=cache_file,
+                desc=f"Caching reference log probs for {name} dataset",
+            )
+        self.accelerator.wait_for_everyone()
+        # A data set that was made in memory has its cache in a folder of each process' own.
+        columns = Dataset.from_file(cache_file) if os.path.exists(cache_file) else Dataset.from_dict(caches)
+        return concatenate_datasets([dataset, columns], axis=1)
 
     def _token_caches(
         self, dataset: Any, name: str, batch_size: int, collator: Callable[..., Any]

@@ -140,8 +140,8 @@ def _linear(head: nn.Module) -> tuple[Tensor, Tensor | None, list[_Adapter]]:
         raise TypeError(f"the head's weight is {weight.dtype}; a quantised head has to be dequantised first")
     if weight.is_meta:
         raise ValueError(
-            "the head's weight is on the meta device: it is offloaded, or the model is not loaded yet. Keep the head"
-            " on a device (device_map)"
+            "the head's weight is on the meta device: it is offloaded, or the model is not loaded yet. Keep the head on"
+            " a device (device_map)"
         )
     return weight, head.bias, []
 
