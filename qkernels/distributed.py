@@ -316,7 +316,7 @@ def to_local(tp_group: Any, **tensors: tuple[Any, int | None]) -> tuple[Any, str
         elif dim is not None and mesh.ndim == 1 and placements[0] == module.Shard(dim % value.ndim):
             own = mesh.get_group()
             if torch.compiler.is_compiling():
-                raise NotImplementedError(f"{name} is a DTensor: inside torch.compile say so with tp_group as well")
+                raise RuntimeError(f"{name} is a DTensor: inside torch.compile say so with tp_group as well")
             if group is None:
                 group, hint = own, _FSDP
             elif dist.get_process_group_ranks(process_group(group, "tp_group")) != dist.get_process_group_ranks(own):

@@ -15,6 +15,7 @@ Both losses here are objects with a memory: make one for a training run and pass
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +54,7 @@ def isotonic_fit(values: Sequence[float], weights: Sequence[float] | None = None
     return [mean for mean, count in zip(means, counts, strict=True) for _ in range(count)]
 
 
-class LearnedLink:
+class LearnedLink(ABC):
     """What OSPO and PSPO share: the memory of past t, and plain DPO until there are enough of them.
 
     A batch enters the memory after its own loss, and only in training (when t carries a gradient), so that evaluation
@@ -87,8 +88,9 @@ class LearnedLink:
             self.seen += len(t)
         return loss
 
+    @abstractmethod
     def _loss(self, t: Tensor, spread: float) -> Tensor:
-        raise NotImplementedError
+        """The loss of each pair once the memory is of use; `spread` is the root mean square of the past t."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint of the training run must keep."""
