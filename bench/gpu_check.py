@@ -105,8 +105,10 @@ class Bench:
                 milliseconds=median * 1e3,
                 fastest=min(seconds) * 1e3,
                 slowest=max(seconds) * 1e3,
-                bytes_moved=moved,
-                copy_ratio=median * self.copies[key] / moved,
+                amount=moved / 1e9,
+                unit="GB",
+                floor="copy of the same bytes",
+                floor_ratio=median * self.copies[key] / moved,
                 peak_bytes=None,
                 logits_bytes=size,
             )

@@ -685,7 +685,8 @@ def test_a_killed_process_leaves_a_folder_that_can_be_resumed(
 ) -> None:
     # Every pair is written at once, and the process is struck while it writes the tenth file.
     code = f"""
-import os, pyarrow.parquet as pq
+import os, signal, pyarrow.parquet as pq
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's child inherits that it is ignored
 store._FLUSH_SECONDS = 0
 real, writes = pq.ParquetWriter.close, []
 def close(self):
