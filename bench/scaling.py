@@ -147,24 +147,26 @@ def _measure(work: Work, sizes: Sizes, rounds: int) -> dict[str, Any]:
     if work.split == "sp" or not rounds:
         return result
     alone, clear_alone = _call(work, sizes, grouped=False)
-    times: dict[bool, list[float]] = {True: [], False: []}
+    wall: dict[bool, list[float]] = {True: [], False: []}
+    cpu: dict[bool, list[float]] = {True: [], False: []}
     for number in range(2 * rounds + 2):
         grouped = number % 2 == 0
         run, cleared = (forward, clear) if grouped else (alone, clear_alone)
         dist.barrier()
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         run().backward()
-        elapsed = time.perf_counter() - start
+        elapsed, elapsed_cpu = time.perf_counter() - start, time.process_time() - start_cpu
         cleared()
         if number >= 2:  # the first of each warms up
-            times[grouped].append(elapsed * 1e3)
-    # Both ranks have to be done: the slower one counts, round by round.
-    both = torch.tensor([times[True], times[False]])
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    ratios = (both[0] / both[1] - 1).tolist()
-    result["with"], result["without"] = both.median(1).values.tolist()
-    result["overhead"] = statistics.median(ratios)
-    result["spread"] = (min(ratios), max(ratios))
+            wall[grouped].append(elapsed * 1e3)
+            cpu[grouped].append(elapsed_cpu * 1e3)
+    for name, times in (("wall", wall), ("cpu", cpu)):
+        # All ranks have to be done: the slowest one counts, round by round.
+        slowest = torch.tensor([times[True], times[False]])
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        with_group, without = slowest.median(1).values.tolist()
+        ratios = (slowest[0] / slowest[1] - 1).tolist()
+        result[name] = (with_group, without, statistics.median(ratios), min(ratios), max(ratios))
     return result
 
 
@@ -254,21 +256,24 @@ def report(ranks: int, sizes: Sizes, logits_vocab: int, rounds: int, results: li
     ]
     for work, result in zip(WORKS, results, strict=True):
         lines.append(f"| {work.name} | {_sent(result['forward'])} | {_sent(result['backward'])} |")
-    if any("with" in result for result in results):
+    if any("wall" in result for result in results):
         lines += [
             "",
-            f"Forward and backward, median of {rounds} rounds, the slower rank of each:",
+            f"Forward and backward, medians of {rounds} rounds, the slower rank of each: with `tp_group`, the same"
+            " products with nothing sent, and what the first takes longer (in the best and the worst round). Wall time"
+            " contains the waiting of ranks for each other, and for a core if the machine has other work.",
             "",
-            "| call | with `tp_group` | the same products, nothing sent | overhead (least, most of a round) |",
-            "|---|---|---|---|",
+            "| call | time | with `tp_group` | without | overhead |",
+            "|---|---|---|---|---|",
         ]
         for work, result in zip(WORKS, results, strict=True):
-            if "with" in result:
-                low, high = result["spread"]
-                lines.append(
-                    f"| {work.name} | {result['with']:.1f} ms | {result['without']:.1f} ms |"
-                    f" {result['overhead']:+.1%} ({low:+.1%}, {high:+.1%}) |"
-                )
+            for name, what in (("wall", "wall"), ("cpu", "processor")):
+                if name in result:
+                    with_group, without, ratio, low, high = result[name]
+                    lines.append(
+                        f"| {work.name} | {what} | {with_group:.1f} ms | {without:.1f} ms |"
+                        f" {ratio:+.1%} ({low:+.1%}, {high:+.1%}) |"
+                    )
     lines += [
         "",
         f"On paper, not measured: N = {LARGE.rows} rows in each tp group, V = {LARGE.vocab}, H = {LARGE.hidden}, bf16,"

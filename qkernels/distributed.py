@@ -223,7 +223,9 @@ class Ranks:
     def _every_call(self) -> bool:
         return self.device.type == "cpu" or checks.asked_to_check()
 
-    def agree(self, name: str, width: int, fields: Mapping[str, Any], equal: Mapping[str, Any]) -> list[Part]:
+    def agree(
+        self, name: str, width: int, fields: Mapping[str, Any], equal: Mapping[str, Any], chunked: bool = False
+    ) -> list[Part]:
         """Compare a call with the other ranks of a group, and return what each of them brings.
 
         Args:
@@ -231,21 +233,26 @@ class Ranks:
             width: columns of the vocabulary that this rank holds.
             fields: what has to be the same, by name.
             equal: arguments by name; those that are tensors have to be the same.
+            chunked: whether to say how much memory is free.
         """
         group = self.groups[name]
         _check_backend(group, name, self.device)
         self._waiting.remove(name)
-        known = {} if self._every_call() else _agreed.setdefault(group, {})
-        call = _fingerprint({**fields, "own width": width})
-        if call in known:
-            return known[call]
+        known: dict[int, list[Part]] | None = None
+        if not self._every_call():
+            known = _agreed.setdefault(group, {})
+            call = _fingerprint({**fields, "own width": width})
+            if call in known:
+                return known[call]
         sums = {f"the checksum of {key}": _checksum(x) for key, x in equal.items() if _has_values(x)}
         fields = {**fields, **sums}
         try:
-            known[call] = _exchange(group, name, width, free_memory(self.device), fields)
+            parts = _exchange(group, name, width, free_memory(self.device) if chunked else 0, fields)
         except ValueError as error:
             raise ValueError(f"{error}{self._hint if name == 'tp_group' else ''}") from None
-        return known[call]
+        if known is not None:
+            known[call] = parts
+        return parts
 
     def sequence_shard(self, sequences: int, dtype: torch.dtype, fields: Mapping[str, Any]) -> SequenceShard | None:
         """Agree with the other ranks of `sp_group` on a loss; None without one.

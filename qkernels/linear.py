@@ -203,7 +203,7 @@ def _prepare(
             "temperature, softcap, logit_scale, ignore_index": (temperature, softcap, logit_scale, ignore_index),
             "max_chunk_bytes": max_chunk_bytes,
         }
-        shard = vocab_parallel.agree(ranks, checked.vocab, labels, ignore_index, equal, agreed)
+        shard = vocab_parallel.agree(ranks, checked.vocab, labels, ignore_index, equal, agreed, chunked=True)
         checked = checked._replace(shard=shard)
     if checked.shard is None:
         checks.label_range(labels, checked.vocab, ignore_index)  # rows lose their numbers in the chunks

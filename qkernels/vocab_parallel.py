@@ -47,7 +47,7 @@ class Shard(NamedTuple):
     first, width: its columns are [first, first + width).
     vocab: columns of all parts together.
     widest: columns of the largest part.
-    free: bytes of memory that every rank has for a chunk's budget.
+    free: bytes of memory that every rank has, for the size of chunks; 0 where there are none.
     """
 
     group: Any
@@ -61,13 +61,18 @@ class Shard(NamedTuple):
         """Labels that count from this part's first column, and where they lie in it.
 
         A row whose label lies elsewhere gets column 0, an ignored one `IGNORED`, and one whose label lies nowhere a
-        column that no part has.
+        column that no part has (IndexError on the CPU).
         """
         ignored = labels == ignore_index
-        local = labels - self.first
-        mine = ~ignored & (local >= 0) & (local < self.width)
-        nowhere = (labels < 0) | (labels >= self.vocab)
-        local = torch.where(mine, local, torch.where(nowhere, self.width, 0))
+        local = (labels - self.first).masked_fill(ignored, -1)
+        mine = (local >= 0) & (local < self.width)
+        nowhere = ((labels < 0) | (labels >= self.vocab)) & ~ignored
+        if labels.device.type == "cpu":
+            if bool(nowhere.any()):
+                raise rows.label_error(labels, int(nowhere.reshape(-1).nonzero()[0]), self.vocab)
+            local = torch.where(mine, local, 0)
+        else:
+            local = torch.where(mine, local, torch.where(nowhere, self.width, 0))
         return local.masked_fill(ignored, IGNORED), mine
 
     def row_stats(
@@ -91,11 +96,6 @@ class Shard(NamedTuple):
         Raises:
             IndexError: a label outside [0, vocab), on the CPU, on every rank.
         """
-        ignored = labels == ignore_index
-        if labels.device.type == "cpu":
-            bad = ~ignored & ((labels < 0) | (labels >= self.vocab))
-            if bool(bad.any()):
-                raise rows.label_error(labels, int(bad.reshape(-1).nonzero()[0]), self.vocab)
         local, mine = self.local_labels(labels, ignore_index)
         if not columns & rows.NEEDS_REFERENCE:
             reference = None
@@ -147,7 +147,7 @@ class Shard(NamedTuple):
             if columns & BIT[name]:
                 out[name] = (total[name] / p.total - p.log_sum + q.log_sum).clamp_min(0.0)
         stats = torch.stack([out[name] for name in rows.column_names(columns)])
-        return stats.masked_fill(ignored, 0.0).to(rows.stats_dtype(logits.dtype))
+        return stats.masked_fill(local == IGNORED, 0.0).to(rows.stats_dtype(logits.dtype))
 
     def gradient_inputs(
         self,
@@ -207,6 +207,7 @@ def agree(
     ignore_index: int,
     equal: Mapping[str, Any],
     fields: Mapping[str, Any],
+    chunked: bool = False,
 ) -> Shard | None:
     """Agree with the other ranks of `tp_group` on a call and on who holds which columns; None without such a group.
 
@@ -216,6 +217,7 @@ def agree(
         labels: the same on all ranks, in the whole vocabulary.
         equal: further arguments that are the same on all ranks where they are tensors.
         fields: whatever else has to be the same on all ranks, by name.
+        chunked: whether the call makes its logits chunk by chunk, whose size is agreed on too.
 
     Raises:
         ValueError: the ranks disagree. RuntimeError: another rank failed.
@@ -223,7 +225,9 @@ def agree(
     """
     if ranks is None or "tp_group" not in ranks.groups:
         return None
-    parts = ranks.agree("tp_group", width, {**fields, "labels.shape": tuple(labels.shape)}, {"labels": labels, **equal})
+    parts = ranks.agree(
+        "tp_group", width, {**fields, "labels.shape": tuple(labels.shape)}, {"labels": labels, **equal}, chunked
+    )
     widths = [part.width for part in parts]
     group = ranks.groups["tp_group"]
     first = sum(widths[: distributed.rank_of(group)])
