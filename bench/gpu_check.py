@@ -93,24 +93,31 @@ class Bench:
         key = (logits.dtype, size)
         if key not in self.copies:
             self.copies[key] = measure.copy_bandwidth(logits, self.rounds)
-        seconds = measure.device_seconds(call, self.device, self.rounds, setup)
+        facts = {
+            "dtype": str(logits.dtype).removeprefix("torch."),
+            "shape": f"{logits.numel() // logits.shape[-1]} rows x {logits.shape[-1]}",
+            "amount": passes * size / 1e9,
+            "unit": "GB",
+            "floor": "copy of the same bytes",
+            "floor_seconds": passes * size / self.copies[key],
+            "logits_bytes": size,
+        }
+        return self.record(work, contender, facts, None, measure.device_seconds(call, self.device, self.rounds, setup))
+
+    def record(self, work: str, contender: str, facts: dict[str, Any], peak: int | None, seconds: list[float]) -> float:
+        """Note the times of all rounds; their median. `facts`: the rest of a `report.Entry`."""
         median = statistics.median(seconds)
-        moved = int(passes * size)
+        described = {key: value for key, value in facts.items() if key != "floor_seconds"}
         self.entries.append(
             report.Entry(
                 work=work,
                 contender=contender,
-                dtype=str(logits.dtype).removeprefix("torch."),
-                shape=f"{logits.numel() // logits.shape[-1]} rows x {logits.shape[-1]}",
                 milliseconds=median * 1e3,
                 fastest=min(seconds) * 1e3,
                 slowest=max(seconds) * 1e3,
-                amount=moved / 1e9,
-                unit="GB",
-                floor="copy of the same bytes",
-                floor_ratio=median * self.copies[key] / moved,
-                peak_bytes=None,
-                logits_bytes=size,
+                floor_ratio=median / facts["floor_seconds"],
+                peak_bytes=peak,
+                **described,
             )
         )
         return median
@@ -326,7 +333,7 @@ def peers(bench: Bench) -> list[str]:
         try:
             bench.add(work, name, policy, passes, call, setup)
         except Exception as error:  # a peer that fails is a line, not the end
-            lines.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            lines.append(f"{name}: {_first_line(error)}")
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -345,15 +352,170 @@ def peers(bench: Bench) -> list[str]:
             lines.append(f"{name}: not installed")
             continue
         attempt(name, "log-probs and entropy, beside peers", 1, lambda c=call: c(policy, labels))
-    lines.append(
-        "F.linear_cross_entropy starts from hidden states: "
-        + (
-            "there, not comparable here"
-            if hasattr(torch.nn.functional, "linear_cross_entropy")
-            else "not in this torch"
-        )
-    )
     return lines
+
+
+def products(bench: Bench) -> list[str]:
+    """The head's products against float64: fp32 logits of 16-bit inputs, fp32 sums of dW; log-probs from them."""
+    from qkernels import linear_token_logps
+    from qkernels.head import Head, WeightGrad
+
+    lines = []
+    shapes = [(5, 24, 515)] if bench.rehearsal else [(64, 4096, 128256), (33, 1000, 128257), (1, 64, 7), (700, 8, 1001)]
+    for dtype in (torch.bfloat16, torch.float16):
+        worst = {"logits": 0.0, "sums of dW": 0.0, "log-probs": 0.0}
+        for n, h, v in shapes:
+            x, w = bench.logits(n, h, dtype) / 3, bench.logits(v, h, dtype, 2) / (3 * h**0.5)
+            g, exact = bench.logits(n, v, dtype, 3), x.double() @ w.double().t()
+            logits = torch.empty(n, v, dtype=torch.float32, device=bench.device)
+            head = Head(w, None, None, 1.0)
+            head.logits(x, logits)
+            # As a share of the sum of the terms' sizes, which fp32 sums err by.
+            sizes = x.abs().double() @ w.abs().double().t()
+            worst["logits"] = max(worst["logits"], ((logits - exact).abs() / sizes.clamp_min(1e-30)).max().item())
+            if bench.device.type == "cuda":  # on a CPU each chunk's product is rounded once
+                total = WeightGrad(head, True, False, 2)
+                total.add(g, x)
+                total.add(g, x)
+                want = 2 * (g.double().t() @ x.double())
+                sizes = 2 * (g.abs().double().t() @ x.abs().double())
+                got = total.result(torch.float32, None)[0]
+                assert got is not None
+                worst["sums of dW"] = max(
+                    worst["sums of dW"], ((got - want).abs() / sizes.clamp_min(1e-30)).max().item()
+                )
+            labels = bench.labels(n, v)
+            truth = exact.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+            error = (linear_token_logps(x, w, labels).double() - truth).abs()
+            worst["log-probs"] = max(worst["log-probs"], error.max().item())
+        lines.append(f"{dtype}: " + ", ".join(f"{name} within {error:.1e}" for name, error in worst.items()))
+        if max(worst["logits"], worst["sums of dW"]) > 2e-6 or worst["log-probs"] > 2e-5:
+            raise RuntimeError(lines[-1] + " of float64: too far, rounded to 16 bits on the way?")
+    return lines
+
+
+def _linear_work(bench: Bench, rows: int) -> Any:
+    """Hidden states, a head and labels for the default loss, and the bare products of these; smaller on a small GPU."""
+    from .linear_work import Work
+
+    hidden_size, vocab = (24, 515) if bench.rehearsal else (4096, 128256)
+    if bench.device.type == "cuda":
+        free = torch.cuda.mem_get_info(bench.device)[0]
+
+        def needed() -> int:  # a peer's stored logits with gradient and fp32 copies; weight, dW and its fp32 sum
+            return 16 * rows * vocab + 12 * vocab * hidden_size
+
+        while needed() > free and rows > 1024:
+            rows //= 2
+        while needed() > free and hidden_size > 512:
+            hidden_size //= 2
+    sequences = max(2, rows // 1024)
+    hidden = bench.logits(rows, hidden_size, torch.bfloat16).view(sequences, -1, hidden_size).div_(3)
+    weight = bench.logits(vocab, hidden_size, torch.bfloat16, 2).div_(hidden_size**0.5)
+    return Work.of(hidden, weight, bench.labels(rows, vocab).view(sequences, -1), bench.rounds)
+
+
+def _record_step(
+    bench: Bench, name: str, contender: str, work: Any, call: Callable[[], object], products: tuple[str, ...],
+    gradients: int, share: float = 1.0,
+) -> str:  # fmt: skip
+    """Time a call that takes these products; a line with its peak memory beyond inputs and `gradients` bytes."""
+    peak = measure.device_peak(call, bench.device)
+    seconds = measure.device_seconds(call, bench.device, bench.rounds)
+    facts = {"dtype": "bfloat16", **work.facts(products, share)}
+    median = bench.record(name, contender, facts, peak, seconds)
+    beyond = "not measured" if peak is None else f"{max(0, peak - gradients) / 2**20:.0f} MiB"
+    return (
+        f"{contender}, {work.shape}: {1e3 * median:.2f} ms, {median / facts['floor_seconds']:.2f} x {facts['floor']},"
+        f" peak beyond inputs and gradients {beyond}"
+    )
+
+
+def linear(bench: Bench) -> list[str]:
+    """Each plan from hidden states, and log-probs alone, against the bare products; half of the rows a prompt."""
+    import qkernels
+
+    from .linear_contenders import qkernels_by
+    from .linear_work import PLANS, step
+
+    work = _linear_work(bench, bench.rows)
+    lines = [f"bare products, {work.shape}: " + ", ".join(f"{k} {1e3 * v:.2f} ms" for k, v in work.products.items())]
+    of_hidden, of_weight = work.hidden.numel() * 2, work.weight.numel() * 2
+    for plan, (trains_head, taken) in PLANS.items():
+        gradients = of_hidden + of_weight * trains_head
+        for percent in (0, 50):
+            labels = work.labels.clone()
+            labels[:, : labels.shape[1] * percent // 100] = IGNORE
+            share = (labels != IGNORE).double().mean().item()
+            call = step(qkernels_by(plan), work, labels, trains_head)
+            contender = f"qkernels, {plan}, {percent} % prompt"
+            lines.append(_record_step(bench, f"plan {plan}", contender, work, call, taken, gradients, share))
+        planned = qkernels.plan_linear(
+            work.hidden.detach().requires_grad_(), work.weight.detach().requires_grad_(trains_head), work.labels,
+            reference_logps=0.0, plan=plan,
+        )  # fmt: skip
+        lines.append(f"  planned: {planned.chunks} chunks, at most {planned.peak_bytes / 2**20:.0f} MiB")
+
+    def forward() -> Tensor:
+        return qkernels.linear_token_logps(work.hidden, work.weight, work.labels)
+
+    lines.append(_record_step(bench, "log-probs from hidden states", "qkernels", work, forward, ("logits",), 0))
+    return lines
+
+
+def linear_rows(bench: Bench) -> list[str]:
+    """Cost per row of the default loss from hidden states, from few rows to many: does it stay the same?"""
+    from .linear_contenders import qkernels_by
+    from .linear_work import PLANS, step
+
+    lines, costs = [], []
+    for rows in (16, 32) if bench.rehearsal else [2**k for k in range(10, 14 if bench.quick else 16)]:
+        work = _linear_work(bench, rows)
+        if work.rows < rows:
+            lines.append(f"no memory for {rows} rows")
+            break
+        gradients = 2 * (work.hidden.numel() + work.weight.numel())
+        call = step(qkernels_by("pair_chunks"), work, work.labels, True)
+        lines.append(
+            _record_step(bench, "loss from hidden states", "qkernels", work, call, PLANS["pair_chunks"][1], gradients)
+        )
+        costs.append((rows, 1e3 * bench.entries[-1].milliseconds / rows))
+    lines.append("per row: " + ", ".join(f"{rows}: {cost:.2f} us" for rows, cost in costs))
+    return lines
+
+
+def linear_peers(bench: Bench) -> list[str]:
+    """The default loss from hidden states by what people would use instead."""
+    from .contenders import installed
+    from .linear_contenders import LINEAR_CONTENDERS
+    from .linear_work import PLANS, step
+
+    lines = []
+    work = _linear_work(bench, bench.rows)
+    gradients = 2 * (work.hidden.numel() + work.weight.numel())
+    for name, (function, package) in LINEAR_CONTENDERS.items():
+        if not installed(package):
+            lines.append(f"{name}: not installed")
+            continue
+        if name == "F.linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+            lines.append(f"{name}: not in this torch")
+            continue
+        call = step(function, work, work.labels, True)
+        try:
+            lines.append(
+                _record_step(
+                    bench, "loss from hidden states, beside peers", name, work, call, PLANS["pair_chunks"][1], gradients
+                )
+            )
+        except Exception as error:  # a peer that fails is a line, not the end
+            lines.append(f"{name}: {_first_line(error)}")
+            if bench.device.type == "cuda":
+                torch.cuda.empty_cache()
+    return lines
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 def launch(bench: Bench) -> list[str]:
@@ -440,6 +602,10 @@ STEPS: dict[str, tuple[Callable[[Bench], list[str]], int]] = {
     "backward": (backward, 30),
     "loss": (loss, 30),
     "peers": (peers, 90),
+    "products": (products, 30),
+    "linear": (linear, 60),
+    "linear_rows": (linear_rows, 60),
+    "linear_peers": (linear_peers, 60),
     "launch": (launch, 20),
     "graph": (graph, 30),
     "auto": (auto, 30),

@@ -6,8 +6,6 @@ log-probs of 0); its backward is part of the work. Peers are called as they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,13 +13,14 @@ from torch import Tensor
 import qkernels
 
 from .contenders import BETA, IGNORE, dpo, selective_log_softmax
+from .linear_work import Loss
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-
-def qkernels_by(plan: str) -> Loss:
+def qkernels_by(plan: str, max_chunk_bytes: int | None = None) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return qkernels.fused_linear_token_dpo(hidden, weight, labels, reference_logps=0.0, beta=BETA, plan=plan).loss
+        return qkernels.fused_linear_token_dpo(
+            hidden, weight, labels, reference_logps=0.0, beta=BETA, plan=plan, max_chunk_bytes=max_chunk_bytes
+        ).loss
 
     return loss
 

@@ -80,6 +80,19 @@ def peak_memory(call: Callable[[], object]) -> int | None:
     return max(0, _status("VmHWM") - before)
 
 
+def device_peak(call: Callable[[], object], device: torch.device) -> int | None:
+    """By how many bytes the memory that a call takes on its device rises at most."""
+    if device.type != "cuda":
+        return peak_memory(call)
+    call()  # what stays for good, like workspaces
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def available_memory() -> int:
     """Bytes of memory that can be had without swapping (half of it all where the system does not say)."""
     try:

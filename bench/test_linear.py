@@ -6,7 +6,7 @@ Before anything is timed, losses and gradients are compared with this package's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,44 +18,12 @@ import qkernels
 from . import measure
 from .conftest import DTYPES
 from .contenders import IGNORE, installed
-from .linear_contenders import LINEAR_CONTENDERS, Loss, qkernels_by
+from .linear_contenders import LINEAR_CONTENDERS, qkernels_by
+from .linear_work import PLANS, Work, step
 
 # What a peer may differ by: logits rounded to bf16 err by 3e-2 per token, sums of 16-bit chunks by more.
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-1, "fp16": 3e-2}
 GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-1, "fp16": 3e-2}
-
-
-@dataclass(frozen=True)
-class Work:
-    """Hidden states, weight and labels, and what the bare products of them take, in seconds."""
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    products: dict[str, float]
-
-    @property
-    def rows(self) -> int:
-        return self.labels.numel()
-
-    @property
-    def shape(self) -> str:
-        return f"{self.rows} rows, H = {self.hidden.shape[-1]}, V = {self.weight.shape[0]}"
-
-    def floor(self, names: tuple[str, ...], share: float = 1.0) -> float:
-        """Time of these products for a share of the rows."""
-        return share * sum(self.products[name] for name in names)
-
-
-def _products(hidden: Tensor, weight: Tensor) -> dict[str, float]:
-    """Median times of the three products of a head, in the dtype of the inputs, as torch runs them."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = torch.mm(flat, weight.t())
-    return {
-        "logits": measure.median_seconds(lambda: torch.mm(flat, weight.t(), out=logits)),
-        "dX": measure.median_seconds(lambda: torch.mm(logits, weight)),
-        "dW": measure.median_seconds(lambda: torch.mm(logits.t(), flat)),
-    }
 
 
 @pytest.fixture(scope="session")
@@ -67,21 +35,7 @@ def work(dtype_name: str, pytestconfig: pytest.Config) -> Iterator[Work]:
     hidden = torch.randn(8, rows // 8, hidden_size, generator=generator).to(dtype)
     weight = (3 * hidden_size**-0.5 * torch.randn(vocab, hidden_size, generator=generator)).to(dtype)
     labels = torch.randint(0, vocab, hidden.shape[:2], generator=generator)
-    yield Work(hidden, weight, labels, _products(hidden, weight))
-
-
-def step(loss: Loss, work: Work, labels: Tensor, trains_head: bool) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Forward and backward; returns the loss and dX."""
-
-    def run() -> tuple[Tensor, Tensor]:
-        hidden = work.hidden.detach().requires_grad_()
-        weight = work.weight.detach().requires_grad_(trains_head)
-        value = loss(hidden, weight, labels)
-        value.backward()
-        assert hidden.grad is not None
-        return value.detach(), hidden.grad
-
-    return run
+    yield Work.of(hidden, weight, labels)
 
 
 def record(
@@ -89,20 +43,8 @@ def record(
 ) -> None:
     """What the report needs to know. `products`: those that the work takes; `share`: of the rows, the valid ones."""
     benchmark.group = f"{name} {dtype}"
-    flops = len(products) * share * 2 * work.rows * work.hidden.shape[-1] * work.weight.shape[0]
     benchmark.extra_info.update(
-        work=name,
-        contender=contender,
-        dtype=dtype,
-        shape=work.shape,
-        amount=flops / 1e9,
-        unit="GFLOP",
-        floor={1: "bare product", 2: "two bare products", 3: "three bare products", 4: "four bare products"}[
-            len(products)
-        ],
-        floor_seconds=work.floor(products, share),
-        logits_bytes=work.rows * work.weight.shape[0] * work.hidden.element_size(),
-        peak_bytes=None,
+        work=name, contender=contender, dtype=dtype, peak_bytes=None, **work.facts(products, share)
     )
 
 
@@ -111,28 +53,30 @@ def time(benchmark, run: Callable[[], object], rounds: int) -> None:
     benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("contender", LINEAR_CONTENDERS)
-def test_linear_dpo(benchmark, contender: str, work: Work, dtype_name: str, pytestconfig) -> None:
-    """Head and hidden states trained: logits, loss, dX and dW."""
+def agreeing(contender: str, work: Work, labels: Tensor, dtype_name: str) -> Callable[[], object]:
+    """A step of this contender, once its loss and dX are seen to be those of this package."""
     loss, package = LINEAR_CONTENDERS[contender]
     if not installed(package):
         pytest.skip(f"{package} is not installed")
     if contender == "F.linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("F.linear_cross_entropy came with torch 2.13")
-    value, gradient = step(loss, work, work.labels, True)()
-    truth, expected = step(qkernels_by("auto"), work, work.labels, True)()
+    value, gradient = step(loss, work, labels, True)()
+    truth, expected = step(qkernels_by("auto"), work, labels, True)()
     torch.testing.assert_close(value.float(), truth.float(), rtol=0, atol=LOSS_TOLERANCE[dtype_name])
     error = (gradient.float() - expected.float()).abs().amax()
     assert error <= GRADIENT_TOLERANCE[dtype_name] * expected.float().abs().amax(), "gradients differ"
-    record(benchmark, "DPO from hidden states", contender, dtype_name, work, ("logits", "dX", "dW"))
-    time(benchmark, step(loss, work, work.labels, True), pytestconfig.getoption("--rounds"))
+    return step(loss, work, labels, True)
 
 
-PLANS = {
-    "pair_chunks": (True, ("logits", "dX", "dW")),
-    "frozen_head": (False, ("logits", "dX")),
-    "recompute": (True, ("logits", "logits", "dX", "dW")),
-}
+TRAINED = PLANS["pair_chunks"][1]
+
+
+@pytest.mark.parametrize("contender", LINEAR_CONTENDERS)
+def test_linear_dpo(benchmark, contender: str, work: Work, dtype_name: str, pytestconfig) -> None:
+    """Head and hidden states trained: logits, loss, dX and dW."""
+    run = agreeing(contender, work, work.labels, dtype_name)
+    record(benchmark, "DPO from hidden states", contender, dtype_name, work, TRAINED)
+    time(benchmark, run, pytestconfig.getoption("--rounds"))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -153,29 +97,29 @@ def test_forward_only(benchmark, work: Work, dtype_name: str, pytestconfig) -> N
     )
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
-def test_prompt(benchmark, share: float, work: Work, dtype_name: str, pytestconfig) -> None:
-    """Prompt tokens: rows that are dropped before the first product."""
+@pytest.mark.parametrize("contender", LINEAR_CONTENDERS)
+@pytest.mark.parametrize("percent", [50, 90])
+def test_prompt(benchmark, percent: int, contender: str, work: Work, dtype_name: str, pytestconfig) -> None:
+    """Prompt tokens: this package drops their rows before the first product. The floor is that of the other rows."""
     labels = work.labels.clone()
-    labels[:, : int(share * labels.shape[1])] = IGNORE
-    valid = float((labels != IGNORE).float().mean())
-    products = ("logits", "dX", "dW")
-    record(benchmark, "Prompt tokens", f"qkernels, {100 * share:.0f} % prompt", dtype_name, work, products, valid)
-    time(benchmark, step(qkernels_by("auto"), work, labels, True), pytestconfig.getoption("--rounds"))
+    labels[:, : labels.shape[1] * percent // 100] = IGNORE
+    valid = float((labels != IGNORE).double().mean())
+    run = agreeing(contender, work, labels, dtype_name)
+    record(benchmark, f"DPO from hidden states, {percent} % prompt", contender, dtype_name, work, TRAINED, valid)
+    time(benchmark, run, pytestconfig.getoption("--rounds"))
 
 
-def test_one_long_pair(benchmark, work: Work, dtype_name: str, pytestconfig) -> None:
-    """All rows in one pair, which does not fit a chunk of a tenth of its logits: logits are made twice."""
-    hidden_size, vocab = work.hidden.shape[-1], work.weight.shape[0]
-    pair = Work(work.hidden.reshape(2, -1, hidden_size), work.weight, work.labels.reshape(2, -1), work.products)
-    budget = max(work.rows // 10, 1) * vocab * 8
-
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return qkernels.fused_linear_token_dpo(hidden, weight, labels, reference_logps=0.0, max_chunk_bytes=budget).loss
-
-    products = ("logits", "logits", "dX", "dW")
-    record(benchmark, "One long pair in small chunks", "qkernels, recompute", dtype_name, pair, products)
-    time(benchmark, step(loss, pair, pair.labels, True), pytestconfig.getoption("--rounds"))
+@pytest.mark.parametrize("contender", LINEAR_CONTENDERS)
+def test_one_long_pair(benchmark, contender: str, work: Work, dtype_name: str, pytestconfig) -> None:
+    """All rows in one pair, which does not fit a chunk of a tenth of its logits: this package makes logits twice."""
+    hidden_size = work.hidden.shape[-1]
+    pair = replace(work, hidden=work.hidden.reshape(2, -1, hidden_size), labels=work.labels.reshape(2, -1))
+    run = agreeing(contender, pair, pair.labels, dtype_name)
+    if contender == "qkernels":
+        budget = max(work.rows // 10, 1) * work.weight.shape[0] * 8
+        run = step(qkernels_by("auto", budget), pair, pair.labels, True)
+    record(benchmark, "One long pair, from hidden states", contender, dtype_name, pair, TRAINED)
+    time(benchmark, run, pytestconfig.getoption("--rounds"))
 
 
 def test_log_prob_error(benchmark, work: Work, dtype_name: str, capsys) -> None:

@@ -101,11 +101,13 @@ def check_gradient(backend, rows: Rows, upstream: dict[str, Tensor], **options) 
     return grad
 
 
-def check_gradient_into(backend, rows: Rows, narrow: torch.dtype, outputs: tuple[str, ...], gap: int = 0) -> None:
+def check_gradient_into(
+    backend, rows: Rows, narrow: torch.dtype, outputs: tuple[str, ...], gap: int = 0, offset: int = 0
+) -> None:
     """The gradient of fp32 logits written to a tensor of another dtype, as the path from hidden states wants it.
 
     Every entry is written, ignored rows as zeros; nothing around the rows is, and the logits stay as they are.
-    gap: elements between the rows of the target.
+    gap: elements between the rows of the target; offset: those before its first.
     """
     logits, labels = rows.logits.unsqueeze(0), rows.labels.unsqueeze(0)
     full = any(name in oracle.WITH_REFERENCE for name in outputs)
@@ -115,11 +117,14 @@ def check_gradient_into(backend, rows: Rows, narrow: torch.dtype, outputs: tuple
     stats = backend.module.row_stats(logits, labels, reference, columns, *how)
     upstream = random_upstream(rows, outputs)
     given = coefficients(stats, {name: value.unsqueeze(0) for name, value in upstream.items()}, columns)
-    memory = torch.full((1, len(rows.labels), rows.vocab + gap), 777.0, dtype=narrow, device=logits.device)
-    out, before = memory[..., : rows.vocab], logits.clone()
+    pitch = rows.vocab + gap
+    memory = torch.full((offset + len(rows.labels) * pitch,), 777.0, dtype=narrow, device=logits.device)
+    lines = memory[offset:].view(1, -1, pitch)
+    out, before = lines[..., : rows.vocab], logits.clone()
     states = (stats[:3], stats[3:6] if full else None)
     backend.module.row_grad_into(out, logits, labels, reference, *states, given, *how)
-    assert torch.equal(logits, before) and bool((memory[..., rows.vocab :] == 777).all())
+    assert torch.equal(logits, before) and bool((lines[..., rows.vocab :] == 777).all())
+    assert bool((memory[:offset] == 777).all())
     assert bool((out[labels == IGNORE] == 0).all())
     expected = oracle.gradient(rows.logits, rows.labels, upstream, rows.reference, temperature=rows.temperature)
     terms = oracle.gradient_terms(rows.logits, rows.labels, upstream, rows.reference, temperature=rows.temperature)

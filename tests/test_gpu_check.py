@@ -14,7 +14,10 @@ gpu_check = pytest.importorskip("bench.gpu_check", reason="bench/ lies in the so
 pytest.importorskip("qkernels._C", reason="the compiled extension is missing")
 
 # Not the build, which would replace the module that is being tested, and not this test suite.
-STEPS = ("values", "stats", "backward", "loss", "launch", "graph", "auto", "sanitizer")
+STEPS = (
+    "values", "stats", "backward", "loss", "products", "linear", "linear_rows", "linear_peers", "launch", "graph",
+    "auto", "sanitizer",
+)  # fmt: skip
 
 
 def test_rehearsal(tmp_path, capsys):
@@ -26,6 +29,7 @@ def test_rehearsal(tmp_path, capsys):
     (document,) = tmp_path.glob("*.json")
     works = {entry["work"] for entry in json.loads(document.read_text())["results"]}
     assert {"log-probs", "log-probs and entropy", "gradient in place", "loss and gradient, cached reference"} <= works
+    assert {"plan pair_chunks", "plan frozen_head", "plan recompute", "loss from hidden states"} <= works
     (page,) = tmp_path.glob("*.md")
     assert page.read_text().strip() in printed
 

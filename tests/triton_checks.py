@@ -306,13 +306,13 @@ def test_gradient_in_a_new_tensor_has_the_bits_of_the_one_in_place(splits):
 
 
 @pytest.mark.parametrize("narrow", [BF16, HALF])
-@pytest.mark.parametrize("vocab, gap", [(7, 0), (515, 1), (1203, 5)])
-def test_gradient_of_fp32_logits_into_sixteen_bits(splits, vocab, gap, narrow):
+@pytest.mark.parametrize("vocab, gap, offset", [(7, 0, 0), (515, 1, 0), (1203, 5, 3), (1200, 8, 8)])
+def test_gradient_of_fp32_logits_into_sixteen_bits(splits, vocab, gap, offset, narrow):
     """As the path from hidden states wants it: another width, another alignment of every row."""
     rows = make_rows((4,), vocab, FLOAT, DEVICE, temperature=0.8)
     backend = SimpleNamespace(name="triton", device=DEVICE, module=backends.get("triton"))
     for outputs in (("logps",), oracle.WITH_GRADIENT):
-        check_gradient_into(backend, rows, narrow, outputs, gap)
+        check_gradient_into(backend, rows, narrow, outputs, gap, offset)
 
 
 @pytest.mark.parametrize("plan", ["frozen_head", "pair_chunks", "recompute"])
@@ -423,6 +423,27 @@ def test_launches_per_step(monkeypatch, pieces, forward):
     assert launched == forward
     loss.backward()
     assert launched == [*forward, "row_grad"]
+
+
+@pytest.mark.parametrize("options, full", [({}, False), ({"loss_type": "ipo"}, False), ({"loss_type": "tdpo2"}, True)])
+def test_five_coefficients_only_where_a_divergence_is_differentiated(monkeypatch, options, full):
+    """The default loss takes the plain kernel: fewer loads, instructions and registers."""
+    kernel, seen = row_grad_kernel.row_grad_kernel, []
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*args, **flags):
+                seen.append((flags["FULL"], flags["WITH_REFERENCE"]))
+                return kernel[grid](*args, **flags)
+
+            return launch
+
+    monkeypatch.setattr(row_grad_kernel, "row_grad_kernel", Watched())
+    batch = make_pairs(1, 2, 40, FLOAT, DEVICE)
+    leaf = batch.logits.clone().requires_grad_()
+    how = {"reference_logits": batch.reference, "backend": "triton", **options}
+    fused_token_dpo(leaf, batch.labels, **how).loss.backward()
+    assert seen == [(full, full)]
 
 
 def test_auto_takes_the_interpreter_for_nothing():
