@@ -536,6 +536,52 @@ def launch(bench: Bench) -> list[str]:
     return lines
 
 
+def waits(bench: Bench) -> list[str]:
+    """How often the host waits for the GPU in a step: never from logits, once from hidden states, to count the rows."""
+    import warnings
+
+    import qkernels
+
+    whole = _Loss(bench, "auto", 4, 16, 64)
+    whole.leaf = whole.storage.detach().requires_grad_()
+    hidden = bench.logits(64, 32, torch.bfloat16).view(4, 16, 32).requires_grad_()
+    weight = bench.logits(515, 32, torch.bfloat16, 2).requires_grad_()
+    labels = bench.labels(64, 515).view(4, 16)
+    labels[:, :5] = IGNORE
+
+    def by(plan: str) -> Callable[[], object]:
+        def run() -> None:
+            given = weight.detach() if plan == "frozen_head" else weight
+            few = 3 * 515 * 8 if plan == "recompute" else 1 << 20
+            qkernels.fused_linear_token_dpo(
+                hidden, given, labels, reference_logps=0.0, plan=plan, max_chunk_bytes=few
+            ).loss.backward()
+
+        return run
+
+    works: dict[str, tuple[Callable[[], object], int]] = {"from logits": (lambda: whole.run(inplace=False), 0)}
+    works |= {f"from hidden states, {plan}": (by(plan), 1) for plan in ("frozen_head", "pair_chunks", "recompute")}
+    lines = []
+    for name, (run, allowed) in works.items():
+        run()
+        if bench.rehearsal:
+            lines.append(f"{name}: ran without a GPU to wait for")
+            continue
+        torch.cuda.synchronize(bench.device)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        number = sum("synchronizing" in str(warning.message) for warning in seen)
+        lines.append(f"{name}: {number}")
+        if number > allowed:
+            raise RuntimeError(f"{name}: the host waits {number} times, expected {allowed}: {seen[0].message}")
+    return lines
+
+
 def graph(bench: Bench) -> list[str]:
     """The whole loss captured in a CUDA graph gives the loss and the gradient of an ordinary call."""
     lines = []
@@ -607,6 +653,7 @@ STEPS: dict[str, tuple[Callable[[Bench], list[str]], int]] = {
     "linear_rows": (linear_rows, 60),
     "linear_peers": (linear_peers, 60),
     "launch": (launch, 20),
+    "waits": (waits, 20),
     "graph": (graph, 30),
     "auto": (auto, 30),
     "sanitizer": (sanitizer, 90),

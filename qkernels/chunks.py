@@ -130,6 +130,12 @@ def bytes_besides(
     return size
 
 
+def valid_rows(labels: Tensor, ignore_index: int, number: int | None = None) -> Tensor:
+    """Numbers of the rows whose label counts, `[M]`. On a GPU the host waits for M here unless it passes `number`."""
+    counts = labels != ignore_index
+    return (counts.nonzero() if number is None else counts.nonzero_static(size=number)).squeeze(1)
+
+
 class _Chunk(NamedTuple):
     """Rows under work: their hidden states in the products' dtype, labels `[1, n]`, logits `[1, n, V]`."""
 
@@ -143,8 +149,11 @@ class _Chunk(NamedTuple):
 class Pass:
     """One walk over the valid rows of a batch, with the buffers that all its chunks share."""
 
-    def __init__(self, policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig):
+    def __init__(
+        self, policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig, valid: Tensor | None = None
+    ):
         self.policy, self.reference, self.labels, self.config = policy, reference, labels, config
+        self.valid = valid
         self.backend = backends.get(config.backend)
         self.head = Head(
             policy.weight.to(config.dtype),
@@ -165,14 +174,10 @@ class Pass:
         self._buffers: dict[str, Tensor] = {}
         self._largest = 0
 
-    def valid_rows(self) -> Tensor:
-        """Numbers of the rows that count. On a GPU the host waits here, once per pass, for how many there are."""
-        return (self.labels != self.config.ignore_index).nonzero().squeeze(1)
-
     def selections(self) -> list[Selection]:
         """The valid rows in chunks, in order."""
-        index, size = self.valid_rows(), self.config.chunk_rows
-        n = index.shape[0]
+        index = valid_rows(self.labels, self.config.ignore_index) if self.valid is None else self.valid
+        n, size = index.shape[0], self.config.chunk_rows
         if n == self.labels.shape[0]:
             return [slice(start, min(n, start + size)) for start in range(0, n, size)]
         return list(index.split(size)) if n else []
@@ -270,9 +275,15 @@ def _without_autocast(function: Callable) -> Callable:
 
 
 @_without_autocast
-def stats(policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig) -> Tensor:
-    """The columns of `config` for each row, `[K, N]`; 0 at ignored rows. One product per model."""
-    work = Pass(policy, reference, labels, config)
+def stats(
+    policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig, valid: Tensor | None = None
+) -> Tensor:
+    """The columns of `config` for each row, `[K, N]`; 0 at ignored rows. One product per model.
+
+    Args (of all passes):
+        valid: `valid_rows` of the labels, where they are known already.
+    """
+    work = Pass(policy, reference, labels, config, valid)
     result = torch.zeros(config.columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
     for chunk in work.chunks(work.selections()):
         _put(result, chunk.where, work.stats(chunk, config.columns)[:, 0], 1)
@@ -281,10 +292,10 @@ def stats(policy: Model, reference: Model | None, labels: Tensor, config: Linear
 
 @_without_autocast
 def unit_gradient(
-    policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig
+    policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The columns and d logp / d hidden, `[K, N]` and `[N, H]` in `kept_dtype` of the products. Two products."""
-    work = Pass(policy, reference, labels, config)
+    work = Pass(policy, reference, labels, config, valid)
     result = torch.zeros(config.columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
     unit = torch.zeros(policy.hidden.shape, dtype=kept_dtype(config.dtype), device=labels.device)
     for chunk in work.chunks(work.selections()):
@@ -348,6 +359,7 @@ def gradients(
     coefficients: Tensor,
     needs: Sequence[bool],
     config: LinearConfig,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dL/dhidden, dL/dweight, dL/dbias (None where not needed) from coefficients; the logits are made again.
 
@@ -356,7 +368,7 @@ def gradients(
         coefficients: `[1 or 5, N]`, see `rows.COEFFICIENTS`; a reference is read only by five.
         needs: which of the three are wanted.
     """
-    work = Pass(policy, reference if coefficients.shape[0] > 1 else None, labels, config)
+    work = Pass(policy, reference if coefficients.shape[0] > 1 else None, labels, config, valid)
     selections = work.selections()
     total = _Gradients(work, needs, [None if x is None else x.dtype for x in policy], len(selections))
     for chunk in work.chunks(selections):

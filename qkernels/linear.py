@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends, checks, chunks, distributed, objectives, plans, preference, rows, vocab_parallel
 from ._compile import constant_when_compiled, eager_with_groups
@@ -32,6 +32,7 @@ class _Call(NamedTuple):
     policy: Model
     reference: Model | None
     labels: Tensor
+    valid: Tensor | None  # numbers of the rows that count; None where the host does not know how many
     shape: torch.Size  # of the caller's labels
     dtype: torch.dtype
     reference_dtype: torch.dtype
@@ -65,7 +66,7 @@ class _Call(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The arguments of the autograd functions, but for the config."""
         reference = self.reference or (None, None, None)
-        return (*self.policy, *reference, self.labels)
+        return (*self.policy, *reference, self.labels, self.valid)
 
     def needs(self) -> tuple[bool, bool, bool]:
         """Whether hidden states, weight and bias need a gradient."""
@@ -183,6 +184,7 @@ def _prepare(
         policy,
         reference_model,
         labels.reshape(-1).contiguous(),
+        None,
         labels.shape,
         dtype,
         dtype if reference_model is None else _compute_dtype(reference_hidden),
@@ -215,9 +217,14 @@ def _refuse_meta(call: _Call, name: str) -> None:
         raise ValueError(f"{name} is on the meta device, which has no values to compute with; plan_linear takes it")
 
 
+def _host_can_count(labels: Tensor) -> bool:
+    """Whether numbers of rows can be known: not those of meta tensors, nor inside torch.compile."""
+    return not torch.compiler.is_compiling() and labels.device.type != "meta"
+
+
 def _counts(valid: Tensor, sequences: Sequences) -> list[int] | None:
-    """Valid rows of each sequence, where the host can know; None otherwise (meta tensors, inside torch.compile)."""
-    if torch.compiler.is_compiling() or valid.device.type == "meta":
+    """Valid rows of each sequence; None where the host cannot know. On a GPU this is where it waits, and only here."""
+    if not _host_can_count(valid):
         return None
     return [int(n) for n in sequences.here().sums(valid.double()).tolist()]
 
@@ -291,7 +298,7 @@ def _run(call: _Call, name: str, columns: int, carrying: tuple[str, ...], chunk_
         config = call.config(columns, chunk_rows)
         if torch.compiler.is_compiling():
             return rows.by_name(columns, (), LinearStats.apply(*call.tensors, config, ()))
-        return rows.by_name(columns, (), (chunks.stats(call.policy, call.reference, call.labels, config),))
+        return rows.by_name(columns, (), (chunks.stats(call.policy, call.reference, call.labels, config, call.valid),))
     columns = _columns_with_state(columns, call.reference is not None)
     config = call.config(columns, chunk_rows)
     if name == "frozen_head":
@@ -391,13 +398,15 @@ def linear_token_stats(
     differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs and name not in detached)
     if not differentiable:  # nothing to be saved for a backward that cannot come
         call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
+    if _host_can_count(call.labels):
+        call = call._replace(valid=chunks.valid_rows(call.labels, call.ignore_index))
     plan = _plan(
         call,
         "auto",
         columns,
         only_logps=differentiable == ("logps",),
         pairwise="the upstream gradient is not known in advance",
-        valid_rows=call.labels.shape[0],
+        valid_rows=(call.labels if call.valid is None else call.valid).shape[0],
         pair_rows=0,
     )
     stats = _run(call, plan.name, columns, differentiable, plan.chunk_rows)
@@ -489,7 +498,8 @@ class _Loss(NamedTuple):
         ends = [0]
         for count in self.counts:
             ends.append(ends[-1] + count)
-        index = (labels != self.call.ignore_index).nonzero().squeeze(1)
+        index = self.call.valid
+        assert index is not None
         return [
             torch.cat([index[ends[first] : ends[last]], index[ends[half + first] : ends[half + last]]])
             for first, last in groups
@@ -500,18 +510,17 @@ class _Loss(NamedTuple):
     ) -> Callable[[int, Tensor], dict[str, Tensor]]:
         """The loss of one chunk of pairs, differentiated with respect to the chunk's columns."""
         assert self.counts is not None
-        counts, half = self.counts, len(self.counts) // 2
-        batch, reference, labels = self.batch, self.reference, self.call.labels
+        half, batch, reference = len(self.counts) // 2, self.batch, self.reference
+        # Where sequences begin among the valid rows, on the device: numbers sent there would make the host wait.
+        starts = nn.functional.pad(batch.sequences.here().sums(batch.used.double()), (1, 0)).cumsum(0).int()
         share = 1.0 / half if self.reduction == "mean" else 1.0
         names = rows.column_names(self.columns)
 
         def gradient(number: int, values: Tensor) -> dict[str, Tensor]:
             (first, last), where = groups[number], selections[number]
-            of_group = [*range(first, last), *range(half + first, half + last)]
-            ends = [0]
-            for sequence in of_group:
-                ends.append(ends[-1] + counts[sequence])
-            cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=labels.device)
+            chosen = starts[first : last + 1] - starts[first]
+            rejected = starts[half + first + 1 : half + last + 1] - starts[half + first]
+            cu_seqlens = torch.cat([chosen, chosen[-1] + rejected])
 
             def pick(per_row: Tensor) -> Tensor:
                 return per_row.reshape(-1)[where].unsqueeze(0)
@@ -640,6 +649,7 @@ def _prepare_loss(
         pair_rows = 2 * labels.shape[1] if cu_seqlens is None else valid_rows
     else:
         half = len(counts) // 2
+        call = call._replace(valid=chunks.valid_rows(call.labels, call.ignore_index, sum(counts)))
         valid_rows, pair_rows = sum(counts), max(map(sum, zip(counts[:half], counts[half:], strict=True)))
     pairwise = None
     if not objective.separable:

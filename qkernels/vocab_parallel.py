@@ -177,12 +177,11 @@ class Shard(NamedTuple):
         return local, torch.stack([state[0], state[1], logps]), coefficients
 
     def sum_rows(self, partial: Tensor, valid: Tensor) -> Tensor:
-        """The sum over the ranks of a tensor `[N, H]` that is 0 outside of the `valid` rows. May reuse its memory."""
-        index = valid.nonzero().squeeze(1)
-        if index.shape[0] == valid.shape[0]:
+        """The sum over the ranks of a tensor `[N, H]` that is 0 outside of rows `valid` `[M]`. May reuse its memory."""
+        if valid.shape[0] == partial.shape[0]:
             return distributed.all_reduce_(partial, "sum", self.group)
-        rows_ = distributed.all_reduce_(partial.index_select(0, index), "sum", self.group)
-        return partial.index_copy_(0, index, rows_)
+        rows_ = distributed.all_reduce_(partial.index_select(0, valid), "sum", self.group)
+        return partial.index_copy_(0, valid, rows_)
 
     def sum_(self, partial: Tensor) -> Callable[[], Tensor]:
         """Start to sum a tensor over the ranks, in its own memory; calling what is returned waits for the result."""

@@ -15,8 +15,8 @@ pytest.importorskip("qkernels._C", reason="the compiled extension is missing")
 
 # Not the build, which would replace the module that is being tested, and not this test suite.
 STEPS = (
-    "values", "stats", "backward", "loss", "products", "linear", "linear_rows", "linear_peers", "launch", "graph",
-    "auto", "sanitizer",
+    "values", "stats", "backward", "loss", "products", "linear", "linear_rows", "linear_peers", "launch", "waits",
+    "graph", "auto", "sanitizer",
 )  # fmt: skip
 
 

@@ -28,13 +28,13 @@ class LinearStats(torch.autograd.Function):
     """`(hidden [N, H], weight [V, H], bias [V] or None) -> stats [K, N], columns [N] ...`. Four products.
 
     `stats` is a constant; the columns named in `carrying`, which follow it, are differentiable in all three. The
-    reference is a constant.
+    reference is a constant. `valid`: the numbers of the rows that count, None where the host does not know how many.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, config: LinearConfig,
-        carrying: tuple[str, ...],
+        ctx, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, valid,
+        config: LinearConfig, carrying: tuple[str, ...],
     ):  # fmt: skip
         reference = _reference(reference_hidden, reference_weight, reference_bias)
         if torch.compiler.is_compiling():
@@ -42,18 +42,18 @@ class LinearStats(torch.autograd.Function):
                 hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, *config.for_op()
             )
         else:
-            stats = chunks.stats(Model(hidden, weight, bias), reference, labels, config)
+            stats = chunks.stats(Model(hidden, weight, bias), reference, labels, config, valid)
         if not config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"]):
             reference_hidden = reference_weight = reference_bias = None  # the backward needs no reference
         kept = rows.saveable(ctx, reference_hidden, reference_weight, reference_bias)
-        ctx.save_for_backward(hidden, weight, bias, *kept, labels, stats)
+        ctx.save_for_backward(hidden, weight, bias, *kept, labels, valid, stats)
         ctx.config, ctx.carrying = config, carrying
         return rows.carried(ctx, stats, config.columns, carrying)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, *grads):
-        hidden, weight, bias, *kept, labels, stats = ctx.saved_tensors
+        hidden, weight, bias, *kept, labels, valid, stats = ctx.saved_tensors
         reference_hidden, reference_weight, reference_bias = rows.restored(ctx, *kept)
         config: LinearConfig = ctx.config
         coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
@@ -68,8 +68,8 @@ class LinearStats(torch.autograd.Function):
         else:
             reference = _reference(reference_hidden, reference_weight, reference_bias)
             policy = Model(hidden, weight, bias)
-            result = chunks.gradients(policy, reference, labels, states, coefficients, needs, config)
-        return *result, None, None, None, None, None, None
+            result = chunks.gradients(policy, reference, labels, states, coefficients, needs, config, valid)
+        return *result, None, None, None, None, None, None, None
 
 
 class FrozenHead(torch.autograd.Function):
@@ -77,29 +77,30 @@ class FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, config: LinearConfig
-    ):
+        ctx, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, valid,
+        config: LinearConfig,
+    ):  # fmt: skip
         if torch.compiler.is_compiling():
             stats, unit = ops.linear_unit_gradient(
                 hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels, *config.for_op()
             )
         else:
             reference = _reference(reference_hidden, reference_weight, reference_bias)
-            stats, unit = chunks.unit_gradient(Model(hidden, weight, bias), reference, labels, config)
-        ctx.save_for_backward(unit, labels == config.ignore_index)
+            stats, unit = chunks.unit_gradient(Model(hidden, weight, bias), reference, labels, config, valid)
+        ctx.save_for_backward(unit, labels == config.ignore_index, valid)
         ctx.dtype, ctx.shard = hidden.dtype, config.shard
         return rows.carried(ctx, stats, config.columns, ("logps",))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, grad):
-        unit, ignored = ctx.saved_tensors
+        unit, ignored, valid = ctx.saved_tensors
         # Upstream an ignored row may have anything: 0 * NaN would be NaN.
         grad = grad.masked_fill(ignored, 0.0).unsqueeze(1)
         gradient = scaled(unit, grad, ctx.dtype)
         if ctx.shard is not None:
-            gradient = ctx.shard.sum_rows(gradient, ~ignored)
-        return gradient, None, None, None, None, None, None, None
+            gradient = ctx.shard.sum_rows(gradient, valid)
+        return gradient, None, None, None, None, None, None, None, None
 
 
 class KnownGradient(torch.autograd.Function):
