@@ -120,6 +120,14 @@ void product(int64_t rows, int64_t columns, int64_t depth, Address left, int64_t
   qk::product(call, threads);
 }
 
+void add_row_product(int64_t rows, int64_t columns, int64_t depth, Address left, int64_t left_stride, Address right,
+                     int64_t right_stride, Address out, int64_t out_stride, int threads) {
+  qk::ProductCall call{rows,        columns,      depth,   at<qk::BFloat16>(left), at<qk::BFloat16>(right),
+                       left_stride, right_stride, nullptr, at<float>(out),         out_stride};
+  py::gil_scoped_release release;
+  qk::add_row_product(call, threads);
+}
+
 #if defined(QK_CUDA)
 void cuda_row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
                     int64_t ignore_index, double temperature, uint32_t columns, Address out, Where where) {
@@ -160,6 +168,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("row_grad", &row_grad);
   m.def("pair_loss", &pair_loss);
   m.def("product", &product);
+  m.def("add_row_product", &add_row_product);
   m.def("has_product", &qk::has_product, "Whether the instruction set in use multiplies bf16 into fp32.");
   m.def("instruction_set", &qk::instruction_set, "The instruction set in use.");
   m.def("instruction_sets", &qk::instruction_sets, "Those compiled in that this machine understands, best last.");

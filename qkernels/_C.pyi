@@ -113,6 +113,18 @@ def product(
     out_stride: int,
     threads: int,
 ) -> None: ...
+def add_row_product(
+    rows: int,
+    columns: int,
+    depth: int,
+    left: int,
+    left_stride: int,
+    right: int,
+    right_stride: int,
+    out: int,
+    out_stride: int,
+    threads: int,
+) -> None: ...
 def has_product() -> bool: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...

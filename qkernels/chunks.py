@@ -112,7 +112,7 @@ def bytes_besides(
     # A chunk's hidden states as they come and as the product packs them, their gradient, and the part of the head that
     # is at work at a time.
     size = rows_ * hidden * (2 * dtype.itemsize + products.itemsize)
-    size += block_bytes(device, dtype, vocab, hidden, plan != "frozen_head" and needs[1] and chunks > 1)
+    size += block_bytes(device, dtype, vocab, hidden, rows_, plan != "frozen_head" and needs[1] and chunks > 1)
     if reference is not None and reference_dtype is not None:
         size += rows_ * reference.hidden.shape[1] * reference_dtype.itemsize
     # Heads that are not in the products' dtype (autocast) are cast once.

@@ -10,7 +10,8 @@ while a token's reward early in training is of the order of 1e-2. How a 16-bit p
   than torch's fp16 product on CPUs without instructions for it).
 
 The products of the backward take dL/dlogits rounded once to the inputs' dtype, as any training in that dtype does, or
-fp32 where the inputs are widened. dW is summed over chunks in fp32.
+fp32 where the inputs are widened. dW is summed over chunks in fp32 that nothing has rounded before, by the same three
+ways.
 """
 
 from __future__ import annotations
@@ -40,15 +41,17 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _widens(device, dtype) else dtype
 
 
-def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: int, sums: bool) -> int:
-    """Memory for the rows of the weight that are widened at a time, or whose gradient is added to the sum (`sums`)."""
+def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: int, rows: int, sums: bool) -> int:
+    """Memory for what is widened at a time: rows of the weight, and with `sums` also columns of `rows` of gradients."""
     if device.type != "cpu" or dtype in (torch.float32, torch.float64):
         return 0
-    block = min(vocab, _BLOCK) * hidden
-    widened = 0 if dtype == torch.bfloat16 and native.has_product() else block * torch.float32.itemsize
-    # torch adds 16 bits to fp32 by way of an fp32 copy.
-    added = block * (dtype.itemsize + torch.float32.itemsize) if sums and not _widens(device, dtype) else 0
-    return max(widened, added)
+    if dtype == torch.bfloat16 and native.has_product():
+        return 0
+    block = min(vocab, _BLOCK)
+    widened = block * hidden
+    if sums and not _widens(device, dtype):
+        widened = max(widened, (block + hidden) * rows)
+    return widened * torch.float32.itemsize
 
 
 @constant_when_compiled
@@ -172,11 +175,14 @@ class WeightGrad:
                 self.weight = torch.zeros(self.head.weight.shape, dtype=wide, device=g.device)
             if g.device.type != "cpu":
                 torch.ops.aten.addmm.dtype_out(self.weight, g.t(), x, wide, out=self.weight)
+            elif g.dtype == torch.bfloat16 and native.has_product():
+                _show_product(g.t(), x.t())
+                native.add_row_product(g, x, self.weight)
             else:
-                # A CPU product of 16-bit matrices is rounded once; the roundings of many chunks average out.
+                x = x.to(wide)
                 for start in range(0, self.head.vocab, _BLOCK):
-                    block = slice(start, start + _BLOCK)
-                    self.weight[block].add_(torch.mm(g[:, block].t(), x))
+                    rows = self.weight[start : start + _BLOCK]
+                    torch.addmm(rows, g[:, start : start + _BLOCK].to(wide).t(), x, out=rows)
 
     def _add_scaled(self, g: Tensor, x: Tensor, scale: Tensor) -> None:
         if self.weight is None:

@@ -119,10 +119,8 @@ def test_the_weights_gradient_does_not_lose_digits_to_the_number_of_chunks(backe
         assert out.plan.chunks == chunks and (way == "recompute") == (out.plan.name == "recompute")
         out.loss.backward()
         errors[chunks] = error(models["weight"].grad)
-    # torch's CPU products of 16-bit matrices are rounded, once per chunk: with the roundings of dL/dlogits and of the
-    # result three roundings instead of two, of which the root of 3/2 is what to expect. It does not grow with chunks.
-    rounded = dtype == torch.bfloat16 and backend.device.type == "cpu" and way != "weight in fp32"
-    assert errors[64] <= (1.35 if rounded else 1.1) * errors[1], errors
+    # The same roundings, of dL/dlogits and of the result; 1 % is room for how they fall.
+    assert errors[64] <= 1.01 * errors[1], errors
     if dtype == torch.bfloat16:
         for i in range(64):  # what the bug looks like: each pair's gradient added in bf16
             rows = [i, 64 + i]

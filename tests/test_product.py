@@ -1,4 +1,4 @@
-"""The CPU's own product of bf16 matrices with an fp32 result, and what takes its place on other instruction sets.
+"""The CPU's own products of bf16 matrices with an fp32 result, and what takes their place on other instruction sets.
 
 An entry is a sum of k exact products (16 bits of significand at most), and each addition rounds a partial sum: the
 error may be k eps32 of the sum of absolute values, and as a rule it is a few eps32, for roundings differ in sign. The
@@ -131,6 +131,81 @@ def test_results_are_not_rounded_to_sixteen_bits():
     exact = left.double() @ right.double().T
     theirs = (left @ right.T).double()
     assert 1000 * (ours - exact).abs().max() < (theirs - exact).abs().max()
+
+
+# --- sums over rows ---------------------------------------------------------------------------------------------------
+
+
+def check_sum(left, right, start, stride: int = 0) -> torch.Tensor:
+    """start + left^T right, in a buffer whose surroundings are checked, against float64."""
+    rows, columns = start.shape
+    memory = torch.full((rows + 1, columns + stride), 777.0)
+    out = memory[:rows, :columns].copy_(start)
+    native.add_row_product(left, right, out)
+    assert bool((memory[rows] == 777).all()) and bool((memory[:, columns:] == 777).all()), "written outside"
+    exact = start.double() + left.double().T @ right.double()
+    size = start.double().abs() + left.double().abs().T @ right.double().abs()
+    assert_within(out, exact, EPS32 * min(1 + left.shape[0], 16) * size + 1e-38, "sum over rows")
+    return out
+
+
+@needs_product
+@pytest.mark.parametrize("depth", (0, *DEPTHS))
+def test_sum_over_any_number_of_rows(depth):
+    check_sum(matrix(depth, 29, 1), matrix(depth, 45, 2), torch.randn(29, 45))
+
+
+@needs_product
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_sum_of_every_size(rows, columns):
+    check_sum(matrix(37, rows, 1, 3, 1), matrix(37, columns, 2, 5, 2), torch.randn(rows, columns), stride=3)
+
+
+@needs_product
+@hypothesis.given(st.integers(1, 500), st.integers(1, 70), st.integers(1, 70), st.integers(0, 3), st.integers(1, 8))
+def test_a_sum_of_any_size(rows, columns, depth, stride, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    left, right = matrix(depth, rows, 1, stride), matrix(depth, columns, 2, stride)
+    result = check_sum(left, right, torch.randn(rows, columns, generator=generator(rows)), stride)
+    torch.set_num_threads(1)
+    assert torch.equal(result, check_sum(left, right, torch.randn(rows, columns, generator=generator(rows)), stride))
+    torch.set_num_threads(before)
+
+
+@needs_product
+def test_a_sum_does_not_tell_in_how_many_chunks_it_came():
+    left, right = matrix(700, 90, 1), matrix(700, 50, 2)
+    whole = check_sum(left, right, torch.zeros(90, 50))
+    for size in (2, 14, 512, 514):
+        total = torch.zeros(90, 50)
+        for start in range(0, 700, size):
+            native.add_row_product(left[start : start + size], right[start : start + size], total)
+        assert torch.equal(total, whole)
+
+
+@needs_product
+@pytest.mark.parametrize("spoil", ["scale", "one entry", "overwritten", "rounded"])
+def test_errors_of_sums_are_seen(monkeypatch, spoil):
+    left, right, start = matrix(37, 14, 1), matrix(37, 35, 2), torch.randn(14, 35)
+    real = native.add_row_product
+
+    def wrong(left, right, out):
+        if spoil == "overwritten":
+            out.zero_()
+        real(left, right, out)
+        if spoil == "scale":
+            out.mul_(1 + 1e-4)
+        elif spoil == "one entry":
+            out[7, 3] += 1e-3
+        elif spoil == "rounded":
+            out.copy_(out.to(BF16))
+
+    check_sum(left, right, start)
+    monkeypatch.setattr(native, "add_row_product", wrong)
+    with pytest.raises(AssertionError):
+        check_sum(left, right, start)
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------

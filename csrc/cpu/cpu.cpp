@@ -24,6 +24,7 @@ const RowKernels* avx512_kernels() { return nullptr; }
 #if defined(QK_NO_AVX512_BF16)
 const RowKernels* avx512_bf16_kernels() { return nullptr; }
 void product_avx512_bf16(const ProductCall&, int) {}
+void add_row_product_avx512_bf16(const ProductCall&, int) {}
 #endif
 
 namespace {
@@ -163,6 +164,8 @@ void pair_loss(const PairCall& call) {
 bool has_product() { return instruction_set() == "avx512_bf16"; }
 
 void product(const ProductCall& call, int threads) { product_avx512_bf16(call, threads); }
+
+void add_row_product(const ProductCall& call, int threads) { add_row_product_avx512_bf16(call, threads); }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;

@@ -1,4 +1,5 @@
-// Products of bf16 matrices whose result is fp32: logits from hidden states, before anything has rounded them.
+// Products of bf16 matrices whose result is fp32: logits from hidden states before anything has rounded them, and sums
+// of the head's gradient over chunks.
 //
 // Libraries round the product of two bf16 matrices to bf16 on a CPU (an error of 3e-2 in a log-prob, where a token's
 // reward is 1e-2); this keeps the fp32 in which the processor has accumulated it anyway.
@@ -24,10 +25,16 @@ struct ProductCall {
 // bits depend neither on the other rows of the call nor on the number of threads.
 void product(const ProductCall& call, int threads);
 
+// out += left^T right, of left [depth, rows] and right [depth, columns]; the bias is not read. The same promise: the
+// terms of an entry are added in order, one pair of them after the other, so that (but for a pair that a chunk's end
+// divides) the bits do not tell how many calls the rows came in.
+void add_row_product(const ProductCall& call, int threads);
+
 // Whether this machine and this build have the instruction for it (AVX-512 BF16).
 bool has_product();
 
-// The kernel itself, of a translation unit compiled for that instruction; see product_avx512_bf16.cpp.
+// The kernels themselves, of a translation unit compiled for that instruction; see product_avx512_bf16.cpp.
 void product_avx512_bf16(const ProductCall& call, int threads);
+void add_row_product_avx512_bf16(const ProductCall& call, int threads);
 
 }  // namespace qk

@@ -1,10 +1,15 @@
-// out[i, j] = sum_k left[i, k] right[j, k] (+ bias[j]), bf16 in, fp32 out, with VDPBF16PS.
+// out[i, j] = sum_k left[i, k] right[j, k] (+ bias[j]), and out[i, j] += sum_k left[k, i] right[k, j], bf16 in, fp32
+// out, with VDPBF16PS.
 //
 // The instruction multiplies pairs of neighbours along k: 16 columns at once, one 32-bit pair of `left` broadcast to
 // them. A tile of 12 rows x 32 columns keeps its 24 accumulators, 2 vectors of `right` and a broadcast in registers:
 // 24 multiply-adds per 14 loads. `right` is repacked panel by panel, 32 columns and 512 of k at a time (32 KiB: it
 // stays in the L1 cache while all rows pass), `left` once per call, so that the loop reads both from end to end. Sums
 // of a panel's earlier k wait in a buffer of its own and meet `out` once.
+//
+// The sum over rows (dW) has its k along the rows of both matrices: pairs are made of two rows. There `right`, the
+// hidden states, is packed once per call, and `left`, as large as the logits, a group of tiles and a block of k at a time;
+// sums wait in `out`.
 //
 // Order: for each entry k ascends in pairs, pairs of a block in the accumulator, blocks after each other into the same
 // accumulator. No entry's sum depends on where the tile begins. VDPBF16PS rounds to nearest and takes subnormals for 0.
@@ -131,6 +136,40 @@ void multiply(const uint32_t* left, const uint32_t* right, int64_t pairs, float*
   }
 }
 
+// Pairs of two rows each of a matrix whose rows are k: `count` columns, as many as fit `lanes`; the other lanes are 0.
+// Pair after pair lies `step` apart.
+void pack_rows(const BFloat16* matrix, int64_t stride, int64_t count, int64_t lanes, int64_t depth, int64_t step,
+               uint32_t* packed) {
+  const __mmask16 here = static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, lanes)) - 1);
+  const __mmask16 all = static_cast<__mmask16>((1u << lanes) - 1);
+  if (here == 0) matrix = nullptr, stride = 0;  // nothing is read
+  for (int64_t k = 0; k < depth; k += 2, matrix += 2 * stride, packed += step) {
+    __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, matrix));
+    if (k + 1 < depth) {
+      const __m512i next = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, matrix + stride));
+      pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(next, 16));
+    }
+    _mm512_mask_storeu_epi32(packed, all, pairs);
+  }
+}
+
+// A tile of `out` on its way to the accumulators and back.
+void copy_tile(const ProductCall& call, int64_t row, int64_t column, float* sums, bool back) {
+  const int64_t rows = std::min(kRows, call.rows - row);
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t first = column + half * 16, count = std::clamp<int64_t>(call.columns - first, 0, 16);
+    if (count == 0) continue;
+    const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+    for (int64_t i = 0; i < rows; ++i) {
+      float *out = call.out + (row + i) * call.out_stride + first, *sum = sums + i * kColumns + half * 16;
+      if (back)
+        _mm512_mask_storeu_ps(out, mask, _mm512_load_ps(sum));
+      else
+        _mm512_store_ps(sum, _mm512_maskz_loadu_ps(mask, out));
+    }
+  }
+}
+
 }  // namespace
 
 void product_avx512_bf16(const ProductCall& call, int threads) {
@@ -163,6 +202,42 @@ void product_avx512_bf16(const ProductCall& call, int threads) {
           _mm512_mask_storeu_ps(call.out + row * call.out_stride + first, mask,
                                 _mm512_add_ps(_mm512_load_ps(sums.get() + row * kColumns + half * 16), bias));
       }
+    }
+  });
+}
+
+void add_row_product_avx512_bf16(const ProductCall& call, int threads) {
+  const int64_t tiles = blocks_of(call.rows, kRows), panels = blocks_of(call.columns, kColumns);
+  const int64_t blocks = blocks_of(call.depth, kDepth);
+  const Buffer<uint32_t> right = make_buffer<uint32_t>(blocks * panels * kPairs * kColumns);
+  auto depth_of = [&](int64_t block) { return std::min(kDepth, call.depth - block * kDepth); };
+  parallel_for(blocks * panels, threads, [&](int64_t i) {
+    const int64_t block = i / panels, column = i % panels * kColumns;
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t first = column + half * 16;
+      pack_rows(call.right + block * kDepth * call.right_stride + std::min(first, call.columns), call.right_stride,
+                call.columns - first, 16, depth_of(block), kColumns,
+                right.get() + i * kPairs * kColumns + half * 16);
+    }
+  });
+  // Tiles of a group fit the L2 cache together: each panel meets all of them.
+  const int64_t step = std::clamp<int64_t>(tiles / (4 * threads), 1, 32);
+  parallel_for(blocks_of(tiles, step), threads, [&](int64_t group) {
+    const int64_t begin = group * step, end = std::min(tiles, begin + step);
+    const Buffer<uint32_t> left = make_buffer<uint32_t>(step * kPairs * kRows);
+    alignas(64) float sums[kRows * kColumns] = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t pairs = blocks_of(depth_of(block), 2);
+      for (int64_t tile = begin; tile < end; ++tile)
+        pack_rows(call.left + block * kDepth * call.left_stride + tile * kRows, call.left_stride,
+                  call.rows - tile * kRows, kRows, depth_of(block), kRows, left.get() + (tile - begin) * kPairs * kRows);
+      for (int64_t panel = 0; panel < panels; ++panel)
+        for (int64_t tile = begin; tile < end; ++tile) {
+          copy_tile(call, tile * kRows, panel * kColumns, sums, false);
+          multiply(left.get() + (tile - begin) * kPairs * kRows,
+                   right.get() + (block * panels + panel) * kPairs * kColumns, pairs, sums);
+          copy_tile(call, tile * kRows, panel * kColumns, sums, true);
+        }
     }
   });
 }

@@ -305,6 +305,44 @@ void check_product(std::mt19937& random, int64_t rows, int64_t columns, int64_t 
   }
 }
 
+// The same for sums over the rows of two matrices [depth, rows] and [depth, columns].
+void check_row_product(std::mt19937& random, int64_t rows, int64_t columns, int64_t depth, int64_t gap, int threads) {
+  const std::string name = "row product " + std::to_string(rows) + " x " + std::to_string(columns) + " x " +
+                           std::to_string(depth) + " gap " + std::to_string(gap);
+  std::normal_distribution<float> normal(0, 1);
+  auto matrix = [&](int64_t width) {
+    std::vector<qk::BFloat16> values(static_cast<size_t>((depth - 1) * (width + gap) + width));
+    for (qk::BFloat16& value : values) value = qk::narrow<qk::BFloat16>(normal(random));
+    values.shrink_to_fit();
+    return values;
+  };
+  const std::vector<qk::BFloat16> left = matrix(rows), right = matrix(columns);
+  const int64_t stride = columns + gap;
+  auto run = [&](int used_threads) {
+    std::vector<float> out(static_cast<size_t>((rows - 1) * stride + columns), 3.f);
+    qk::add_row_product(
+        {rows, columns, depth, left.data(), right.data(), rows + gap, columns + gap, nullptr, out.data(), stride},
+        used_threads);
+    return out;
+  };
+  const std::vector<float> out = run(threads);
+  expect(out == run(1), name + ": the same bits from one thread");
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      long double want = 3, size = 3;
+      for (int64_t k = 0; k < depth; ++k) {
+        const long double term = static_cast<long double>(qk::widen(left[static_cast<size_t>(k * (rows + gap) + i)])) *
+                                 qk::widen(right[static_cast<size_t>(k * (columns + gap) + j)]);
+        want += term;
+        size += std::fabs(term);
+      }
+      expect(std::fabs(out[static_cast<size_t>(i * stride + j)] - want) <= 1e-6L * size, name + ": value");
+    }
+    for (int64_t j = columns; i + 1 < rows && j < stride; ++j)
+      expect(out[static_cast<size_t>(i * stride + j)] == 3.f, name + ": written between rows");
+  }
+}
+
 void check_products(std::mt19937& random) {
   if (!qk::has_product()) {
     std::printf("no bf16 product on this machine\n");
@@ -315,6 +353,10 @@ void check_products(std::mt19937& random) {
   for (int64_t rows : {1, 11, 12, 25})
     for (int64_t columns : {1, 15, 16, 17, 31, 32, 70}) check_product(random, rows, columns, 37, 3, 1, rows != 11, 3);
   check_product(random, 3, 1500, 40, 5, 3, true, 3);  // many panels
+  for (int64_t depth : {1, 2, 7, 511, 512, 513, 1030}) check_row_product(random, 13, 33, depth, 0, 2);
+  for (int64_t rows : {1, 11, 12, 25})
+    for (int64_t columns : {1, 15, 16, 17, 31, 32, 70}) check_row_product(random, rows, columns, 37, 3, 3);
+  check_row_product(random, 1500, 3, 40, 5, 3);  // many tiles
 }
 
 void check_fill() {

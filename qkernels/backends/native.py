@@ -220,6 +220,23 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> No
     )
 
 
+def add_row_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out += left^T right: bf16 `[k, n]` and `[k, m]`, fp32 `[n, m]`, last dimensions contiguous."""
+    left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
+    _C.add_row_product(
+        out.shape[0],
+        out.shape[1],
+        left.shape[0],
+        left.data_ptr(),
+        left.stride(0),
+        right.data_ptr(),
+        right.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        torch.get_num_threads(),
+    )
+
+
 def pair_loss(
     logps: Tensor,
     reference_logps: Tensor,
