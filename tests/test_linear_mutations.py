@@ -135,12 +135,12 @@ def test_what_shapes_the_logits_is_checked(backend, dtype, plan, what, monkeypat
     run = check_plan(backend, dtype, plan, softcap=3.0, logit_scale=0.8, temperature=1.4)
     real = chunks.Pass.__init__
 
-    def wrong(self, policy, reference, labels, config):
+    def wrong(self, policy, reference, labels, config, *rest):
         if what == "bias":
             policy = policy._replace(bias=policy.bias * 1.05)
         else:
             config = config._replace(**{what: getattr(config, what) * SLIGHTLY})
-        real(self, policy, reference, labels, config)
+        real(self, policy, reference, labels, config, *rest)
 
     expect_failure(run, lambda: monkeypatch.setattr(chunks.Pass, "__init__", wrong))
 
