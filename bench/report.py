@@ -124,10 +124,13 @@ def plot(entries: list[Entry], path: Path) -> None:
         return
     columns = min(2, len(groups))
     rows = -(-len(groups) // columns)
-    heights = max(len(group) for _, group in groups)
+    heights = [
+        1.1 + 0.3 * max(len(group) for _, group in groups[row * columns : (row + 1) * columns]) for row in range(rows)
+    ]
     figure, axes = plt.subplots(
-        rows, columns, figsize=(7.2 * columns, rows * (0.42 * heights + 1.3)), squeeze=False, layout="constrained"
+        rows, columns, figsize=(7.2 * columns, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
     )
+    figure.get_layout_engine().set(h_pad=0.12)
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     for axis, ((work, dtype, shape), group) in zip(axes.flat, groups, strict=False):
@@ -141,7 +144,7 @@ def plot(entries: list[Entry], path: Path) -> None:
         axis.text(floor, -0.75, f" {group[0].floor}", color="#c2410c", fontsize=8, va="center")
         axis.set_xlim(0, max(times) * 1.18)
         axis.set_ylim(len(names) - 0.4, -1.1)
-        axis.set_title(f"{work}, {dtype}", fontsize=11, loc="left", fontweight="bold")
+        axis.set_title(f"{work}, {dtype}", fontsize=11, loc="left", fontweight="bold", pad=2)
         axis.set_xlabel(f"ms, {shape}", fontsize=9)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
