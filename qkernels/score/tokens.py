@@ -72,8 +72,8 @@ def check_outputs(outputs: Sequence[str] | None, reference: str) -> tuple[str, .
         raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}")
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown or not outputs:
-        got = ", ".join(map(repr, unknown)) or "none"
-        raise ValueError(f"outputs must name at least one of {', '.join(OUTPUTS)}; got {got}")
+        got = f"unknown {', '.join(map(repr, unknown))}" if unknown else "none"
+        raise ValueError(f"outputs must be names out of {', '.join(OUTPUTS)}; got {got}")
     refused = [name for name in outputs if name in impossible]
     if refused:
         needs = "a reference model (cached log-probs do not tell them)" if reference == "cached" else "a reference"
