@@ -362,8 +362,10 @@ def test_low_level_answers_are_checked(models: tuple) -> None:
             TokenScorer(models[0], models[1], **arguments)
     with pytest.raises(ValueError, match="implicit_rewards need a reference"):
         TokenScorer(models[0], outputs=["implicit_rewards"])
-    with pytest.raises(ValueError, match="no PEFT adapter to switch off"):
-        list(TokenScorer(models[0], models[0]).scores([Answer([1], [2])]))
+    with pytest.raises(ValueError, match="reference is model itself, which has no PEFT adapter to switch off"):
+        TokenScorer(models[0], models[0])
+    with pytest.raises(TypeError, match=r"reference must be a torch\.nn\.Module, got str"):
+        score_preferences(models[0], models[2], records(1), reference="before/")
     with pytest.raises(DataError, match="pair 1: expected the field 'rejected'"):
         score_preferences(models[0], models[2], [*records(1), {"prompt": "a", "chosen": "b"}])
     with pytest.raises(ValueError, match="at least one pair"):

@@ -112,6 +112,11 @@ class TokenScorer:
     ):
         if reference is not None and cached:
             raise ValueError("give either a reference or cached reference_logps, not both")
+        for name, module in (("model", model), ("reference", reference)):
+            if module is not None and not isinstance(module, torch.nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        if reference is model and not callable(getattr(model, "disable_adapter", None)):
+            raise ValueError("reference is model itself, which has no PEFT adapter to switch off; pass a frozen copy")
         self.model, self.reference, self.cached = model, reference, cached
         self.beta = checks.positive(beta, "beta")
         if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int):
