@@ -80,11 +80,16 @@ def draw(heat_map: HeatMap, width: float, title: str) -> Figure:
 
 
 def _place(tokens: list[Token], room: float, measure, space: float) -> list[_Placed]:
-    """Break tokens into lines. A space that a token begins with stays outside its box, as in the reports."""
+    """Break tokens into lines, between words where the word fits into a line. A space that a token begins with stays
+    outside its box, as in the reports."""
     placed, x, line = [], 0.0, 0
-    for token in tokens:
-        lead = token.text.startswith(" ") and token.text.strip() != ""
+    words = _words(tokens, measure)
+    for token, word in zip(tokens, words, strict=True):
+        lead = _leads(token)
         text = visible(token.text[1:] if lead else token.text)
+        if x and word <= room and x + (space if lead else 0.0) + word > room:
+            x, line = 0.0, line + 1
+            lead = False
         for start in range(0, max(len(text), 1), 60):  # a token of a thousand dashes
             piece = text[start : start + 60]
             width = measure(piece) if piece else 0.0
@@ -96,6 +101,20 @@ def _place(tokens: list[Token], room: float, measure, space: float) -> list[_Pla
         if "\n" in token.text:
             x, line = 0.0, line + 1
     return placed
+
+
+def _leads(token: Token) -> bool:
+    return token.text.startswith(" ") and token.text.strip() != ""
+
+
+def _words(tokens: list[Token], measure) -> list[float]:
+    """For each token the width of the word that begins with it, 0 inside a word."""
+    widths, first = [0.0] * len(tokens), 0
+    for i, token in enumerate(tokens):
+        if i and (_leads(token) or token.special or tokens[i - 1].text[-1:].isspace()):
+            first = i
+        widths[first] += measure(visible(token.text[1:] if _leads(token) else token.text))
+    return widths
 
 
 def _shade(reward: float, scale: float) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -40,9 +41,17 @@ layouts of --data, one record a line (.jsonl) or an array of records (.json):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 on a usage or input error (its text on stderr), 130 when interrupted."""
+    """Run one command; 0 on success, 2 on a usage or input error (its text on stderr), 130 when interrupted, 141 when
+    what read the output (`head`, a pager) has closed it."""
     args = _parser().parse_args(argv)
-    return int(args.run(args))
+    try:
+        status = int(args.run(args))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at exit, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as from other programs
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

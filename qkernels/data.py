@@ -100,7 +100,9 @@ def read_preferences(path: str | PathLike[str], *, minimum: int = 1) -> Preferen
             raise DataError(f"{path}, {place}: {error}") from None
         ignored.update(name for name in record if name not in _FIELDS)
     if len(pairs) < minimum:
-        raise DataError(f"{path}: expected at least {minimum} preference pairs, found {len(pairs)}")
+        raise DataError(
+            f"{path}: expected at least {minimum} preference pair{'s' if minimum > 1 else ''}, found {len(pairs)}"
+        )
     return PreferenceFile(pairs, tuple(sorted(ignored)))
 
 

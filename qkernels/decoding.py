@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from . import checks
+from .functional import token_stats
 from .integrations.transformers import head_parameters, unwrap
 from .search import left_padding
 
@@ -200,6 +201,14 @@ def _special_tokens(model: nn.Module) -> tuple[list[int], list[int]]:
     return found.get("pad_token_id", []), found.get("bos_token_id", []) + found.get("eos_token_id", [])
 
 
+def _normalised(logits: Tensor) -> Tensor:
+    """log softmax of fp32 `[R, V]`, its log-sum-exps of all rows in one pass of the fused kernels."""
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    lse = token_stats(logits, labels, outputs=("logsumexp",)).logsumexp
+    assert lse is not None
+    return logits - lse[:, None]
+
+
 def _log_ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     """The difference of two rows of logits. 0 where the denominator forbids a token: its log-prob is outside of what
     the reward is defined on, whatever the numerator says of it."""
@@ -254,7 +263,7 @@ class _LogRatioProcessor(_PromptProcessor):
             if self.plausibility > 0:
                 least = scores.amax(-1, keepdim=True) + math.log(self.plausibility)
                 tuned = tuned.masked_fill(scores < least, -torch.inf)
-            return tuned.log_softmax(-1)
+            return _normalised(tuned)
 
     def _fit(self, logits: Tensor, model: _Auxiliary, vocab: int) -> Tensor:
         """Cut or fill logits to the generating model's vocabulary, as `shared_vocab` allows."""
@@ -464,9 +473,9 @@ class CopyMixture(_PromptProcessor):
                         " read off"
                     )
                 self._checked = True
-            log_last = step.logits.log_softmax(-1)
+            log_last = _normalised(step.logits)
             divergences = [
-                _jensen_shannon(log_last, read_off(self._norm(step.hidden[layer])).log_softmax(-1))
+                _jensen_shannon(log_last, _normalised(read_off(self._norm(step.hidden[layer]))))
                 for layer in self.layers
             ]
             copy = (self.scale * torch.stack(divergences).amax(0)).clamp(0, 0.5).to(scores.device)
@@ -480,9 +489,9 @@ class CopyMixture(_PromptProcessor):
             pointer.scatter_add_(1, input_ids[:, : source.shape[1]], weight)
             self.copy_probabilities = copy
             mixed = torch.logaddexp(
-                scores.float().log_softmax(-1) + torch.log1p(-copy)[:, None], pointer.log() + copy.log()[:, None]
+                _normalised(scores.float()) + torch.log1p(-copy)[:, None], pointer.log() + copy.log()[:, None]
             )
-            return torch.where(scores == -torch.inf, -torch.inf, mixed).log_softmax(-1)
+            return _normalised(torch.where(scores == -torch.inf, -torch.inf, mixed))
 
     def _source(self, ids: Tensor, mask: Tensor) -> Tensor:
         """float `[R, P]`: 1 where the prompt may be copied from."""

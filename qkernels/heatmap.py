@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Background colours of the 256-colour palette, weakest first, each readable under black: orange as in the reports for
-# tokens made less likely, blue for those made more likely.
-_BELOW = (230, 223, 216, 215, 208)
-_ABOVE = (195, 159, 117, 111, 75)
+# tokens made less likely, blue for those made more likely; white for neither, or the weakest would stand out most on a
+# dark terminal.
+_BELOW = (230, 223, 222, 215, 208)
+_ABOVE = (195, 153, 117, 111, 75)
+_NEITHER = 231
 _BLACK, _RESET, _BOLD, _DIM = "\x1b[38;5;16m", "\x1b[0m", "\x1b[1m", "\x1b[2m"
 
 # The reports' colours (light), for pictures.
@@ -124,7 +126,7 @@ class HeatMap:
         if set(rewards) == {"chosen", "rejected"}:
             blocks.append(f"margin  {number(rewards['chosen'] - rewards['rejected'], 3, True)}")
         if color:
-            ramp = "".join(f"\x1b[48;5;{shade}m  " for shade in (*_BELOW[::-1], *_ABOVE))
+            ramp = "".join(f"\x1b[48;5;{shade}m  " for shade in (*_BELOW[::-1], _NEITHER, *_ABOVE))
             blocks.append(f"{number(-self.scale, 2)} {ramp}{_RESET} {number(self.scale, 2, True)}  token reward")
         return "\n\n".join(blocks)
 
@@ -132,11 +134,10 @@ class HeatMap:
         return self.text()
 
     def _colored(self, token: Token) -> str:
-        strength = min(1.0, abs(token.reward) / self.scale) if token.reward == token.reward else 0.0
-        level = round(strength * len(_BELOW))
-        if not level:
+        if token.reward != token.reward:
             return _shown(token)
-        shade = (_ABOVE if token.reward > 0 else _BELOW)[level - 1]
+        level = round(min(1.0, abs(token.reward) / self.scale) * len(_BELOW))
+        shade = (_ABOVE if token.reward > 0 else _BELOW)[level - 1] if level else _NEITHER
         text = _shown(token)
         body = text.rstrip("\n")
         return f"{_BLACK}\x1b[48;5;{shade}m{body}{_RESET}{text[len(body) :]}"

@@ -70,7 +70,7 @@ details .turn { margin-top: .5em; }
 .answer.chosen .side b { color: var(--chosen); }
 .answer.rejected .side b { color: var(--rejected); }
 .tokens { line-height: 2; }
-.t { padding: .17em .11em; border-radius: .28em; cursor: default; -webkit-box-decoration-break: clone;
+.t { padding: .17em .02em; border-radius: .28em; cursor: default; -webkit-box-decoration-break: clone;
   box-decoration-break: clone; unicode-bidi: isolate; }
 .t.p { background: color-mix(in srgb, var(--pos) var(--a), transparent); }
 .t.n { background: color-mix(in srgb, var(--neg) var(--a), transparent); }

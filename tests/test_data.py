@@ -150,7 +150,7 @@ BAD_FILES = {
     "utf16.json": ("[]".encode("utf-16"), "line 1: expected UTF-8 text, found byte 0xff"),
     "object.json": (b'{"data": []}', "expected an array of records, found an object with the fields 'data'"),
     "number.json": (b"17", "expected an array of records, found the number 17"),
-    "none.json": (b"[]", "expected at least 1 preference pairs, found 0"),
+    "none.json": (b"[]", "expected at least 1 preference pair, found 0"),
     "deep.json": (b"[" * 100_000, "nested too deeply"),
     "deep.jsonl": (b"[" * 100_000, "line 1: nested too deeply"),
     "digits.jsonl": (b"9" * 5000, "line 1: "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -136,6 +137,32 @@ def test_published_results_meet_the_requirement():
     scores = json.loads(path.read_text(encoding="utf-8"))["results"]["scores"]
     best = scores.pop("token reward")["fp32"]["auroc"]
     assert best >= 0.95 and all(best > row["fp32"]["auroc"] for row in scores.values())
+
+
+@pytest.mark.parametrize("name", ["credit", "beam", "decline"])
+def test_published_figures_are_those_of_the_files(name):
+    """Every decimal and percentage that docs/results.md gives of an experiment is some number of its file."""
+    docs = EXAMPLES.parent / "docs"
+    if not (docs / f"results/{name}.json").exists():
+        pytest.skip("the results are not here")
+    text = (docs / "results.md").read_text(encoding="utf-8")
+    (section,) = [part for part in text.split("\n## ") if f"examples/{name}.py" in part]
+    results = json.loads((docs / f"results/{name}.json").read_text(encoding="utf-8"))["results"]
+
+    def numbers(value) -> list[float]:
+        if isinstance(value, dict):
+            betas = [float(key) for key in value if re.fullmatch(r"0\.\d+", key)]
+            return betas + numbers(list(value.values()))
+        if isinstance(value, list):
+            return [number for inner in value for number in numbers(inner)]
+        return [abs(value), 100 * abs(value)] if isinstance(value, float) else []
+
+    known = numbers(results)
+    said = re.findall(r"\d+\.\d+|\d+(?= %)", section)
+    assert len(said) > 8
+    for digits in said:
+        half = 0.5000001 * 10.0 ** -len(digits.partition(".")[2])
+        assert any(abs(number - float(digits)) <= half for number in known), digits
 
 
 def test_decoding_benchmark(capsys):

@@ -8,6 +8,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,7 +71,7 @@ def test_colours_go_with_the_rewards_and_end_before_the_line_does() -> None:
     assert "Its capital Oslo." in plain and "[" not in plain
     shades = {m[2]: int(m[1]) for m in re.finditer(r"\x1b\[48;5;(\d+)m([^\x1b ]+|\s\w+)\x1b\[0m", text)}
     assert shades[" Os"] == 208 and shades[" Lima"] == 75  # the strongest orange and blue
-    assert shades["lo"] not in (208, 75) and "Its" not in shades
+    assert shades["lo"] not in (208, 75) and shades["Its"] == 231
     assert text.count("\x1b[0m") >= len(shades) and not re.search(r"48;5;\d+m[^\x1b]*\n", text)
 
 
@@ -134,6 +136,20 @@ def test_the_picture(tmp_path: Path) -> None:
     assert imread(tmp_path / "tall.png").shape[0] > imread(tmp_path / "pair.png").shape[0] / 2
 
 
+def test_lines_of_the_picture_break_between_words() -> None:
+    pytest.importorskip("matplotlib")
+    tokens = [Token(text, 0.1) for i in range(60) for text in (" " + "ab" * (i % 4 + 1), "cd", "ef")]
+    (axes,) = HeatMap({"answer": tokens}).figure(width=5).axes
+    placed = [
+        (text.get_text(), text.get_position()) for text in axes.texts if text.get_text()[:2] in ("ab", "cd", "ef")
+    ]
+    assert len(placed) == 180 and len({y for _, (_, y) in placed}) > 3
+    for word in range(0, 180, 3):
+        assert len({y for _, (_, y) in placed[word : word + 3]}) == 1
+    (axes,) = HeatMap({"answer": [Token("abcdef", 0.1)] * 60}).figure(width=5).axes  # longer than a line
+    assert len({text.get_position()[1] for text in axes.texts if text.get_text() == "abcdef"}) > 3
+
+
 # --- qkernels show ----------------------------------------------------------------------------------------------------
 
 
@@ -191,3 +207,15 @@ def test_show_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text("{}")
     status, _, err = show(tmp_path)
     assert status == 2 and "nothing has been scored there yet" in err
+
+
+def test_a_closed_pipe_is_no_crash(folder: Path) -> None:
+    """As `qkernels show scores | head` closes it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qkernels", "show", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 141 and not errors

@@ -353,8 +353,8 @@ def test_low_level_answers_are_checked(models: tuple) -> None:
     for arguments, message in (
         ({"beta": 0.0}, "beta"),
         ({"batch_tokens": 0}, "batch_tokens must be 1 or more"),
-        ({"outputs": ["logp"]}, "outputs must name at least one of"),
-        ({"outputs": []}, "outputs must name at least one of"),
+        ({"outputs": ["logp"]}, "outputs must be names out of"),
+        ({"outputs": []}, "outputs must be names out of"),
         ({"outputs": ["entropy"]}, "none of the outputs entropy reads the reference"),
         ({"cached": True}, "either a reference or cached"),
     ):
@@ -362,8 +362,10 @@ def test_low_level_answers_are_checked(models: tuple) -> None:
             TokenScorer(models[0], models[1], **arguments)
     with pytest.raises(ValueError, match="implicit_rewards need a reference"):
         TokenScorer(models[0], outputs=["implicit_rewards"])
-    with pytest.raises(ValueError, match="no PEFT adapter to switch off"):
-        list(TokenScorer(models[0], models[0]).scores([Answer([1], [2])]))
+    with pytest.raises(ValueError, match="reference is model itself, which has no PEFT adapter to switch off"):
+        TokenScorer(models[0], models[0])
+    with pytest.raises(TypeError, match=r"reference must be a torch\.nn\.Module, got str"):
+        score_preferences(models[0], models[2], records(1), reference="before/")
     with pytest.raises(DataError, match="pair 1: expected the field 'rejected'"):
         score_preferences(models[0], models[2], [*records(1), {"prompt": "a", "chosen": "b"}])
     with pytest.raises(ValueError, match="at least one pair"):
@@ -578,6 +580,11 @@ def test_cached_reference_log_probs_of_an_earlier_run(folders: Path, finished: t
         assert table.pairs() == list(range(7))
         assert np.array_equal(table["implicit_rewards"], live["implicit_rewards"][: len(table)])
         assert "kl_policy_reference" not in table.outputs
+    status, _, err = score(
+        "--model", folders / "policy", "--reference-logps", folders / "data.json", "--data", folders / "data.json",
+        "--out", tmp_path / "data",
+    )  # fmt: skip
+    assert status == 2 and "expected a Parquet file of scores" in err and "delete" not in err
     status, _, err = score(
         "--model", folders / "policy", "--reference-logps", finished[0], "--data", folders / "data.json",
         "--out", tmp_path / "cut", "--max-length", 20,
@@ -859,8 +866,8 @@ def test_an_existing_folder_is_left_alone_unless_told_otherwise(folders: Path, t
         (["--shown", "-1"], "--shown must be 0 or more, got -1"),
         (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         (["--device", "abacus"], "--device abacus"),
-        (["--outputs", "entropy,speed"], "--outputs: outputs must name at least one of"),
-        (["--outputs", ","], "--outputs: outputs must name at least one of"),
+        (["--outputs", "entropy,speed"], "--outputs: outputs must be names out of"),
+        (["--outputs", ","], "--outputs: outputs must be names out of"),
         (["--prompt-format", "poem"], "--prompt-format must be one of auto, chat, plain, got 'poem'"),
         (["--chat-template", "absent.jinja"], "--chat-template absent.jinja: cannot be read"),
         (["--data", "absent.json"], "absent.json: no such file"),

@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 
 from assertions import assert_within
 from cases import generator
+from qkernels import token_stats
 from qkernels.decoding import CopyMixture, ImplicitRewardGuidance, ProxyTuning
 from qkernels.search import beam_search, score_completions
 from qkernels.tabular import random_mdp
@@ -329,6 +330,24 @@ class Counting:
     def count(self, module, args, kwargs):
         self.positions += kwargs["input_ids"].numel()
         self.calls += 1
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_step_is_one_pass_of_the_kernels_over_all_rows(models, width, monkeypatch):
+    base, proxy, reference, _ = models
+    ids, mask = padded()
+    shapes = []
+
+    def counted(logits, *args, **kwargs):
+        shapes.append(tuple(logits.shape))
+        return token_stats(logits, *args, **kwargs)
+
+    monkeypatch.setattr("qkernels.decoding.token_stats", counted)
+    base.generate(
+        input_ids=ids, attention_mask=mask, num_beams=width, max_new_tokens=4, do_sample=False, eos_token_id=-1,
+        logits_processor=LogitsProcessorList([ProxyTuning(proxy, reference, attention_mask=mask)]),
+    )  # fmt: skip
+    assert shapes == [(len(ids) * width, 13)] * 4
 
 
 def test_the_cache_saves_the_prefix(models):

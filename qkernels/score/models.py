@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,7 +140,11 @@ def _model(option: str, name: str, dtype: str, device: torch.device) -> Any:
         if is_adapter(name):
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=wanted)
+            with warnings.catch_warnings():
+                # PEFT looks on the hub for a tokenizer that the folder lacks, and reads an attribute by its old name.
+                warnings.filterwarnings("ignore", message="Unable to fetch remote file", category=UserWarning)
+                warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+                model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=wanted)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
     except Exception as error:

@@ -397,7 +397,7 @@ def _model_line(loaded: models.Loaded, scorer: TokenScorer) -> str:
     first = next(loaded.model.parameters())
     reference = "its adapter switched off" if loaded.reference is loaded.model else "another model"
     if loaded.reference is None:
-        reference = "cached log-probs"
+        reference = "cached log-probs (no KL divergences)"
     return (
         f"Model: {type(loaded.model).__name__}, {parameters / 1e6:.1f} M parameters,"
         f" {str(first.dtype).removeprefix('torch.')} on {first.device}; reference: {reference}"

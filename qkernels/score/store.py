@@ -43,6 +43,7 @@ _TEMPORARY = ".partial-"
 WINDOW = 64  # pairs that are batched together, and that share a row group
 _FLUSH_SECONDS, _FLUSH_TOKENS = 20.0, 1_000_000
 _METADATA = b"qkernels"
+_ADVICE = "delete it to score it again"
 CUT_COLUMNS = ("prompt_cut", "chosen_cut", "rejected_cut")
 
 # One scored answer of a pair: side, tokens, results.
@@ -292,20 +293,18 @@ class Results:
         return [*([merged] if merged.is_file() else []), *self._parts()]
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, advice: str = _ADVICE) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise ScoreError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); delete it to score it again"
-        ) from error
+        raise ScoreError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {advice}") from error
 
 
-def _read(path: Path, columns: list[str]) -> Any:
-    file = _open(path)
+def _read(path: Path, columns: list[str], advice: str = _ADVICE) -> Any:
+    file = _open(path, advice)
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:
         raise ScoreError(f"{path}: expected the columns {', '.join(columns)}; missing: {', '.join(missing)}")
@@ -358,16 +357,16 @@ class CachedReference:
         self.path = path
         columns = ["pair", "side", "position", "token_id", "reference_logps"]
         if path.is_dir():
-            sources = Results(path, {}).sources()
+            sources, advice = Results(path, {}).sources(), _ADVICE
             if not sources:
                 raise ScoreError(f"--reference-logps {path}: no results in that folder")
         elif path.is_file():
-            sources = [path]
+            sources, advice = [path], "expected a Parquet file of scores, or the folder of a run"
         else:
             raise ScoreError(f"--reference-logps {path}: no such file or folder")
         import pyarrow as pa
 
-        table = pa.concat_tables([_read(source, columns) for source in sources], promote_options="permissive")
+        table = pa.concat_tables([_read(source, columns, advice) for source in sources], promote_options="permissive")
         rejected = np.array(table.column("side").to_pylist(), dtype=object) != SIDES[0]
         pair, position = table.column("pair").to_numpy(), table.column("position").to_numpy()
         order = np.lexsort((position, rejected, pair))

@@ -72,8 +72,8 @@ def check_outputs(outputs: Sequence[str] | None, reference: str) -> tuple[str, .
         raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}")
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown or not outputs:
-        got = ", ".join(map(repr, unknown)) or "none"
-        raise ValueError(f"outputs must name at least one of {', '.join(OUTPUTS)}; got {got}")
+        got = f"unknown {', '.join(map(repr, unknown))}" if unknown else "none"
+        raise ValueError(f"outputs must be names out of {', '.join(OUTPUTS)}; got {got}")
     refused = [name for name in outputs if name in impossible]
     if refused:
         needs = "a reference model (cached log-probs do not tell them)" if reference == "cached" else "a reference"
@@ -112,6 +112,11 @@ class TokenScorer:
     ):
         if reference is not None and cached:
             raise ValueError("give either a reference or cached reference_logps, not both")
+        for name, module in (("model", model), ("reference", reference)):
+            if module is not None and not isinstance(module, torch.nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        if reference is model and not callable(getattr(model, "disable_adapter", None)):
+            raise ValueError("reference is model itself, which has no PEFT adapter to switch off; pass a frozen copy")
         self.model, self.reference, self.cached = model, reference, cached
         self.beta = checks.positive(beta, "beta")
         if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int):
