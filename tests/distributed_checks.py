@@ -685,6 +685,13 @@ def wrong_calls(case: str) -> str:
         text = caught(lambda: dpo(temperature=1.0 + rank))
     elif case == "weights":
         text = caught(lambda: dpo(token_weights=torch.full(labels.shape, 1.0 + rank)))
+    elif case == "shape of weights":  # the same numbers, so the checksum is the same
+        ones = torch.ones(labels.shape)
+        text = caught(lambda: dpo(token_weights=ones.reshape(-1) if last else ones))
+    elif case == "weights with a gradient":
+        text = caught(lambda: dpo(token_weights=torch.ones(4, 6, requires_grad=last)))
+    elif case == "constant reference":
+        text = caught(lambda: dpo(reference_logps=0.5 * rank))
     elif case == "functions":
         text = caught(lambda: dpo() if last else token_logps(logits, labels, tp_group=world()))
     elif case == "requires_grad":

@@ -165,8 +165,8 @@ def test_vocabulary_and_positions_at_once(four):
 
 
 @pytest.mark.parametrize("how", ["inside", "unshard", "outside", "ddp"])
-def test_sharded_model(two, how):
-    two.run(checks.sharded_model, how)
+def test_sharded_model(ranks, how):
+    ranks.run(checks.sharded_model, how)
 
 
 def test_sharded_model_with_split_vocabulary(four):
@@ -237,6 +237,9 @@ MISTAKES = {
     "labels": "ValueError: the ranks of tp_group disagree: the checksum of labels",
     "options": "disagree: temperature, ignore_index is (1.0, -100) on rank 0 and (2.0, -100) on rank 1",
     "weights": "disagree: the checksum of token_weights",
+    "shape of weights": "disagree: token_weights is 'float32 of shape (4, 6)' on rank 0 and 'float32 of shape (24,)'",
+    "weights with a gradient": "and 'float32 of shape (4, 6), requires grad' on rank 1",
+    "constant reference": "disagree: reference_logps is 0.0 on rank 0 and 0.5 on rank 1",
     "functions": "disagree: the call is 'token_logps' on rank 0 and 'fused_token_dpo' on rank 1",
     "requires_grad": "disagree: requires_grad of hidden states, weight, bias is (True, False, False) on rank 0",
     "hidden size": "disagree: hidden.shape[-1] is 12 on rank 0 and 11 on rank 1",

@@ -17,6 +17,7 @@ from qkernels import linear_token_logps, shift_labels, token_logps, token_stats
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 import hf_models
+from processes import Ranks
 from qkernels.integrations.transformers import (
     HeadCall,
     batch_labels,
@@ -278,6 +279,55 @@ def test_ddp_synchronises_the_head(unused, tmp_path):
                     torch.testing.assert_close(p.grad, g, atol=1e-4, rtol=1e-4)
     finally:
         dist.destroy_process_group()
+
+
+def on_a_rank(how):
+    """Gradients of log-probs and of a divergence from a reference, sharded as the policy is, over this rank's batch."""
+    dist = torch.distributed
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    names = ("logps", "kl_reference_policy")
+    options = {"family": "qwen2"} if how == "tied" else {}  # head and embedding are one parameter
+
+    def spread(model):
+        if how == "ddp":
+            return nn.parallel.DistributedDataParallel(model)
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh("cpu", (ranks,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        if how == "head by itself":
+            fully_shard(model.lm_head, mesh=mesh)
+        return fully_shard(model, mesh=mesh, reshard_after_forward=how == "freed after the forward")
+
+    plain, reference = hf_models.model(**options), hf_models.model(seed=3, **options)
+    batches = [hf_models.batch(seed=number) for number in range(ranks)]
+    for batch in batches:
+        labels = shift_labels(batch["input_ids"], mask=batch["attention_mask"])
+        with torch.no_grad():
+            reference_logits = reference(**batch).logits
+        stats = token_stats(plain(**batch).logits, labels, reference_logits=reference_logits, outputs=names)
+        ((stats.logps.sum() + stats.kl_reference_policy.sum()) / ranks).backward()
+    policy = spread(hf_models.model(**options))
+    if how != "ddp":
+        reference = spread(reference)
+    for _ in range(2):
+        policy.zero_grad()
+        stats = compute_token_stats(policy, batches[rank], outputs=names, reference_model=reference)
+        (stats.logps.sum() + stats.kl_reference_policy.sum()).backward()
+        for p, q in zip(policy.parameters(), plain.parameters(), strict=True):
+            gradient = p.grad.full_tensor() if how != "ddp" else p.grad
+            torch.testing.assert_close(gradient, q.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_spread_models(number):
+    """DDP and FSDP2 over real processes: gradients are those of all batches in one process."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch has no distributed package")
+    with Ranks(number) as ranks:
+        for how in ("ddp", "root", "tied", "freed after the forward", "head by itself"):
+            ranks.run(on_a_rank, how)
 
 
 def test_the_model_is_left_as_it_was():
