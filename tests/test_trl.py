@@ -77,8 +77,7 @@ def train(trainer, tmp_path, *, model=None, ref_model="default", data=PAIRS, con
         args=config(output_dir=str(tmp_path), **options),
         train_dataset=data,
         eval_dataset=data.select(range(8)) if evaluate else None,
-        processing_class=hf_models.tokenizer(),
-        **(extra or {}),
+        **{"processing_class": hf_models.tokenizer(), **(extra or {})},
     )
     made.remove_callback(__import__("transformers").PrinterCallback)
     made.train()
@@ -201,6 +200,25 @@ def test_soft_capped_model(tmp_path):
     reference = hf_models.model("gemma2", seed=7)
     theirs = stock(tmp_path, model=made(), ref_model=copy.deepcopy(reference))
     assert_same(train(TokenDPOTrainer, tmp_path, model=made(), ref_model=copy.deepcopy(reference)), theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_pictures(options, tmp_path):
+    """A vision-language model: the text head's configuration, TRL's own collator."""
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    pairs = hf_models.vision_preferences()
+    options = {"steps": 2, "data": Dataset.from_list(pairs), "max_length": None, **options}
+    ours, theirs = (
+        train(trainer, tmp_path, model=hf_models.vision_model(), ref_model=hf_models.vision_model(7),
+              extra={"processing_class": hf_models.vision_processor()}, **options)
+        for trainer in (TokenDPOTrainer, DPOTrainer)
+    )  # fmt: skip
+    assert "pixel_values" in next(iter(ours.get_train_dataloader()))
+    assert_same(ours, theirs)
+    options["data"] = Dataset.from_list([{**pair, "chosen_token_weights": [1.0]} for pair in pairs])
+    with pytest.raises(ValueError, match="token weights and a vision data set do not go together"):
+        train(TokenDPOTrainer, tmp_path, model=hf_models.vision_model(), ref_model=hf_models.vision_model(7),
+              extra={"processing_class": hf_models.vision_processor()}, **options)  # fmt: skip
 
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
