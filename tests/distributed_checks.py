@@ -733,10 +733,12 @@ def wrong_groups() -> dict[str, str]:
     others = dist.new_group([0])
     grid = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(), 1))
     meta = torch.empty(2, 3, 5, device="meta")
+    of_gpus = dist.new_group(backend="cuda:gloo")
     return {
         "type": caught(lambda: token_logps(logits, labels, tp_group="tp")),
         "mesh": caught(lambda: token_logps(logits, labels, tp_group=grid)),
         "member": caught(lambda: token_logps(logits, labels, tp_group=others)) if dist.get_rank() else "",
+        "backend": caught(lambda: token_logps(logits, labels, tp_group=of_gpus)),
         "alone": caught(lambda: token_logps(logits, labels, tp_group=others)) if dist.get_rank() == 0 else "",
         "device": caught(
             lambda: token_logps(meta, torch.zeros(2, 3, dtype=torch.int64, device="meta"), tp_group=world())

@@ -276,6 +276,7 @@ def test_groups_that_cannot_be_used(two):
             found["mesh"]
             == "ValueError: tp_group must be a process group or a 1-D DeviceMesh, got a mesh of 2 dimensions"
         )
+        assert found["backend"] == "ValueError: tp_group cannot send tensors on cpu: it has gloo for cuda"
         assert found["device"].startswith("ValueError: tp_group cannot send tensors on meta: it has gloo for cpu")
     assert second["member"] == "ValueError: tp_group: rank 1 is not a member of this process group"
     assert first["alone"] == "nothing was raised"
