@@ -286,7 +286,10 @@ def on_a_rank(how):
     dist = torch.distributed
     rank, ranks = dist.get_rank(), dist.get_world_size()
     names = ("logps", "kl_reference_policy")
-    options = {"family": "qwen2"} if how == "tied" else {}  # head and embedding are one parameter
+    options = {
+        "family": "qwen2" if how == "tied" else "llama",
+        "num_hidden_layers": 1,
+    }  # tied: head and embedding are one
 
     def spread(model):
         if how == "ddp":
@@ -328,6 +331,38 @@ def test_spread_models(number):
     with Ranks(number) as ranks:
         for how in ("ddp", "root", "tied", "freed after the forward", "head by itself"):
             ranks.run(on_a_rank, how)
+
+
+def in_parts(folder):
+    """transformers' own tensor parallelism: the head is a DTensor of rows, which nobody gathers."""
+    import os
+
+    dist = torch.distributed
+    os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
+    plain, reference, batch = hf_models.model(), hf_models.model(seed=3), hf_models.batch()
+    names = ("logps", "kl_reference_policy")
+    found = []
+    for policy, other in ((plain, reference), [
+        type(plain).from_pretrained(folder / name, tp_plan="auto", dtype=torch.float32) for name in ("policy", "other")
+    ]):  # fmt: skip
+        stats = compute_token_stats(policy, batch, outputs=names, reference_model=other)
+        (stats.logps.sum() + stats.kl_reference_policy.sum()).backward()
+        found.append((policy, stats))
+    (_, expected), (parts, got) = found
+    assert type(parts.lm_head.weight).__name__ == "DTensor"
+    for name in names:
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+    for p, q in zip(parts.parameters(), plain.parameters(), strict=True):
+        gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.testing.assert_close(gradient, q.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_tensor_parallel_models(tmp_path):
+    pytest.importorskip("torch.distributed.tensor", reason="torch has no distributed package")
+    hf_models.model().save_pretrained(tmp_path / "policy")
+    hf_models.model(seed=3).save_pretrained(tmp_path / "other")
+    with Ranks(2) as ranks:
+        ranks.run(in_parts, tmp_path)
 
 
 def test_the_model_is_left_as_it_was():
