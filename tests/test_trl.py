@@ -497,6 +497,35 @@ def test_results_of_every_step(tmp_path):
     assert numbers(packed)[0]["rewards/lowest_token"] == pytest.approx(numbers(trainer)[0]["rewards/lowest_token"])
 
 
+@pytest.mark.parametrize(
+    "data, options",
+    [(PAIRS, {}), (WEIGHTED, {"padding_free": True}), (WEIGHTED, {"precompute_ref_log_probs": True})],
+    ids=["dense", "packed", "cached"],
+)
+def test_monitor_in_a_trainer(data, options, tmp_path):
+    """On the trainer's own batches; before the first step its rewards are those of plain log-probs."""
+    from qkernels.integrations.monitor import RewardMonitorCallback
+
+    trainer = train(TokenDPOTrainer, tmp_path, data=data, steps=1, evaluate=False, **options)
+    pairs = list(trainer.train_dataset)[:4]
+
+    def reward(prompt, answer):
+        ids = torch.tensor([prompt + answer])
+        scored = (torch.arange(ids.shape[1]) >= len(prompt)).unsqueeze(0)
+        batch = {"input_ids": ids, "completion_mask": scored}
+        return 0.1 * float((compute_token_logps(trainer.model, batch) - compute_token_logps(REFERENCE, batch)).sum())
+
+    chosen, rejected = (
+        sum(reward(pair["prompt_ids"], pair[answer]) for pair in pairs) for answer in ("chosen_ids", "rejected_ids")
+    )
+    margin = (chosen - rejected) / len(pairs)
+    probe = [trainer.data_collator(pairs)]
+    watch = RewardMonitorCallback(probe).attach(trainer)
+    trainer.train()
+    assert watch.monitor.history[0].margin == pytest.approx(margin, abs=1e-5)
+    assert "qkernels/margin" in trainer.state.log_history[-1]
+
+
 def test_a_trained_model_is_a_model(tmp_path):
     trainer = train(TokenDPOTrainer, tmp_path, steps=1, evaluate=False)
     ids = torch.tensor([[5, 6, 7]])

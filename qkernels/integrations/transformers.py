@@ -564,8 +564,14 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 # --- per-token results ---------------------------------------------------------------------------------------------
 
-# Entries of a batch that are about the loss and not for the model.
-_NOT_INPUTS = ("labels", "completion_mask")
+# Entries of a batch that are about the loss and not for the model: those of TRL's preference collator, and of ours.
+_NOT_INPUTS = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "token_weights",
+               "ref_token_logps", "cu_seqlens")  # fmt: skip
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch is for the model."""
+    return {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
 
 
 def batch_labels(
@@ -653,7 +659,7 @@ def compute_token_stats(
         TypeError, ValueError: what cannot be done; the message names the argument.
         IndexError: a label outside the vocabulary.
     """
-    inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
+    inputs = model_inputs(batch)
     aligned = batch_labels(batch, labels, ignore_index=ignore_index)
     reference = None
     if reference_model is not None:
