@@ -620,6 +620,9 @@ def test_weights_that_would_get_lost(tmp_path):
     collator = dpo_trainer.DataCollatorForPreference(pad_token_id=0)
     with pytest.raises(ValueError, match="the batch has no token_weights"):
         train(TokenDPOTrainer, tmp_path, data=WEIGHTED, extra={"data_collator": collator})
+    trainer = train(TokenDPOTrainer, tmp_path, data=WEIGHTED, steps=1, evaluate=False)
+    with pytest.raises(ValueError, match="the evaluation data lack the columns"):
+        trainer.evaluate(PAIRS.select(range(4)))
     with pytest.raises(ValueError, match="the batch has no ref_token_logps"):
         train(TokenDPOTrainer, tmp_path, precompute_ref_log_probs=True, extra={"data_collator": collator})
 

@@ -472,8 +472,8 @@ class TokenDPOTrainer(DPOTrainer):
             weights = _one_on(weights)
         elif getattr(self, "_weighted", False):
             raise ValueError(
-                f"the data set has columns {WEIGHTS}, but the batch has no token_weights: the data_collator has to pass"
-                " them on (TokenPreferenceCollator does)"
+                f"the training data have columns {WEIGHTS}, but the batch has no token_weights: the evaluation data"
+                " lack the columns, or the data_collator does not pass them on (TokenPreferenceCollator does)"
             )
         batch = Batch.of(labels, weights, cu_seqlens, self._plan, IGNORE, torch.float32)
         return _Rows(labels, weights, cu_seqlens, batch)
