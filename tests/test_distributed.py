@@ -117,8 +117,8 @@ def test_stats_from_hidden(ranks, dtype, chunks):
 
 @pytest.mark.parametrize("named", [False, True], ids=["implied", "named"])
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-def test_head_is_a_dtensor(two, uneven, named):
-    two.run(checks.weight_is_dtensor, uneven, named)
+def test_head_is_a_dtensor(ranks, uneven, named):
+    ranks.run(checks.weight_is_dtensor, uneven, named)
 
 
 def test_dtensors_that_cannot_be_used(four):
