@@ -21,7 +21,7 @@ help:
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[demo,test]'
+	$(PIP) -e '.[demo,test,trl]'
 	@touch $(READY)
 
 demo: $(READY)

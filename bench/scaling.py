@@ -1,14 +1,15 @@
 """What a vocabulary or positions split over ranks cost: messages, bytes, and time beyond the split products.
 
     python -m bench.scaling                          measure, and print the tables
+    python -m bench.scaling --rounds 0               count only, no times
     python -m bench.scaling --write docs/scaling.md  put them between the markers of that file
 
 Starts `--ranks` processes with one thread each, joined by gloo. Every collective is counted where it leaves for
 torch.distributed. The overhead compares a call with `tp_group` with the same call on the same part of the vocabulary
 without a group: same products, nothing sent. Rounds of both alternate, so that other work on the machine meets both.
 
-The last table is arithmetic, no measurement: the counted messages and bytes at sizes of a large model, with the
-bandwidth and latency stated there.
+The last table is arithmetic, no measurement: messages and bytes at sizes of a large model, by formulas that the counted
+ones have to agree with, and the bandwidth and latency stated there.
 """
 
 from __future__ import annotations
@@ -197,6 +198,25 @@ LARGE = Sizes(16384, 131072, 4096, torch.bfloat16)
 PAIRS = 16
 
 
+def tp_messages(sizes: Sizes) -> list[int]:
+    """Bytes of each message of one chunk with `tp_group`: maxima, two sums, dL/dhidden."""
+    return [4 * sizes.rows, 2 * 8 * sizes.rows, sizes.dtype.itemsize * sizes.rows * sizes.hidden]
+
+
+def sp_message(sequences: int) -> int:
+    """Bytes of the message of a loss with `sp_group`: four sums of each sequence."""
+    return 4 * 8 * sequences
+
+
+def check_formulas(sizes: Sizes, results: list[dict[str, Any]]) -> None:
+    """Refuse to estimate from formulas that are not those of the code. (The first message is the agreement.)"""
+    expected = {"hidden, pair_chunks": tp_messages(sizes), "hidden, recompute, positions": [sp_message(4)]}
+    for work, result in zip(WORKS, results, strict=True):
+        counted = result["forward"][1:] + result["backward"]
+        if work.name in expected and counted != expected[work.name]:
+            raise RuntimeError(f"{work.name} sends {counted} bytes, by the formula it is {expected[work.name]}")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Ranks as a grid: vocabulary x positions x data."""
@@ -217,9 +237,8 @@ class Layout:
         """
         products = 3 * 2 * LARGE.rows * LARGE.vocab * LARGE.hidden / self.tp / PEAK
         bandwidth, latency = WITHIN if self.tp <= SERVER else BETWEEN
-        sizes = [4 * LARGE.rows, 2 * 8 * LARGE.rows, LARGE.dtype.itemsize * LARGE.rows * LARGE.hidden]
-        tp = sum(latency + 2 * (self.tp - 1) / self.tp * size / bandwidth for size in sizes)
-        sp = BETWEEN[1] + 4 * 2 * PAIRS * 8 / BETWEEN[0] if self.sp > 1 else 0.0
+        tp = sum(latency + 2 * (self.tp - 1) / self.tp * size / bandwidth for size in tp_messages(LARGE))
+        sp = BETWEEN[1] + sp_message(2 * PAIRS) / BETWEEN[0] if self.sp > 1 else 0.0
         head = LARGE.dtype.itemsize * LARGE.vocab * LARGE.hidden / self.tp
         shards = self.sp * self.dp
         dp = 2 * (BETWEEN[1] + (shards - 1) / shards * head / BETWEEN[0]) if shards > 1 else 0.0
@@ -245,11 +264,12 @@ def report(ranks: int, sizes: Sizes, logits_vocab: int, rounds: int, results: li
     """The tables as Markdown."""
     facts = machine()
     dtype = str(sizes.dtype).removeprefix("torch.")
-    load, processor = os.getloadavg()[0], facts["processor"].rpartition(",")[0]
+    processor = facts["processor"].rpartition(",")[0]
+    load = f"; load of the machine afterwards {os.getloadavg()[0]:.1f}, of which these processes are {ranks}"
     lines = [
         f"`python -m bench.scaling`: {ranks} ranks of one thread, gloo, N = {sizes.rows}, V = {logits_vocab} from"
         f" logits and {sizes.vocab} from hidden states, H = {sizes.hidden}, {dtype}. {processor};"
-        f" {facts['software']}; load of the machine afterwards {load:.1f}, of which these processes are {ranks}.",
+        f" {facts['software']}{load if rounds else ''}.",
         "",
         "| call | sent in the forward | sent in the backward |",
         "|---|---|---|",
@@ -307,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--ranks must be 2 or more, --rows a multiple of 4 ranks, vocabularies multiples of the ranks")
     sizes = Sizes(args.rows, args.vocab, args.hidden, getattr(torch, args.dtype))
     measured = measure(args.ranks, sizes, args.logits_vocab, args.rounds)
+    check_formulas(sizes, measured)
     text = report(args.ranks, sizes, args.logits_vocab, args.rounds, measured)
     if args.write is None:
         print(text, end="")

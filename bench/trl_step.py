@@ -1,9 +1,9 @@
 """One training step of TRL's DPOTrainer, stock and with this package, on tiny models: `python -m bench.trl_step`.
 
 A step is `trainer.training_step(model, batch)`: reference forward, policy forward, loss, backward; no optimiser. The
-contenders take turns, so that a busy moment hits all of them. Three cases: a small vocabulary, where all that can be
-measured is overhead; a large one with long prompts; the same with a frozen head (LoRA on the attention), where PEFT is
-installed.
+contenders take turns, so that a busy moment hits all of them. The cases: a small vocabulary, where all that can be
+measured is overhead; a large one with long prompts; the same without layers, which is the loss head and the embedding;
+the same with a frozen head (LoRA on the attention), where PEFT is installed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from . import contenders, measure
 
 @dataclass(frozen=True)
 class Case:
-    """Shape of a step: `2 * pairs` sequences of `prompt + answer` tokens, a model of width `hidden`."""
+    """Shape of a step: `2 * pairs` sequences of `prompt + answer` tokens, a model of `layers` of width `hidden`."""
 
     name: str
     vocab: int
@@ -36,11 +36,13 @@ class Case:
     prompt: int
     answer: int
     lora: bool = False
+    layers: int = 2
 
 
 CASES = [
     Case("small vocabulary", vocab=1000, hidden=64, pairs=4, prompt=32, answer=32),
     Case("large vocabulary, long prompts", vocab=128256, hidden=256, pairs=2, prompt=192, answer=64),
+    Case("the same, no layers", vocab=128256, hidden=256, pairs=2, prompt=192, answer=64, layers=0),
     Case("the same, LoRA on the attention", vocab=128256, hidden=256, pairs=2, prompt=192, answer=64, lora=True),
 ]
 
@@ -50,8 +52,9 @@ def model(case: Case, seed: int = 0) -> torch.nn.Module:
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=case.vocab, hidden_size=case.hidden, intermediate_size=2 * case.hidden, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=case.prompt + case.answer, pad_token_id=0, bos_token_id=1,
+        vocab_size=case.vocab, hidden_size=case.hidden, intermediate_size=2 * case.hidden,
+        num_hidden_layers=case.layers, num_attention_heads=4,
+        max_position_embeddings=case.prompt + case.answer, pad_token_id=0, bos_token_id=1,
         eos_token_id=1, tie_word_embeddings=False,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).float()

@@ -218,7 +218,8 @@ class Ranks:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, Exception) and self._every_call():  # else the others may not be listening
             for name in self._waiting:
-                _exchange(self.groups[name], name, 0, 0, {}, f"{type(error).__name__}: {error}")
+                with contextlib.suppress(Exception):  # a group that cannot send must not hide the reason
+                    _exchange(self.groups[name], name, 0, 0, {}, f"{type(error).__name__}: {error}")
 
     def _every_call(self) -> bool:
         return self.device.type == "cpu" or checks.asked_to_check()
@@ -232,12 +233,13 @@ class Ranks:
             name: "tp_group" or "sp_group".
             width: columns of the vocabulary that this rank holds.
             fields: what has to be the same, by name.
-            equal: arguments by name; those that are tensors have to be the same.
+            equal: arguments by name that have to be the same; of tensors the kind, and where compared the values.
             chunked: whether to say how much memory is free.
         """
         group = self.groups[name]
         _check_backend(group, name, self.device)
         self._waiting.remove(name)
+        fields = {**fields, **{key: _kind(value) for key, value in equal.items()}}
         known: dict[int, list[Part]] | None = None
         if not self._every_call():
             known = _agreed.setdefault(group, {})
@@ -271,6 +273,16 @@ class Ranks:
 
 def _has_values(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "meta"
+
+
+def _kind(value: Any) -> Any:
+    """What an argument is: a number itself, of a tensor what can be seen without its values."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if not isinstance(value, Tensor):
+        return None if value is None else type(value).__name__
+    dtype = str(value.dtype).removeprefix("torch.")
+    return f"{dtype} of shape {tuple(value.shape)}{', requires grad' if value.requires_grad else ''}"
 
 
 def _checksum(values: Tensor) -> str:

@@ -157,7 +157,7 @@ def measure_rewards(
         reference_model: its frozen reference; `model` itself if it is a PEFT model, whose adapter is then switched off.
         batches: each what the model takes, `input_ids` `[2B, T]` with the chosen sequences first, and
             `completion_mask` or `labels` for what to score (`qkernels.integrations.transformers.batch_labels`). TRL's
-            preference collator makes such batches.
+            preference collator makes such batches. With `cu_seqlens` `[2B + 1]` one packed row, `[1, N]`.
         beta: of the loss.
         max_chunk_bytes: memory for a chunk's logits.
 
@@ -184,15 +184,27 @@ def measure_rewards(
                     reference_model=reference_model,
                     max_chunk_bytes=max_chunk_bytes,
                 )
-            assert stats.logps is not None and stats.reference_logps is not None
+            cu_seqlens = moved.get("cu_seqlens")
+            results = (
+                batch_labels(moved),
+                stats.logps,
+                stats.reference_logps,
+                stats.kl_reference_policy,
+                stats.kl_policy_reference,
+            )
+            labels, logps, reference_logps, kl_reference_policy, kl_policy_reference = (
+                x if cu_seqlens is None or x is None else x.squeeze(0) for x in results
+            )
+            assert labels is not None and logps is not None and reference_logps is not None
             parts.append(
                 pair_rewards(
-                    batch_labels(moved),
-                    stats.logps,
-                    stats.reference_logps,
+                    labels,
+                    logps,
+                    reference_logps,
                     beta=beta,
-                    kl_reference_policy=stats.kl_reference_policy,
-                    kl_policy_reference=stats.kl_policy_reference,
+                    kl_reference_policy=kl_reference_policy,
+                    kl_policy_reference=kl_policy_reference,
+                    cu_seqlens=cu_seqlens,
                 )
             )
     finally:

@@ -685,6 +685,13 @@ def wrong_calls(case: str) -> str:
         text = caught(lambda: dpo(temperature=1.0 + rank))
     elif case == "weights":
         text = caught(lambda: dpo(token_weights=torch.full(labels.shape, 1.0 + rank)))
+    elif case == "shape of weights":  # the same numbers, so the checksum is the same
+        ones = torch.ones(labels.shape)
+        text = caught(lambda: dpo(token_weights=ones.reshape(-1) if last else ones))
+    elif case == "weights with a gradient":
+        text = caught(lambda: dpo(token_weights=torch.ones(4, 6, requires_grad=last)))
+    elif case == "constant reference":
+        text = caught(lambda: dpo(reference_logps=0.5 * rank))
     elif case == "functions":
         text = caught(lambda: dpo() if last else token_logps(logits, labels, tp_group=world()))
     elif case == "requires_grad":
@@ -726,10 +733,12 @@ def wrong_groups() -> dict[str, str]:
     others = dist.new_group([0])
     grid = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(), 1))
     meta = torch.empty(2, 3, 5, device="meta")
+    of_gpus = dist.new_group(backend="cuda:gloo")
     return {
         "type": caught(lambda: token_logps(logits, labels, tp_group="tp")),
         "mesh": caught(lambda: token_logps(logits, labels, tp_group=grid)),
         "member": caught(lambda: token_logps(logits, labels, tp_group=others)) if dist.get_rank() else "",
+        "backend": caught(lambda: token_logps(logits, labels, tp_group=of_gpus)),
         "alone": caught(lambda: token_logps(logits, labels, tp_group=others)) if dist.get_rank() == 0 else "",
         "device": caught(
             lambda: token_logps(meta, torch.zeros(2, 3, dtype=torch.int64, device="meta"), tp_group=world())

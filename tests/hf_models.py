@@ -78,12 +78,12 @@ def batch(rows: int = 3, length: int = 12, *, seed: int = 0) -> dict[str, torch.
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def tokenizer():
-    """One token for each word w0 ... w93."""
+def tokenizer(first: str = "w0"):
+    """One token for each word w0 ... w93; `first` may stand for w0."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<unk>"] + [f"w{i}" for i in range(VOCAB - 3)]
+    words = ["<pad>", "<eos>", "<unk>", first] + [f"w{i}" for i in range(1, VOCAB - 3)]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
@@ -102,4 +102,56 @@ def preferences(pairs: int = 12, *, weights: bool = False, seed: int = 0) -> lis
             for side in ("chosen", "rejected"):
                 count = len(pair[side].split()) + 1  # the end-of-sequence token
                 pair[f"{side}_token_weights"] = [draw.choice([0.0, 0.5, 1.0, 2.0]) for _ in range(count)]
+    return data
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+_CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}"
+)
+
+
+def vision_model(seed: int = 0) -> torch.nn.Module:
+    """A Llava that sees 28 x 28 pixels as 4 tokens."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(seed)
+    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config={"model_type": "llama", **_SIZES}, image_token_id=3)
+    made = LlavaForConditionalGeneration(config).float()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() == 2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return made
+
+
+def vision_processor():
+    """The tokenizer, with token 3 for pictures, and what makes pixels of them."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    words = tokenizer("<image>")
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})  # also without spaces around it
+    return LlavaProcessor(
+        pixels, words, patch_size=14, vision_feature_select_strategy="default", chat_template=_CHAT,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def vision_preferences(pairs: int = 8) -> list[dict]:
+    """The pairs of `preferences`, as conversations about a picture of noise."""
+    from PIL import Image
+
+    data = []
+    for number, pair in enumerate(preferences(pairs)):
+        noise = torch.randint(0, 255, (28, 28, 3), generator=torch.Generator().manual_seed(number))
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        data.append({
+            "images": [Image.fromarray(noise.to(torch.uint8).numpy())],
+            **{name: [{"role": role, "content": pair[name].strip()}] for name, role in roles.items()},
+        })  # fmt: skip
     return data

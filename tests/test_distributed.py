@@ -117,8 +117,8 @@ def test_stats_from_hidden(ranks, dtype, chunks):
 
 @pytest.mark.parametrize("named", [False, True], ids=["implied", "named"])
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-def test_head_is_a_dtensor(two, uneven, named):
-    two.run(checks.weight_is_dtensor, uneven, named)
+def test_head_is_a_dtensor(ranks, uneven, named):
+    ranks.run(checks.weight_is_dtensor, uneven, named)
 
 
 def test_dtensors_that_cannot_be_used(four):
@@ -165,8 +165,8 @@ def test_vocabulary_and_positions_at_once(four):
 
 
 @pytest.mark.parametrize("how", ["inside", "unshard", "outside", "ddp"])
-def test_sharded_model(two, how):
-    two.run(checks.sharded_model, how)
+def test_sharded_model(ranks, how):
+    ranks.run(checks.sharded_model, how)
 
 
 def test_sharded_model_with_split_vocabulary(four):
@@ -237,6 +237,9 @@ MISTAKES = {
     "labels": "ValueError: the ranks of tp_group disagree: the checksum of labels",
     "options": "disagree: temperature, ignore_index is (1.0, -100) on rank 0 and (2.0, -100) on rank 1",
     "weights": "disagree: the checksum of token_weights",
+    "shape of weights": "disagree: token_weights is 'float32 of shape (4, 6)' on rank 0 and 'float32 of shape (24,)'",
+    "weights with a gradient": "and 'float32 of shape (4, 6), requires grad' on rank 1",
+    "constant reference": "disagree: reference_logps is 0.0 on rank 0 and 0.5 on rank 1",
     "functions": "disagree: the call is 'token_logps' on rank 0 and 'fused_token_dpo' on rank 1",
     "requires_grad": "disagree: requires_grad of hidden states, weight, bias is (True, False, False) on rank 0",
     "hidden size": "disagree: hidden.shape[-1] is 12 on rank 0 and 11 on rank 1",
@@ -273,6 +276,7 @@ def test_groups_that_cannot_be_used(two):
             found["mesh"]
             == "ValueError: tp_group must be a process group or a 1-D DeviceMesh, got a mesh of 2 dimensions"
         )
+        assert found["backend"] == "ValueError: tp_group cannot send tensors on cpu: it has gloo for cuda"
         assert found["device"].startswith("ValueError: tp_group cannot send tensors on meta: it has gloo for cpu")
     assert second["member"] == "ValueError: tp_group: rank 1 is not a member of this process group"
     assert first["alone"] == "nothing was raised"

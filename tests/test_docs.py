@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import qkernels
 
@@ -45,6 +47,8 @@ def test_snippet_of_the_integrations(number, setup, tmp_path, monkeypatch):
         if f"from {name} import" in SNIPPETS[number]:
             pytest.importorskip(name, reason=f"{name} is not installed")
     monkeypatch.chdir(tmp_path)
+    if "torch.compile" in SNIPPETS[number]:  # inductor takes half a minute; test_ops and test_linear_compile run it
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     run(SNIPPETS[number], f"docs/integrations.md, snippet {number + 1}", setup)
 
 

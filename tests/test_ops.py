@@ -6,10 +6,20 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from assertions import assert_within
 from cases import make_head_batch, make_pairs, make_rows, normal, pack
-from qkernels import fused_token_dpo, ops, token_logps, token_mdp, token_stats
+from qkernels import (
+    fused_token_dpo,
+    linear_token_logps,
+    linear_token_stats,
+    ops,
+    shift_labels,
+    token_logps,
+    token_mdp,
+    token_stats,
+)
 from qkernels.rows import BIT, COEFFICIENTS, REFERENCE_STATE, STATE
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -330,6 +340,43 @@ def test_one_compilation_of_logps_serves_all_lengths_and_vocabularies(backend, d
             logps = run(rows.logits.clone().requires_grad_(), rows.labels)
             logps.sum().backward()
         assert torch.equal(logps, token_logps(rows.logits, rows.labels, backend=backend.name))
+
+
+def _public_functions(backend):
+    """The other public functions of tensors, as functions of a batch, a reference, hidden states and two heads."""
+    names, how = ("logps", "entropy", "kl_reference_policy", "is_top1"), {"backend": backend.name}
+    return {
+        "shift_labels": lambda x, y, r, h, w: shift_labels(y),
+        "token_stats": lambda x, y, r, h, w: token_stats(x, y, reference_logits=r, outputs=names, **how)[:4],
+        "token_mdp": lambda x, y, r, h, w: token_mdp(x, y, reference_logits=r, **how)[1:],
+        "linear_token_logps": lambda x, y, r, h, w: linear_token_logps(h, w, y, **how),
+        "linear_token_stats": lambda x, y, r, h, w: linear_token_stats(
+            h, w, y, reference_hidden=h.detach(), reference_weight=w.detach() + 0.1, outputs=names, **how
+        )[:4],
+    }
+
+
+@pytest.mark.not_backends("torch")
+@pytest.mark.dtypes(torch.float32)
+@pytest.mark.parametrize("name", ["shift_labels", "token_stats", "token_mdp", "linear_token_logps",
+                                  "linear_token_stats"])  # fmt: skip
+def test_one_compilation_of_every_other_function(backend, dtype, name):
+    torch._dynamo.reset()
+    function = _public_functions(backend)[name]
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (5, 6, 9):
+        rows = make_rows((3, length), 30, dtype, backend.device)
+        hidden = normal(3, length, 8).to(backend.device, dtype).requires_grad_()
+        weight = normal(30, 8).to(backend.device, dtype).requires_grad_()
+        with torch.set_grad_enabled(name != "token_mdp"):
+            given = (rows.logits.clone().requires_grad_(), rows.labels, rows.reference, hidden, weight)
+            expected = function(*given)
+            with no_recompilation:
+                found = compiled(*given)
+        found, expected = ([v for v in tree_leaves(values) if v is not None] for values in (found, expected))
+        assert len(found) == len(expected) > 0
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.dtypes(torch.float32)

@@ -17,6 +17,7 @@ from qkernels import linear_token_logps, shift_labels, token_logps, token_stats
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 import hf_models
+from processes import Ranks
 from qkernels.integrations.transformers import (
     HeadCall,
     batch_labels,
@@ -278,6 +279,90 @@ def test_ddp_synchronises_the_head(unused, tmp_path):
                     torch.testing.assert_close(p.grad, g, atol=1e-4, rtol=1e-4)
     finally:
         dist.destroy_process_group()
+
+
+def on_a_rank(how):
+    """Gradients of log-probs and of a divergence from a reference, sharded as the policy is, over this rank's batch."""
+    dist = torch.distributed
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    names = ("logps", "kl_reference_policy")
+    options = {
+        "family": "qwen2" if how == "tied" else "llama",
+        "num_hidden_layers": 1,
+    }  # tied: head and embedding are one
+
+    def spread(model):
+        if how == "ddp":
+            return nn.parallel.DistributedDataParallel(model)
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.init_device_mesh("cpu", (ranks,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        if how == "head by itself":
+            fully_shard(model.lm_head, mesh=mesh)
+        return fully_shard(model, mesh=mesh, reshard_after_forward=how == "freed after the forward")
+
+    plain, reference = hf_models.model(**options), hf_models.model(seed=3, **options)
+    batches = [hf_models.batch(seed=number) for number in range(ranks)]
+    for batch in batches:
+        labels = shift_labels(batch["input_ids"], mask=batch["attention_mask"])
+        with torch.no_grad():
+            reference_logits = reference(**batch).logits
+        stats = token_stats(plain(**batch).logits, labels, reference_logits=reference_logits, outputs=names)
+        ((stats.logps.sum() + stats.kl_reference_policy.sum()) / ranks).backward()
+    policy = spread(hf_models.model(**options))
+    if how != "ddp":
+        reference = spread(reference)
+    for _ in range(2):
+        policy.zero_grad()
+        stats = compute_token_stats(policy, batches[rank], outputs=names, reference_model=reference)
+        (stats.logps.sum() + stats.kl_reference_policy.sum()).backward()
+        for p, q in zip(policy.parameters(), plain.parameters(), strict=True):
+            gradient = p.grad.full_tensor() if how != "ddp" else p.grad
+            torch.testing.assert_close(gradient, q.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_spread_models(number):
+    """DDP and FSDP2 over real processes: gradients are those of all batches in one process."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch has no distributed package")
+    with Ranks(number) as ranks:
+        for how in ("ddp", "root", "tied", "freed after the forward", "head by itself"):
+            ranks.run(on_a_rank, how)
+
+
+def in_parts(folder):
+    """transformers' own tensor parallelism: the head is a DTensor of rows, which nobody gathers."""
+    import os
+
+    dist = torch.distributed
+    os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
+    plain, reference, batch = hf_models.model(), hf_models.model(seed=3), hf_models.batch()
+    names = ("logps", "kl_reference_policy")
+    found = []
+    for policy, other in ((plain, reference), [
+        type(plain).from_pretrained(folder / name, tp_plan="auto", dtype=torch.float32) for name in ("policy", "other")
+    ]):  # fmt: skip
+        stats = compute_token_stats(policy, batch, outputs=names, reference_model=other)
+        (stats.logps.sum() + stats.kl_reference_policy.sum()).backward()
+        found.append((policy, stats))
+    (_, expected), (parts, got) = found
+    assert type(parts.lm_head.weight).__name__ == "DTensor"
+    for name in names:
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
+    for p, q in zip(parts.parameters(), plain.parameters(), strict=True):
+        gradient = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.testing.assert_close(gradient, q.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_tensor_parallel_models(tmp_path):
+    pytest.importorskip("torch.distributed.tensor", reason="torch has no distributed package")
+    hf_models.model().save_pretrained(tmp_path / "policy")
+    hf_models.model(seed=3).save_pretrained(tmp_path / "other")
+    with Ranks(2) as ranks:
+        ranks.run(in_parts, tmp_path)
 
 
 def test_the_model_is_left_as_it_was():

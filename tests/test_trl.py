@@ -77,8 +77,7 @@ def train(trainer, tmp_path, *, model=None, ref_model="default", data=PAIRS, con
         args=config(output_dir=str(tmp_path), **options),
         train_dataset=data,
         eval_dataset=data.select(range(8)) if evaluate else None,
-        processing_class=hf_models.tokenizer(),
-        **(extra or {}),
+        **{"processing_class": hf_models.tokenizer(), **(extra or {})},
     )
     made.remove_callback(__import__("transformers").PrinterCallback)
     made.train()
@@ -201,6 +200,25 @@ def test_soft_capped_model(tmp_path):
     reference = hf_models.model("gemma2", seed=7)
     theirs = stock(tmp_path, model=made(), ref_model=copy.deepcopy(reference))
     assert_same(train(TokenDPOTrainer, tmp_path, model=made(), ref_model=copy.deepcopy(reference)), theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_pictures(options, tmp_path):
+    """A vision-language model: the text head's configuration, TRL's own collator."""
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    pairs = hf_models.vision_preferences()
+    options = {"steps": 2, "data": Dataset.from_list(pairs), "max_length": None, **options}
+    ours, theirs = (
+        train(trainer, tmp_path, model=hf_models.vision_model(), ref_model=hf_models.vision_model(7),
+              extra={"processing_class": hf_models.vision_processor()}, **options)
+        for trainer in (TokenDPOTrainer, DPOTrainer)
+    )  # fmt: skip
+    assert "pixel_values" in next(iter(ours.get_train_dataloader()))
+    assert_same(ours, theirs)
+    options["data"] = Dataset.from_list([{**pair, "chosen_token_weights": [1.0]} for pair in pairs])
+    with pytest.raises(ValueError, match="token weights and a vision data set do not go together"):
+        train(TokenDPOTrainer, tmp_path, model=hf_models.vision_model(), ref_model=hf_models.vision_model(7),
+              extra={"processing_class": hf_models.vision_processor()}, **options)  # fmt: skip
 
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
@@ -479,6 +497,35 @@ def test_results_of_every_step(tmp_path):
     assert numbers(packed)[0]["rewards/lowest_token"] == pytest.approx(numbers(trainer)[0]["rewards/lowest_token"])
 
 
+@pytest.mark.parametrize(
+    "data, options",
+    [(PAIRS, {}), (WEIGHTED, {"padding_free": True}), (WEIGHTED, {"precompute_ref_log_probs": True})],
+    ids=["dense", "packed", "cached"],
+)
+def test_monitor_in_a_trainer(data, options, tmp_path):
+    """On the trainer's own batches; before the first step its rewards are those of plain log-probs."""
+    from qkernels.integrations.monitor import RewardMonitorCallback
+
+    trainer = train(TokenDPOTrainer, tmp_path, data=data, steps=1, evaluate=False, **options)
+    pairs = list(trainer.train_dataset)[:4]
+
+    def reward(prompt, answer):
+        ids = torch.tensor([prompt + answer])
+        scored = (torch.arange(ids.shape[1]) >= len(prompt)).unsqueeze(0)
+        batch = {"input_ids": ids, "completion_mask": scored}
+        return 0.1 * float((compute_token_logps(trainer.model, batch) - compute_token_logps(REFERENCE, batch)).sum())
+
+    chosen, rejected = (
+        sum(reward(pair["prompt_ids"], pair[answer]) for pair in pairs) for answer in ("chosen_ids", "rejected_ids")
+    )
+    margin = (chosen - rejected) / len(pairs)
+    probe = [trainer.data_collator(pairs)]
+    watch = RewardMonitorCallback(probe).attach(trainer)
+    trainer.train()
+    assert watch.monitor.history[0].margin == pytest.approx(margin, abs=1e-5)
+    assert "qkernels/margin" in trainer.state.log_history[-1]
+
+
 def test_a_trained_model_is_a_model(tmp_path):
     trainer = train(TokenDPOTrainer, tmp_path, steps=1, evaluate=False)
     ids = torch.tensor([[5, 6, 7]])
@@ -573,6 +620,9 @@ def test_weights_that_would_get_lost(tmp_path):
     collator = dpo_trainer.DataCollatorForPreference(pad_token_id=0)
     with pytest.raises(ValueError, match="the batch has no token_weights"):
         train(TokenDPOTrainer, tmp_path, data=WEIGHTED, extra={"data_collator": collator})
+    trainer = train(TokenDPOTrainer, tmp_path, data=WEIGHTED, steps=1, evaluate=False)
+    with pytest.raises(ValueError, match="the evaluation data lack the columns"):
+        trainer.evaluate(PAIRS.select(range(4)))
     with pytest.raises(ValueError, match="the batch has no ref_token_logps"):
         train(TokenDPOTrainer, tmp_path, precompute_ref_log_probs=True, extra={"data_collator": collator})
 

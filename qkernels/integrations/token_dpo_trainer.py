@@ -38,7 +38,7 @@ from .. import objectives
 from ..functional import shift_labels
 from ..preference import Batch
 from ..sequences import log_ratios
-from .transformers import HeadCall, check_same_shape_of_logits, hidden_and_head, run, unwrap
+from .transformers import HeadCall, check_same_shape_of_logits, hidden_and_head, model_inputs, run, unwrap
 from .trl import NotOnTheHead, Patch, add_token_head
 
 IGNORE = -100
@@ -46,16 +46,6 @@ IGNORE = -100
 # Columns of a data set beside TRL's own, for the chosen and the rejected answer; lists with one number for each token.
 WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
 CACHES = ("ref_chosen_token_logps", "ref_rejected_token_logps")
-
-# Entries of a batch that are not for the model.
-_NOT_INPUTS = (
-    "completion_mask",
-    "token_weights",
-    "ref_token_logps",
-    "cu_seqlens",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-)
 
 # Per-token numbers behind TRL's metrics.
 _METRICS = ("entropy", "mean_logits", "is_top1")
@@ -437,7 +427,7 @@ class TokenDPOTrainer(DPOTrainer):
         """The reference's log-probs, shaped like the labels."""
         call = HeadCall(["logps"], **self._head_options)
         with self.accelerator.autocast():  # while caches are made, accelerate has not wrapped the model yet
-            logps = run(model, _model_inputs(inputs), call, labels)["logps"]
+            logps = run(model, model_inputs(inputs), call, labels)["logps"]
         return logps[:, -labels.shape[1] :]
 
     def _reference(self, inputs: Mapping[str, Any], rows: _Rows) -> dict[str, Any]:
@@ -457,7 +447,7 @@ class TokenDPOTrainer(DPOTrainer):
         with self._as_reference():
             if not self._plan.needs_kl:
                 return {"reference_logps": self._reference_logps(model, inputs, rows.batch.labels)}
-            hidden, weight, bias = hidden_and_head(model, _model_inputs(inputs))
+            hidden, weight, bias = hidden_and_head(model, model_inputs(inputs))
         return {"reference_hidden": hidden, "reference_weight": weight, "reference_bias": bias}
 
     def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -482,8 +472,8 @@ class TokenDPOTrainer(DPOTrainer):
             weights = _one_on(weights)
         elif getattr(self, "_weighted", False):
             raise ValueError(
-                f"the data set has columns {WEIGHTS}, but the batch has no token_weights: the data_collator has to pass"
-                " them on (TokenPreferenceCollator does)"
+                f"the training data have columns {WEIGHTS}, but the batch has no token_weights: the evaluation data"
+                " lack the columns, or the data_collator does not pass them on (TokenPreferenceCollator does)"
             )
         batch = Batch.of(labels, weights, cu_seqlens, self._plan, IGNORE, torch.float32)
         return _Rows(labels, weights, cu_seqlens, batch)
@@ -512,10 +502,10 @@ class TokenDPOTrainer(DPOTrainer):
             **self._loss_options,
             **self._head_options,
         )
-        model_inputs = _model_inputs(inputs)
+        given = model_inputs(inputs)
         if self.aux_loss_enabled:
-            model_inputs["output_router_logits"] = True
-        result = run(model, model_inputs, call, rows.labels)
+            given["output_router_logits"] = True
+        result = run(model, given, call, rows.labels)
         loss = result["loss"]
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * result["aux_loss"]
@@ -532,7 +522,7 @@ class TokenDPOTrainer(DPOTrainer):
             stacklevel=2,
         )
         with torch.no_grad():
-            return loss, model(**_model_inputs(inputs))
+            return loss, model(**model_inputs(inputs))
 
     def _token_results(self, mode: str, loss: Tensor, result: Mapping[str, Tensor], rows: _Rows) -> TokenResults:
         length = rows.labels.shape[1]
@@ -665,10 +655,6 @@ def _loss_options(args: Any) -> dict[str, Any]:
         "label_smoothing": args.label_smoothing,
         "loss_kwargs": kwargs,
     }
-
-
-def _model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in _NOT_INPUTS}
 
 
 def _answer_lengths(examples: Sequence[Mapping[str, Any]]) -> Tensor:

@@ -20,6 +20,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -297,10 +298,20 @@ class HeadCall:
     options: what else `linear_token_stats` (or, with `loss`, `linear_token_dpo`) takes: temperature, backend ...
     loss: whether to compute a preference loss.
     fp32: run the head in fp32, whatever the model and autocast compute in.
+    copy_head: with the hidden states, give copies of weight and bias, as they are while the model runs.
     """
 
-    def __init__(self, outputs: Sequence[str] = (), *, loss: bool = False, fp32: bool = False, **options: Any):
-        self.outputs, self.loss, self.fp32, self.options = tuple(outputs), loss, fp32, options
+    def __init__(
+        self,
+        outputs: Sequence[str] = (),
+        *,
+        loss: bool = False,
+        fp32: bool = False,
+        copy_head: bool = False,
+        **options: Any,
+    ):
+        self.outputs, self.loss, self.fp32, self.copy_head = tuple(outputs), loss, fp32, copy_head
+        self.options = options
 
 
 def _read_head(tap: _Tap, call: HeadCall, labels: Tensor | None, hidden: Tensor) -> dict[str, Tensor]:
@@ -311,6 +322,9 @@ def _read_head(tap: _Tap, call: HeadCall, labels: Tensor | None, hidden: Tensor)
     softcap, scale, columns = tap.shaping
     if columns is not None:
         weight, bias = weight[:columns], None if bias is None else bias[:columns]
+    if call.copy_head:
+        copies = {"hidden": x, "weight": weight.clone(), "bias": None if bias is None else bias.clone()}
+        return {name: value for name, value in copies.items() if value is not None}
     if not (call.outputs or call.loss):
         # The head's parameters are used outside: an output that reaches them keeps DDP from taking them for unused.
         result = {"hidden": hidden}
@@ -419,6 +433,9 @@ class _Tap:
                 f"{type(self.causal).__name__}.forward calls its head more than once; which of the calls makes the"
                 " logits is not known here"
             )
+        if torch.is_grad_enabled() and _shards_itself(self.head):
+            # FSDP would free the weight now and gather it again for the gradient of the logits, which nobody computes.
+            self.head.set_reshard_after_forward(False)  # type: ignore[operator]
         self.result = _read_head(self, self.call, self.labels, hidden)
         return self.known_numbers(hidden.device)
 
@@ -547,8 +564,14 @@ def hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
 
 # --- per-token results ---------------------------------------------------------------------------------------------
 
-# Entries of a batch that are about the loss and not for the model.
-_NOT_INPUTS = ("labels", "completion_mask")
+# Entries of a batch that are about the loss and not for the model: those of TRL's preference collator, and of ours.
+_NOT_INPUTS = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejected_logps", "token_weights",
+               "ref_token_logps", "cu_seqlens")  # fmt: skip
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch is for the model."""
+    return {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
 
 
 def batch_labels(
@@ -636,7 +659,7 @@ def compute_token_stats(
         TypeError, ValueError: what cannot be done; the message names the argument.
         IndexError: a label outside the vocabulary.
     """
-    inputs = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
+    inputs = model_inputs(batch)
     aligned = batch_labels(batch, labels, ignore_index=ignore_index)
     reference = None
     if reference_model is not None:
@@ -728,9 +751,23 @@ def hidden_and_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor
     """Hidden states `[B, T, H]`, weight and bias of a model as it is now, without gradients, for use as a reference."""
     causal = unwrap(model)
     with torch.no_grad():
+        if _in_fsdp(model):  # which frees the gathered head when the forward ends
+            copies = run(model, inputs, HeadCall(copy_head=True))
+            return copies["hidden"], copies["weight"], copies.get("bias")
         x, weight, bias = _with_adapters(_head_module(causal), hidden_states(model, **inputs))
     columns = _shaping(causal)[2]
     return x, weight[:columns].detach(), None if bias is None else bias[:columns].detach()
+
+
+def _shards_itself(module: nn.Module, *more: str) -> bool:
+    """Whether `fully_shard` (FSDP2) was called on a module, or it is of one of the further kinds."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing can be in it before it has been imported
+    return fsdp is not None and isinstance(module, tuple(getattr(fsdp, name) for name in ("FSDPModule", *more)))
+
+
+def _in_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP, of either generation, shards any part of a model."""
+    return any(_shards_itself(module, "FullyShardedDataParallel") for module in model.modules())
 
 
 def _peft_model(model: nn.Module) -> nn.Module | None:
