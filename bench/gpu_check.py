@@ -160,7 +160,7 @@ def tests(bench: Bench) -> list[str]:
 
 def exercise(bench: Bench) -> list[str]:
     """Each kernel once on small tensors of awkward shapes; what the memory checks run."""
-    from qkernels import ops
+    from qkernels import backends, ops
     from qkernels.rows import COLUMNS, REFERENCE_STATE, STATE
 
     for name in bench.backends():
@@ -176,8 +176,18 @@ def exercise(bench: Bench) -> list[str]:
                     coefficients = torch.ones(k, 1, 3, device=bench.device)
                     ops.row_grad(logits, labels, reference, stats[:3], state[3:], coefficients, *how)
                     ops.row_grad_(logits.clone(), labels, reference, stats[:3], state[3:], coefficients, *how)
+                    # As the path from hidden states wants it: fp32 logits, narrow gradients that lie elsewhere.
+                    wide = logits.float()
+                    for narrow in (torch.bfloat16, torch.float16):
+                        for gap in (0, 1, 8):
+                            out = torch.empty(1, 3, vocab + gap, dtype=narrow, device=bench.device)[..., :vocab]
+                            args = (wide, labels, reference, stats[:3], state[3:], coefficients, 1.0, IGNORE)
+                            backends.get(name).row_grad_into(out, *args)
         logps = -torch.rand(6, 50, device=bench.device)
-        ops.pair_loss(logps, logps - 0.1, torch.ones_like(logps), None, 0.1, 0.1, name)
+        ends = torch.tensor([0, 7, 7, 90, 200, 201, 300], dtype=torch.int32, device=bench.device)
+        for rows, offsets in ((logps, None), (logps.view(1, -1), ends)):
+            for reference in (rows - 0.1, torch.zeros(6, device=bench.device)):  # per token, per sequence
+                ops.pair_loss(rows, reference, torch.ones_like(rows), offsets, 0.1, 0.1, name)
     if bench.device.type == "cuda":
         torch.cuda.synchronize(bench.device)
     return [f"ran {', '.join(bench.backends())}"]

@@ -45,7 +45,7 @@ def test_no_spills_and_registers_within_the_planned_occupancy(name, architecture
         assert programs * 128 * planned <= 65536 and programs * facts.shared <= 100 << 10
         # What is bound by its instructions or by narrow loads does not need all of the memory's speed.
         needed = 13 if architecture == "sm_80" or ("KLs" in name and UNALIGNED in name) else 26
-        needed = 22 if name == "all columns" else needed
+        needed = 22 if name.startswith("all columns") and variant.reference else needed
         assert programs * 128 * 32 >= needed << 10, "the loads under way no longer cover the memory's latency"
 
 
