@@ -79,6 +79,20 @@ def test_instructions_per_element_leave_room_for_the_memory():
     assert loop.exponentials == loop.elements * 9 / 8
 
 
+def test_estimates_are_within_the_aims():
+    """Not a measurement: from the machine code nothing stands in the way."""
+    for work, aim, names, rows, vocab in kernel_report.AIMS:
+        if aim.endswith(" ms"):
+            assert kernel_report.estimated("Triton", names, rows, vocab)[0] <= float(aim.removesuffix(" ms")), work
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_form_of_the_pair_loss_compiles(packed, per_sequence):
+    flags = (("PACKED", packed), ("PER_SEQUENCE", per_sequence))
+    kernel_report.compiled(kernel_report.Variant("", "pair_loss", "fp32", flags=flags), "sm_90")
+
+
 def test_the_loop_reader_sees_narrow_loads():
     """The check above can fail: with the alignment unknown, the same reader finds 2-byte loads."""
     loop = kernel_report.facts(VARIANTS["gradient of log-probs, input " + UNALIGNED], "sm_90").loop
