@@ -603,7 +603,25 @@ def waits(bench: Bench) -> list[str]:
 
         return run
 
-    works: dict[str, tuple[Callable[[], object], int]] = {"from logits": (lambda: whole.run(inplace=False), 0)}
+    packed = bench.logits(64, 515, torch.bfloat16, 3).requires_grad_()
+    ends = torch.tensor([0, 10, 30, 44, 64], dtype=torch.int32, device=bench.device)
+
+    def run_packed() -> None:
+        for loss_type in ("sigmoid", "ipo"):
+            qkernels.fused_token_dpo(
+                packed, labels.view(-1), reference_logps=0.0, cu_seqlens=ends, loss_type=loss_type
+            ).loss.backward()
+
+    def run_stats() -> None:
+        numbers = qkernels.token_stats(packed, labels.view(-1), outputs=("logps", "entropy", "is_top1"))
+        assert numbers.entropy is not None
+        numbers.entropy.sum().backward()
+
+    works: dict[str, tuple[Callable[[], object], int]] = {
+        "from logits": (lambda: whole.run(inplace=False), 0),
+        "from packed logits": (run_packed, 0),
+        "token_stats": (run_stats, 0),
+    }
     works |= {f"from hidden states, {plan}": (by(plan), 1) for plan in ("frozen_head", "pair_chunks", "recompute")}
     lines = []
     for name, (run, allowed) in works.items():
