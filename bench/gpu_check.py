@@ -745,7 +745,8 @@ def machine(device: torch.device) -> dict[str, str]:
         properties = torch.cuda.get_device_properties(device)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         gpu = f"{properties.name}, {properties.multi_processor_count} processors, {memory}"
-        facts = {"GPU": gpu, "CUDA": str(torch.version.cuda), **facts}
+        built = qkernels.info()["native_extension"]["cuda"].get("version", "none")
+        facts = {"GPU": gpu, "CUDA": f"{torch.version.cuda} of torch, {built} of the extension", **facts}
     else:
         facts = {"rehearsal": "tiny tensors on the CPU; the figures mean nothing", **facts}
     return facts

@@ -129,7 +129,7 @@ def machine() -> dict[str, str]:
         "instruction set": str(facts["native_extension"].get("instruction_set", "none")),
         "software": ", ".join(
             [f"qkernels {facts['qkernels']}", f"torch {torch.__version__}", f"python {platform.python_version()}"]
-            + [f"{name} {v}" for name in ("trl", "liger-kernel") if (v := _version(name))]
+            + [f"{name} {v}" for name in ("triton", "trl", "liger-kernel") if (v := _version(name))]
         ),
     }
 
