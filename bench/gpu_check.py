@@ -204,13 +204,14 @@ def exercise(bench: Bench) -> list[str]:
                     coefficients = torch.ones(k, 1, 3, device=bench.device)
                     ops.row_grad(logits, labels, reference, stats[:3], state[3:], coefficients, *how)
                     ops.row_grad_(logits.clone(), labels, reference, stats[:3], state[3:], coefficients, *how)
+                    if reference is not other:  # enough for Triton to compile
+                        continue
                     # As the path from hidden states wants it: fp32 logits, narrow gradients that lie elsewhere.
-                    wide = logits.float()
-                    for narrow in (torch.bfloat16, torch.float16):
-                        for gap in (0, 1, 8):
-                            out = torch.empty(1, 3, vocab + gap, dtype=narrow, device=bench.device)[..., :vocab]
-                            args = (wide, labels, reference, stats[:3], state[3:], coefficients, 1.0, IGNORE)
-                            backends.get(name).row_grad_into(out, *args)
+                    narrow = torch.float16 if dtype == torch.float16 else torch.bfloat16
+                    for gap in (0, 3):
+                        out = torch.empty(1, 3, vocab + gap, dtype=narrow, device=bench.device)[..., :vocab]
+                        args = (logits.float(), labels, reference, stats[:3], state[3:], coefficients, 1.0, IGNORE)
+                        backends.get(name).row_grad_into(out, *args)
         logps = -torch.rand(6, 50, device=bench.device)
         ends = torch.tensor([0, 7, 7, 90, 200, 201, 300], dtype=torch.int32, device=bench.device)
         for rows, offsets in ((logps, None), (logps.view(1, -1), ends)):
@@ -718,7 +719,7 @@ STEPS: dict[str, tuple[Callable[[Bench], list[str]], int]] = {
     "waits": (waits, 20),
     "graph": (graph, 30),
     "auto": (auto, 30),
-    "sanitizer": (sanitizer, 90),
+    "sanitizer": (sanitizer, 120),
     "tests": (tests, 360),
 }
 CHILDREN = {**{name: step for name, (step, _) in STEPS.items()}, "exercise": exercise}

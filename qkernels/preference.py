@@ -148,7 +148,7 @@ class Reference(NamedTuple):
         if reference_logps.shape == labels.shape:
             tokens = checks.like(reference_logps, "reference_logps", labels.shape, labels, "labels").detach()
             tokens = _shaped(tokens.to(batch.weights.dtype), batch.labels.shape)
-            return Reference(torch.where(batch.used, tokens, 0.0), None)
+            return Reference(torch.where(batch.used, tokens, batch.weights), None)  # 0 in rows that are not used
         if reference_logps.shape != (batch.sequences.number,):
             raise ValueError(
                 f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({batch.sequences.number},)"
