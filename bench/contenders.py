@@ -128,9 +128,9 @@ def _trl_entropy() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def _trl_kernel() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    from trl.trainer.utils import logprob_entropy
+    from trl.trainer.utils import selective_log_softmax_and_entropy as published
 
-    return lambda logits, labels: logprob_entropy(logits, labels)
+    return lambda logits, labels: published(logits, labels)
 
 
 # Log-probs and entropy in one go: name -> how to get a function of (logits, labels); ImportError where it is missing.

@@ -16,6 +16,7 @@ import datetime
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -23,7 +24,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,8 @@ from . import measure, report
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORE = -100
+# What the lines begin with by which a step tells its measurements and its result.
+ENTRY, RESULT = "gpu_check entry: ", "gpu_check result: "
 
 
 @dataclass
@@ -87,6 +92,7 @@ class Bench:
         passes: float,
         call: Callable[[], object],
         setup: Callable[[], object] | None = None,
+        peak: int | None = None,
     ) -> float:
         """Time a call that reads or writes `passes` times the bytes of `logits`, beside a copy of as many; seconds."""
         size = logits.numel() * logits.element_size()
@@ -102,31 +108,34 @@ class Bench:
             "floor_seconds": passes * size / self.copies[key],
             "logits_bytes": size,
         }
-        return self.record(work, contender, facts, None, measure.device_seconds(call, self.device, self.rounds, setup))
+        return self.record(work, contender, facts, peak, measure.device_seconds(call, self.device, self.rounds, setup))
 
     def record(self, work: str, contender: str, facts: dict[str, Any], peak: int | None, seconds: list[float]) -> float:
-        """Note the times of all rounds; their median. `facts`: the rest of a `report.Entry`."""
+        """Note the times of all rounds; their median. `facts`: the rest of a `report.Entry`.
+
+        Printed at once, so that what was measured counts even if the step does not come to its end.
+        """
         median = statistics.median(seconds)
         described = {key: value for key, value in facts.items() if key != "floor_seconds"}
-        self.entries.append(
-            report.Entry(
-                work=work,
-                contender=contender,
-                milliseconds=median * 1e3,
-                fastest=min(seconds) * 1e3,
-                slowest=max(seconds) * 1e3,
-                floor_ratio=median / facts["floor_seconds"],
-                peak_bytes=peak,
-                **described,
-            )
+        entry = report.Entry(
+            work=work,
+            contender=contender,
+            milliseconds=median * 1e3,
+            fastest=min(seconds) * 1e3,
+            slowest=max(seconds) * 1e3,
+            floor_ratio=median / facts["floor_seconds"],
+            peak_bytes=peak,
+            **described,
         )
+        self.entries.append(entry)
+        print(ENTRY + json.dumps(asdict(entry)), flush=True)
         return median
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _run(*command: str, keep: int = 2, **environment: str) -> list[str]:
+def _run(*command: str, keep: int = 2, allowed: tuple[int, ...] = (0,), **environment: str) -> list[str]:
     """Run a command; its output is passed on, so that a step that is stopped shows how far it came. Its last lines."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
@@ -138,9 +147,10 @@ def _run(*command: str, keep: int = 2, **environment: str) -> list[str]:
     for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line.rstrip())
-    if process.wait() != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return [line for line in lines if line][-keep:]
+    last = [line for line in lines if line][-keep:]
+    if process.wait() not in allowed:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: " + " | ".join(last))
+    return last
 
 
 def build(bench: Bench) -> list[str]:
@@ -153,14 +163,32 @@ def build(bench: Bench) -> list[str]:
 
 
 def tests(bench: Bench) -> list[str]:
-    """The whole test suite; every test that takes a backend runs on the GPU's as well."""
-    chosen = ["tests/test_import.py", "-k", "version"] if bench.rehearsal else ["tests"]
-    return _run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, keep=1)
+    """The whole test suite, files side by side; every test that takes a backend runs on the GPU's as well."""
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    files = [path for path in files if path.name == "test_import.py"] if bench.rehearsal else files
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    failed: list[str] = []
+    counts: Counter[str] = Counter()
+
+    def one(path: Path) -> None:
+        try:
+            last = _run(*pytest, str(path), keep=5, allowed=(0, 5))  # 5: not a test could be collected here
+        except RuntimeError as error:
+            failed.append(str(error))
+        else:
+            counts.update({what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", last[-1])})
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        list(pool.map(one, files))
+    lines = [f"{len(files)} files: " + ", ".join(f"{number} {what}" for what, number in counts.items())]
+    if failed:
+        raise RuntimeError("; ".join([*lines, *failed]))
+    return lines
 
 
 def exercise(bench: Bench) -> list[str]:
     """Each kernel once on small tensors of awkward shapes; what the memory checks run."""
-    from qkernels import ops
+    from qkernels import backends, ops
     from qkernels.rows import COLUMNS, REFERENCE_STATE, STATE
 
     for name in bench.backends():
@@ -176,8 +204,19 @@ def exercise(bench: Bench) -> list[str]:
                     coefficients = torch.ones(k, 1, 3, device=bench.device)
                     ops.row_grad(logits, labels, reference, stats[:3], state[3:], coefficients, *how)
                     ops.row_grad_(logits.clone(), labels, reference, stats[:3], state[3:], coefficients, *how)
+                    if reference is not other:  # enough for Triton to compile
+                        continue
+                    # As the path from hidden states wants it: fp32 logits, narrow gradients that lie elsewhere.
+                    narrow = torch.float16 if dtype == torch.float16 else torch.bfloat16
+                    for gap in (0, 3):
+                        out = torch.empty(1, 3, vocab + gap, dtype=narrow, device=bench.device)[..., :vocab]
+                        args = (logits.float(), labels, reference, stats[:3], state[3:], coefficients, 1.0, IGNORE)
+                        backends.get(name).row_grad_into(out, *args)
         logps = -torch.rand(6, 50, device=bench.device)
-        ops.pair_loss(logps, logps - 0.1, torch.ones_like(logps), None, 0.1, 0.1, name)
+        ends = torch.tensor([0, 7, 7, 90, 200, 201, 300], dtype=torch.int32, device=bench.device)
+        for rows, offsets in ((logps, None), (logps.view(1, -1), ends)):
+            for reference in (rows - 0.1, torch.zeros(6, device=bench.device)):  # per token, per sequence
+                ops.pair_loss(rows, reference, torch.ones_like(rows), offsets, 0.1, 0.1, name)
     if bench.device.type == "cuda":
         torch.cuda.synchronize(bench.device)
     return [f"ran {', '.join(bench.backends())}"]
@@ -307,9 +346,15 @@ def loss(bench: Bench) -> list[str]:
     """The default loss, forward and backward, cached reference: three passes are the floor."""
     for backend in bench.backends():
         whole = _Loss(bench, backend, 8, bench.rows, bench.vocab)
+
+        def step(whole: _Loss = whole) -> None:
+            whole.refill()
+            whole.run()
+
         bench.add(
-            "loss and gradient, cached reference", f"qkernels, {backend}", whole.source, 3, whole.run, whole.refill
-        )
+            "loss and gradient, cached reference", f"qkernels, {backend}", whole.source, 3, whole.run, whole.refill,
+            measure.device_peak(step, bench.device),
+        )  # fmt: skip
     return []
 
 
@@ -559,7 +604,25 @@ def waits(bench: Bench) -> list[str]:
 
         return run
 
-    works: dict[str, tuple[Callable[[], object], int]] = {"from logits": (lambda: whole.run(inplace=False), 0)}
+    packed = bench.logits(64, 515, torch.bfloat16, 3).requires_grad_()
+    ends = torch.tensor([0, 10, 30, 44, 64], dtype=torch.int32, device=bench.device)
+
+    def run_packed() -> None:
+        for loss_type in ("sigmoid", "ipo"):
+            qkernels.fused_token_dpo(
+                packed, labels.view(-1), reference_logps=0.0, cu_seqlens=ends, loss_type=loss_type
+            ).loss.backward()
+
+    def run_stats() -> None:
+        numbers = qkernels.token_stats(packed, labels.view(-1), outputs=("logps", "entropy", "is_top1"))
+        assert numbers.entropy is not None
+        numbers.entropy.sum().backward()
+
+    works: dict[str, tuple[Callable[[], object], int]] = {
+        "from logits": (lambda: whole.run(inplace=False), 0),
+        "from packed logits": (run_packed, 0),
+        "token_stats": (run_stats, 0),
+    }
     works |= {f"from hidden states, {plan}": (by(plan), 1) for plan in ("frozen_head", "pair_chunks", "recompute")}
     lines = []
     for name, (run, allowed) in works.items():
@@ -643,8 +706,8 @@ def auto(bench: Bench) -> list[str]:
 # what is left of the time.
 STEPS: dict[str, tuple[Callable[[Bench], list[str]], int]] = {
     "build": (build, 120),
-    "values": (values, 60),
-    "stats": (stats, 60),
+    "values": (values, 90),
+    "stats": (stats, 90),
     "backward": (backward, 30),
     "loss": (loss, 30),
     "peers": (peers, 90),
@@ -656,7 +719,7 @@ STEPS: dict[str, tuple[Callable[[Bench], list[str]], int]] = {
     "waits": (waits, 20),
     "graph": (graph, 30),
     "auto": (auto, 30),
-    "sanitizer": (sanitizer, 90),
+    "sanitizer": (sanitizer, 120),
     "tests": (tests, 360),
 }
 CHILDREN = {**{name: step for name, (step, _) in STEPS.items()}, "exercise": exercise}
@@ -667,20 +730,24 @@ TOTAL_SECONDS = 470  # for all steps
 
 
 def child(name: str, bench: Bench) -> int:
-    """One step in this process; its result is the last line of the output."""
+    """One step in this process; it prints its measurements and its result, each on a line of its own."""
     lines = CHILDREN[name](bench)
-    print("\n" + json.dumps({"lines": lines, "entries": [asdict(entry) for entry in bench.entries]}))
+    print("\n" + RESULT + json.dumps(lines), flush=True)
     return 0
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """The machine and software that the figures belong to."""
+    """The machine and software that the figures belong to, and which backends could run."""
+    import qkernels
+
     facts = measure.machine()
+    facts["backends"] = "; ".join(f"{name}: {state}" for name, state in qkernels.info()["backends"].items())
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory = f"{properties.total_memory / 2**30:.0f} GiB"
         gpu = f"{properties.name}, {properties.multi_processor_count} processors, {memory}"
-        facts = {"GPU": gpu, "CUDA": str(torch.version.cuda), **facts}
+        built = qkernels.info()["native_extension"]["cuda"].get("version", "none")
+        facts = {"GPU": gpu, "CUDA": f"{torch.version.cuda} of torch, {built} of the extension", **facts}
     else:
         facts = {"rehearsal": "tiny tensors on the CPU; the figures mean nothing", **facts}
     return facts
@@ -702,18 +769,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.child:
         return child(options.child, Bench(device, options.quick))
     names = [name for name in options.steps if not (options.no_build and name == "build")]
-    text, entries, failed = run_steps(names, options, device)
-    print(text)
     out = options.out or (None if device.type == "cpu" else ROOT / "bench" / "results")
-    if out is not None:
-        keep(out, text, entries, device)
-    return 1 if failed else 0
+    return 1 if run_steps(names, options, device, out) else 0
 
 
-def run_steps(
-    names: list[str], options: argparse.Namespace, device: torch.device
-) -> tuple[str, list[report.Entry], list[str]]:
-    """Run steps one after the other: `(Markdown, measurements, names of failed steps)`."""
+def run_steps(names: list[str], options: argparse.Namespace, device: torch.device, out: Path | None) -> list[str]:
+    """Run steps one after the other; names of failed ones. Each is printed, and kept in `out`, as soon as it ends."""
     entries: list[report.Entry] = []
     failed: list[str] = []
     notes: list[str] = []
@@ -725,17 +786,22 @@ def run_steps(
         lines, ok = one_step(name, options, min(patience * STEPS[name][1], max(1.0, left)), entries)
         if not ok:
             failed.append(name)
-        state = "ok" if ok else "FAILED"
-        notes.append(f"- {name}: {state}, {time.perf_counter() - start:.0f} s")
-        notes += [f"  - {line}" for line in lines]
-        print(f"{name}: {state}", file=sys.stderr, flush=True)
-    return "\n".join([*notes, "", report.markdown(entries, machine(device))]), entries, failed
+        said = [f"- {name}: {'ok' if ok else 'FAILED'}, {time.perf_counter() - start:.0f} s"]
+        said += [f"  - {line}" for line in lines]
+        print("\n".join(said), flush=True)
+        notes += said
+        if out is not None:
+            keep(out, notes, entries, device)
+    print("\n" + report.markdown(entries, machine(device)))
+    if out is not None:
+        print(f"written to {keep(out, notes, entries, device)}.md and .json")
+    return failed
 
 
 def one_step(
     name: str, options: argparse.Namespace, limit: float, entries: list[report.Entry]
 ) -> tuple[list[str], bool]:
-    """A step in a process of its own; what it measured is added to `entries`."""
+    """A step in a process of its own; what it measured is added to `entries`, also if it fails or is stopped."""
     command = [sys.executable, "-m", "bench.gpu_check", "--device", options.device, "--child", name]
     command += ["--quick"] if options.quick else []
     with tempfile.TemporaryFile("w+") as output:
@@ -751,24 +817,28 @@ def one_step(
             process.wait()
         output.seek(0)
         printed = output.read().strip().splitlines()
+    entries += [report.Entry(**json.loads(line.removeprefix(ENTRY))) for line in printed if line.startswith(ENTRY)]
+    results = [json.loads(line.removeprefix(RESULT)) for line in printed if line.startswith(RESULT)]
+    tail = [line for line in printed if not line.startswith((ENTRY, RESULT))][-20:]
     if status is None:
-        return [*printed[-20:], f"stopped after {limit:.0f} s"], False
-    if status != 0:
-        return printed[-20:], False
-    result = json.loads(printed[-1])
-    entries += [report.Entry(**entry) for entry in result["entries"]]
-    return result["lines"], True
+        return [*tail, f"stopped after {limit:.0f} s"], False
+    if status != 0 or not results:
+        return [*tail, f"ended with {status}"], False
+    return results[-1], True
 
 
-def keep(out: Path, text: str, entries: list[report.Entry], device: torch.device) -> None:
-    """`<gpu>-<date>.md` and `.json`."""
+def keep(out: Path, notes: list[str], entries: list[report.Entry], device: torch.device) -> Path:
+    """Write `<gpu>-<date>.md` and `.json`; their path without the ending."""
     out.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "rehearsal"
-    name = f"{'-'.join(gpu.lower().replace('/', ' ').split())}-{datetime.date.today().isoformat()}"
-    (out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    document = {"machine": machine(device), "results": [asdict(entry) for entry in entries]}
-    (out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {out / name}.md and .json")
+    path = out / f"{'-'.join(gpu.lower().replace('/', ' ').split())}-{datetime.date.today().isoformat()}"
+    facts = machine(device)
+    path.with_name(path.name + ".md").write_text(
+        "\n".join([*notes, "", report.markdown(entries, facts)]) + "\n", encoding="utf-8"
+    )
+    document = {"machine": facts, "steps": notes, "results": [asdict(entry) for entry in entries]}
+    path.with_name(path.name + ".json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 if __name__ == "__main__":

@@ -98,9 +98,11 @@ VARIANTS: tuple[Variant, ...] = (
     _stats("log-probs, split rows", 56, SPLIT=True),
     _stats("with entropy", 56, ENTROPY=True),
     _stats("all columns without reference", 64, ENTROPY=True, EXTRAS=True),
+    _stats("all columns without reference, fp32", 64, "fp32", ENTROPY=True, EXTRAS=True),
     _stats("log-probs of both models", 56, reference="bf16", REFERENCE=1),
     _stats("with KLs", 72, reference="bf16", REFERENCE=2),
     _stats("all columns", 80, reference="bf16", REFERENCE=2, ENTROPY=True, EXTRAS=True),
+    _stats("all columns, fp32", 80, "fp32", "fp32", REFERENCE=2, ENTROPY=True, EXTRAS=True),
     _stats("with KLs, fp32 reference", 72, reference="fp32", REFERENCE=2),
     _stats("with KLs, reference aligned otherwise", 96, reference="bf16", REFERENCE=2, ALIGNED=False),
     Variant("combine split rows", "combine", reference="bf16", flags=(("REFERENCE", 2), ("ENTROPY", True))),
@@ -446,6 +448,13 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_tool(tool)), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def moving_and_issuing(variant: Variant, loop: Loop, rows: int = ROWS, vocab: int = VOCAB) -> tuple[float, float]:
+    """Milliseconds for moving the bytes of a call, and for issuing the instructions of its main loop."""
+    twice = 2 if dict(variant.flags).get("REFERENCE") == 1 else 1  # each model's row by itself
+    moving = rows * vocab * variant.bytes_per_logit / BYTES_PER_SECOND * 1e3
+    return moving, rows * vocab * loop.per_element * twice / INSTRUCTIONS_PER_SECOND * 1e3
+
+
 def estimate(variant: Variant, loop: Loop) -> str:
     """Milliseconds for 8192 rows of 128256 entries: the longer of moving bytes and issuing instructions.
 
@@ -453,10 +462,41 @@ def estimate(variant: Variant, loop: Loop) -> str:
     """
     if variant.kernel not in ("row_stats", "row_grad") or set(loop.loads) != {16} or "elements" in dict(variant.flags):
         return ""
-    twice = 2 if dict(variant.flags).get("REFERENCE") == 1 else 1  # each model's row by itself
-    moving = ROWS * VOCAB * variant.bytes_per_logit / BYTES_PER_SECOND * 1e3
-    issuing = ROWS * VOCAB * loop.per_element * twice / INSTRUCTIONS_PER_SECOND * 1e3
+    moving, issuing = moving_and_issuing(variant, loop)
     return f"{max(moving, issuing):.2f} ({'memory' if moving >= issuing else 'issue'}: {moving:.2f} / {issuing:.2f})"
+
+
+# What the kernels were written to reach on an H200 with bf16 logits: work, aim, the variants that do it, rows, V.
+_STEP = ("log-probs", "gradient of log-probs")
+AIMS: tuple[tuple[str, str, tuple[str, ...], int, int], ...] = (
+    ("forward, cached reference", "0.55 ms", ("log-probs",), ROWS, VOCAB),
+    ("the same with entropy", "10 % more", ("with entropy",), ROWS, VOCAB),
+    ("forward with reference logits", "1.1 ms", ("log-probs", "log-probs"), ROWS, VOCAB),
+    ("the same with KLs", "", ("with KLs",), ROWS, VOCAB),
+    ("backward in place", "1.05 ms", ("gradient of log-probs",), ROWS, VOCAB),
+    ("loss and gradient, cached reference", "1.6 ms", _STEP, ROWS, VOCAB),
+    ("the same at V = 128257", "5 % more", _STEP, ROWS, VOCAB + 1),
+    ("forward, 16 rows", "3 x the copy", ("log-probs",), 16, VOCAB),
+)
+
+
+def estimated(compiler: str, names: Sequence[str], rows: int, vocab: int) -> tuple[float, float]:
+    """Milliseconds on sm_90 for variants of a compiler one after the other, and for moving their bytes alone."""
+    named = {variant.name: variant for variant in (*CUDA_VARIANTS, *VARIANTS) if variant.compiler == compiler}
+    times = [moving_and_issuing(named[name], facts(named[name], "sm_90").loop, rows, vocab) for name in names]
+    return sum(max(pair) for pair in times), sum(moving for moving, _ in times)
+
+
+def aims(compilers: Sequence[str]) -> str:
+    """The aims beside estimates from the machine code for sm_90, as Markdown."""
+    estimates = " | ".join(f"*estimate*, ms, {name}" for name in (*compilers, "copy"))
+    lines = [f"| work | aim | {estimates} |", "|---|---|" + "--:|" * (len(compilers) + 1)]
+    for work, aim, names, rows, vocab in AIMS:
+        found = [estimated(compiler, names, rows, vocab) for compiler in compilers]
+        digits = 2 if rows == ROWS else 4
+        cells = [f"{time:.{digits}f}" for time in (*(time for time, _ in found), found[0][1])]
+        lines.append(f"| {' | '.join([work, aim, *cells])} |")
+    return "\n".join(lines)
 
 
 def _counts(widths: dict[int, int]) -> str:
@@ -507,7 +547,12 @@ def report(architectures: Sequence[str] = (*ARCHITECTURES, AMD)) -> str:
         " main loop of one thread. The estimate is for N = 8192 rows of V = 128256 on an H200 (4.3 TB/s; 132 x 128"
         " lane-instructions per clock at 1.8 GHz) from the machine code for sm_90: whichever takes longer, moving the"
         " bytes or issuing the main loop's instructions. It is not a measurement, and leaves out what a row costs"
-        " besides: the tiles that go element by element, and the end.\n\n" + table(architectures, variants)
+        " besides: the tiles that go element by element, and the end.\n\n" + table(architectures, variants) + "\n\n"
+        f"The same estimates beside what the kernels were written to reach (N = {ROWS}, V = {VOCAB}, bf16, an H200;"
+        " 'copy': the same bytes at 4.3 TB/s). The launch of a kernel and the first bytes take microseconds, which"
+        " decide for 16 rows and are not in them. Times, host overhead of a launch (aim: 80 us for the whole loss on a"
+        " tiny input) and other packages (aim: 1.3 x TRL's Triton kernel) can only be measured: not measured yet.\n\n"
+        + aims([name for name in ("CUDA", "Triton") if unavailable(name) is None])
     )
 
 

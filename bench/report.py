@@ -71,7 +71,9 @@ def _peak(entry: Entry) -> str:
 
 
 def _time(milliseconds: float) -> str:
-    return f"{milliseconds:.1f} ms" if milliseconds >= 1 else f"{1000 * milliseconds:.0f} µs"
+    if milliseconds >= 1:
+        return f"{milliseconds:.1f} ms" if milliseconds >= 100 else f"{milliseconds:.2f} ms"
+    return f"{1000 * milliseconds:.0f} µs"
 
 
 def markdown(entries: list[Entry], machine: dict[str, str]) -> str:

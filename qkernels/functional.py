@@ -183,8 +183,8 @@ def _as_3d(logits: Tensor, name: str) -> Tensor:
 
 
 def _as_2d(per_row: Tensor) -> Tensor:
-    if per_row.dim() == 1:
-        return per_row.unsqueeze(0).contiguous()
+    if per_row.dim() <= 2:
+        return (per_row if per_row.dim() == 2 else per_row.unsqueeze(0)).contiguous()
     return per_row.reshape(per_row.shape[0], math.prod(per_row.shape[1:])).contiguous()
 
 
@@ -389,7 +389,8 @@ def fused_token_dpo(
         positions = None if ranks is None else ranks.sequence_shard(batch.sequences.number, dtype, agreed)
     if positions is not None:
         batch, reference = batch_and_reference(positions)
-    call = call._replace(labels=batch.labels)
+    if batch.labels is not call.labels:
+        call = call._replace(labels=batch.labels)
     if plan.is_default and reduction == "mean" and call.differentiable() and call.shard is None and positions is None:
         return _default_loss(call, batch, reference, plan.label_smoothing, beta)
     stats = call.stats(preference.columns(plan, live), preference.carrying(plan))

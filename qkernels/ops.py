@@ -18,7 +18,11 @@ Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch.utils import _python_dispatch
 
 from . import backends
 from .rows import check_labels, stats_dtype
@@ -157,3 +161,27 @@ pair_loss = torch.ops.qkernels.pair_loss.default
 linear_stats = torch.ops.qkernels.linear_stats.default
 linear_unit_gradient = torch.ops.qkernels.linear_unit_gradient.default
 linear_gradients = torch.ops.qkernels.linear_gradients.default
+
+_ROW_OPERATIONS: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "row_stats": (row_stats, _row_stats),
+    "row_grad": (row_grad, _row_grad),
+    "row_grad_": (row_grad_, _row_grad_),
+    "pair_loss": (pair_loss, _pair_loss),
+}
+
+
+def run(name, *args):
+    """A row operation: as an op where something looks on, else what the op runs, at half of the host's time."""
+    op, implementation = _ROW_OPERATIONS[name]
+    return op(*args) if torch.compiler.is_compiling() or _watched(args[0]) else implementation(*args)
+
+
+def _watched(tensor: torch.Tensor) -> bool:
+    """Whether torch has to see a call: modes, transforms, traces, profilers, and tensors of a class of their own."""
+    return (
+        type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or _python_dispatch.is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+    )

@@ -147,8 +147,8 @@ class Reference(NamedTuple):
             return Reference(torch.zeros_like(batch.weights), None)
         if reference_logps.shape == labels.shape:
             tokens = checks.like(reference_logps, "reference_logps", labels.shape, labels, "labels").detach()
-            tokens = tokens.to(batch.weights.dtype).reshape(batch.labels.shape)
-            return Reference(torch.where(batch.used, tokens, 0.0), None)
+            tokens = _shaped(tokens.to(batch.weights.dtype), batch.labels.shape)
+            return Reference(torch.where(batch.used, tokens, batch.weights), None)  # 0 in rows that are not used
         if reference_logps.shape != (batch.sequences.number,):
             raise ValueError(
                 f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({batch.sequences.number},)"
@@ -247,17 +247,21 @@ def assemble(
     logps = stats["logps"].detach()
     token_rewards = None
     if reference_tokens is not None:
-        token_rewards = (beta * log_ratios(logps, reference_tokens)).view(shape)
-        reference_tokens = reference_tokens.view(shape)
+        token_rewards = _shaped(log_ratios(logps, reference_tokens).mul_(beta), shape)
+        reference_tokens = _shaped(reference_tokens, shape)
     return TokenDPOOutput(
         loss,
         chosen_rewards,
         rejected_rewards,
-        logps.view(shape),
+        _shaped(logps, shape),
         reference_tokens,
         token_rewards,
-        stats["logsumexp"].detach().view(shape),
+        _shaped(stats["logsumexp"].detach(), shape),
     )
+
+
+def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
+    return rows if rows.shape == shape else rows.view(shape)
 
 
 def loss_gradient(

@@ -18,7 +18,7 @@ from .distributed import SequenceShard
 def log_ratios(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """log pi - log pi_ref; 0 where both are -inf: a token that both models forbid tells nothing about the reward."""
     forbidden = torch.maximum(logps, reference_logps) == -torch.inf
-    return torch.where(forbidden, 0.0, logps - reference_logps)
+    return (logps - reference_logps).masked_fill_(forbidden, 0.0)
 
 
 class Sequences(NamedTuple):

@@ -193,7 +193,7 @@ def row_stats(
 ) -> Tensor:
     """`ops.row_stats` of whole rows, or of rows of which this rank holds a part."""
     if shard is None:
-        return ops.row_stats(logits, labels, reference, *config)
+        return ops.run("row_stats", logits, labels, reference, *config)
     columns, temperature, ignore_index, backend = config
     with torch.no_grad():
         return shard.row_stats(logits, labels, reference, columns, temperature, ignore_index, backends.get(backend))

@@ -44,6 +44,7 @@ def test_why_it_cannot_run(pretended):
     assert "has no CUDA kernels" in cuda.unavailable(GPU, torch.float32)
     assert cuda.describe()["built"] is False
     pretended.setattr(cuda, "extension", None)
+    pretended.setattr(native, "build_info", lambda: {"native": False, "reason": "no C++ compiler"})
     assert "extension is missing" in cuda.unavailable(GPU, torch.float32)
 
 

@@ -63,6 +63,13 @@ def test_instructions_per_element_leave_room_for_the_memory(name):
     assert loop.exponentials == models * loop.elements + per_trip
 
 
+def test_estimates_are_within_the_aims():
+    """Not a measurement: from the machine code nothing stands in the way."""
+    for work, aim, names, rows, vocab in kernel_report.AIMS:
+        if aim.endswith(" ms"):
+            assert kernel_report.estimated("CUDA", names, rows, vocab)[0] <= float(aim.removesuffix(" ms")), work
+
+
 def test_the_build_compiles_for_what_is_tested():
     """The module at hand holds machine code for the architectures it says."""
     from qkernels.backends import cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -39,6 +40,23 @@ def test_a_failed_step_is_reported_and_the_others_run(monkeypatch, capsys):
     assert gpu_check.main(["--device", "cpu", "--steps", "values", "launch"]) == 1
     printed = capsys.readouterr().out
     assert "- values: FAILED" in printed and "stopped after" in printed and "- launch: ok" in printed
+
+
+@pytest.mark.parametrize("result, status, ok", [('["a line"]', 0, True), ("[]", 3, False), (None, 0, False)])
+def test_what_a_step_measured_is_kept_however_it_ends(tmp_path, monkeypatch, result, status, ok):
+    facts = {"work": "w", "contender": "c", "dtype": "d", "shape": "s", "unit": "GB", "floor": "copy"}
+    facts |= dict.fromkeys(("milliseconds", "fastest", "slowest", "amount", "floor_ratio"), 1.5)
+    lines = [gpu_check.ENTRY + json.dumps(facts | {"peak_bytes": None, "logits_bytes": 8}), "how far it came"]
+    lines += [] if result is None else [gpu_check.RESULT + result]
+    (tmp_path / "printed").write_text("\n".join([*lines, "a word at exit"]))
+    step = tmp_path / "python"
+    step.write_text(f"#!/bin/sh\ncat {tmp_path}/printed\nexit {status}\n")
+    step.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(step))
+    entries: list = []
+    told, fine = gpu_check.one_step("values", argparse.Namespace(device="cpu", quick=False), 60, entries)
+    assert fine is ok and [(entry.work, entry.milliseconds) for entry in entries] == [("w", 1.5)]
+    assert told == (["a line"] if ok else ["how far it came", "a word at exit", f"ended with {status}"])
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from assertions import assert_within
@@ -41,6 +42,35 @@ def row_inputs(backend, dtype, strided=False):
 
 def stats_columns():
     return STATE | REFERENCE_STATE | BIT["kl_reference_policy"] | BIT["is_top1"]
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **kwargs or {})
+
+
+def test_what_looks_on_sees_the_ops():
+    """Plain eager code calls the implementations themselves."""
+    batch = make_pairs(1, 2, 17, torch.float32, torch.device("cpu"))
+
+    def step():
+        leaf = batch.logits.clone().requires_grad_()
+        fused_token_dpo(leaf, batch.labels, reference_logps=0.0).loss.backward()
+        leaf = batch.logits.clone().requires_grad_()
+        token_logps(leaf.clone(), batch.labels, inplace_backward=True).sum().backward()
+
+    expected = {f"qkernels::{name}" for name in ("row_stats", "row_grad", "row_grad_", "pair_loss")}
+    with Seen() as seen:
+        step()
+    assert {name.removesuffix(".default") for name in seen.names} >= expected
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    assert {event.key for event in profile.key_averages()} >= expected
 
 
 @pytest.mark.dtypes(*PLAIN)

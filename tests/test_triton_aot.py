@@ -45,7 +45,7 @@ def test_no_spills_and_registers_within_the_planned_occupancy(name, architecture
         assert programs * 128 * planned <= 65536 and programs * facts.shared <= 100 << 10
         # What is bound by its instructions or by narrow loads does not need all of the memory's speed.
         needed = 13 if architecture == "sm_80" or ("KLs" in name and UNALIGNED in name) else 26
-        needed = 22 if name == "all columns" else needed
+        needed = 22 if name.startswith("all columns") and variant.reference else needed
         assert programs * 128 * 32 >= needed << 10, "the loads under way no longer cover the memory's latency"
 
 
@@ -77,6 +77,20 @@ def test_instructions_per_element_leave_room_for_the_memory():
     # One exponential per element and one per tile of a lane.
     loop = kernel_report.facts(VARIANTS["log-probs"], "sm_90").loop
     assert loop.exponentials == loop.elements * 9 / 8
+
+
+def test_estimates_are_within_the_aims():
+    """Not a measurement: from the machine code nothing stands in the way."""
+    for work, aim, names, rows, vocab in kernel_report.AIMS:
+        if aim.endswith(" ms"):
+            assert kernel_report.estimated("Triton", names, rows, vocab)[0] <= float(aim.removesuffix(" ms")), work
+
+
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_form_of_the_pair_loss_compiles(packed, per_sequence):
+    flags = (("PACKED", packed), ("PER_SEQUENCE", per_sequence))
+    kernel_report.compiled(kernel_report.Variant("", "pair_loss", "fp32", flags=flags), "sm_90")
 
 
 def test_the_loop_reader_sees_narrow_loads():

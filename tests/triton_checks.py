@@ -446,6 +446,29 @@ def test_five_coefficients_only_where_a_divergence_is_differentiated(monkeypatch
     assert seen == [(full, full)]
 
 
+def test_nothing_is_made_on_torchs_default_device():
+    """Where that is a GPU, a number that travels by way of a tensor makes the host wait."""
+    batch = make_pairs(1, 2, 40, FLOAT, DEVICE)
+    found = []
+    for default in (DEVICE, torch.device("meta")):
+        leaf = batch.logits.clone().requires_grad_()
+        with default:
+            out = fused_token_dpo(
+                leaf, batch.labels, reference_logits=batch.reference, temperature=0.7, label_smoothing=0.1,
+                backend="triton",
+            )  # fmt: skip
+            out.loss.backward()
+        found.append((out.loss, leaf.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_rows_that_are_too_long_for_32_bit_positions_are_refused():
+    logits = torch.zeros(1, device=DEVICE).expand(1, 1, 2**30 + 1)
+    labels = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="more than 2\\^30 entries"):
+        ops.row_stats(logits, labels, None, STATE, 1.0, IGNORE, "triton")
+
+
 def test_auto_takes_the_interpreter_for_nothing():
     assert backends.resolve("auto", torch.zeros(1)) != "triton"
     assert backends.resolve("triton", torch.zeros(1, device=DEVICE)) == "triton"

@@ -85,9 +85,9 @@ def _row_grad(
     args = (labels, reference, state, reference_state, coefficients)
     how = (config.temperature, ignore_index, config.backend)
     if not inplace:
-        return ops.row_grad(logits, *args, *how)
+        return ops.run("row_grad", logits, *args, *how)
     out = logits.detach()
-    ops.row_grad_(out, *args, *how)
+    ops.run("row_grad_", out, *args, *how)
     if not torch.compiler.is_compiling():
         # The write went past autograd: tell it, so that whoever saved these logits refuses to use them.
         torch.autograd.graph.increment_version(logits)
@@ -106,12 +106,12 @@ class DefaultLoss(torch.autograd.Function):
         ctx, logits, labels, reference, reference_logps, weights, cu_seqlens, config: RowConfig, inplace: bool,
         beta: float, label_smoothing: float,
     ):  # fmt: skip
-        stats = ops.row_stats(logits, labels, reference, *config)
+        stats = ops.run("row_stats", logits, labels, reference, *config)
         logps = stats[rows.column_index(config.columns, "logps")]
         if reference is not None:
             reference_logps = stats[rows.column_index(config.columns, "reference_logps")]
-        loss, rewards, grad = ops.pair_loss(
-            logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, config.backend
+        loss, rewards, grad = ops.run(
+            "pair_loss", logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, config.backend
         )
         ctx.save_for_backward(logits, labels, stats, grad)
         ctx.config, ctx.inplace = config, inplace
@@ -135,7 +135,8 @@ class PairLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logps, reference_logps, weights, cu_seqlens, beta: float, label_smoothing: float, backend: str):
-        loss, rewards, grad = ops.pair_loss(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend)
+        args = (logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend)
+        loss, rewards, grad = ops.run("pair_loss", *args)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(rewards)
         return loss, rewards

@@ -19,6 +19,8 @@ keep their digits. `tl.log` and `tl.exp` of fp32 do not: lg2.approx is off by 2^
 
 # No `from __future__ import annotations` in kernel files: Triton reads the annotations of a kernel's parameters.
 import contextlib
+import ctypes
+import functools
 import os
 
 import torch
@@ -47,8 +49,8 @@ _INF = tl.constexpr(float("inf"))
 
 
 def two_floats(x: float) -> tuple[float, float]:
-    """x as a sum of two fp32 numbers."""
-    high = torch.tensor(x, dtype=torch.float64).to(torch.float32).item()
+    """x as a sum of two fp32 numbers. Not by way of a tensor: torch's default device may be the GPU."""
+    high = ctypes.c_float(x).value
     return high, x - high
 
 
@@ -64,6 +66,12 @@ def same_alignment(a: Tensor, b: Tensor, vector: int) -> bool:
     return all((x - y) % vector == 0 for x, y in [tuple(bases), *strides])
 
 
+def check_vocab(vocab: int) -> None:
+    """Positions within a row are 32-bit numbers, and a row's last tile may reach beyond its end."""
+    if vocab > 2**30:
+        raise ValueError(f"rows of more than 2^30 entries are not supported on a GPU, got {vocab}")
+
+
 def row_strides(tensor: Tensor) -> tuple[int, int]:
     """Strides of the two leading dimensions of `[S, T, V]`."""
     return tensor.stride(0), tensor.stride(1)
@@ -74,6 +82,7 @@ def on_device_of(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors; the interpreter has none and takes a small GPU's."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16

@@ -230,6 +230,7 @@ def row_grad_into(
     rows, vocab = labels.numel(), logits.shape[-1]
     if rows == 0:
         return
+    common.check_vocab(vocab)
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     full = coefficients.shape[0] > 1
     ref, r_state, with_reference = logits, state, False

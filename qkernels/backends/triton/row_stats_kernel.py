@@ -89,6 +89,18 @@ def _move(m, z, scale):
 
 
 @triton.jit
+def _sum(z, row):
+    """Sum of each lane's entries of a tile that was loaded from `row`.
+
+    Triton (3.6 to 3.9 at least) fails to compile an unrolled loop that adds up the sums of tiles just as they were
+    loaded. 16-bit entries were widened before; to fp32 ones 0 is added, which no pass may leave out: -0 + 0 is 0.
+    """
+    if row.dtype.element_ty == tl.float32:
+        z = z + 0.0
+    return tl.sum(z, 1)
+
+
+@triton.jit
 def _fold(z, scale, m, s, st, sq, ENTROPY: tl.constexpr, EXTRAS: tl.constexpr):
     m, base, shift, a = _move(m, z, scale)
     t = (z - base[:, None]) * scale
@@ -149,13 +161,13 @@ def _walk(
         for i in tl.range(start, stop, num_stages=1, loop_unroll_factor=UNROLL):
             z = tl.load(body + tl.cast(i, tl.int64) * TILE + off).to(tl.float32)
             if EXTRAS:
-                raw += tl.sum(z, 1)
+                raw += _sum(z, row)
             m, s, st, sq = _fold(z, scale, m, s, st, sq, ENTROPY, EXTRAS)
         at = head + stop * TILE + off
         inside = (at >= 0) & (at < tl.where(part == 0, tl.minimum(head, n), n)) & there & (at != label)
         z = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
         if EXTRAS:
-            raw += tl.sum(z, 1)
+            raw += _sum(z, row)
         z = tl.where(inside, z, -_INF)
         if EXTRAS:
             # What comes before the label: all of m so far if this tile starts before it, and part of this tile.
@@ -197,14 +209,14 @@ def _walk_pair(
             z = tl.load(body + at + off).to(tl.float32)
             rz = tl.load(r_body + at + off).to(tl.float32)
             if EXTRAS:
-                raw += tl.sum(z, 1)
+                raw += _sum(z, row)
             m, s, st, sq, c, rm, rs, rc = _fold_pair(z, rz, scale, m, s, st, sq, c, rm, rs, rc, ENTROPY, EXTRAS)
         at = head + stop * TILE + off
         inside = (at >= 0) & (at < tl.where(part == 0, tl.minimum(head, n), n)) & there & (at != label)
         z = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
         rz = tl.load(ref + at, mask=inside, other=0.0).to(tl.float32)
         if EXTRAS:
-            raw += tl.sum(z, 1)
+            raw += _sum(z, row)
         z = tl.where(inside, z, -_INF)
         rz = tl.where(inside, rz, -_INF)
         if EXTRAS:
@@ -531,6 +543,7 @@ def row_stats(
     rows, vocab = labels.numel(), logits.shape[-1]
     if rows == 0:
         return out
+    common.check_vocab(vocab)
     how = gathers(columns)
     if reference is None or how["REFERENCE"] == NO_REFERENCE:
         reference, how["REFERENCE"] = logits, NO_REFERENCE
