@@ -23,7 +23,7 @@ PLANS: dict[str, tuple[bool, tuple[str, ...]]] = {
 FLOORS = {1: "bare product", 2: "two bare products", 3: "three bare products", 4: "four bare products"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Work:
     """Hidden states, weight and labels, and what the bare products of them take, in seconds."""
 

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,6 +84,18 @@ def peak_memory(call: Callable[[], object]) -> int | None:
     before = _status("VmRSS")
     call()
     return max(0, _status("VmHWM") - before)
+
+
+def benchmarked(
+    benchmark: Any, call: Callable[[], object], rounds: int, setup: Callable[[], object] | None = None
+) -> None:
+    """Time a call with pytest-benchmark, and note the memory of one more, which warms up; of long calls 3 will do."""
+    if setup is not None:
+        setup()
+    start = time.perf_counter()
+    benchmark.extra_info["peak_bytes"] = peak_memory(call)
+    long = time.perf_counter() - start > 0.5
+    benchmark.pedantic(call, setup=setup, rounds=min(rounds, 3) if long else rounds)
 
 
 def device_peak(call: Callable[[], object], device: torch.device) -> int | None:

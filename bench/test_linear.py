@@ -5,6 +5,7 @@ Before anything is timed, losses and gradients are compared with this package's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -48,24 +49,38 @@ def record(
     )
 
 
-def time(benchmark, run: Callable[[], object], rounds: int) -> None:
-    benchmark.extra_info["peak_bytes"] = measure.peak_memory(run)
-    benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
+@functools.lru_cache(maxsize=1)
+def ours(work: Work) -> tuple[Tensor, Tensor]:
+    """Loss and dX by this package."""
+    return step(qkernels_by("auto"), work, work.labels, True)()
 
 
-def agreeing(contender: str, work: Work, labels: Tensor, dtype_name: str) -> Callable[[], object]:
+@functools.lru_cache(maxsize=1)
+def with_prompt(work: Work, percent: int) -> Work:
+    """The first `percent` of each sequence are a prompt."""
+    labels = work.labels.clone()
+    labels[:, : labels.shape[1] * percent // 100] = IGNORE
+    return replace(work, labels=labels)
+
+
+@functools.lru_cache(maxsize=1)
+def as_one_pair(work: Work) -> Work:
+    return replace(work, hidden=work.hidden.reshape(2, -1, work.hidden.shape[-1]), labels=work.labels.reshape(2, -1))
+
+
+def agreeing(contender: str, work: Work, dtype_name: str) -> Callable[[], object]:
     """A step of this contender, once its loss and dX are seen to be those of this package."""
     loss, package = LINEAR_CONTENDERS[contender]
     if not installed(package):
         pytest.skip(f"{package} is not installed")
     if contender == "F.linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("F.linear_cross_entropy came with torch 2.13")
-    value, gradient = step(loss, work, labels, True)()
-    truth, expected = step(qkernels_by("auto"), work, labels, True)()
+    value, gradient = step(loss, work, work.labels, True)()
+    truth, expected = ours(work)
     torch.testing.assert_close(value.float(), truth.float(), rtol=0, atol=LOSS_TOLERANCE[dtype_name])
     error = (gradient.float() - expected.float()).abs().amax()
     assert error <= GRADIENT_TOLERANCE[dtype_name] * expected.float().abs().amax(), "gradients differ"
-    return step(loss, work, labels, True)
+    return step(loss, work, work.labels, True)
 
 
 TRAINED = PLANS["pair_chunks"][1]
@@ -74,9 +89,9 @@ TRAINED = PLANS["pair_chunks"][1]
 @pytest.mark.parametrize("contender", LINEAR_CONTENDERS)
 def test_linear_dpo(benchmark, contender: str, work: Work, dtype_name: str, pytestconfig) -> None:
     """Head and hidden states trained: logits, loss, dX and dW."""
-    run = agreeing(contender, work, work.labels, dtype_name)
+    run = agreeing(contender, work, dtype_name)
     record(benchmark, "DPO from hidden states", contender, dtype_name, work, TRAINED)
-    time(benchmark, run, pytestconfig.getoption("--rounds"))
+    measure.benchmarked(benchmark, run, pytestconfig.getoption("--rounds"))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -84,13 +99,15 @@ def test_plans(benchmark, plan: str, work: Work, dtype_name: str, pytestconfig) 
     """Each plan against the bare products that it is made of."""
     trains_head, products = PLANS[plan]
     record(benchmark, f"Plan {plan}", f"qkernels, {plan}", dtype_name, work, products)
-    time(benchmark, step(qkernels_by(plan), work, work.labels, trains_head), pytestconfig.getoption("--rounds"))
+    measure.benchmarked(
+        benchmark, step(qkernels_by(plan), work, work.labels, trains_head), pytestconfig.getoption("--rounds")
+    )
 
 
 def test_forward_only(benchmark, work: Work, dtype_name: str, pytestconfig) -> None:
     """Log-probs without gradients: one product."""
     record(benchmark, "Log-probs only", "qkernels.linear_token_logps", dtype_name, work, ("logits",))
-    time(
+    measure.benchmarked(
         benchmark,
         lambda: qkernels.linear_token_logps(work.hidden, work.weight, work.labels),
         pytestconfig.getoption("--rounds"),
@@ -101,25 +118,27 @@ def test_forward_only(benchmark, work: Work, dtype_name: str, pytestconfig) -> N
 @pytest.mark.parametrize("percent", [50, 90])
 def test_prompt(benchmark, percent: int, contender: str, work: Work, dtype_name: str, pytestconfig) -> None:
     """Prompt tokens: this package drops their rows before the first product. The floor is that of the other rows."""
-    labels = work.labels.clone()
-    labels[:, : labels.shape[1] * percent // 100] = IGNORE
-    valid = float((labels != IGNORE).double().mean())
-    run = agreeing(contender, work, labels, dtype_name)
+    work = with_prompt(work, percent)
+    valid = float((work.labels != IGNORE).double().mean())
+    run = agreeing(contender, work, dtype_name)
     record(benchmark, f"DPO from hidden states, {percent} % prompt", contender, dtype_name, work, TRAINED, valid)
-    time(benchmark, run, pytestconfig.getoption("--rounds"))
+    measure.benchmarked(benchmark, run, pytestconfig.getoption("--rounds"))
 
 
-@pytest.mark.parametrize("contender", LINEAR_CONTENDERS)
+IN_CHUNKS = "qkernels, chunks of a tenth"
+
+
+@pytest.mark.parametrize("contender", [*LINEAR_CONTENDERS, IN_CHUNKS])
 def test_one_long_pair(benchmark, contender: str, work: Work, dtype_name: str, pytestconfig) -> None:
-    """All rows in one pair, which does not fit a chunk of a tenth of its logits: this package makes logits twice."""
-    hidden_size = work.hidden.shape[-1]
-    pair = replace(work, hidden=work.hidden.reshape(2, -1, hidden_size), labels=work.labels.reshape(2, -1))
-    run = agreeing(contender, pair, pair.labels, dtype_name)
-    if contender == "qkernels":
+    """All rows in one pair; once more where its logits do not fit the budget, so that they have to be made twice."""
+    pair = as_one_pair(work)
+    if contender == IN_CHUNKS:
         budget = max(work.rows // 10, 1) * work.weight.shape[0] * 8
         run = step(qkernels_by("auto", budget), pair, pair.labels, True)
+    else:
+        run = agreeing(contender, pair, dtype_name)
     record(benchmark, "One long pair, from hidden states", contender, dtype_name, pair, TRAINED)
-    time(benchmark, run, pytestconfig.getoption("--rounds"))
+    measure.benchmarked(benchmark, run, pytestconfig.getoption("--rounds"))
 
 
 def test_log_prob_error(benchmark, work: Work, dtype_name: str, capsys) -> None:

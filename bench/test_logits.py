@@ -63,9 +63,7 @@ class Step:
 
 
 def time_step(benchmark, step: Step, rounds: int) -> None:
-    step.refill()
-    benchmark.extra_info["peak_bytes"] = measure.peak_memory(step.run)
-    benchmark.pedantic(step.run, setup=step.refill, rounds=rounds, warmup_rounds=1)
+    measure.benchmarked(benchmark, step.run, rounds, step.refill)
     step.leaf.grad = None
 
 
@@ -136,8 +134,7 @@ def test_stats(benchmark, asked: str, data: Data, dtype_name: str, size: Size, p
         return qkernels.token_stats(data.policy, data.labels, reference_logits=data.reference, outputs=STATS[asked])
 
     record(benchmark, "Token statistics", asked, dtype_name, size, data, passes=2)
-    benchmark.extra_info["peak_bytes"] = measure.peak_memory(run)
-    benchmark.pedantic(run, rounds=pytestconfig.getoption("--rounds"), warmup_rounds=1)
+    measure.benchmarked(benchmark, run, pytestconfig.getoption("--rounds"))
 
 
 def test_one_row(benchmark, data: Data, dtype_name: str, size: Size) -> None:
