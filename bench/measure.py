@@ -87,14 +87,25 @@ def peak_memory(call: Callable[[], object]) -> int | None:
 
 
 def benchmarked(
-    benchmark: Any, call: Callable[[], object], rounds: int, setup: Callable[[], object] | None = None
+    benchmark: Any,
+    call: Callable[[], object],
+    rounds: int,
+    setup: Callable[[], object] | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> None:
-    """Time a call with pytest-benchmark, and note the memory of one more, which warms up; of long calls 3 will do."""
+    """Time a call with pytest-benchmark, after one that warms up, and whose memory is noted and result checked.
+
+    Of calls longer than half a second 3 rounds will do.
+    """
     if setup is not None:
         setup()
+    results: list[object] = []
     start = time.perf_counter()
-    benchmark.extra_info["peak_bytes"] = peak_memory(call)
+    benchmark.extra_info["peak_bytes"] = peak_memory(lambda: results.append(call()))
     long = time.perf_counter() - start > 0.5
+    if check is not None:
+        check(results.pop())
+    results.clear()
     benchmark.pedantic(call, setup=setup, rounds=min(rounds, 3) if long else rounds)
 
 

@@ -6,7 +6,7 @@ Before anything is timed, losses and gradients are compared with this package's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -68,19 +68,21 @@ def as_one_pair(work: Work) -> Work:
     return replace(work, hidden=work.hidden.reshape(2, -1, work.hidden.shape[-1]), labels=work.labels.reshape(2, -1))
 
 
-def agreeing(contender: str, work: Work, dtype_name: str) -> Callable[[], object]:
-    """A step of this contender, once its loss and dX are seen to be those of this package."""
+def compare(benchmark, contender: str, work: Work, dtype_name: str, rounds: int) -> None:
+    """Time a contender's step, once its loss and dX are seen to be those of this package."""
     loss, package = LINEAR_CONTENDERS[contender]
     if not installed(package):
         pytest.skip(f"{package} is not installed")
     if contender == "F.linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("F.linear_cross_entropy came with torch 2.13")
-    value, gradient = step(loss, work, work.labels, True)()
-    truth, expected = ours(work)
-    torch.testing.assert_close(value.float(), truth.float(), rtol=0, atol=LOSS_TOLERANCE[dtype_name])
-    error = (gradient.float() - expected.float()).abs().amax()
-    assert error <= GRADIENT_TOLERANCE[dtype_name] * expected.float().abs().amax(), "gradients differ"
-    return step(loss, work, work.labels, True)
+
+    def check(result: tuple[Tensor, Tensor]) -> None:
+        (value, gradient), (truth, expected) = result, ours(work)
+        torch.testing.assert_close(value.float(), truth.float(), rtol=0, atol=LOSS_TOLERANCE[dtype_name])
+        error = (gradient.float() - expected.float()).abs().amax()
+        assert error <= GRADIENT_TOLERANCE[dtype_name] * expected.float().abs().amax(), "gradients differ"
+
+    measure.benchmarked(benchmark, step(loss, work, work.labels, True), rounds, check=check)
 
 
 TRAINED = PLANS["pair_chunks"][1]
@@ -89,15 +91,15 @@ TRAINED = PLANS["pair_chunks"][1]
 @pytest.mark.parametrize("contender", LINEAR_CONTENDERS)
 def test_linear_dpo(benchmark, contender: str, work: Work, dtype_name: str, pytestconfig) -> None:
     """Head and hidden states trained: logits, loss, dX and dW."""
-    run = agreeing(contender, work, dtype_name)
     record(benchmark, "DPO from hidden states", contender, dtype_name, work, TRAINED)
-    measure.benchmarked(benchmark, run, pytestconfig.getoption("--rounds"))
+    compare(benchmark, contender, work, dtype_name, pytestconfig.getoption("--rounds"))
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_plans(benchmark, plan: str, work: Work, dtype_name: str, pytestconfig) -> None:
     """Each plan against the bare products that it is made of."""
     trains_head, products = PLANS[plan]
+    work = work.timed_again()
     record(benchmark, f"Plan {plan}", f"qkernels, {plan}", dtype_name, work, products)
     measure.benchmarked(
         benchmark, step(qkernels_by(plan), work, work.labels, trains_head), pytestconfig.getoption("--rounds")
@@ -106,6 +108,7 @@ def test_plans(benchmark, plan: str, work: Work, dtype_name: str, pytestconfig) 
 
 def test_forward_only(benchmark, work: Work, dtype_name: str, pytestconfig) -> None:
     """Log-probs without gradients: one product."""
+    work = work.timed_again()
     record(benchmark, "Log-probs only", "qkernels.linear_token_logps", dtype_name, work, ("logits",))
     measure.benchmarked(
         benchmark,
@@ -120,9 +123,8 @@ def test_prompt(benchmark, percent: int, contender: str, work: Work, dtype_name:
     """Prompt tokens: this package drops their rows before the first product. The floor is that of the other rows."""
     work = with_prompt(work, percent)
     valid = float((work.labels != IGNORE).double().mean())
-    run = agreeing(contender, work, dtype_name)
     record(benchmark, f"DPO from hidden states, {percent} % prompt", contender, dtype_name, work, TRAINED, valid)
-    measure.benchmarked(benchmark, run, pytestconfig.getoption("--rounds"))
+    compare(benchmark, contender, work, dtype_name, pytestconfig.getoption("--rounds"))
 
 
 IN_CHUNKS = "qkernels, chunks of a tenth"
@@ -131,14 +133,13 @@ IN_CHUNKS = "qkernels, chunks of a tenth"
 @pytest.mark.parametrize("contender", [*LINEAR_CONTENDERS, IN_CHUNKS])
 def test_one_long_pair(benchmark, contender: str, work: Work, dtype_name: str, pytestconfig) -> None:
     """All rows in one pair; once more where its logits do not fit the budget, so that they have to be made twice."""
-    pair = as_one_pair(work)
+    pair, rounds = as_one_pair(work), pytestconfig.getoption("--rounds")
+    record(benchmark, "One long pair, from hidden states", contender, dtype_name, pair, TRAINED)
     if contender == IN_CHUNKS:
         budget = max(work.rows // 10, 1) * work.weight.shape[0] * 8
-        run = step(qkernels_by("auto", budget), pair, pair.labels, True)
+        measure.benchmarked(benchmark, step(qkernels_by("auto", budget), pair, pair.labels, True), rounds)
     else:
-        run = agreeing(contender, pair, dtype_name)
-    record(benchmark, "One long pair, from hidden states", contender, dtype_name, pair, TRAINED)
-    measure.benchmarked(benchmark, run, pytestconfig.getoption("--rounds"))
+        compare(benchmark, contender, pair, dtype_name, rounds)
 
 
 def test_log_prob_error(benchmark, work: Work, dtype_name: str, capsys) -> None:
