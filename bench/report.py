@@ -150,5 +150,5 @@ def plot(entries: list[Entry], path: Path) -> None:
         axis.set_xlabel(f"ms, {shape}", fontsize=9)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(axis="y", length=0)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
