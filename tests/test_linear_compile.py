@@ -168,6 +168,8 @@ def test_a_compiled_call_cuts_chunks_too(backend, dtype):
 @pytest.mark.parametrize("where", ["before", "inside"])
 def test_a_graph_break_changes_nothing(backend, where):
     """Without fullgraph, Dynamo runs what it cannot trace and compiles the pieces around it one by one."""
+    if where == "inside" and torch.__version__ < "2.13":
+        pytest.skip("Dynamo of torch 2.11 fails on a named tuple that lives across a graph break")
     torch._dynamo.reset()
     batch = make_head_batch(2, 5, 8, 20, torch.float32, backend.device)
 

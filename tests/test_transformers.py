@@ -359,6 +359,7 @@ def in_parts(folder):
 
 def test_tensor_parallel_models(tmp_path):
     pytest.importorskip("torch.distributed.tensor", reason="torch has no distributed package")
+    pytest.importorskip("accelerate", reason="accelerate, which transformers wants for this, is not installed")
     hf_models.model().save_pretrained(tmp_path / "policy")
     hf_models.model(seed=3).save_pretrained(tmp_path / "other")
     with Ranks(2) as ranks:
