@@ -72,8 +72,8 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def peak_memory(call: Callable[[], object]) -> int | None:
-    """By how many bytes the process' resident memory rises at most during a call; None where it cannot be told."""
+def _reset_peak() -> int | None:
+    """Resident bytes now, from which `_rise` counts; None where the system cannot tell a peak."""
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
@@ -81,9 +81,18 @@ def peak_memory(call: Callable[[], object]) -> int | None:
         clear.write_text("5")  # resets the high-water mark
     except OSError:
         return None
-    before = _status("VmRSS")
+    return _status("VmRSS")
+
+
+def _rise(before: int | None) -> int | None:
+    return None if before is None else max(0, _status("VmHWM") - before)
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """By how many bytes the process' resident memory rises at most during a call; None where it cannot be told."""
+    before = _reset_peak()
     call()
-    return max(0, _status("VmHWM") - before)
+    return _rise(before)
 
 
 def benchmarked(
@@ -93,20 +102,29 @@ def benchmarked(
     setup: Callable[[], object] | None = None,
     check: Callable[[Any], None] | None = None,
 ) -> None:
-    """Time a call with pytest-benchmark, after one that warms up, and whose memory is noted and result checked.
+    """Time a call with pytest-benchmark, after one that warms up and whose result is checked.
 
-    Of calls longer than half a second 3 rounds will do.
+    Of calls longer than half a second 3 rounds will do. Peak memory is that of the last round: a first call also takes
+    what stays for good.
     """
     if setup is not None:
         setup()
-    results: list[object] = []
     start = time.perf_counter()
-    benchmark.extra_info["peak_bytes"] = peak_memory(lambda: results.append(call()))
+    result = call()
     long = time.perf_counter() - start > 0.5
     if check is not None:
-        check(results.pop())
-    results.clear()
-    benchmark.pedantic(call, setup=setup, rounds=min(rounds, 3) if long else rounds)
+        check(result)
+    del result
+    before = None
+
+    def prepare() -> None:
+        nonlocal before
+        if setup is not None:
+            setup()
+        before = _reset_peak()
+
+    benchmark.pedantic(call, setup=prepare, rounds=min(rounds, 3) if long else rounds)
+    benchmark.extra_info["peak_bytes"] = _rise(before)
 
 
 def device_peak(call: Callable[[], object], device: torch.device) -> int | None:
