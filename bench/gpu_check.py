@@ -201,22 +201,27 @@ def exercise(bench: Bench) -> list[str]:
                 stats = ops.row_stats(logits, labels, reference, (1 << len(COLUMNS)) - 1, *how)
                 state = ops.row_stats(logits, labels, reference, STATE | REFERENCE_STATE, *how)
                 for k in (1, 5):
-                    coefficients = torch.ones(k, 1, 3, device=bench.device)
-                    ops.row_grad(logits, labels, reference, stats[:3], state[3:], coefficients, *how)
-                    ops.row_grad_(logits.clone(), labels, reference, stats[:3], state[3:], coefficients, *how)
+                    coefficients, upstream = (
+                        torch.ones(k, 1, 3, device=bench.device),
+                        torch.ones((), device=bench.device),
+                    )
+                    given = (reference, stats[:3], state[3:], coefficients)
+                    ops.row_grad(logits, labels, *given, upstream, *how)
+                    ops.row_grad_(logits.clone(), labels, *given, None, *how)
                     if reference is not other:  # enough for Triton to compile
                         continue
                     # As the path from hidden states wants it: fp32 logits, narrow gradients that lie elsewhere.
                     narrow = torch.float16 if dtype == torch.float16 else torch.bfloat16
                     for gap in (0, 3):
                         out = torch.empty(1, 3, vocab + gap, dtype=narrow, device=bench.device)[..., :vocab]
-                        args = (logits.float(), labels, reference, stats[:3], state[3:], coefficients, 1.0, IGNORE)
-                        backends.get(name).row_grad_into(out, *args)
+                        backends.get(name).row_grad_into(out, logits.float(), labels, *given, None, 1.0, IGNORE)
         logps = -torch.rand(6, 50, device=bench.device)
         ends = torch.tensor([0, 7, 7, 90, 200, 201, 300], dtype=torch.int32, device=bench.device)
         for rows, offsets in ((logps, None), (logps.view(1, -1), ends)):
-            for reference in (rows - 0.1, torch.zeros(6, device=bench.device)):  # per token, per sequence
-                ops.pair_loss(rows, reference, torch.ones_like(rows), offsets, 0.1, 0.1, name)
+            labels = torch.arange(300, device=bench.device).view(rows.shape)
+            for reference in (None, rows - 0.1, torch.zeros(6, device=bench.device)):  # none, per token, per sequence
+                for weights in (None, torch.ones_like(rows)):
+                    ops.pair_loss(rows, reference, labels, weights, offsets, 0.1, 0.1, 5, name)
     if bench.device.type == "cuda":
         torch.cuda.synchronize(bench.device)
     return [f"ran {', '.join(bench.backends())}"]
@@ -312,7 +317,7 @@ def backward(bench: Bench) -> list[str]:
             state = ops.row_stats(logits.unsqueeze(0), labels, None, STATE, *how)
             bench.add(
                 "gradient in place", f"qkernels, {backend}", logits, 2,
-                functools.partial(ops.row_grad_, work, labels, None, state, None, coefficients, *how),
+                functools.partial(ops.row_grad_, work, labels, None, state, None, coefficients, None, *how),
                 functools.partial(work.copy_, logits),
             )  # fmt: skip
     return []

@@ -270,15 +270,17 @@ def source_of(variant: Variant, architecture: str) -> tuple[Any, dict[str, str],
             values["UNROLL"] = row_stats_kernel.UNROLL[values["REFERENCE"]]
     elif variant.kernel == "row_grad":
         function = row_grad_kernel.row_grad_kernel
-        values = {"FULL": False, "WITH_REFERENCE": False, "ALIGNED": True, "R_ALIGNED": True, **flags, **tile}
+        values = {"FULL": False, "SCALED": True, "WITH_REFERENCE": False, "ALIGNED": True, "R_ALIGNED": True}
+        values |= {**flags, **tile}
         values["UNROLL"] = row_grad_kernel.UNROLL[values["WITH_REFERENCE"]]
-        pointers |= {"out": variant.gradient, "state": "fp32", "r_state": "fp32", "coefficients": "fp32"}
+        pointers |= {"out": variant.gradient}
+        pointers |= dict.fromkeys(("state", "r_state", "coefficients", "upstream"), "fp32")
     else:
         function = pair_loss_kernel.pair_loss_kernel
-        values = {"PER_SEQUENCE": False, "PACKED": False, **flags}
+        values = {"REFERENCE": 1, "WEIGHTED": False, "PACKED": False, **flags}
         values |= {name: getattr(pair_loss_kernel, name) for name in ("BLOCK", "PAIRS", "TOKENS")}
-        pointers = dict.fromkeys(("logps", "reference", "weights", "loss", "rewards", "grad"), "fp32")
-        pointers["offsets"] = "i32"
+        pointers = dict.fromkeys(("logps", "reference", "weights", "loss", "rewards", "grad", "tokens"), "fp32")
+        pointers |= {"offsets": "i32", "labels": "i64"}
     signature = {}
     for parameter in function.params:
         if parameter.is_constexpr:

@@ -52,7 +52,8 @@ qk::StatsCall stats_call(const std::tuple<int64_t, int64_t, int64_t>& shape, con
 
 qk::GradCall grad_call(const std::tuple<int64_t, int64_t, int64_t>& shape, const View& policy, const View& reference,
                        Address labels, int64_t ignore_index, double temperature, Address state, Address reference_state,
-                       Address coefficients, int coefficient_count, const View& out, bool out_is_zero) {
+                       Address coefficients, int coefficient_count, Address upstream, const View& out,
+                       bool out_is_zero) {
   return {shape_of(shape),
           rows_of(policy),
           rows_of(reference),
@@ -62,26 +63,30 @@ qk::GradCall grad_call(const std::tuple<int64_t, int64_t, int64_t>& shape, const
           at<float>(reference_state),
           at<float>(coefficients),
           coefficient_count,
+          at<float>(upstream),
           rows_of(out),
           out_is_zero};
 }
 
-qk::PairCall pair_call(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address logps,
-                       Address reference, bool per_sequence, Address weights, double beta, double label_smoothing,
-                       Address loss, Address rewards, Address grad) {
+qk::PairCall pair_call(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address labels,
+                       int64_t ignore_index, Address weights, Address logps, Address reference, bool per_sequence,
+                       double beta, double label_smoothing, Address loss, Address rewards, Address grad,
+                       Address tokens) {
   return {sequences,
           length,
           rows,
           at<int32_t>(offsets),
+          {at<int64_t>(labels), ignore_index},
+          at<float>(weights),
           at<float>(logps),
           at<float>(reference),
           per_sequence,
-          at<float>(weights),
           beta,
           label_smoothing,
           at<float>(loss),
           at<float>(rewards),
-          at<float>(grad)};
+          at<float>(grad),
+          at<float>(tokens)};
 }
 
 // Returns the flat index of the first bad label, or -1 when the rows were computed.
@@ -96,18 +101,18 @@ int64_t row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View
 
 void row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
               int64_t ignore_index, double temperature, Address state, Address reference_state, Address coefficients,
-              int coefficient_count, View out, bool out_is_zero, int threads) {
+              int coefficient_count, Address upstream, View out, bool out_is_zero, int threads) {
   const qk::GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, state,
-                                      reference_state, coefficients, coefficient_count, out, out_is_zero);
+                                      reference_state, coefficients, coefficient_count, upstream, out, out_is_zero);
   py::gil_scoped_release release;
   qk::row_grad(call, threads);
 }
 
-void pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address logps, Address reference,
-               bool per_sequence, Address weights, double beta, double label_smoothing, Address loss, Address rewards,
-               Address grad) {
-  const qk::PairCall call = pair_call(sequences, length, rows, offsets, logps, reference, per_sequence, weights, beta,
-                                      label_smoothing, loss, rewards, grad);
+void pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address labels, int64_t ignore_index,
+               Address weights, Address logps, Address reference, bool per_sequence, double beta,
+               double label_smoothing, Address loss, Address rewards, Address grad, Address tokens) {
+  const qk::PairCall call = pair_call(sequences, length, rows, offsets, labels, ignore_index, weights, logps, reference,
+                                      per_sequence, beta, label_smoothing, loss, rewards, grad, tokens);
   py::gil_scoped_release release;
   qk::pair_loss(call);
 }
@@ -138,18 +143,19 @@ void cuda_row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, Vi
 
 void cuda_row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
                    int64_t ignore_index, double temperature, Address state, Address reference_state,
-                   Address coefficients, int coefficient_count, View out, Where where) {
+                   Address coefficients, int coefficient_count, Address upstream, View out, Where where) {
   const qk::GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, state,
-                                      reference_state, coefficients, coefficient_count, out, false);
+                                      reference_state, coefficients, coefficient_count, upstream, out, false);
   py::gil_scoped_release release;
   qk::cuda::row_grad(call, launch_of(where));
 }
 
-void cuda_pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address logps, Address reference,
-                    bool per_sequence, Address weights, double beta, double label_smoothing, Address loss,
-                    Address rewards, Address grad, Where where) {
-  const qk::PairCall call = pair_call(sequences, length, rows, offsets, logps, reference, per_sequence, weights, beta,
-                                      label_smoothing, loss, rewards, grad);
+void cuda_pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address labels,
+                    int64_t ignore_index, Address weights, Address logps, Address reference, bool per_sequence,
+                    double beta, double label_smoothing, Address loss, Address rewards, Address grad, Address tokens,
+                    Where where) {
+  const qk::PairCall call = pair_call(sequences, length, rows, offsets, labels, ignore_index, weights, logps, reference,
+                                      per_sequence, beta, label_smoothing, loss, rewards, grad, tokens);
   py::gil_scoped_release release;
   qk::cuda::pair_loss(call, launch_of(where));
 }

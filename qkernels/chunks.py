@@ -231,7 +231,7 @@ class Pass:
                 chunk.logits, labels, state, coefficients, config.row_temperature, ignore_index
             )
             ignore_index = IGNORED
-        args = (labels, reference, state, reference_state, coefficients)
+        args = (labels, reference, state, reference_state, coefficients, None)
         how = (config.row_temperature, ignore_index)
         if config.softcap is not None:
             grad = self._buffer("capped", n, self.wide)

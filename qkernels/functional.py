@@ -12,7 +12,7 @@ from torch import Tensor
 from . import backends, checks, distributed, objectives, preference, rows, vocab_parallel
 from ._compile import eager_with_groups
 from .autograd.logits import DefaultLoss, RowStats, refuse_overwritten
-from .distributed import Ranks, SequenceShard
+from .distributed import Ranks
 from .objectives import LossType
 from .preference import Batch, Reference, TokenDPOOutput
 from .rows import BIT, RowConfig
@@ -381,35 +381,27 @@ def fused_token_dpo(
         weights = preference.check_token_weights(token_weights, labels)
         dtype = rows.stats_dtype(policy_logits.dtype)
 
-        def batch_and_reference(shard: SequenceShard | None) -> tuple[Batch, Reference]:
-            batch = Batch.of(call.labels, weights, cu_seqlens, plan, ignore_index, dtype, shard)
-            return batch, Reference.of(reference_logps, live, "reference_logits", plan, labels, batch)
-
-        batch, reference = batch_and_reference(None)
-        positions = None if ranks is None else ranks.sequence_shard(batch.sequences.number, dtype, agreed)
-    if positions is not None:
-        batch, reference = batch_and_reference(positions)
-    if batch.labels is not call.labels:
-        call = call._replace(labels=batch.labels)
-    if plan.is_default and reduction == "mean" and call.differentiable() and call.shard is None and positions is None:
-        return _default_loss(call, batch, reference, plan.label_smoothing, beta)
+        number = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        reference = Reference.of(reference_logps, live, "reference_logits", plan, labels, number, dtype)
+        positions = None if ranks is None else ranks.sequence_shard(number, dtype, agreed)
+    if plan.is_default and plan.ld_alpha is None and reduction == "mean" and weights is None and ranks is None:
+        return _default_loss(call, reference, cu_seqlens, plan.label_smoothing, beta)
+    batch = Batch.of(call.labels, weights, cu_seqlens, plan, ignore_index, dtype, positions)
+    call = call._replace(labels=batch.labels)
     stats = call.stats(preference.columns(plan, live), preference.carrying(plan))
     return preference.loss_and_rewards(stats, batch, reference, plan, beta, reduction, call.backend, call.shape)
 
 
 def _default_loss(
-    call: _Rows, batch: Batch, reference: Reference, label_smoothing: float, beta: float
+    call: _Rows, reference: Reference, cu_seqlens: Tensor | None, label_smoothing: float, beta: float
 ) -> TokenDPOOutput:
-    """DPO with a mean over pairs, for training: the operations without what lies between them."""
+    """DPO with a mean over pairs of tokens that count 1 each: the two operations and nothing else."""
     columns = rows.STATE | BIT["logsumexp"]
-    cached = reference.tokens if reference.tokens is not None else reference.sequence_sums
     if call.reference is not None:
         columns |= BIT["reference_logps"]
     config = RowConfig(columns, call.temperature, call.ignore_index, call.backend)
-    loss, rewards, stats = DefaultLoss.apply(
-        call.logits, call.labels, call.reference, cached, batch.weights, batch.cu_seqlens, config, call.inplace,
-        beta, label_smoothing,
+    loss, rewards, stats, tokens = DefaultLoss.apply(
+        call.logits, call.labels, call.reference, reference.given, cu_seqlens, config, call.inplace, beta,
+        label_smoothing,
     )  # fmt: skip
-    columns_of = rows.by_name(columns, (), (stats,))
-    tokens = columns_of.get("reference_logps", reference.tokens)
-    return preference.assemble(loss, rewards, columns_of, tokens, beta, call.shape)
+    return preference.assemble(loss, rewards, rows.by_name(columns, (), (stats,)), tokens, call.shape)

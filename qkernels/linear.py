@@ -15,7 +15,7 @@ from . import backends, checks, chunks, distributed, objectives, plans, preferen
 from ._compile import constant_when_compiled, eager_with_groups
 from .autograd.linear import FrozenHead, Gradients, KnownGradient, LinearStats
 from .chunks import LinearConfig, Model, Selection
-from .distributed import Ranks, SequenceShard
+from .distributed import Ranks
 from .functional import TokenStats, check_outputs
 from .head import logits_product
 from .objectives import LossType, Plan
@@ -525,13 +525,15 @@ class _Loss(NamedTuple):
             def pick(per_row: Tensor) -> Tensor:
                 return per_row.reshape(-1)[where].unsqueeze(0)
 
+            labels = pick(batch.labels)
             part = Batch(
-                pick(batch.labels),
+                labels,
                 pick(batch.used),
                 pick(batch.weights),
                 pick(batch.base_weights),
-                Sequences.of(pick(batch.labels), cu_seqlens),
+                Sequences.of(labels, cu_seqlens),
                 cu_seqlens,
+                batch.ignore_index,
             )
             sums = reference.sequence_sums
             known = Reference(
@@ -630,15 +632,11 @@ def _prepare_loss(
         weights = preference.check_token_weights(token_weights, labels)
         as_rows = labels.unsqueeze(0) if labels.dim() == 1 else labels
 
-        def batch_and_reference(shard: SequenceShard | None) -> tuple[Batch, Reference]:
-            dtype = rows.stats_dtype(call.dtype)
-            batch = Batch.of(as_rows, weights, cu_seqlens, objective, call.ignore_index, dtype, shard)
-            return batch, Reference.of(reference_logps, live, "reference_hidden", objective, labels, batch)
-
-        batch, reference = batch_and_reference(None)
-        positions = None if ranks is None else ranks.sequence_shard(batch.sequences.number, call.dtype, agreed)
-    if positions is not None:
-        batch, reference = batch_and_reference(positions)
+        number = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dtype = rows.stats_dtype(call.dtype)
+        reference = Reference.of(reference_logps, live, "reference_hidden", objective, labels, number, dtype)
+        positions = None if ranks is None else ranks.sequence_shard(number, call.dtype, agreed)
+    batch = Batch.of(as_rows, weights, cu_seqlens, objective, call.ignore_index, dtype, positions)
     call = call._replace(labels=batch.labels.reshape(-1))
     columns = preference.columns(objective, live)
     if outputs:

@@ -7,13 +7,16 @@ Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides
 - `row_stats`: the requested columns of each row. One read of each logit. A row with an ignored label is not read; it
   is 0 in every column. IndexError for a label outside [0, V) on the CPU, NaN in that row elsewhere.
 - `row_grad`: dL/dlogits into a new tensor. One read and one write of each logit; rows that are ignored, or whose
-  coefficients are all 0, are set to 0 without being read.
+  coefficients are all 0, are set to 0 without being read. `upstream`, a scalar on the device in the dtype of the
+  results, multiplies all coefficients; None stands for 1.
 - `row_grad_`: the same over the logits' own storage.
 - `linear_stats`, `linear_unit_gradient`, `linear_gradients`: the passes of `qkernels.chunks` over hidden states, for
   torch.compile; eager code calls them directly.
-- `pair_loss`: DPO with label smoothing from per-row log-probs: `(loss [], rewards [2B], dloss/dlogps [S, T])`, where
-  rewards are beta times the weighted sums of log-ratios. Rows of weight 0 do not count. `reference_logps` is per
-  token, `[S, T]`, or per sequence, `[2B]`.
+- `pair_loss`: DPO with label smoothing from per-row log-probs: `(loss [], rewards [2B], dloss/dlogps [S, T], tokens
+  [2, S, T])`, where rewards are beta times the weighted sums of log-ratios, and tokens are beta times the log-ratio of
+  each row, and the reference's log-prob. `weights` `[S, T]` are 0 where the label is ignored, None stands for 1
+  elsewhere; rows of weight 0 do not count, are not read, and are 0 in all results. `reference_logps` is per token,
+  `[S, T]`, per sequence, `[2B]` (tokens are `[0, S, T]` then), or None for 0.
 """
 
 from __future__ import annotations
@@ -22,22 +25,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _python_dispatch
 
 from . import backends
-from .rows import check_labels, stats_dtype
+from .rows import check_labels, pair_outputs, stats_dtype
 
 _library = torch.library.Library("qkernels", "DEF")
 
 _ROW = "Tensor labels, Tensor? reference"
-_BACK = "Tensor state, Tensor? reference_state, Tensor coefficients"
+_BACK = "Tensor state, Tensor? reference_state, Tensor coefficients, Tensor? upstream"
 _HOW = "float temperature, int ignore_index, str backend"
 _library.define(f"row_stats(Tensor logits, {_ROW}, int columns, {_HOW}) -> Tensor")
 _library.define(f"row_grad(Tensor logits, {_ROW}, {_BACK}, {_HOW}) -> Tensor")
 _library.define(f"row_grad_(Tensor(a!) logits, {_ROW}, {_BACK}, {_HOW}) -> ()")
 _library.define(
-    "pair_loss(Tensor logps, Tensor reference_logps, Tensor weights, Tensor? cu_seqlens, float beta,"
-    " float label_smoothing, str backend) -> (Tensor, Tensor, Tensor)"
+    "pair_loss(Tensor logps, Tensor? reference_logps, Tensor labels, Tensor? weights, Tensor? cu_seqlens, float beta,"
+    " float label_smoothing, int ignore_index, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 _MODELS = (
@@ -60,27 +64,23 @@ def _row_stats(logits, labels, reference, columns, temperature, ignore_index, ba
     return backends.get(backend).row_stats(logits, labels, reference, columns, temperature, ignore_index)
 
 
-def _row_grad(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index, backend):
-    return backends.get(backend).row_grad(
-        logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index
-    )
+def _row_grad(*args):
+    return backends.get(args[-1]).row_grad(*args[:-1])
 
 
-def _row_grad_(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index, backend):
-    backends.get(backend).row_grad_(
-        logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index
-    )
+def _row_grad_(*args):
+    backends.get(args[-1]).row_grad_(*args[:-1])
 
 
-def _pair_loss(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend):
-    return backends.get(backend).pair_loss(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing)
+def _pair_loss(*args):
+    return backends.get(args[-1]).pair_loss(*args[:-1])
 
 
 def _row_stats_fake(logits, labels, reference, columns, temperature, ignore_index, backend):
     return logits.new_empty((columns.bit_count(), *labels.shape), dtype=stats_dtype(logits.dtype))
 
 
-def _row_grad_fake(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index, backend):
+def _row_grad_fake(logits, *args):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -88,9 +88,8 @@ def _row_grad_fake_(*args):
     return None
 
 
-def _pair_loss_fake(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend):
-    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return logps.new_empty(()), logps.new_empty(sequences), torch.empty_like(logps)
+def _pair_loss_fake(logps, reference_logps, labels, weights, cu_seqlens, *args):
+    return pair_outputs(logps, reference_logps, cu_seqlens)
 
 
 def _models(hidden, weight, bias, reference_hidden, reference_weight, reference_bias):
@@ -176,10 +175,10 @@ def run(name, *args):
     return op(*args) if torch.compiler.is_compiling() or _watched(args[0]) else implementation(*args)
 
 
-def _watched(tensor: torch.Tensor) -> bool:
+def _watched(tensor: Tensor) -> bool:
     """Whether torch has to see a call: modes, transforms, traces, profilers, and tensors of a class of their own."""
     return (
-        type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        type(tensor) not in (Tensor, torch.nn.Parameter)
         or _python_dispatch.is_in_torch_dispatch_mode()
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()

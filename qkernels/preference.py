@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, ops
 from .autograd.logits import PairLoss
 from .distributed import SequenceShard
 from .objectives import PairScores, Plan
@@ -67,6 +67,7 @@ class Batch(NamedTuple):
     weights: fp32 `[S, T]`, factors in the sequence sums, LD-DPO's included; 0 at ignored rows.
     base_weights: the same before LD-DPO.
     sequences, cu_seqlens: the grouping of the rows.
+    ignore_index: the label of rows that are not used.
     """
 
     labels: Tensor
@@ -75,6 +76,7 @@ class Batch(NamedTuple):
     base_weights: Tensor
     sequences: Sequences
     cu_seqlens: Tensor | None
+    ignore_index: int
 
     @staticmethod
     def of(
@@ -91,7 +93,7 @@ class Batch(NamedTuple):
         valid = labels != ignore_index
         base = valid.to(dtype)
         if token_weights is None and plan.ld_alpha is None:
-            return Batch(labels, valid, base, base, sequences, cu_seqlens)
+            return Batch(labels, valid, base, base, sequences, cu_seqlens, ignore_index)
         if token_weights is not None:
             base = torch.where(valid, token_weights.to(dtype), 0.0)
             valid = base != 0
@@ -103,22 +105,34 @@ class Batch(NamedTuple):
             weights = torch.where(position > shared, base * plan.ld_alpha, base)
         # WPO and SFT average over all tokens, also those that LD-DPO gives no weight.
         used = (base if plan.use_weighting or not plan.discounted else weights) != 0
-        return Batch(labels.masked_fill(~used, ignore_index), used, weights, base, sequences, cu_seqlens)
+        labels = labels.masked_fill(~used, ignore_index)
+        return Batch(labels, used, weights, base, sequences, cu_seqlens, ignore_index)
 
 
 class Reference(NamedTuple):
-    """Where the reference's log-probs come from: exactly one is set, or none for reference logits.
+    """Where the reference's log-probs come from: at most one is set, none for reference logits or for log-probs of 0.
 
-    tokens: `[S, T]`, per token.
+    tokens: `[S, T]`, per token; anything where a row is not used.
     sequence_sums: `[2B]`, per sequence.
     """
 
     tokens: Tensor | None
     sequence_sums: Tensor | None
 
+    @property
+    def given(self) -> Tensor | None:
+        """What was given, as the operation `pair_loss` takes it."""
+        return self.tokens if self.tokens is not None else self.sequence_sums
+
     @staticmethod
     def of(
-        reference_logps: Any, has_live_reference: bool, live_name: str, plan: Plan, labels: Tensor, batch: Batch
+        reference_logps: Any,
+        has_live_reference: bool,
+        live_name: str,
+        plan: Plan,
+        labels: Tensor,
+        sequences: int,
+        dtype: torch.dtype,
     ) -> Reference:
         """Check the caller's choice of reference.
 
@@ -127,7 +141,8 @@ class Reference(NamedTuple):
             has_live_reference: whether the reference model's own rows were given, as the argument `live_name`.
             plan: the loss, which may do without a reference or insist on a live one.
             labels: the caller's labels, for their shape and device.
-            batch: the rows, for the number of sequences and the weights.
+            sequences: how many there are, 2B.
+            dtype: of the per-row results.
         """
         if has_live_reference:
             if reference_logps is not None:
@@ -137,26 +152,24 @@ class Reference(NamedTuple):
             raise ValueError(f"this loss_type needs KL(reference || policy) per token, hence {live_name}")
         if reference_logps is None:
             if plan.reference_free:
-                return Reference(torch.zeros_like(batch.weights), None)
+                return Reference(None, None)
             raise ValueError(
                 f"no reference: give {live_name}, or reference_logps (cached log-probs; 0.0 for reference-free)"
             )
         if not isinstance(reference_logps, Tensor):
             if isinstance(reference_logps, bool) or reference_logps != 0:
                 raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {reference_logps!r}")
-            return Reference(torch.zeros_like(batch.weights), None)
+            return Reference(None, None)
         if reference_logps.shape == labels.shape:
-            tokens = checks.like(reference_logps, "reference_logps", labels.shape, labels, "labels").detach()
-            tokens = _shaped(tokens.to(batch.weights.dtype), batch.labels.shape)
-            return Reference(torch.where(batch.used, tokens, batch.weights), None)  # 0 in rows that are not used
-        if reference_logps.shape != (batch.sequences.number,):
+            tokens = checks.like(reference_logps, "reference_logps", labels.shape, labels, "labels").detach().to(dtype)
+            return Reference(tokens if labels.dim() == 2 else tokens.unsqueeze(0), None)
+        if reference_logps.shape != (sequences,):
             raise ValueError(
-                f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({batch.sequences.number},)"
+                f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({sequences},)"
                 f" (per sequence), got {tuple(reference_logps.shape)}"
             )
-        shape = torch.Size([batch.sequences.number])
-        sums = checks.like(reference_logps, "reference_logps", shape, labels, "labels").detach()
-        return Reference(None, sums.to(batch.weights.dtype))
+        sums = checks.like(reference_logps, "reference_logps", torch.Size([sequences]), labels, "labels").detach()
+        return Reference(None, sums.to(dtype))
 
 
 def check_token_weights(token_weights: Any, labels: Tensor) -> Tensor | None:
@@ -221,41 +234,47 @@ def loss_and_rewards(
         backend: who computes the default objective.
         shape: of the caller's labels.
     """
-    logps = stats["logps"]
-    reference_tokens = stats.get("reference_logps", reference.tokens)
+    logps, tokens = stats["logps"], stats.get("reference_logps")
     if plan.is_default and reduction == "mean" and batch.sequences.shard is None:
-        ref = reference_tokens if reference_tokens is not None else reference.sequence_sums
-        loss, rewards = PairLoss.apply(logps, ref, batch.weights, batch.cu_seqlens, beta, plan.label_smoothing, backend)
+        loss, rewards, per_token = PairLoss.apply(
+            logps, reference.given if tokens is None else tokens, batch.labels, batch.weights, batch.cu_seqlens, beta,
+            plan.label_smoothing, batch.ignore_index, backend,
+        )  # fmt: skip
     else:
-        scores = pair_scores(stats, batch, reference_tokens, reference.sequence_sums, plan)
+        if tokens is None and reference.sequence_sums is None:  # 0 in rows that are not used
+            tokens = torch.zeros_like(batch.weights)
+            tokens = tokens if reference.tokens is None else torch.where(batch.used, reference.tokens, tokens)
+        scores = pair_scores(stats, batch, tokens, reference.sequence_sums, plan)
         losses = plan.losses(scores, beta, _wpo_weights(stats, batch) if plan.use_weighting else None)
         loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
         rewards = beta * torch.cat([scores.chosen_log_ratios, scores.rejected_log_ratios]).detach()
-    return assemble(loss, rewards, stats, reference_tokens, beta, shape)
+        per_token = () if tokens is None else (log_ratios(logps.detach(), tokens).mul_(beta), tokens)
+    return assemble(loss, rewards, stats, per_token, shape)
 
 
 def assemble(
     loss: Tensor,
     rewards: Tensor,
     stats: dict[str, Tensor],
-    reference_tokens: Tensor | None,
-    beta: float,
+    per_token: Tensor | tuple[Tensor, ...],
     shape: torch.Size,
 ) -> TokenDPOOutput:
-    """The output of a loss that has been computed; `rewards` `[2B]`, chosen first."""
+    """The output of a loss that has been computed.
+
+    Args:
+        rewards: `[2B]`, chosen first.
+        per_token: token rewards and the reference's log-probs, `[S, T]` each; empty where these came per sequence.
+        shape: of the caller's labels.
+    """
     chosen_rewards, rejected_rewards = rewards.chunk(2)
-    logps = stats["logps"].detach()
-    token_rewards = None
-    if reference_tokens is not None:
-        token_rewards = _shaped(log_ratios(logps, reference_tokens).mul_(beta), shape)
-        reference_tokens = _shaped(reference_tokens, shape)
+    token_rewards, reference_tokens = per_token if len(per_token) else (None, None)
     return TokenDPOOutput(
         loss,
         chosen_rewards,
         rejected_rewards,
-        _shaped(logps, shape),
-        reference_tokens,
-        token_rewards,
+        _shaped(stats["logps"].detach(), shape),
+        None if reference_tokens is None else _shaped(reference_tokens, shape),
+        None if token_rewards is None else _shaped(token_rewards, shape),
         _shaped(stats["logsumexp"].detach(), shape),
     )
 
@@ -268,6 +287,11 @@ def loss_gradient(
     stats: dict[str, Tensor], batch: Batch, reference: Reference, plan: Plan, beta: float, backend: str
 ) -> dict[str, Tensor]:
     """d(sum of the pairs' losses) / d(column), for the columns that a loss differentiates. Arguments as above."""
+    if plan.is_default:
+        tokens = stats.get("reference_logps", reference.given)
+        args = (batch.labels, batch.weights, batch.cu_seqlens, beta, plan.label_smoothing, batch.ignore_index, backend)
+        of_mean = ops.run("pair_loss", stats["logps"], tokens, *args)[2]
+        return {"logps": of_mean * (batch.sequences.number // 2)}
     leaves: dict[str, Tensor] = {name: stats[name].detach().requires_grad_() for name in carrying(plan)}
     with torch.enable_grad():
         loss = loss_and_rewards(

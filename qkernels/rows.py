@@ -78,6 +78,20 @@ def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if logits_dtype == torch.float64 else torch.float32
 
 
+def pair_outputs(
+    logps: torch.Tensor, reference_logps: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """Empty tensors for the results of `pair_loss` (`qkernels.ops`)."""
+    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    per_sequence = reference_logps is not None and reference_logps.dim() == 1
+    return (
+        logps.new_empty(()),
+        logps.new_empty(sequences),
+        logps.new_empty(logps.shape),
+        logps.new_empty((0 if per_sequence else 2, *logps.shape)),
+    )
+
+
 def label_error(labels: torch.Tensor, flat_index: int, vocab: int) -> IndexError:
     """The error for a label outside [0, vocab): its position in `labels` and its value."""
     position, rest = [], flat_index

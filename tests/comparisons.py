@@ -122,7 +122,7 @@ def check_gradient_into(
     lines = memory[offset:].view(1, -1, pitch)
     out, before = lines[..., : rows.vocab], logits.clone()
     states = (stats[:3], stats[3:6] if full else None)
-    backend.module.row_grad_into(out, logits, labels, reference, *states, given, *how)
+    backend.module.row_grad_into(out, logits, labels, reference, *states, given, None, *how)
     assert torch.equal(logits, before) and bool((lines[..., rows.vocab :] == 777).all())
     assert bool((memory[:offset] == 777).all())
     assert bool((out[labels == IGNORE] == 0).all())

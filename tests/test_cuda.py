@@ -92,7 +92,7 @@ def test_arguments_reach_the_extension(on_the_cpu):
         assert torch.equal(got, ops.row_stats(*args, columns, 0.7, IGNORE, "cpu"))
     state = ops.row_stats(*args, STATE | REFERENCE_STATE, 0.7, IGNORE, "cpu")
     for k in (1, 5):
-        how = (state[:3], state[3:], torch.randn(k, 2, 3), 0.7, IGNORE)
+        how = (state[:3], state[3:], torch.randn(k, 2, 3), None if k == 1 else torch.tensor(-2.0), 0.7, IGNORE)
         expected = ops.row_grad(*args, *how, "cpu")
         assert torch.equal(cuda.row_grad(*args, *how), expected)
         logits = rows.logits.clone()
@@ -101,9 +101,12 @@ def test_arguments_reach_the_extension(on_the_cpu):
     logps = -torch.rand(4, 5)
     for ends in (None, torch.tensor([0, 3, 9, 10, 20])):
         batch = logps if ends is None else logps.view(1, 20)
-        pair = (batch, batch - 0.3, torch.ones_like(batch), ends, 0.1, 0.2)
-        for got, expected in zip(cuda.pair_loss(*pair), ops.pair_loss(*pair, "cpu"), strict=True):
-            assert torch.equal(got, expected)
+        labels = torch.arange(20).view(batch.shape) % 7
+        for weights in (None, torch.rand_like(batch) * (labels != 3)):
+            for reference in (None, batch - 0.3, torch.zeros(4)):
+                pair = (batch, reference, labels, weights, ends, 0.1, 0.2, 3)
+                for got, expected in zip(cuda.pair_loss(*pair), ops.pair_loss(*pair, "cpu"), strict=True):
+                    assert torch.equal(got, expected)
     assert {where[1] for where in on_the_cpu} == {77}
 
 

@@ -207,27 +207,42 @@ def test_every_coefficient_is_checked(backend, dtype, which, monkeypatch):
 
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("which", ["loss", "rewards", "gradient", "gradient of one token"])
+@pytest.mark.parametrize(
+    "which", ["loss", "rewards", "gradient", "gradient of one token", "token rewards", "reference of tokens"]
+)
 def test_the_default_loss_is_checked(backend, dtype, which, packed, monkeypatch):
     batch = make_pairs(2, 6, 30, dtype, backend.device)
     batch = pack(batch) if packed else batch
     real = backend.module.pair_loss
 
     def wrong(*args):
-        loss, rewards, grad = real(*args)
-        if which == "loss":
-            return loss * SLIGHTLY, rewards, grad
-        if which == "rewards":
-            return loss, rewards * SLIGHTLY, grad
-        if which == "gradient":
-            return loss, rewards, grad * SLIGHTLY
-        grad = grad.clone()
-        place = int(grad.abs().argmax())
-        grad.view(-1)[place] *= SLIGHTLY
-        return loss, rewards, grad
+        results = dict(zip(("loss", "rewards", "gradient", "tokens"), real(*args), strict=True))
+        if which in results:
+            results[which] = results[which] * SLIGHTLY
+        elif which == "gradient of one token":
+            place = int(results["gradient"].abs().argmax())
+            results["gradient"].view(-1)[place] *= SLIGHTLY
+        else:
+            results["tokens"][int(which == "reference of tokens")] *= SLIGHTLY
+        return tuple(results.values())
 
     expect_failure(
         lambda: check_preference(backend, batch), lambda: monkeypatch.setattr(backend.module, "pair_loss", wrong)
+    )
+
+
+@pytest.mark.dtypes(*PLAIN)
+def test_the_upstream_gradient_is_checked(backend, dtype, monkeypatch):
+    batch = make_pairs(2, 6, 30, dtype, backend.device)
+    real = backend.module.row_grad
+
+    def wrong(*args):
+        *before, upstream, temperature, ignore_index = args
+        return real(*before, upstream * SLIGHTLY, temperature, ignore_index)
+
+    expect_failure(
+        lambda: check_preference(backend, batch, upstream=-2.5),
+        lambda: monkeypatch.setattr(backend.module, "row_grad", wrong),
     )
 
 

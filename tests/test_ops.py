@@ -92,8 +92,9 @@ def grad_args(backend, dtype, full, strided=False):
     stats = ops.row_stats(logits, labels, reference, columns, 0.7, -100, backend.name)
     coefficients = normal(len(COEFFICIENTS) if full else 1, 2, 3).to(stats)
     if full:
-        return (logits, labels, reference, stats[:3], stats[3:6], coefficients, 0.7, -100, backend.name)
-    return (logits, labels, None, stats[:3], None, coefficients, 0.7, -100, backend.name)
+        return (logits, labels, reference, stats[:3], stats[3:6], coefficients, None, 0.7, -100, backend.name)
+    upstream = torch.tensor(-0.5).to(stats)
+    return (logits, labels, None, stats[:3], None, coefficients, upstream, 0.7, -100, backend.name)
 
 
 @pytest.mark.dtypes(*PLAIN)
@@ -112,15 +113,39 @@ def test_row_grad_in_place_equals_out_of_place(backend, dtype):
     assert torch.equal(args[0], expected)
 
 
-@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_upstream_multiplies_all_coefficients(backend, dtype, full):
+    logits, labels, reference, *states, coefficients, _, temperature, ignore, name = grad_args(backend, dtype, full)
+    how = (temperature, ignore, name)
+    given = ops.row_grad(logits, labels, reference, *states, 4 * coefficients, coefficients.new_tensor(0.25), *how)
+    assert torch.equal(given, ops.row_grad(logits, labels, reference, *states, coefficients, None, *how))
+    silent = ops.row_grad(
+        logits * torch.nan, labels, reference, *states, coefficients, coefficients.new_zeros(()), *how
+    )
+    assert bool((silent == 0).all()), "an upstream gradient of 0 leaves nothing to be read"
+
+
+@pytest.mark.parametrize("reference", ["none", "per token", "per sequence"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_pair_loss(backend, packed, per_sequence):
+def test_pair_loss(backend, packed, reference):
     shape = (1, 12) if packed else (4, 3)
     ends = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32, device=backend.device) if packed else None
     logps = normal(*shape).to(backend.device)
-    reference = (normal(4) if per_sequence else normal(*shape, key=(1,))).to(backend.device)
-    weights = torch.ones(shape, device=backend.device)
-    torch.library.opcheck(ops.pair_loss, (logps, reference, weights, ends, 0.1, 0.05, backend.name))
+    given = None
+    if reference != "none":
+        given = (normal(4) if reference == "per sequence" else normal(*shape, key=(1,))).to(backend.device)
+    labels = torch.arange(12, device=backend.device).view(shape) % 5
+    both = []
+    for weights in (None, (labels != 2).float()):
+        args = (logps, given, labels, weights, ends, 0.1, 0.05, 2, backend.name)
+        torch.library.opcheck(ops.pair_loss, args)
+        both.append(ops.pair_loss(*args))
+        tokens = both[-1][3]
+        assert tokens.shape == (0 if reference == "per sequence" else 2, *shape)
+        for value in (both[-1][2], *tokens):
+            assert bool((value[labels == 2] == 0).all()) and bool(value.isfinite().all())
+    for by_labels, by_weights in zip(*both, strict=True):
+        assert torch.equal(by_labels, by_weights)
 
 
 def linear_args(backend, dtype, columns, live=False, bias=True, softcap=None, strided=False):

@@ -86,10 +86,10 @@ def test_estimates_are_within_the_aims():
             assert kernel_report.estimated("Triton", names, rows, vocab)[0] <= float(aim.removesuffix(" ms")), work
 
 
-@pytest.mark.parametrize("per_sequence", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_form_of_the_pair_loss_compiles(packed, per_sequence):
-    flags = (("PACKED", packed), ("PER_SEQUENCE", per_sequence))
+@pytest.mark.parametrize("reference", [0, 1, 2])
+@pytest.mark.parametrize("packed, weighted", [(False, True), (True, False)])
+def test_every_form_of_the_pair_loss_compiles(packed, weighted, reference):
+    flags = (("PACKED", packed), ("WEIGHTED", weighted), ("REFERENCE", reference))
     kernel_report.compiled(kernel_report.Variant("", "pair_loss", "fp32", flags=flags), "sm_90")
 
 
@@ -191,7 +191,7 @@ def test_one_compilation_serves_all_shapes(monkeypatch):
         state = torch.zeros(3, *labels.shape)
         for temperature in (1.0, 0.7):
             row_stats_kernel.row_stats(logits, labels, None, STATE, temperature, -100 - i * 2**33)
-            row_grad_kernel.row_grad_into(logits, logits, labels, None, state, None, state[:1], temperature, 0)
+            row_grad_kernel.row_grad_into(logits, logits, labels, None, state, None, state[:1], None, temperature, 0)
     assert len(stats_calls.calls) == len(grad_calls.calls) == 2 * len(SHAPES)
     assert len(keys_of(stats, stats_calls.calls)) == 1
     assert len(keys_of(grad, grad_calls.calls)) == 1
@@ -212,7 +212,8 @@ def test_one_compilation_of_the_pair_loss_serves_all_lengths(monkeypatch):
     for sequences, length in ((2, 1), (2, 16), (6, 17), (64, 1000)):
         logps = torch.zeros(sequences, length)
         for beta, smoothing in ((0.1, 0.0), (1.0, 0.25)):
-            pair_loss_kernel.pair_loss(logps, logps, logps, None, beta, smoothing)
+            labels = torch.zeros(logps.shape, dtype=torch.int64)
+            pair_loss_kernel.pair_loss(logps, logps, labels, None, None, beta, smoothing, -sequences)
     assert len(keys_of(kernel, recorder.calls)) == 1
 
 

@@ -239,7 +239,7 @@ def test_ignored_rows_and_rows_without_gradient_are_not_read(splits, outputs):
     coefficients = normal(5 if full else 1, 1, 4).to(DEVICE)
     coefficients[:, 0, 3] = 0
     logits[3], reference[3] = torch.nan, torch.nan
-    args = (*batched(logits, rows.labels, reference), state[:3], state[3:], coefficients, 1.0, IGNORE, "triton")
+    args = (*batched(logits, rows.labels, reference), state[:3], state[3:], coefficients, None, 1.0, IGNORE, "triton")
     grad = ops.row_grad(*args)[0]
     assert bool((grad[[1, 3]] == 0).all()) and bool(grad[[0, 2]].isfinite().all()) and bool((grad[0] != 0).any())
     ops.row_grad_(*args)
@@ -263,7 +263,8 @@ def test_labels_outside_the_vocabulary(splits, monkeypatch):
         stats = ops.row_stats(*args, columns, 1.0, IGNORE, "triton")
         assert bool(stats[:, 0, 1:].isnan().all()) and bool(stats[:, 0, 0].isfinite().all())
     state = ops.row_stats(*args, STATE, 1.0, IGNORE, "triton")
-    grad = ops.row_grad(args[0], args[1], None, state, None, torch.ones(1, 1, 4, device=DEVICE), 1.0, IGNORE, "triton")
+    ones = torch.ones(1, 1, 4, device=DEVICE)
+    grad = ops.row_grad(args[0], args[1], None, state, None, ones, None, 1.0, IGNORE, "triton")
     assert bool(grad[0, 1:].isnan().all()) and bool(grad[0, 0].isfinite().all())
 
 
@@ -299,7 +300,7 @@ def test_gradient_in_a_new_tensor_has_the_bits_of_the_one_in_place(splits):
     for full in (False, True):
         logits = strided(rows.logits, (4000, 1205, 1), 3)
         coefficients = normal(5 if full else 1, 1, 3).to(DEVICE)
-        args = (logits, rows.labels, rows.reference, state[:3], state[3:], coefficients, 0.9, IGNORE, "triton")
+        args = (logits, rows.labels, rows.reference, state[:3], state[3:], coefficients, None, 0.9, IGNORE, "triton")
         expected = ops.row_grad(*args)
         ops.row_grad_(*args)
         assert expected.is_contiguous() and torch.equal(logits, expected)
@@ -348,9 +349,9 @@ def test_cached_and_live_log_probs_have_the_same_bits(splits):
 # --- pair loss --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("given", ["none", "per token", "per sequence"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_pair_loss(packed, per_sequence):
+def test_pair_loss(packed, given):
     pairs, length = 9, 1100  # more pairs than are summed at once, sequences longer than a block
     shape = (1, 2 * pairs * length) if packed else (2 * pairs, length)
     logps = -5 * normal(*shape).abs().to(DEVICE)
@@ -363,16 +364,21 @@ def test_pair_loss(packed, per_sequence):
         ends[3] = ends[4]  # an empty sequence, and one of twice the length
     logps.view(-1)[5] = reference.view(-1)[5] = -torch.inf
     weights.view(-1)[5] = 1.0
-    if per_sequence:
+    if given != "per token":
         logps.view(-1)[5] = -1.0
         reference = truth.Sequences.of(logps, ends).sums(logps * weights) + normal(2 * pairs).to(DEVICE)
-    for smoothing in (0.0, 0.1):
-        how = (ends, 0.1, smoothing)
-        expected = truth.pair_loss(logps.double(), reference.double(), weights.double(), *how)
+    if given == "none":
+        reference = None
+    labels = torch.where(weights == 0, 7, 0)
+    for smoothing, weighted in ((0.0, True), (0.1, False)):
+        weights = weights if weighted else (weights != 0).float()
+        how = (labels, weights.double(), ends, 0.1, smoothing, 7)
+        expected = truth.pair_loss(logps.double(), None if reference is None else reference.double(), *how)
         poisoned = torch.where(weights == 0, torch.nan, logps)
-        actual = ops.pair_loss(poisoned, reference, weights, *how, "triton")
-        for name, value, exact in zip(("loss", "rewards", "grad"), actual, expected, strict=True):
-            assert value.dtype == FLOAT
+        how = (labels, weights if weighted else None, ends, 0.1, smoothing, 7)
+        actual = ops.pair_loss(poisoned, reference, *how, "triton")
+        for name, value, exact in zip(("loss", "rewards", "grad", "tokens"), actual, expected, strict=True):
+            assert value.dtype == FLOAT and value.shape == exact.shape
             # All sums are fp64 here, so one rounding is left; per-token ratios of the reference are exact in fp64 too.
             assert_within(value, exact, 1e-6 * exact.abs().clamp_min(1e-3).cpu(), name)
 

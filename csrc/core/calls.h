@@ -67,6 +67,7 @@ struct GradCall {
   const float* reference_state = nullptr;  // the same of the reference, or null
   const float* coefficients = nullptr;     // [coefficient_count, rows]
   int coefficient_count = 1;
+  const float* upstream = nullptr;  // [1], which all coefficients are multiplied by; null for 1
   Rows out;                  // may be `policy` itself; of its dtype, or 16 bits wide for fp32 logits
   bool out_is_zero = false;  // `out` holds zeros already: rows without a gradient need not be touched
 };
@@ -74,14 +75,16 @@ struct GradCall {
 struct PairCall {
   int64_t sequences = 0, length = 0, rows = 0;
   const int32_t* offsets = nullptr;  // [sequences + 1], or null for dense [sequences, length]
+  Labels labels;                     // [rows]
+  const float* weights = nullptr;    // [rows], 0 where the label is ignored; null for 1 everywhere else
   const float* logps = nullptr;      // [rows]
-  const float* reference = nullptr;  // [rows], or [sequences] when per_sequence
+  const float* reference = nullptr;  // [rows], or [sequences] when per_sequence; null for log-probs of 0
   bool per_sequence = false;
-  const float* weights = nullptr;  // [rows]
   double beta = 0.1, label_smoothing = 0;
   float* loss = nullptr;     // [1]
   float* rewards = nullptr;  // [sequences]
   float* grad = nullptr;     // [rows]
+  float* tokens = nullptr;   // [2, rows]: token rewards, reference; null when per_sequence
 
   // First row of a sequence; its last one lies before the next one's first.
   QK_HOST_DEVICE int64_t begin(int64_t sequence) const { return offsets ? offsets[sequence] : sequence * length; }

@@ -34,16 +34,17 @@ struct RowCoefficients {
 
 QK_HOST_DEVICE RowCoefficients coefficients_of(const GradCall& call, int64_t row) {
   const int64_t rows = call.shape.rows();
+  const double upstream = call.upstream ? static_cast<double>(*call.upstream) : 1;
   RowCoefficients c = {};
   c.row_max = call.state[row];
   c.log_sum = call.state[rows + row];
   c.logp = call.state[2 * rows + row];
-  c.label = call.coefficients[row];
+  c.label = upstream * call.coefficients[row];
   if (call.coefficient_count == kCoefficientCount) {
-    c.p = call.coefficients[kP * rows + row];
-    c.p_logp = call.coefficients[kPLogP * rows + row];
-    c.p_logq = call.coefficients[kPLogQ * rows + row];
-    c.q = call.coefficients[kQ * rows + row];
+    c.p = upstream * call.coefficients[kP * rows + row];
+    c.p_logp = upstream * call.coefficients[kPLogP * rows + row];
+    c.p_logq = upstream * call.coefficients[kPLogQ * rows + row];
+    c.q = upstream * call.coefficients[kQ * rows + row];
   }
   if (call.reference_state) {
     c.reference_max = call.reference_state[row];

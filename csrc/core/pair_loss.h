@@ -1,8 +1,9 @@
-// DPO with label smoothing on one pair, and its derivative: the arithmetic of the `pair_loss` operation.
+// DPO with label smoothing: the arithmetic of the `pair_loss` operation, on a pair and on the rows of its sequences.
 #pragma once
 
 #include <cmath>
 
+#include "calls.h"
 #include "macros.h"
 
 namespace qk {
@@ -27,6 +28,48 @@ QK_HOST_DEVICE PairResult pair_loss(double chosen, double rejected, double beta,
   const double keep = 1 - label_smoothing;
   const double flipped = label_smoothing == 0 ? 0 : label_smoothing * log_sigmoid(-x);
   return {-keep * log_sigmoid(x) - flipped, -beta * (keep * sigmoid(-x) - label_smoothing * sigmoid(x))};
+}
+
+// What a row counts for in its sequence's sums. Nothing else of a row of weight 0 is read.
+QK_HOST_DEVICE float weight_of(const PairCall& call, int64_t row) {
+  if (call.weights) return call.weights[row];
+  return call.labels.data[row] == call.labels.ignore_index ? 0.0f : 1.0f;
+}
+
+// A row's log-ratio; its log-prob where the reference comes per sequence.
+QK_HOST_DEVICE double value_of(const PairCall& call, int64_t row) {
+  return call.reference && !call.per_sequence ? log_ratio(call.logps[row], call.reference[row]) : call.logps[row];
+}
+
+// The sum of a sequence's weighted values, over every `step`-th of its rows.
+QK_HOST_DEVICE double share_of(const PairCall& call, int64_t sequence, int first, int step) {
+  double total = 0;
+  const int64_t end = call.begin(sequence + 1);
+  for (int64_t row = call.begin(sequence) + first; row < end; row += step) {
+    const float weight = weight_of(call, row);
+    if (weight != 0) total += weight * value_of(call, row);
+  }
+  return total;
+}
+
+// From the whole sum to the sequence's log-ratio; its reward is stored.
+QK_HOST_DEVICE double ratio_of(const PairCall& call, int64_t sequence, double total) {
+  const double ratio = call.per_sequence ? log_ratio(total, call.reference[sequence]) : total;
+  call.rewards[sequence] = static_cast<float>(call.beta * ratio);
+  return ratio;
+}
+
+// What the same rows get: dloss/dlogps and, as tokens, their reward and the reference's log-prob.
+QK_HOST_DEVICE void put_rows(const PairCall& call, int64_t sequence, double slope, int first, int step) {
+  const int64_t end = call.begin(sequence + 1);
+  for (int64_t row = call.begin(sequence) + first; row < end; row += step) {
+    const float weight = weight_of(call, row);
+    call.grad[row] = weight == 0 ? 0 : static_cast<float>(slope * weight);
+    if (!call.tokens) continue;
+    // In fp32, as torch would: whatever computes a token's reward, it has the same bits.
+    call.tokens[row] = weight == 0 ? 0 : static_cast<float>(call.beta) * static_cast<float>(value_of(call, row));
+    call.tokens[call.rows + row] = weight == 0 || !call.reference ? 0 : call.reference[row];
+  }
 }
 
 }  // namespace qk

@@ -136,27 +136,16 @@ void row_grad(const GradCall& call, int threads) {
 
 void pair_loss(const PairCall& call) {
   const int64_t pairs = call.sequences / 2;
-  std::vector<double> sums(static_cast<size_t>(call.sequences));
-  for (int64_t s = 0; s < call.sequences; ++s) {
-    double total = 0;
-    for (int64_t row = call.begin(s); row < call.begin(s + 1); ++row) {
-      if (call.weights[row] == 0) continue;
-      const double value = call.per_sequence ? call.logps[row] : log_ratio(call.logps[row], call.reference[row]);
-      total += call.weights[row] * value;
-    }
-    sums[static_cast<size_t>(s)] = call.per_sequence ? log_ratio(total, call.reference[s]) : total;
-    call.rewards[s] = static_cast<float>(call.beta * sums[static_cast<size_t>(s)]);
-  }
   double loss = 0;
   for (int64_t pair = 0; pair < pairs; ++pair) {
-    const PairResult result = pair_loss(sums[static_cast<size_t>(pair)], sums[static_cast<size_t>(pair + pairs)],
-                                        call.beta, call.label_smoothing);
+    double ratio[2];
+    for (int side = 0; side < 2; ++side)
+      ratio[side] = ratio_of(call, pair + side * pairs, share_of(call, pair + side * pairs, 0, 1));
+    const PairResult result = pair_loss(ratio[0], ratio[1], call.beta, call.label_smoothing);
     loss += result.loss;
-    for (const int64_t s : {pair, pair + pairs}) {
-      const double slope = (s == pair ? result.slope : -result.slope) / static_cast<double>(pairs);
-      for (int64_t row = call.begin(s); row < call.begin(s + 1); ++row)
-        call.grad[row] = call.weights[row] == 0 ? 0 : static_cast<float>(slope * call.weights[row]);
-    }
+    const double slope = result.slope / static_cast<double>(pairs);
+    put_rows(call, pair, slope, 0, 1);
+    put_rows(call, pair + pairs, -slope, 0, 1);
   }
   *call.loss = static_cast<float>(loss / static_cast<double>(pairs));
 }

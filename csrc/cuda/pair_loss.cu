@@ -1,16 +1,17 @@
-// pair_loss: DPO with label smoothing from per-row log-probs: loss, rewards and dloss/dlogps, in one launch.
+// pair_loss: DPO with label smoothing from per-row log-probs: loss, rewards, dloss/dlogps and token rewards, in one
+// launch.
 //
 // Maths. core/pair_loss.h.
 //
 // One block does all of it: 16 bytes per token are nothing beside the logits that the tokens come from, and a single
 // block needs no atomics, no counter to reset and no second launch. Pairs are taken in rounds; in each round a thread
 // sums its share of a sequence, the shares are added in a fixed tree, the first thread of a pair makes its loss and
-// slope, and the same threads write the gradient. Losses are added up in the order of threads at the end.
+// slope, and the same threads write the rows. Losses are added up in the order of threads at the end.
 //
-// Memory traffic. 12 bytes per token are read (8 with a reference per sequence), the 4 of the weights once more, and 4
-// written. Log-probs of rows of weight 0 are not read, and may be NaN.
+// Memory traffic. Per token the weight (4 bytes; the label's 8 where there are no weights) and the log-probs of both
+// models are read, twice, and 12 bytes written. Log-probs of rows of weight 0 are not read, and may be NaN.
 //
-// Aliasing. None. Numerics. All in fp64, rounded once at the end. Only cu_seqlens says where sequences begin.
+// Aliasing. None. Numerics. All but the tokens in fp64, rounded once at the end. Only cu_seqlens says where sequences begin.
 #include "kernels.cuh"
 #include "pair_walk.h"
 
@@ -18,7 +19,7 @@ namespace qk {
 namespace cuda {
 namespace {
 
-__global__ void __launch_bounds__(kPairThreads) pair_loss_kernel(const __grid_constant__ PairCall call) {
+__global__ void __launch_bounds__(kPairThreads, 1) pair_loss_kernel(const __grid_constant__ PairCall call) {
   __shared__ double shared[kPairThreads];
   constexpr int kHalf = kPairThreads / 2;
   const int thread = static_cast<int>(threadIdx.x);
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kPairThreads) pair_loss_kernel(const __grid_co
     }
     __syncthreads();
     const double slope = shared[thread % kHalf - lane];
-    if (sequence >= 0) put_slopes(call, sequence, thread < kHalf ? slope : -slope, lane, group);
+    if (sequence >= 0) put_rows(call, sequence, thread < kHalf ? slope : -slope, lane, group);
     __syncthreads();  // before the next round overwrites the slopes
   }
   shared[thread] = loss;

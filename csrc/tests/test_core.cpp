@@ -142,12 +142,19 @@ void check_rows(std::mt19937& random, qk::DType dtype, qk::DType reference_dtype
   std::vector<float> coefficients(rows * qk::kCoefficientCount);
   for (float& c : coefficients) c = normal(random);
   Logits gradient(dtype, shape, gap, offset), plain(dtype, shape, gap, offset);
-  qk::GradCall grad{shape,        policy.rows(),           reference.rows(),    {labels.data(), -100}, temperature,
-                    stats.data(), stats.data() + 3 * rows, coefficients.data(), qk::kCoefficientCount, gradient.rows()};
+  // As the kernels get them: four times too large, and a factor that makes up for it.
+  std::vector<float> scaled(coefficients);
+  for (float& c : scaled) c *= 4;
+  const float upstream = 0.25f;
+  qk::GradCall grad{shape,        policy.rows(),           reference.rows(), {labels.data(), -100},  temperature,
+                    stats.data(), stats.data() + 3 * rows, scaled.data(),    qk::kCoefficientCount, &upstream,
+                    gradient.rows()};
   qk::row_grad(grad, threads);
   qk::GradCall simple = grad;
   simple.reference = {};
   simple.reference_state = nullptr;
+  simple.coefficients = coefficients.data();
+  simple.upstream = nullptr;
   simple.coefficient_count = 1;
   simple.out = plain.rows();
   qk::row_grad(simple, threads);
@@ -240,11 +247,13 @@ void check_special_rows() {
 }
 
 void check_pair_loss() {
-  const float logps[] = {-1, -2, -3, -4, -INFINITY, -5}, reference[] = {-1.5f, -2, -2, -4, -INFINITY, -7};
+  const float logps[] = {-1, -2, -3, NAN, -INFINITY, -5}, reference[] = {-1.5f, -2, -2, NAN, -INFINITY, -7};
   const float weights[] = {1, 0.5f, 1, 0, 1, 1};
+  const int64_t labels[] = {3, 1, 4, -100, 5, 9};
   const int32_t offsets[] = {0, 2, 2, 5, 6};
-  float loss, rewards[4], grad[6];
-  qk::PairCall call{4, 6, 6, offsets, logps, reference, false, weights, 0.5, 0.1, &loss, rewards, grad};
+  float loss, rewards[4], grad[6], tokens[12];
+  qk::PairCall call{4,     6,         6,     offsets, {labels, -100}, weights, logps,
+                    reference, false, 0.5,   0.1,     &loss,          rewards, grad,  tokens};
   qk::pair_loss(call);
   // Ratios: 0.5, 0 | none | -1, (weight 0), both -inf -> 0 | 2
   const double r[] = {0.5, 0, -1, 2};
@@ -258,7 +267,20 @@ void check_pair_loss() {
   }
   expect_close(loss, want, 1e-6, "pair_loss");
   for (int s = 0; s < 4; ++s) expect_close(rewards[s], 0.5 * r[s], 1e-6, "pair_loss reward");
-  expect(grad[3] == 0, "pair_loss gradient of a zero weight");
+  expect(grad[3] == 0 && tokens[3] == 0 && tokens[9] == 0, "pair_loss of a zero weight");
+  const float token_rewards[] = {0.25f, 0, -0.5f, 0, 0, 1};
+  for (int i = 0; i < 6; ++i) {
+    expect(tokens[i] == token_rewards[i], "pair_loss token rewards");
+    if (i != 3) expect(tokens[6 + i] == reference[i], "pair_loss reference of tokens");
+  }
+  // Without weights the labels say what counts; without a reference its log-probs are 0.
+  call.weights = call.reference = nullptr;
+  call.logps = weights;
+  qk::pair_loss(call);
+  const double sums[] = {1.5, 0, 2, 1};
+  for (int s = 0; s < 4; ++s) expect_close(rewards[s], 0.5 * sums[s], 1e-6, "pair_loss reward by labels");
+  expect(grad[0] == grad[1] && grad[0] < 0 && grad[3] == 0, "pair_loss gradient by labels");
+  for (int i = 0; i < 6; ++i) expect(tokens[i] == 0.5f * weights[i] && tokens[6 + i] == 0, "reference-free tokens");
 }
 
 // Matrices that end where their last element lies, whatever their stride; a result that ends there, too.

@@ -306,6 +306,9 @@ void check_case(std::mt19937& random, const Case& c) {
   // Gradients: plain and full, new and in place, from logits that lie otherwise.
   float coefficients[kCoefficientCount];
   for (float& x : coefficients) x = normal(random);
+  float scaled[kCoefficientCount];  // as the kernel gets them, with a factor that makes up for it
+  for (int k = 0; k < kCoefficientCount; ++k) scaled[k] = 4 * coefficients[k];
+  const float upstream = 0.25f;
   GradCall grad{{1, 1, c.vocab},
                 policy.rows(),
                 reference.rows(),
@@ -313,8 +316,9 @@ void check_case(std::mt19937& random, const Case& c) {
                 c.temperature,
                 stats,
                 stats + 3,
-                coefficients,
+                scaled,
                 kCoefficientCount,
+                &upstream,
                 {},
                 false};
   std::vector<long double> wanted[3];
@@ -474,7 +478,7 @@ void run_pair_loss(const PairCall& call) {
     for (int t = 0; t < kPairThreads; ++t) {
       const int64_t s = sequence_of(pairs, first, t, group);
       const double slope = shared[static_cast<size_t>(t % half - t % group)];
-      if (s >= 0) put_slopes(call, s, t < half ? slope : -slope, t % group, group);
+      if (s >= 0) put_rows(call, s, t < half ? slope : -slope, t % group, group);
     }
   }
   tree(loss, kPairThreads);
@@ -496,10 +500,22 @@ void check_pair_loss(std::mt19937& random, int pairs, int length, bool packed, b
   for (int s = 0; s <= sequences; ++s) offsets.push_back(s * length);
   if (packed && sequences > 2) offsets[1] = offsets[2];  // an empty sequence, and one of twice the length
   float loss = 0;
-  const PairCall call{sequences,    length,           rows,         packed ? offsets.data() : nullptr,
-                      logps.data(), reference.data(), per_sequence, weights.data(),
-                      0.1,          smoothing,        &loss,        rewards.data(),
-                      grad.data()};
+  std::vector<float> tokens(static_cast<size_t>(2 * rows));
+  const PairCall call{sequences,
+                      length,
+                      rows,
+                      packed ? offsets.data() : nullptr,
+                      {},
+                      weights.data(),
+                      logps.data(),
+                      reference.data(),
+                      per_sequence,
+                      0.1,
+                      smoothing,
+                      &loss,
+                      rewards.data(),
+                      grad.data(),
+                      per_sequence ? nullptr : tokens.data()};
   run_pair_loss(call);
   const std::string name = "pair loss of " + std::to_string(pairs) + " pairs of " + std::to_string(length);
   std::vector<double> sums;
@@ -523,6 +539,10 @@ void check_pair_loss(std::mt19937& random, int pairs, int length, bool packed, b
         const size_t at = static_cast<size_t>(i);
         expect_close(grad[at], weights[at] == 0 ? 0 : (s == pair ? slope : -slope) * weights[at], 1e-7, 0,
                      name + ": slopes");
+        if (per_sequence) continue;
+        const double reward = weights[at] == 0 ? 0 : 0.1 * (double{logps[at]} - reference[at]);
+        expect_close(tokens[at], reward, 1e-7, 0, name + ": token rewards");
+        expect(tokens[at + static_cast<size_t>(rows)] == (weights[at] == 0 ? 0 : reference[at]), name + ": reference");
       }
   }
   expect_close(loss, want, 1e-6, 0, name + ": loss");

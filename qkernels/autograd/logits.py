@@ -59,8 +59,8 @@ class RowStats(torch.autograd.Function):
         config: RowConfig = ctx.config
         coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         reference_state = None if reference is None else stats[3:6]
-        args = (logits, labels, reference, stats[:3], reference_state, coefficients, config, ctx.inplace, ctx.shard)
-        result = _row_grad(*args)
+        args = (logits, labels, reference, stats[:3], reference_state, coefficients, None, config, ctx.inplace)
+        result = _row_grad(*args, ctx.shard)
         return result, None, None, None, None, None, None
 
 
@@ -71,6 +71,7 @@ def _row_grad(
     state: Tensor,
     reference_state: Tensor | None,
     coefficients: Tensor,
+    upstream: Tensor | None,
     config: RowConfig,
     inplace: bool,
     shard: Shard | None = None,
@@ -82,7 +83,7 @@ def _row_grad(
             logits, labels, state, coefficients, config.temperature, ignore_index
         )
         ignore_index = IGNORED
-    args = (labels, reference, state, reference_state, coefficients)
+    args = (labels, reference, state, reference_state, coefficients, upstream)
     how = (config.temperature, ignore_index, config.backend)
     if not inplace:
         return ops.run("row_grad", logits, *args, *how)
@@ -96,53 +97,58 @@ def _row_grad(
 
 
 class DefaultLoss(torch.autograd.Function):
-    """`logits [S, T, V] -> loss [], rewards [2B], stats [K, S, T]` of the default objective: both steps as one.
+    """`logits [S, T, V] -> loss [], rewards [2B], stats [K, S, T], tokens [2, S, T]` of the default objective.
 
-    The same operations as `RowStats` and `PairLoss`, with one node in the graph: a third of the host's work.
+    The same operations as `RowStats` and `PairLoss`, with one node in the graph and nothing between them: two kernels
+    in the forward (three where few rows are spread over many programs), one in the backward.
     """
 
     @staticmethod
     def forward(
-        ctx, logits, labels, reference, reference_logps, weights, cu_seqlens, config: RowConfig, inplace: bool,
-        beta: float, label_smoothing: float,
+        ctx, logits, labels, reference, reference_logps, cu_seqlens, config: RowConfig, inplace: bool, beta: float,
+        label_smoothing: float,
     ):  # fmt: skip
         stats = ops.run("row_stats", logits, labels, reference, *config)
         logps = stats[rows.column_index(config.columns, "logps")]
         if reference is not None:
             reference_logps = stats[rows.column_index(config.columns, "reference_logps")]
-        loss, rewards, grad = ops.run(
-            "pair_loss", logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, config.backend
-        )
+        loss, rewards, grad, tokens = ops.run(
+            "pair_loss", logps, reference_logps, labels, None, cu_seqlens, beta, label_smoothing, config.ignore_index,
+            config.backend,
+        )  # fmt: skip
         ctx.save_for_backward(logits, labels, stats, grad)
         ctx.config, ctx.inplace = config, inplace
-        ctx.mark_non_differentiable(rewards, stats)
+        ctx.mark_non_differentiable(rewards, stats, tokens)
         ctx.set_materialize_grads(False)
-        return loss, rewards, stats
+        return loss, rewards, stats, tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         logits, labels, stats, grad = ctx.saved_tensors
         if grad_loss is None:  # the loss does not enter what is differentiated
-            return (None,) * 10
-        coefficients = (grad * grad_loss).unsqueeze(0)
-        result = _row_grad(logits, labels, None, stats[:3], None, coefficients, ctx.config, ctx.inplace)
-        return result, None, None, None, None, None, None, None, None, None
+            return (None,) * 9
+        coefficients = grad.unsqueeze(0)
+        result = _row_grad(logits, labels, None, stats[:3], None, coefficients, grad_loss, ctx.config, ctx.inplace)
+        return result, None, None, None, None, None, None, None, None
 
 
 class PairLoss(torch.autograd.Function):
-    """`logps [S, T] -> (loss [], rewards [2B])` for the default objective; its gradient is known after the forward."""
+    """The operation `pair_loss` on `logps [S, T]`, whose gradient is known after the forward: loss, rewards, tokens."""
 
     @staticmethod
-    def forward(ctx, logps, reference_logps, weights, cu_seqlens, beta: float, label_smoothing: float, backend: str):
-        args = (logps, reference_logps, weights, cu_seqlens, beta, label_smoothing, backend)
-        loss, rewards, grad = ops.run("pair_loss", *args)
+    def forward(
+        ctx, logps, reference_logps, labels, weights, cu_seqlens, beta: float, label_smoothing: float,
+        ignore_index: int, backend: str,
+    ):  # fmt: skip
+        args = (reference_logps, labels, weights, cu_seqlens, beta, label_smoothing, ignore_index, backend)
+        loss, rewards, grad, tokens = ops.run("pair_loss", logps, *args)
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(rewards)
-        return loss, rewards
+        ctx.mark_non_differentiable(rewards, tokens)
+        return loss, rewards, tokens
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss, *_):
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None, None, None, None, None, None
+        return grad * grad_loss, None, None, None, None, None, None, None, None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..rows import check_labels
 from . import native
-from .native import CODES, extension, shape_of, view_of
+from .native import CODES, address_of, extension, shape_of, view_of
 
 # Blocks that a processor should have to work on, and entries (of 16 bits) that make a block worth its while.
 _BLOCKS_PER_PROCESSOR = 4
@@ -123,7 +123,7 @@ def row_stats(
         temperature,
         columns,
         out.data_ptr(),
-        _where(logits, rows, splits, 0 if scratch is None else scratch.data_ptr()),
+        _where(logits, rows, splits, address_of(scratch)),
     )
     return out
 
@@ -136,6 +136,7 @@ def row_grad_into(
     state: Tensor,
     reference_state: Tensor | None,
     coefficients: Tensor,
+    upstream: Tensor | None,
     temperature: float,
     ignore_index: int,
 ) -> None:
@@ -151,9 +152,10 @@ def row_grad_into(
         ignore_index,
         temperature,
         state.data_ptr(),
-        0 if reference_state is None else reference_state.data_ptr(),
+        address_of(reference_state),
         coefficients.data_ptr(),
         coefficients.shape[0],
+        address_of(upstream),
         view_of(out),
         _where(logits, labels.numel()),
     )
@@ -171,23 +173,7 @@ def row_grad_(logits: Tensor, *args: Any) -> None:
     row_grad_into(logits, logits, *args)
 
 
-def pair_loss(
-    logps: Tensor,
-    reference_logps: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    beta: float,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.ops.pair_loss`."""
     assert extension is not None
-    return native.run_pair_loss(
-        extension.cuda_pair_loss,
-        (_where(logps, 0, 1),),
-        logps,
-        reference_logps,
-        weights,
-        cu_seqlens,
-        beta,
-        label_smoothing,
-    )
+    return native.run_pair_loss(extension.cuda_pair_loss, (_where(logps, 0, 1),), logps, *args)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._compile import constant_when_compiled
 from ..memory import fresh_zeros
-from ..rows import label_error
+from ..rows import label_error, pair_outputs
 
 try:
     from .. import _C
@@ -90,6 +90,10 @@ def view_of(tensor: Tensor | None) -> tuple[int, int, int, int]:
     return (tensor.data_ptr(), CODES[tensor.dtype], tensor.stride(0), tensor.stride(1))
 
 
+def address_of(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def row_stats(
     logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
 ) -> Tensor:
@@ -120,6 +124,7 @@ def _row_grad_into(
     state: Tensor,
     reference_state: Tensor | None,
     coefficients: Tensor,
+    upstream: Tensor | None,
     temperature: float,
     ignore_index: int,
 ) -> None:
@@ -133,9 +138,10 @@ def _row_grad_into(
         ignore_index,
         temperature,
         state.data_ptr(),
-        0 if reference_state is None else reference_state.data_ptr(),
+        address_of(reference_state),
         coefficients.data_ptr(),
         coefficients.shape[0],
+        address_of(upstream),
         view_of(out),
         out_is_zero,
         torch.get_num_threads(),
@@ -165,34 +171,40 @@ def run_pair_loss(
     run: Callable[..., None],
     where: tuple[Any, ...],
     logps: Tensor,
-    reference_logps: Tensor,
-    weights: Tensor,
+    reference_logps: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None,
     cu_seqlens: Tensor | None,
     beta: float,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Call the extension's pair loss `run`, here or on a GPU: `(loss, rewards, grad)`."""
-    logps, reference_logps, weights = logps.contiguous(), reference_logps.contiguous(), weights.contiguous()
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
+    """Call the extension's pair loss `run`, here or on a GPU."""
+    loss, rewards, grad, tokens = pair_outputs(logps, reference_logps, cu_seqlens)
+    logps = logps.contiguous()
+    reference_logps = None if reference_logps is None else reference_logps.contiguous()
+    weights = None if weights is None else weights.contiguous()
     offsets = None if cu_seqlens is None else cu_seqlens.int().contiguous()
-    sequences = logps.shape[0] if offsets is None else offsets.shape[0] - 1
-    loss, rewards, grad = logps.new_empty(()), logps.new_empty(sequences), torch.empty_like(logps)
     run(
-        sequences,
+        rewards.shape[0],
         logps.shape[1],
         logps.numel(),
-        0 if offsets is None else offsets.data_ptr(),
+        address_of(offsets),
+        labels.data_ptr(),
+        ignore_index,
+        address_of(weights),
         logps.data_ptr(),
-        reference_logps.data_ptr(),
-        reference_logps.dim() == 1,
-        weights.data_ptr(),
+        address_of(reference_logps),
+        reference_logps is not None and reference_logps.dim() == 1,
         beta,
         label_smoothing,
         loss.data_ptr(),
         rewards.data_ptr(),
         grad.data_ptr(),
+        tokens.data_ptr() if tokens.shape[0] else 0,
         *where,
     )
-    return loss, rewards, grad
+    return loss, rewards, grad, tokens
 
 
 @constant_when_compiled
@@ -237,13 +249,6 @@ def add_row_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     )
 
 
-def pair_loss(
-    logps: Tensor,
-    reference_logps: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    beta: float,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.ops.pair_loss`."""
-    return run_pair_loss(_C.pair_loss, (), logps, reference_logps, weights, cu_seqlens, beta, label_smoothing)
+    return run_pair_loss(_C.pair_loss, (), logps, *args)

@@ -114,19 +114,9 @@ def row_stats(
     return out.masked_fill(broken, float("nan")).masked_fill(ignored, 0.0)
 
 
-def row_grad(
-    logits: Tensor,
-    labels: Tensor,
-    reference: Tensor | None,
-    state: Tensor,
-    reference_state: Tensor | None,
-    coefficients: Tensor,
-    temperature: float,
-    ignore_index: int,
-) -> Tensor:
+def row_grad(logits: Tensor, *args: Any) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
-    grad = _row_grad(logits, labels, reference, state, reference_state, coefficients, temperature, ignore_index)
-    return grad.to(logits.dtype)
+    return _row_grad(logits, *args).to(logits.dtype)
 
 
 def row_grad_into(out: Tensor, *args: Any) -> None:
@@ -146,11 +136,14 @@ def _row_grad(
     state: Tensor,
     reference_state: Tensor | None,
     coefficients: Tensor,
+    upstream: Tensor | None,
     temperature: float,
     ignore_index: int,
 ) -> Tensor:
     """The gradient, not yet rounded to the dtype of the logits."""
     dtype = stats_dtype(logits.dtype)
+    if upstream is not None:
+        coefficients = coefficients * upstream
     ignored = (labels == ignore_index) | (coefficients == 0).all(0)
     bad = ~ignored & ((labels < 0) | (labels >= logits.shape[-1]))
     safe = labels.masked_fill(ignored | bad, 0).unsqueeze(-1)
@@ -180,25 +173,36 @@ def _row_grad(
 
 def pair_loss(
     logps: Tensor,
-    reference_logps: Tensor,
-    weights: Tensor,
+    reference_logps: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None,
     cu_seqlens: Tensor | None,
     beta: float,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.ops.pair_loss`."""
     dtype = logps.dtype
     sequences = Sequences.of(logps, cu_seqlens)
-    per_sequence = reference_logps.dim() == 1
-    token_ratios = logps if per_sequence else log_ratios(logps, reference_logps)
-    sums = sequences.sums(token_ratios * weights, keep_double=True)
+    if weights is None:
+        weights = (labels != ignore_index).to(dtype)
+    counts = weights != 0
+    per_sequence = reference_logps is not None and reference_logps.dim() == 1
+    if reference_logps is None:
+        reference_logps = torch.zeros_like(logps)
+    values = logps if per_sequence else log_ratios(logps, reference_logps)
+    values = torch.where(counts, values, 0.0)
+    sums = sequences.sums(values * weights, keep_double=True)
     if per_sequence:
         sums = log_ratios(sums, reference_logps.double())
+        tokens = logps.new_empty((0, *logps.shape))
+    else:
+        tokens = torch.stack([beta * values, torch.where(counts, reference_logps, 0.0)])
     chosen, rejected = sums.chunk(2)
     logits = beta * (chosen - rejected)
     log_sigmoid = torch.nn.functional.logsigmoid
     losses = -(1 - label_smoothing) * log_sigmoid(logits) - label_smoothing * log_sigmoid(-logits)
     slope = -beta * ((1 - label_smoothing) * torch.sigmoid(-logits) - label_smoothing * torch.sigmoid(logits))
     per_sequence_grad = torch.cat([slope, -slope]) / chosen.numel()
-    grad = torch.where(weights == 0, 0.0, sequences.to_tokens(per_sequence_grad.to(dtype)) * weights)
-    return losses.mean().to(dtype), (beta * sums).to(dtype), grad
+    grad = torch.where(counts, sequences.to_tokens(per_sequence_grad.to(dtype)) * weights, 0.0)
+    return losses.mean().to(dtype), (beta * sums).to(dtype), grad, tokens

@@ -63,15 +63,8 @@ def row_grad_(logits: Tensor, *args: Any) -> None:
     row_grad_kernel.row_grad_(logits, *args)
 
 
-def pair_loss(
-    logps: Tensor,
-    reference_logps: Tensor,
-    weights: Tensor,
-    cu_seqlens: Tensor | None,
-    beta: float,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.ops.pair_loss`."""
     from . import pair_loss_kernel
 
-    return pair_loss_kernel.pair_loss(logps, reference_logps, weights, cu_seqlens, beta, label_smoothing)
+    return pair_loss_kernel.pair_loss(logps, *args)

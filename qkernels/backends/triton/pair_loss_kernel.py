@@ -1,4 +1,4 @@
-"""`pair_loss`: DPO with label smoothing from per-row log-probs, in one launch: loss, rewards and dloss/dlogps.
+"""`pair_loss`: DPO with label smoothing from per-row log-probs, in one launch: loss, rewards, dloss/dlogps, tokens.
 
 Maths, per pair with r the weighted sum over a sequence of log pi - log pi_ref (0 where both are -inf), x = beta (r_w -
 r_l) and eps the label smoothing:
@@ -6,24 +6,25 @@ r_l) and eps the label smoothing:
     loss  = -(1 - eps) log sigma(x) - eps log sigma(-x), averaged over pairs
     slope = dloss/dr_w = -beta ((1 - eps) sigma(-x) - eps sigma(x)) / pairs = -dloss/dr_l
 
-Programs. One per pair writes its rewards and gradients. Program 0 sums all pairs a second time, several at once, for
-the mean of the losses: a second read of a few bytes per token by one program takes the place of atomics, of a second
-launch and of a counter that someone would have to reset.
+Programs. One per pair writes its rewards, gradients and tokens. Program 0 sums all pairs a second time, several at
+once, for the mean of the losses: a second read of a few bytes per token by one program takes the place of atomics, of a
+second launch and of a counter that someone would have to reset.
 
-Memory traffic. 12 bytes per token are read (8 with a reference per sequence), twice, and 4 written. Log-probs of rows
-of weight 0 are not read, and may be NaN.
+Memory traffic. Per token the weight (4 bytes; the label's 8 where there are no weights) and the log-probs of both
+models are read, twice by the pair's program and once by program 0, and 12 bytes written. Log-probs of rows of weight 0
+are not read, and may be NaN.
 
 Aliasing. None.
 
-Numerics. All in fp64, summed in a fixed order, rounded once at the end. Only cu_seqlens says where sequences begin; no
-value is read by the host.
+Numerics. All but the tokens in fp64, summed in a fixed order, rounded once at the end. Only cu_seqlens says where
+sequences begin; no value is read by the host.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...rows import pair_outputs
 from . import common
 from .common import _INF, joined, log1p
 
@@ -38,14 +39,20 @@ def _log_ratio(logp, reference):
 
 
 @triton.jit
-def _terms(logps, reference, weights, at, there, PER_SEQUENCE: tl.constexpr):
-    """Weighted log-ratios of some tokens in fp64; weighted log-probs where the reference comes per sequence."""
-    w = tl.load(weights + at, mask=there, other=0.0).to(tl.float64)
-    counts = w != 0
+def _weights(weights, labels, ignore_index, at, there, WEIGHTED: tl.constexpr):
+    """What some tokens count for, in fp64."""
+    if WEIGHTED:
+        return tl.load(weights + at, mask=there, other=0.0).to(tl.float64)
+    return (there & (tl.load(labels + at, mask=there, other=0) != ignore_index)).to(tl.float64)
+
+
+@triton.jit
+def _values(logps, reference, at, counts, REFERENCE: tl.constexpr):
+    """Their log-ratios in fp64, 0 where they do not count; log-probs where the reference comes per sequence."""
     value = tl.load(logps + at, mask=counts, other=0.0).to(tl.float64)
-    if not PER_SEQUENCE:
+    if REFERENCE == 1:
         value = _log_ratio(value, tl.load(reference + at, mask=counts, other=0.0).to(tl.float64))
-    return tl.where(counts, w * value, 0.0)
+    return value
 
 
 @triton.jit
@@ -56,23 +63,27 @@ def _begin(offsets, sequence, length, there, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _sequence_sum(logps, reference, weights, begin, end, sequence, PER_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr):
+def _sequence_sum(
+    logps, reference, labels, weights, ignore_index, begin, end, sequence,
+    REFERENCE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Log-ratio of one sequence."""
     offset = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(begin, end, BLOCK):
         at = start + offset
-        total += _terms(logps, reference, weights, at, at < end, PER_SEQUENCE)
+        w = _weights(weights, labels, ignore_index, at, at < end, WEIGHTED)
+        total += w * _values(logps, reference, at, w != 0, REFERENCE)
     total = tl.sum(total, 0)
-    if PER_SEQUENCE:
+    if REFERENCE == 2:
         total = _log_ratio(total, tl.load(reference + sequence).to(tl.float64))
     return total
 
 
 @triton.jit
 def _sequence_sums(
-    logps, reference, weights, offsets, sequence, there, length,
-    PER_SEQUENCE: tl.constexpr, PACKED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+    logps, reference, labels, weights, ignore_index, offsets, sequence, there, length,
+    REFERENCE: tl.constexpr, WEIGHTED: tl.constexpr, PACKED: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Log-ratios of PAIRS sequences."""
     begin = _begin(offsets, sequence, length, there, PACKED)
@@ -81,9 +92,10 @@ def _sequence_sums(
     total = tl.zeros([PAIRS, TOKENS], tl.float64)
     for start in range(0, tl.max(end - begin, 0), TOKENS):
         at = begin[:, None] + (start + offset)
-        total += _terms(logps, reference, weights, at, at < end[:, None], PER_SEQUENCE)
+        w = _weights(weights, labels, ignore_index, at, at < end[:, None], WEIGHTED)
+        total += w * _values(logps, reference, at, w != 0, REFERENCE)
     total = tl.sum(total, 1)
-    if PER_SEQUENCE:
+    if REFERENCE == 2:
         total = _log_ratio(total, tl.load(reference + sequence, mask=there, other=0.0).to(tl.float64))
     return total
 
@@ -100,27 +112,32 @@ def _sigmoid(x):
 
 
 _RUNTIME = (
-    "logps", "reference", "weights", "offsets", "loss", "rewards", "grad", "pairs", "length", "beta_high", "beta_low",
-    "smoothing_high", "smoothing_low",
+    "logps", "reference", "labels", "weights", "ignore_index", "offsets", "loss", "rewards", "grad", "tokens", "pairs",
+    "length", "rows", "beta_high", "beta_low", "smoothing_high", "smoothing_low",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def pair_loss_kernel(
     logps,  # (S, T)
-    reference,  # (S, T), or (2 * pairs) if PER_SEQUENCE
-    weights,  # (S, T)
+    reference,  # (S, T) if REFERENCE is 1, (2 * pairs) if it is 2, anything if it is 0
+    labels,  # (S, T) int64, or anything if WEIGHTED
+    weights,  # (S, T) if WEIGHTED, anything otherwise
+    ignore_index: tl.int64,
     offsets,  # (2 * pairs + 1) if PACKED
     loss,  # ()
     rewards,  # (2 * pairs)
     grad,  # (S, T)
+    tokens,  # (2, S, T): token rewards, reference; anything if REFERENCE is 2
     pairs: tl.int32,
     length: tl.int32,  # T
+    rows: tl.int64,  # S * T
     beta_high: tl.float32,
     beta_low: tl.float32,
     smoothing_high: tl.float32,
     smoothing_low: tl.float32,
-    PER_SEQUENCE: tl.constexpr,
+    REFERENCE: tl.constexpr,  # 0: none, 1: per token, 2: per sequence
+    WEIGHTED: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -134,11 +151,13 @@ def pair_loss_kernel(
             pair = first + tl.arange(0, PAIRS)
             there = pair < pairs
             chosen = _sequence_sums(
-                logps, reference, weights, offsets, pair, there, length, PER_SEQUENCE, PACKED, PAIRS, TOKENS
-            )
+                logps, reference, labels, weights, ignore_index, offsets, pair, there, length,
+                REFERENCE, WEIGHTED, PACKED, PAIRS, TOKENS,
+            )  # fmt: skip
             rejected = _sequence_sums(
-                logps, reference, weights, offsets, pair + pairs, there, length, PER_SEQUENCE, PACKED, PAIRS, TOKENS
-            )
+                logps, reference, labels, weights, ignore_index, offsets, pair + pairs, there, length,
+                REFERENCE, WEIGHTED, PACKED, PAIRS, TOKENS,
+            )  # fmt: skip
             x = beta * (chosen - rejected)
             value = (1 - flip) * _negative_log_sigmoid(x)
             value += tl.where(flip == 0, 0.0, flip * _negative_log_sigmoid(-x))
@@ -150,24 +169,46 @@ def pair_loss_kernel(
     end = _begin(offsets, pair + 1, length, True, PACKED)
     r_begin = _begin(offsets, pair + pairs, length, True, PACKED)
     r_end = _begin(offsets, pair + pairs + 1, length, True, PACKED)
-    chosen = _sequence_sum(logps, reference, weights, begin, end, pair, PER_SEQUENCE, BLOCK)
-    rejected = _sequence_sum(logps, reference, weights, r_begin, r_end, pair + pairs, PER_SEQUENCE, BLOCK)
+    chosen = _sequence_sum(
+        logps, reference, labels, weights, ignore_index, begin, end, pair, REFERENCE, WEIGHTED, BLOCK
+    )
+    rejected = _sequence_sum(
+        logps, reference, labels, weights, ignore_index, r_begin, r_end, pair + pairs, REFERENCE, WEIGHTED, BLOCK
+    )
     tl.store(rewards + pair, (beta * chosen).to(tl.float32))
     tl.store(rewards + pair + pairs, (beta * rejected).to(tl.float32))
     x = beta * (chosen - rejected)
     slope = -beta * ((1 - flip) * _sigmoid(-x) - flip * _sigmoid(x)) / pairs
-    _store_grad(grad, weights, begin, end, slope, BLOCK)
-    _store_grad(grad, weights, r_begin, r_end, -slope, BLOCK)
+    _store_rows(
+        logps, reference, labels, weights, ignore_index, grad, tokens, rows, begin, end, slope, beta_high,
+        REFERENCE, WEIGHTED, BLOCK,
+    )  # fmt: skip
+    _store_rows(
+        logps, reference, labels, weights, ignore_index, grad, tokens, rows, r_begin, r_end, -slope, beta_high,
+        REFERENCE, WEIGHTED, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
-def _store_grad(grad, weights, begin, end, slope, BLOCK: tl.constexpr):
-    """dloss/dlogps of a sequence's tokens."""
+def _store_rows(
+    logps, reference, labels, weights, ignore_index, grad, tokens, rows, begin, end, slope, beta,
+    REFERENCE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dloss/dlogps of a sequence's tokens, their rewards, and the reference's log-probs."""
     offset = tl.arange(0, BLOCK)
     for start in range(begin, end, BLOCK):
         at = start + offset
-        w = tl.load(weights + at, mask=at < end, other=0.0).to(tl.float64)
-        tl.store(grad + at, tl.where(w == 0, 0.0, slope * w).to(tl.float32), mask=at < end)
+        w = _weights(weights, labels, ignore_index, at, at < end, WEIGHTED)
+        counts = w != 0
+        tl.store(grad + at, tl.where(counts, slope * w, 0.0).to(tl.float32), mask=at < end)
+        if REFERENCE != 2:
+            # In fp32, as torch would: whatever computes a token's reward, it has the same bits.
+            reward = beta * _values(logps, reference, at, counts, REFERENCE).to(tl.float32)
+            tl.store(tokens + at, reward, mask=at < end)
+            of_reference = tl.zeros([BLOCK], tl.float32)
+            if REFERENCE == 1:
+                of_reference = tl.load(reference + at, mask=counts, other=0.0)
+            tl.store(tokens + rows + at, of_reference, mask=at < end)
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
@@ -175,21 +216,27 @@ def _store_grad(grad, weights, begin, end, slope, BLOCK: tl.constexpr):
 
 def pair_loss(
     logps: Tensor,
-    reference_logps: Tensor,
-    weights: Tensor,
+    reference_logps: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None,
     cu_seqlens: Tensor | None,
     beta: float,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    ignore_index: int,
+) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.ops.pair_loss`."""
-    logps, reference_logps, weights = logps.contiguous(), reference_logps.contiguous(), weights.contiguous()
+    loss, rewards, grad, tokens = pair_outputs(logps, reference_logps, cu_seqlens)
+    logps = logps.contiguous()
+    reference = logps if reference_logps is None else reference_logps.contiguous()
     offsets = logps if cu_seqlens is None else cu_seqlens.contiguous()
-    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    loss, rewards, grad = logps.new_empty(()), logps.new_empty(sequences), torch.empty_like(logps)
+    pairs = rewards.shape[0] // 2
     with common.on_device_of(logps):
-        pair_loss_kernel[(sequences // 2 + 1,)](
-            logps, reference_logps, weights, offsets, loss, rewards, grad, sequences // 2, logps.shape[1],
-            *common.two_floats(beta), *common.two_floats(label_smoothing), PER_SEQUENCE=reference_logps.dim() == 1,
-            PACKED=cu_seqlens is not None, BLOCK=BLOCK, PAIRS=PAIRS, TOKENS=TOKENS, **common.OPTIONS,
+        pair_loss_kernel[(pairs + 1,)](
+            logps, reference, labels, labels if weights is None else weights.contiguous(), ignore_index, offsets,
+            loss, rewards, grad, tokens, pairs, logps.shape[1], logps.numel(),
+            *common.two_floats(beta), *common.two_floats(label_smoothing),
+            REFERENCE=0 if reference_logps is None else 2 if reference_logps.dim() == 1 else 1,
+            WEIGHTED=weights is not None, PACKED=cu_seqlens is not None, BLOCK=BLOCK, PAIRS=PAIRS, TOKENS=TOKENS,
+            **common.OPTIONS,
         )  # fmt: skip
-    return loss, rewards, grad
+    return loss, rewards, grad, tokens

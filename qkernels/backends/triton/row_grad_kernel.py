@@ -91,9 +91,9 @@ def _fill_row(out, n, value, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 _RUNTIME = (
-    "logits", "reference", "labels", "state", "r_state", "coefficients", "out", "inner", "vocab", "outer_stride",
-    "inner_stride", "r_outer_stride", "r_inner_stride", "out_outer_stride", "out_inner_stride", "ignore_index",
-    "inverse_high", "inverse_low", "splits", "span",
+    "logits", "reference", "labels", "state", "r_state", "coefficients", "upstream", "out", "inner", "vocab",
+    "outer_stride", "inner_stride", "r_outer_stride", "r_inner_stride", "out_outer_stride", "out_inner_stride",
+    "ignore_index", "inverse_high", "inverse_low", "splits", "span",
 )  # fmt: skip
 
 
@@ -105,6 +105,7 @@ def row_grad_kernel(
     state,  # (3, S, T): row_max, log_sum, logps
     r_state,  # (3, S, T), or anything without a reference
     coefficients,  # (1 or 5, S, T), in the order of rows.COEFFICIENTS
+    upstream,  # (), which all coefficients are multiplied by, if SCALED; anything otherwise
     out,  # (S, T, V), may be the logits
     inner: tl.int32,  # T
     vocab: tl.int32,
@@ -120,6 +121,7 @@ def row_grad_kernel(
     splits: tl.int32,
     span: tl.int32,  # elements per program
     FULL: tl.constexpr,  # five coefficients
+    SCALED: tl.constexpr,
     WITH_REFERENCE: tl.constexpr,
     ALIGNED: tl.constexpr,  # the logits' rows lie like those of `out`
     R_ALIGNED: tl.constexpr,  # the reference's do
@@ -136,13 +138,14 @@ def row_grad_kernel(
     out_row = row_of(out, row, inner, out_outer_stride, out_inner_stride) + start
 
     label64 = tl.load(labels + row)
-    of_label = tl.load(coefficients + row).to(tl.float64)
+    scaled_by = tl.load(upstream).to(tl.float64) if SCALED else 1.0
+    of_label = tl.load(coefficients + row).to(tl.float64) * scaled_by
     silent = (label64 == ignore_index) | (of_label == 0)
     if FULL:
-        of_p = tl.load(coefficients + rows + row).to(tl.float64)
-        of_logp = tl.load(coefficients + 2 * rows + row).to(tl.float64)
-        of_logq = tl.load(coefficients + 3 * rows + row).to(tl.float64)
-        of_q = tl.load(coefficients + 4 * rows + row).to(tl.float64)
+        of_p = tl.load(coefficients + rows + row).to(tl.float64) * scaled_by
+        of_logp = tl.load(coefficients + 2 * rows + row).to(tl.float64) * scaled_by
+        of_logq = tl.load(coefficients + 3 * rows + row).to(tl.float64) * scaled_by
+        of_q = tl.load(coefficients + 4 * rows + row).to(tl.float64) * scaled_by
         others = (of_p == 0) & (of_logp == 0) & (of_logq == 0) & (of_q == 0)
         silent = (label64 == ignore_index) | ((of_label == 0) & others)
     if silent | (label64 < 0) | (label64 >= vocab):
@@ -223,6 +226,7 @@ def row_grad_into(
     state: Tensor,
     reference_state: Tensor | None,
     coefficients: Tensor,
+    upstream: Tensor | None,
     temperature: float,
     ignore_index: int,
 ) -> None:
@@ -240,12 +244,12 @@ def row_grad_into(
     splits = common.splits_for(rows, vocab, common.LANES * vector, logits.device)
     with common.on_device_of(logits):
         row_grad_kernel[(rows * splits,)](
-            logits, ref, labels, state, r_state, coefficients, out, logits.shape[1], vocab,
-            *common.row_strides(logits), *common.row_strides(ref), *common.row_strides(out), ignore_index,
-            *common.two_floats(1 / temperature), splits, common.span_of(vocab, splits, 8),
-            FULL=full, WITH_REFERENCE=with_reference, ALIGNED=common.same_alignment(out, logits, vector),
-            R_ALIGNED=common.same_alignment(out, ref, vector), LANES=common.LANES, VEC=vector,
-            UNROLL=UNROLL[with_reference], **common.OPTIONS,
+            logits, ref, labels, state, r_state, coefficients, coefficients if upstream is None else upstream, out,
+            logits.shape[1], vocab, *common.row_strides(logits), *common.row_strides(ref), *common.row_strides(out),
+            ignore_index, *common.two_floats(1 / temperature), splits, common.span_of(vocab, splits, 8), FULL=full,
+            SCALED=upstream is not None, WITH_REFERENCE=with_reference,
+            ALIGNED=common.same_alignment(out, logits, vector), R_ALIGNED=common.same_alignment(out, ref, vector),
+            LANES=common.LANES, VEC=vector, UNROLL=UNROLL[with_reference], **common.OPTIONS,
         )  # fmt: skip
 
 
