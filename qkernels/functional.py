@@ -384,24 +384,32 @@ def fused_token_dpo(
         number = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         reference = Reference.of(reference_logps, live, "reference_logits", plan, labels, number, dtype)
         positions = None if ranks is None else ranks.sequence_shard(number, dtype, agreed)
-    if plan.is_default and plan.ld_alpha is None and reduction == "mean" and weights is None and ranks is None:
-        return _default_loss(call, reference, cu_seqlens, plan.label_smoothing, beta)
+    alone = plan.is_default and reduction == "mean" and ranks is None
+    if alone and weights is None and plan.ld_alpha is None:
+        return _default_loss(call, None, reference, cu_seqlens, plan.label_smoothing, beta)
     batch = Batch.of(call.labels, weights, cu_seqlens, plan, ignore_index, dtype, positions)
     call = call._replace(labels=batch.labels)
+    if alone:
+        return _default_loss(call, batch.weights, reference, cu_seqlens, plan.label_smoothing, beta)
     stats = call.stats(preference.columns(plan, live), preference.carrying(plan))
     return preference.loss_and_rewards(stats, batch, reference, plan, beta, reduction, call.backend, call.shape)
 
 
 def _default_loss(
-    call: _Rows, reference: Reference, cu_seqlens: Tensor | None, label_smoothing: float, beta: float
+    call: _Rows,
+    weights: Tensor | None,
+    reference: Reference,
+    cu_seqlens: Tensor | None,
+    label_smoothing: float,
+    beta: float,
 ) -> TokenDPOOutput:
-    """DPO with a mean over pairs of tokens that count 1 each: the two operations and nothing else."""
+    """DPO with a mean over pairs: the two operations and nothing else. Without weights tokens count 1 each."""
     columns = rows.STATE | BIT["logsumexp"]
     if call.reference is not None:
         columns |= BIT["reference_logps"]
     config = RowConfig(columns, call.temperature, call.ignore_index, call.backend)
     loss, rewards, stats, tokens = DefaultLoss.apply(
-        call.logits, call.labels, call.reference, reference.given, cu_seqlens, config, call.inplace, beta,
+        call.logits, call.labels, call.reference, reference.given, weights, cu_seqlens, config, call.inplace, beta,
         label_smoothing,
     )  # fmt: skip
     return preference.assemble(loss, rewards, rows.by_name(columns, (), (stats,)), tokens, call.shape)

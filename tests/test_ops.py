@@ -47,10 +47,10 @@ def stats_columns():
 class Seen(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
+        self.names.append(func.name())
         return func(*args, **kwargs or {})
 
 
@@ -111,6 +111,37 @@ def test_row_grad_in_place_equals_out_of_place(backend, dtype):
     assert expected.is_contiguous() and expected.data_ptr() != args[0].data_ptr()
     assert ops.row_grad_(*args) is None
     assert torch.equal(args[0], expected)
+
+
+VIEWS = {"detach", "select", "split", "unbind", "unsqueeze", "squeeze", "slice", "view"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reference", ["logits", "per token", "per sequence", "none"])
+def test_the_default_loss_is_its_operations_and_nothing_else(backend, reference, packed):
+    """On a GPU: two kernels in the forward, one in the backward, none of torch's between them."""
+    batch = make_pairs(2, 4, 9, torch.float32, backend.device)
+    batch = pack(batch) if packed else batch
+    sequences = 4 if packed else len(batch.labels)
+    given = {
+        "logits": {"reference_logits": batch.reference},
+        "per token": {"reference_logps": -torch.ones(batch.labels.shape, device=backend.device)},
+        "per sequence": {"reference_logps": -torch.ones(sequences, device=backend.device)},
+        "none": {"reference_logps": 0.0},
+    }[reference]
+    leaf = batch.logits.clone().requires_grad_()
+    with Seen() as seen:
+        loss = fused_token_dpo(leaf, batch.labels, cu_seqlens=batch.cu_seqlens, backend=backend.name, **given).loss
+    assert without_views(seen) == ["qkernels::row_stats", "qkernels::pair_loss"]
+    upstream = torch.tensor(-2.0, device=backend.device)
+    with Seen() as seen:
+        torch.autograd.grad(loss, leaf, upstream)
+    assert without_views(seen) == ["qkernels::row_grad"]
+
+
+def without_views(seen):
+    names = [name.removesuffix(".default") for name in seen.names]
+    return [name for name in names if name.startswith("qkernels") or name.split("::")[1].split(".")[0] not in VIEWS]
 
 
 @pytest.mark.parametrize("full", [False, True])

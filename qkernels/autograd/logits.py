@@ -105,16 +105,16 @@ class DefaultLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits, labels, reference, reference_logps, cu_seqlens, config: RowConfig, inplace: bool, beta: float,
-        label_smoothing: float,
+        ctx, logits, labels, reference, reference_logps, weights, cu_seqlens, config: RowConfig, inplace: bool,
+        beta: float, label_smoothing: float,
     ):  # fmt: skip
         stats = ops.run("row_stats", logits, labels, reference, *config)
         logps = stats[rows.column_index(config.columns, "logps")]
         if reference is not None:
             reference_logps = stats[rows.column_index(config.columns, "reference_logps")]
         loss, rewards, grad, tokens = ops.run(
-            "pair_loss", logps, reference_logps, labels, None, cu_seqlens, beta, label_smoothing, config.ignore_index,
-            config.backend,
+            "pair_loss", logps, reference_logps, labels, weights, cu_seqlens, beta, label_smoothing,
+            config.ignore_index, config.backend,
         )  # fmt: skip
         ctx.save_for_backward(logits, labels, stats, grad)
         ctx.config, ctx.inplace = config, inplace
@@ -127,10 +127,10 @@ class DefaultLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         logits, labels, stats, grad = ctx.saved_tensors
         if grad_loss is None:  # the loss does not enter what is differentiated
-            return (None,) * 9
+            return (None,) * 10
         coefficients = grad.unsqueeze(0)
         result = _row_grad(logits, labels, None, stats[:3], None, coefficients, grad_loss, ctx.config, ctx.inplace)
-        return result, None, None, None, None, None, None, None, None
+        return result, None, None, None, None, None, None, None, None, None
 
 
 class PairLoss(torch.autograd.Function):
@@ -145,10 +145,11 @@ class PairLoss(torch.autograd.Function):
         loss, rewards, grad, tokens = ops.run("pair_loss", logps, *args)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(rewards, tokens)
+        ctx.set_materialize_grads(False)
         return loss, rewards, tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None, None, None, None, None, None, None, None
+        return None if grad_loss is None else grad * grad_loss, None, None, None, None, None, None, None, None
