@@ -412,4 +412,5 @@ def _default_loss(
         call.logits, call.labels, call.reference, reference.given, weights, cu_seqlens, config, call.inplace, beta,
         label_smoothing,
     )  # fmt: skip
-    return preference.assemble(loss, rewards, rows.by_name(columns, (), (stats,)), tokens, call.shape)
+    wanted = {name: stats[rows.column_index(columns, name)] for name in ("logps", "logsumexp")}
+    return preference.assemble(loss, rewards, wanted, tokens.unbind(0), call.shape)

@@ -236,10 +236,11 @@ def loss_and_rewards(
     """
     logps, tokens = stats["logps"], stats.get("reference_logps")
     if plan.is_default and reduction == "mean" and batch.sequences.shard is None:
-        loss, rewards, per_token = PairLoss.apply(
+        loss, rewards, both = PairLoss.apply(
             logps, reference.given if tokens is None else tokens, batch.labels, batch.weights, batch.cu_seqlens, beta,
             plan.label_smoothing, batch.ignore_index, backend,
         )  # fmt: skip
+        per_token = both.unbind(0)
     else:
         if tokens is None and reference.sequence_sums is None:  # 0 in rows that are not used
             tokens = torch.zeros_like(batch.weights)
@@ -256,7 +257,7 @@ def assemble(
     loss: Tensor,
     rewards: Tensor,
     stats: dict[str, Tensor],
-    per_token: Tensor | tuple[Tensor, ...],
+    per_token: tuple[Tensor, ...],
     shape: torch.Size,
 ) -> TokenDPOOutput:
     """The output of a loss that has been computed.
@@ -267,16 +268,20 @@ def assemble(
         shape: of the caller's labels.
     """
     chosen_rewards, rejected_rewards = rewards.chunk(2)
-    token_rewards, reference_tokens = per_token if len(per_token) else (None, None)
+    token_rewards, reference_tokens = per_token or (None, None)
     return TokenDPOOutput(
         loss,
         chosen_rewards,
         rejected_rewards,
-        _shaped(stats["logps"].detach(), shape),
+        _shaped(_constant(stats["logps"]), shape),
         None if reference_tokens is None else _shaped(reference_tokens, shape),
         None if token_rewards is None else _shaped(token_rewards, shape),
-        _shaped(stats["logsumexp"].detach(), shape),
+        _shaped(_constant(stats["logsumexp"]), shape),
     )
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import chunks, ops, rows
 from ..chunks import LinearConfig, Model
 from ..memory import BLOCK_ELEMENTS
+from . import once_differentiable
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

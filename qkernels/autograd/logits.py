@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops, rows
 from ..rows import RowConfig
 from ..vocab_parallel import IGNORED, Shard, row_stats
+from . import once_differentiable
 
 # Attribute set on the storage that an in-place backward has turned into a gradient: the version of its tensors at that
 # moment, so that logits refilled since then are welcome again. All views share both, the storage and the version.
