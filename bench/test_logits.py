@@ -5,6 +5,8 @@ Before anything is timed, its results are compared with this package's: a fast w
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 import qkernels
 
 from . import measure
-from .conftest import Data, Size
+from .conftest import DTYPES, Data, Size
 from .contenders import CONTENDERS, IGNORE, installed
 
 # A peer may differ by what it rounds. Log-probs rounded to bf16 err by about 3e-2 per token, hence by about half a nat
@@ -64,17 +66,8 @@ class Step:
         return loss.detach()
 
 
-def time_step(benchmark, step: Step, rounds: int, other: Step | None = None) -> None:
-    """Time a step; with `other`, which is run before each round, in turn with another one."""
-
-    def setup() -> None:
-        if other is not None:
-            other.refill()
-            other.run()
-            other.leaf.grad = None
-        step.refill()
-
-    measure.benchmarked(benchmark, step.run, rounds, setup)
+def time_step(benchmark, step: Step, rounds: int) -> None:
+    measure.benchmarked(benchmark, step.run, rounds, step.refill)
     step.leaf.grad = None
 
 
@@ -109,25 +102,30 @@ def test_dpo(benchmark, contender: str, data: Data, dtype_name: str, size: Size,
     time_step(benchmark, step, pytestconfig.getoption("--rounds"))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("mode", ["in place", "new gradient"])
-def test_ignored_rows(
-    benchmark, mode: str, share: float, data: Data, dtype_name: str, size: Size, pytestconfig
-) -> None:
+def test_ignored_rows(benchmark, mode: str, data: Data, dtype_name: str, size: Size, pytestconfig) -> None:
     """Prompt and padding: half of the rows ignored. In place, their gradient rows still have to be zeroed.
 
-    In turn with the other share: what fresh memory costs depends on what was freed before.
+    In turn with no row ignored, which is the floor here: what fresh memory costs depends on what was freed before.
     """
+    labels = data.labels.clone()
+    labels[:, : size.length // 2] = IGNORE
+    loss = CONTENDERS[f"qkernels, {mode}"][0]
+    half, whole, seconds = Step(loss, data, labels), Step(loss, data, data.labels), []
 
-    def of(ignored: float) -> Step:
-        labels = data.labels.clone()
-        labels[:, : int(ignored * size.length)] = IGNORE
-        return Step(CONTENDERS[f"qkernels, {mode}"][0], data, labels)
+    def setup() -> None:
+        half.leaf.grad = None
+        whole.refill()
+        start = time.perf_counter()
+        whole.run()
+        seconds.append(time.perf_counter() - start)
+        whole.leaf.grad = None
+        half.refill()
 
-    record(
-        benchmark, f"Ignored rows, {mode}", f"qkernels, {100 * share:.0f} % ignored", dtype_name, size, data, passes=4
-    )
-    time_step(benchmark, of(share), pytestconfig.getoption("--rounds"), of(0.5 - share))
+    record(benchmark, f"Ignored rows, {mode}", "qkernels, 50 % ignored", dtype_name, size, data, passes=4)
+    measure.benchmarked(benchmark, half.run, 2 * pytestconfig.getoption("--rounds"), setup)
+    benchmark.extra_info.update(floor="none ignored, in turn", floor_seconds=statistics.median(seconds[1:]))
+    half.leaf.grad = None
 
 
 STATS = {
@@ -170,3 +168,21 @@ def test_one_row_eager(benchmark, data: Data, dtype_name: str, size: Size) -> No
     benchmark.pedantic(
         lambda: row.log_softmax(-1).gather(-1, label[:, None]), rounds=200, iterations=5, warmup_rounds=5
     )
+
+
+def test_tiny_step(benchmark, dtype_name: str) -> None:
+    """Loss and gradient of 32 tokens of 64 entries, beside eager torch: what is timed is the host's work."""
+    generator = torch.Generator().manual_seed(0)
+    policy, reference = torch.randn(2, 4, 8, 64, generator=generator).to(DTYPES[dtype_name])
+    labels = torch.randint(0, 64, (4, 8), generator=generator)
+    leaf = policy.clone().requires_grad_()
+
+    def run(contender: str) -> None:
+        leaf.grad = None
+        CONTENDERS[contender][0](leaf, reference, labels).backward()
+
+    tiny = Data(policy, reference, labels, measure.copy_bandwidth(policy))
+    record(benchmark, "Tiny step", "qkernels, new gradient", dtype_name, Size(4, 8, 64), tiny, passes=4)
+    eager = measure.median_seconds(lambda: run("eager torch"), 500)
+    benchmark.extra_info.update(floor="eager torch", floor_seconds=eager)
+    benchmark.pedantic(lambda: run("qkernels, new gradient"), rounds=200, iterations=5, warmup_rounds=5)
