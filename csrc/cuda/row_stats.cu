@@ -43,7 +43,9 @@ void row_stats(const StatsCall& call, const Launch& where) {
   const Split split = split_of(call.shape.vocab, where.splits);
   const Gather gather = gather_of(call.columns);
   const bool two = call.reference.data && (call.columns & kReadsReference);
-  if (two && (call.columns & kDivergences)) {
+  // Apart, models of two types take a launch each, and as many again where rows are split: in step they take two.
+  const bool apart = same_type(call.policy, call.reference) || split.count == 1;
+  if (two && ((call.columns & kDivergences) || !apart)) {
     if (same_type(call.policy, call.reference) && lie_alike(call.policy, call.reference, call.shape))
       launch_stats_both(call, where, split, gather);
     else
