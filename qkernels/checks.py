@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
 from typing import Any
 
@@ -90,6 +91,42 @@ def positive(value: Any, name: str) -> float:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and above 0, got {value}")
     return float(value)
+
+
+def row_count(value: Any, name: str) -> int:
+    """A number of rows, on the host: an int (or what can stand for one), 0 or more."""
+    _on_the_host(value, name)
+    try:
+        if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+            raise TypeError
+        number = value if isinstance(value, int) else operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    if number < 0:
+        raise ValueError(f"{name} must be 0 or more, got {number}")
+    return number
+
+
+def row_counts(value: Any, name: str) -> list[int]:
+    """Numbers of rows, on the host: a sequence of ints, one for each sequence of a batch."""
+    _on_the_host(value, name)
+    listed = value if isinstance(value, (list, tuple)) else value.tolist() if hasattr(value, "tolist") else None
+    if not isinstance(listed, (list, tuple)):
+        raise TypeError(f"{name} must be a sequence of ints, one for each of the 2B sequences, got {_described(value)}")
+    return [row_count(n, f"{name}[{i}]") for i, n in enumerate(listed)]
+
+
+def _on_the_host(value: Any, name: str) -> None:
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        raise TypeError(
+            f"{name} is a tensor on {value.device}, where the host would have to wait for it; pass ints, counted while"
+            " the labels are on the CPU"
+        )
+
+
+def _described(value: Any) -> str:
+    name = type(value).__name__
+    return f"{name} of shape {_shape(value)}" if isinstance(value, Tensor) else f"{name} {value!r}"
 
 
 def ignore_index(value: Any) -> int:

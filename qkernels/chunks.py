@@ -43,6 +43,7 @@ class LinearConfig(NamedTuple):
     columns: bit mask of the per-row results (`qkernels.rows`).
     dtype, reference_dtype: of the products (autocast's, or the inputs' own).
     chunk_rows: rows of logits that exist at a time.
+    valid_rows: how many rows count, where the caller has said so.
     shard: this rank's part of the vocabulary, whose columns the heads hold; None where they hold all. All ranks walk
         the same chunks: two small all-reduces make their per-row results those of whole rows, and dX is summed.
     """
@@ -56,6 +57,7 @@ class LinearConfig(NamedTuple):
     reference_dtype: torch.dtype
     chunk_rows: int
     backend: str
+    valid_rows: int | None = None
     shard: Shard | None = None
 
     def for_op(self) -> tuple:
@@ -131,9 +133,13 @@ def bytes_besides(
 
 
 def valid_rows(labels: Tensor, ignore_index: int, number: int | None = None) -> Tensor:
-    """Numbers of the rows whose label counts, `[M]`. On a GPU the host waits for M here unless it passes `number`."""
+    """Numbers of the rows whose label counts, `[M]`. On a GPU the host waits for M here unless it passes `number`.
+
+    Of a `number` too small the last rows are missing, of one too large the first row of all follows the others: wrong,
+    but no number is outside of the batch.
+    """
     counts = labels != ignore_index
-    return (counts.nonzero() if number is None else counts.nonzero_static(size=number)).squeeze(1)
+    return (counts.nonzero() if number is None else counts.nonzero_static(size=number, fill_value=0)).squeeze(1)
 
 
 class _Chunk(NamedTuple):
@@ -176,8 +182,11 @@ class Pass:
 
     def selections(self) -> list[Selection]:
         """The valid rows in chunks, in order."""
-        index = valid_rows(self.labels, self.config.ignore_index) if self.valid is None else self.valid
-        n, size = index.shape[0], self.config.chunk_rows
+        config = self.config
+        index = self.valid
+        if index is None:
+            index = valid_rows(self.labels, config.ignore_index, config.valid_rows)
+        n, size = index.shape[0], config.chunk_rows
         if n == self.labels.shape[0]:
             return [slice(start, min(n, start + size)) for start in range(0, n, size)]
         return list(index.split(size)) if n else []

@@ -32,7 +32,8 @@ class _Call(NamedTuple):
     policy: Model
     reference: Model | None
     labels: Tensor
-    valid: Tensor | None  # numbers of the rows that count; None where the host does not know how many
+    valid: Tensor | None  # numbers of the rows that count; None where the host does not know how many, or compiles
+    valid_rows: int | None  # how many rows count, as the caller has said; None where nothing was said
     shape: torch.Size  # of the caller's labels
     dtype: torch.dtype
     reference_dtype: torch.dtype
@@ -59,6 +60,7 @@ class _Call(NamedTuple):
             self.reference_dtype,
             chunk_rows,
             self.backend,
+            self.valid_rows,
             self.shard,
         )
 
@@ -185,6 +187,7 @@ def _prepare(
         reference_model,
         labels.reshape(-1).contiguous(),
         None,
+        None,
         labels.shape,
         dtype,
         dtype if reference_model is None else _compute_dtype(reference_hidden),
@@ -226,7 +229,71 @@ def _counts(valid: Tensor, sequences: Sequences) -> list[int] | None:
     """Valid rows of each sequence; None where the host cannot know. On a GPU this is where it waits, and only here."""
     if not _host_can_count(valid):
         return None
-    return [int(n) for n in sequences.here().sums(valid.double()).tolist()]
+    return [int(n) for n in _sums(valid, sequences).tolist()]
+
+
+def _sums(valid: Tensor, sequences: Sequences) -> Tensor:
+    """Valid rows of each sequence, `[2B]` float64, where the rows are."""
+    return sequences.here().sums(valid.double())
+
+
+def _check_sizes(given: list[int], sequences: Sequences) -> None:
+    """ValueError for numbers of valid rows that no labels of this shape could have."""
+    number, length, packed = sequences.number, sequences.length, sequences.offsets is not None
+    if len(given) != number:
+        raise ValueError(f"valid_rows must have one number for each of the {number} sequences, got {len(given)}")
+    for i, n in enumerate(given):
+        if n > length:
+            raise ValueError(f"valid_rows[{i}] is {n}, but {'the batch' if packed else 'a sequence'} has {length} rows")
+    if packed and sum(given) > length:
+        raise ValueError(f"valid_rows is {sum(given)} rows in all, but the batch has {length}")
+
+
+def _check_counts(given: list[int], batch: Batch) -> None:
+    """ValueError for numbers of valid rows that are not those of the labels: the host looks."""
+    counts = _sums(batch.used, batch.sequences).tolist()
+    for i, (said, n) in enumerate(zip(given, counts, strict=True)):
+        if said != n:
+            raise ValueError(
+                f"valid_rows[{i}] is {said}, but {int(n)} rows of sequence {i} count (a label that is not ignore_index,"
+                " a token weight that is not 0, and with ld_alpha=0 within the pair's shared length)"
+            )
+
+
+def _compare_number(given: int, call: _Call) -> Tensor | None:
+    """The same for the number of all rows; where the host does not look, `_nan_if` it is wrong."""
+    labels = call.labels
+    if given > labels.shape[0]:
+        raise ValueError(f"valid_rows is {given}, but there are {labels.shape[0]} rows")
+    if labels.device.type == "meta":
+        return None
+    count = (labels != call.ignore_index).sum()
+    if not checks.readable(labels):
+        return _nan_if(count != given)
+    if int(count) != given:
+        raise ValueError(f"valid_rows is {given}, but {int(count)} labels are not ignore_index ({call.ignore_index})")
+    return None
+
+
+def _as_tensor(given: int | list[int] | None) -> Tensor | None:
+    """On the CPU: ranks compare values of tensors when they agree for the first time, those of numbers on each call."""
+    return None if given is None else torch.tensor(given, dtype=torch.int64)
+
+
+def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """`[n]` int64, each written by a kernel that has it as an argument: for a copy the host would wait, or the numbers
+    would have to stay where a captured CUDA graph reads them."""
+    return torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in numbers])
+
+
+def _nan_if(wrong: Tensor) -> Tensor:
+    """A factor `[]`: NaN if `wrong` `[]`, else 1. Of a NaN the gradient is one too, which it would not be of a sum."""
+    return torch.ones((), device=wrong.device).masked_fill(wrong, torch.nan)
+
+
+def _spoiled(stats: dict[str, Tensor], factor: Tensor | None) -> dict[str, Tensor]:
+    """Per-row results times a factor of `_nan_if`."""
+    return stats if factor is None else {name: value * factor for name, value in stats.items()}
 
 
 def _plan(
@@ -322,6 +389,7 @@ def linear_token_stats(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    valid_rows: int | None = None,
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
     tp_group: Any = None,
@@ -344,6 +412,8 @@ def linear_token_stats(
         logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
         temperature: divides the logits; above 0.
         ignore_index: the label that marks a row to be left out.
+        valid_rows: how many labels are not `ignore_index`, exactly, counted where the labels were on the CPU. With it
+            the host never waits for a GPU (but see `tp_group`); without it, once.
         max_chunk_bytes: memory for a chunk's logits and their gradient; None takes a share of the free memory.
         backend: "auto", or by name; `qkernels.info()` lists what can run.
         tp_group: process group (or 1-D `DeviceMesh`) over whose ranks, in their order, the vocabulary is split: each
@@ -357,7 +427,9 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or option; a budget too small for one row (the message says
-            the smallest that works); ranks of a group that disagree, on every one of them.
+            the smallest that works); ranks of a group that disagree, on every one of them; a `valid_rows` that is not
+            what the labels have (CPU, or QKERNELS_CHECK=1; on a GPU and inside torch.compile all rows and their
+            gradients become NaN, and is_top1 False).
         RuntimeError: another rank of a group failed; the message quotes its error.
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
     """
@@ -374,6 +446,8 @@ def linear_token_stats(
     hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels = local
     with distributed.ranks(tp_group, None, hidden, hint) as ranks:
         outputs, columns = check_outputs(outputs, "reference_hidden", reference_hidden is not None)
+        if valid_rows is not None:
+            valid_rows = checks.row_count(valid_rows, "valid_rows")
         call = _prepare(
             hidden,
             weight,
@@ -388,9 +462,10 @@ def linear_token_stats(
             backend,
             ("hidden", "weight", "bias"),
             ranks,
-            {},
+            {} if ranks is None else {"valid_rows": _as_tensor(valid_rows)},
             {"the call": "linear_token_stats", "outputs": outputs},
         )
+        factor = None if valid_rows is None else _compare_number(valid_rows, call)
     _refuse_meta(call, "hidden")
     unknown = [name for name in detached if name not in outputs]
     if unknown:
@@ -398,8 +473,9 @@ def linear_token_stats(
     differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs and name not in detached)
     if not differentiable:  # nothing to be saved for a backward that cannot come
         call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
+    call = call._replace(valid_rows=valid_rows)
     if _host_can_count(call.labels):
-        call = call._replace(valid=chunks.valid_rows(call.labels, call.ignore_index))
+        call = call._replace(valid=chunks.valid_rows(call.labels, call.ignore_index, valid_rows))
     plan = _plan(
         call,
         "auto",
@@ -409,7 +485,7 @@ def linear_token_stats(
         valid_rows=(call.labels if call.valid is None else call.valid).shape[0],
         pair_rows=0,
     )
-    stats = _run(call, plan.name, columns, differentiable, plan.chunk_rows)
+    stats = _spoiled(_run(call, plan.name, columns, differentiable, plan.chunk_rows), factor)
     result = {name: stats[name].view(call.shape) for name in outputs}
     if "is_top1" in result:
         result["is_top1"] = result["is_top1"] > 0
@@ -427,6 +503,7 @@ def linear_token_logps(
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    valid_rows: int | None = None,
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
     tp_group: Any = None,
@@ -454,6 +531,7 @@ def linear_token_logps(
         logit_scale=logit_scale,
         temperature=temperature,
         ignore_index=ignore_index,
+        valid_rows=valid_rows,
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
         tp_group=tp_group,
@@ -469,7 +547,8 @@ class _Loss(NamedTuple):
     objective: Plan
     batch: Batch
     reference: Reference
-    counts: list[int] | None
+    counts: list[int] | None  # valid rows of each sequence; None where the host does not know them, or compiles
+    unchecked: Tensor | None  # the same `[2B]` on the device, where the caller has said them and nobody looked
     beta: float
     reduction: str
     columns: int
@@ -511,8 +590,10 @@ class _Loss(NamedTuple):
         """The loss of one chunk of pairs, differentiated with respect to the chunk's columns."""
         assert self.counts is not None
         half, batch, reference = len(self.counts) // 2, self.batch, self.reference
-        # Where sequences begin among the valid rows, on the device: numbers sent there would make the host wait.
-        starts = nn.functional.pad(batch.sequences.here().sums(batch.used.double()), (1, 0)).cumsum(0).int()
+        # Where sequences begin among the valid rows, on the device: numbers sent there would make the host wait. What
+        # the caller has said may be wrong, but the chunks are cut accordingly.
+        lengths = _sums(batch.used, batch.sequences) if self.unchecked is None else self.unchecked
+        starts = nn.functional.pad(lengths, (1, 0)).cumsum(0).int()
         share = 1.0 / half if self.reduction == "mean" else 1.0
         names = rows.column_names(self.columns)
 
@@ -563,6 +644,7 @@ def _prepare_loss(
     loss_kwargs: Any,
     token_weights: Any,
     cu_seqlens: Any,
+    valid_rows: Any,
     temperature: Any,
     ignore_index: Any,
     reduction: Any,
@@ -608,6 +690,7 @@ def _prepare_loss(
         objective = objectives.resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
         live = reference_hidden is not None
         agreed = {} if ranks is None else preference.described(objective, beta, reduction, cu_seqlens, live)
+        said = None if valid_rows is None else checks.row_counts(valid_rows, "valid_rows")
         call = _prepare(
             policy_hidden,
             lm_head_weight,
@@ -622,7 +705,8 @@ def _prepare_loss(
             backend,
             ("policy_hidden", "lm_head_weight", "lm_head_bias"),
             ranks,
-            {"token_weights": token_weights, "cu_seqlens": cu_seqlens, "reference_logps": reference_logps},
+            {"token_weights": token_weights, "cu_seqlens": cu_seqlens, "reference_logps": reference_logps}
+            | ({} if ranks is None else {"valid_rows": _as_tensor(said)}),
             {"the call": "fused_linear_token_dpo", "plan": plan, **agreed},
         )
         if cu_seqlens is None:
@@ -635,20 +719,34 @@ def _prepare_loss(
         number = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         dtype = rows.stats_dtype(call.dtype)
         reference = Reference.of(reference_logps, live, "reference_hidden", objective, labels, number, dtype)
+        how = (as_rows, weights, cu_seqlens, objective, call.ignore_index, dtype)
+        # With sp_group, which rows LD-DPO leaves out is known only after the ranks have agreed: too late for an error
+        # on one of them.
+        looks = checks.readable(labels) and (sp_group is None or objective.ld_alpha is None)
+        if said is not None:
+            _check_sizes(said, Sequences.of(as_rows, cu_seqlens))
+            if looks:
+                _check_counts(said, Batch.of(*how))
         positions = None if ranks is None else ranks.sequence_shard(number, call.dtype, agreed)
-    batch = Batch.of(as_rows, weights, cu_seqlens, objective, call.ignore_index, dtype, positions)
+    batch = Batch.of(*how, positions)
     call = call._replace(labels=batch.labels.reshape(-1))
     columns = preference.columns(objective, live)
     if outputs:
         columns |= check_outputs((*outputs, *(("reference_logps",) if live else ())), "reference_hidden", live)[1]
-    counts = _counts(batch.used, batch.sequences)
+    compiles, meta = torch.compiler.is_compiling(), labels.device.type == "meta"
+    counts = _counts(batch.used, batch.sequences) if said is None else None if compiles else said
+    unchecked = None
+    if said is not None:
+        call = call._replace(valid_rows=sum(said))
+        unchecked = None if looks or meta else _on_device(said, labels.device)
     if counts is None:
-        valid_rows = call.labels.shape[0]
-        pair_rows = 2 * labels.shape[1] if cu_seqlens is None else valid_rows
+        number = call.labels.shape[0]
+        pair_rows = 2 * labels.shape[1] if cu_seqlens is None else number
     else:
-        half = len(counts) // 2
-        call = call._replace(valid=chunks.valid_rows(call.labels, call.ignore_index, sum(counts)))
-        valid_rows, pair_rows = sum(counts), max(map(sum, zip(counts[:half], counts[half:], strict=True)))
+        half, number = len(counts) // 2, sum(counts)
+        pair_rows = max(map(sum, zip(counts[:half], counts[half:], strict=True)))
+        if not meta:
+            call = call._replace(valid=chunks.valid_rows(call.labels, call.ignore_index, number))
     pairwise = None
     if not objective.separable:
         pairwise = "the objective couples the pairs of the batch"
@@ -656,7 +754,7 @@ def _prepare_loss(
         pairwise = "sp_group spreads each pair over ranks"
     elif reduction == "none":
         pairwise = "reduction='none' leaves each pair's factor to what follows"
-    elif torch.compiler.is_compiling() or (counts is None and labels.device.type != "meta"):
+    elif compiles or (counts is None and not meta):
         # (Where the compiler leaves a part of this to Python, the parts differ in what they call compiling.)
         pairwise = "inside torch.compile the loss is differentiated by the compiler"
     chosen = _plan(
@@ -665,12 +763,12 @@ def _prepare_loss(
         columns,
         only_logps=not objective.needs_kl,
         pairwise=pairwise,
-        valid_rows=valid_rows,
+        valid_rows=number,
         pair_rows=pair_rows,
     )
-    loss = _Loss(call, objective, batch, reference, counts, beta, reduction, columns, chosen)
+    loss = _Loss(call, objective, batch, reference, counts, unchecked, beta, reduction, columns, chosen)
     if chosen.name == "pair_chunks" and counts is not None:
-        loss = loss._replace(plan=chosen._replace(chunks=len(loss.pairs()) if valid_rows else 0))
+        loss = loss._replace(plan=chosen._replace(chunks=len(loss.pairs()) if number else 0))
     return loss
 
 
@@ -692,6 +790,7 @@ def plan_linear(
     loss_kwargs: Mapping[str, Any] | None = None,
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    valid_rows: Sequence[int] | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -706,7 +805,8 @@ def plan_linear(
     """What `fused_linear_token_dpo` would do with these arguments, without doing it.
 
     Takes the same arguments, checks them the same way, and runs no product. Tensors on the meta device will do (all
-    rows count as valid then). With a `tp_group` or `sp_group` every rank of it has to call this.
+    rows count as valid then, or as many as `valid_rows` says). With a `tp_group` or `sp_group` every rank of it has to
+    call this.
 
     Returns:
         `LinearPlan`: name, reason, chunk sizes, number of products, expected peak memory. It prints as a summary.
@@ -717,7 +817,8 @@ def plan_linear(
     return _prepare_loss(
         policy_hidden, lm_head_weight, labels, lm_head_bias, reference_hidden, reference_weight, reference_bias,
         reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
-        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend, tp_group, sp_group,
+        valid_rows, temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend,
+        tp_group, sp_group,
     ).plan  # fmt: skip
 
 
@@ -739,6 +840,7 @@ def fused_linear_token_dpo(
     loss_kwargs: Mapping[str, Any] | None = None,
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    valid_rows: Sequence[int] | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -766,6 +868,11 @@ def fused_linear_token_dpo(
         reference_logps: instead, cached log-probs per token or per sequence, as in `fused_token_dpo`.
         beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens, temperature,
             ignore_index, reduction: as in `fused_token_dpo`.
+        valid_rows: 2B ints, how many rows of each sequence count, exactly: those whose label is not `ignore_index` and
+            whose token weight, if there are any, is not 0. (With `ld_alpha=0` a row past the shorter of the pair's two
+            numbers does not count either, unless the loss has WPO weights or the SFT term; with `sp_group` the rows of
+            this rank are meant.) Count them where the labels are on the CPU, `(labels != -100).sum(1).tolist()`: the
+            host then never waits for a GPU (but see `tp_group`), without them once per call.
         softcap: of Gemma; None for none.
         logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
         plan: "auto", "frozen_head", "pair_chunks" or "recompute"; see `qkernels.plans` and `plan_linear`.
@@ -784,13 +891,16 @@ def fused_linear_token_dpo(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, option or combination; a plan that cannot do the work; a
-            budget too small for one row (the message says the smallest that works).
+            budget too small for one row (the message says the smallest that works); `valid_rows` that are not what
+            the labels have, with the first sequence that differs (CPU, or QKERNELS_CHECK=1; on a GPU and inside
+            torch.compile the loss, all per-token outputs and the gradients become NaN).
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
     """
     work = _prepare_loss(
         policy_hidden, lm_head_weight, labels, lm_head_bias, reference_hidden, reference_weight, reference_bias,
         reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
-        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend, tp_group, sp_group,
+        valid_rows, temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend,
+        tp_group, sp_group,
     )  # fmt: skip
     return _solve(work)[0]
 
@@ -813,6 +923,7 @@ def linear_token_dpo(
     loss_kwargs: Mapping[str, Any] | None = None,
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    valid_rows: Sequence[int] | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -837,7 +948,8 @@ def linear_token_dpo(
     work = _prepare_loss(
         policy_hidden, lm_head_weight, labels, lm_head_bias, reference_hidden, reference_weight, reference_bias,
         reference_logps, beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens,
-        temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend, None, None, outputs,
+        valid_rows, temperature, ignore_index, reduction, softcap, logit_scale, plan, max_chunk_bytes, backend,
+        None, None, outputs,
     )  # fmt: skip
     output, stats = _solve(work)
     further = {name: stats[name].detach().view(work.call.shape) for name in outputs}
@@ -874,4 +986,8 @@ def _solve(work: _Loss) -> tuple[TokenDPOOutput, dict[str, Tensor]]:
     if gradients is not None:
         loss = KnownGradient.apply(output.loss, *call.policy, gradients, lambda: run()[1])
         output = output._replace(loss=loss)
+    if work.unchecked is not None:
+        factor = _nan_if((_sums(batch.used, batch.sequences) != work.unchecked).any())
+        stats = _spoiled(stats, factor)
+        output = TokenDPOOutput(*(None if x is None else x * factor for x in output))  # type: ignore[arg-type]
     return (output if torch.compiler.is_compiling() else PlannedOutput.of(output, work.plan)), stats

@@ -11,7 +11,8 @@ Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides
   results, multiplies all coefficients; None stands for 1.
 - `row_grad_`: the same over the logits' own storage.
 - `linear_stats`, `linear_unit_gradient`, `linear_gradients`: the passes of `qkernels.chunks` over hidden states, for
-  torch.compile; eager code calls them directly.
+  torch.compile; eager code calls them directly. `valid_rows` is how many rows count: on a GPU the host waits to learn
+  it unless it is given. A wrong number drops rows, or takes one several times; the caller compares it with the labels.
 - `pair_loss`: DPO with label smoothing from per-row log-probs: `(loss [], rewards [2B], dloss/dlogps [S, T], tokens
   [2, S, T])`, where rewards are beta times the weighted sums of log-ratios, and tokens are beta times the log-ratio of
   each row, and the reference's log-prob. `weights` `[S, T]` are 0 where the label is ignored, None stands for 1
@@ -50,7 +51,7 @@ _MODELS = (
 )
 _LINEAR = (
     "int columns, float temperature, float? softcap, float logit_scale, int ignore_index, ScalarType dtype,"
-    " ScalarType reference_dtype, SymInt chunk_rows, str backend"
+    " ScalarType reference_dtype, SymInt chunk_rows, str backend, SymInt? valid_rows=None"
 )
 _library.define(f"linear_stats({_MODELS}, {_LINEAR}) -> Tensor")
 _library.define(f"linear_unit_gradient({_MODELS}, {_LINEAR}) -> (Tensor, Tensor)")
