@@ -587,7 +587,8 @@ def launch(bench: Bench) -> list[str]:
 
 
 def waits(bench: Bench) -> list[str]:
-    """How often the host waits for the GPU in a step: never from logits, once from hidden states, to count the rows."""
+    """How often the host waits for the GPU in a step: never from logits; from hidden states once, to count the rows,
+    unless it is told their numbers."""
     import warnings
 
     import qkernels
@@ -599,15 +600,24 @@ def waits(bench: Bench) -> list[str]:
     labels = bench.labels(64, 515).view(4, 16)
     labels[:, :5] = IGNORE
 
-    def by(plan: str) -> Callable[[], object]:
+    counts = (labels != IGNORE).sum(1).tolist()
+
+    def by(plan: str, told: bool) -> Callable[[], object]:
         def run() -> None:
             given = weight.detach() if plan == "frozen_head" else weight
             few = 3 * 515 * 8 if plan == "recompute" else 1 << 20
-            qkernels.fused_linear_token_dpo(
-                hidden, given, labels, reference_logps=0.0, plan=plan, max_chunk_bytes=few
-            ).loss.backward()
+            for ends in (None, torch.arange(0, 65, 16, dtype=torch.int32, device=bench.device)) if told else (None,):
+                x, y = (hidden, labels) if ends is None else (hidden.view(64, 32), labels.view(-1))
+                qkernels.fused_linear_token_dpo(
+                    x, given, y, reference_logps=0.0, cu_seqlens=ends, plan=plan, max_chunk_bytes=few,
+                    valid_rows=counts if told else None,
+                ).loss.backward()  # fmt: skip
 
         return run
+
+    def run_logps() -> None:
+        for given in (weight, weight.detach()):
+            qkernels.linear_token_logps(hidden, given, labels, valid_rows=sum(counts)).sum().backward()
 
     packed = bench.logits(64, 515, torch.bfloat16, 3).requires_grad_()
     ends = torch.tensor([0, 10, 30, 44, 64], dtype=torch.int32, device=bench.device)
@@ -628,7 +638,10 @@ def waits(bench: Bench) -> list[str]:
         "from packed logits": (run_packed, 0),
         "token_stats": (run_stats, 0),
     }
-    works |= {f"from hidden states, {plan}": (by(plan), 1) for plan in ("frozen_head", "pair_chunks", "recompute")}
+    for plan in ("frozen_head", "pair_chunks", "recompute"):
+        works[f"from hidden states, {plan}"] = (by(plan, False), 1)
+        works[f"from hidden states, {plan}, valid_rows given"] = (by(plan, True), 0)
+    works["linear_token_logps, valid_rows given"] = (run_logps, 0)
     lines = []
     for name, (run, allowed) in works.items():
         run()

@@ -551,6 +551,41 @@ def both_groups(rows_: int) -> None:
     assert ("beta" in heard) and (heard.startswith("ValueError") == (dist.get_rank() == 0)), heard
 
 
+def numbers_known_beforehand(how: str) -> None:
+    """`valid_rows` changes nothing in a split vocabulary, nor with split positions (numbers of the rank's own rows)."""
+    head, group = make_head(torch.float32, length=11), {f"{how}_group": world()}
+    mine, positions = slice(None), slice(None)
+    if how == "tp":
+        mine = part(head["weight"].shape[0])
+    else:
+        positions = part(11)
+    used = head["labels"] != IGNORE
+    total = used.sum(1)
+    shared = torch.minimum(total[:3], total[3:]).repeat(2).unsqueeze(1)
+    for kwargs, rows_ in ((None, used), ({"ld_alpha": 0.0}, used & (used.cumsum(1) <= shared))):
+        for plan in ("frozen_head", "recompute") + (("pair_chunks",) if how == "tp" else ()):
+            found = []
+            numbers = rows_[:, positions].sum(1).tolist()
+            for valid_rows in (None, numbers):
+                hidden = head["hidden"][:, positions].contiguous().requires_grad_()
+                weight = head["weight"][mine].clone().requires_grad_(plan != "frozen_head")
+                out = fused_linear_token_dpo(
+                    hidden, weight, head["labels"][:, positions].contiguous(), reference_logps=0.0, plan=plan,
+                    loss_kwargs=kwargs, valid_rows=valid_rows, **group,
+                )  # fmt: skip
+                out.loss.backward()
+                assert out.loss.isfinite()
+                found.append([out.loss, out.token_logps, hidden.grad, *([weight.grad] * weight.requires_grad)])
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), (kwargs, plan)
+    if how == "sp":  # nobody can raise after the ranks have agreed: all get NaN
+        numbers[0] += dist.get_rank() == 0
+        out = fused_linear_token_dpo(
+            hidden, weight, head["labels"][:, positions].contiguous(), reference_logps=0.0, loss_kwargs=kwargs,
+            valid_rows=numbers, **group,
+        )  # fmt: skip
+        assert out.loss.isnan()
+
+
 # --- data parallelism: the loss inside the model ----------------------------------------------------------------------
 
 
@@ -719,6 +754,15 @@ def wrong_calls(case: str) -> str:
         text = caught(lambda: dpo(
             logits=batch.logits, labels=labels.masked_fill(labels == 20, 99) if last else labels, tp_group=None,
             sp_group=world(),
+        ))  # fmt: skip
+    elif case == "numbers":
+        text = caught(lambda: linear(valid_rows=int((head["labels"] != IGNORE).sum()) - last))
+    elif case == "wrong numbers":
+        text = caught(lambda: linear(valid_rows=1))
+    elif case == "numbers of one position":
+        numbers = (head["labels"] != IGNORE).sum(1) + torch.tensor([0, 0, -1, 1, 0, 0]) * last
+        text = caught(lambda: fused_linear_token_dpo(
+            head["hidden"], head["weight"], head["labels"], reference_logps=0.0, valid_rows=numbers, sp_group=world(),
         ))  # fmt: skip
     elif case == "reference of one position":
         wrong = torch.zeros(3 if last else 4)

@@ -157,6 +157,11 @@ def test_head_losses_of_positions(two, dtype, plan, loss, live):
     two.run(checks.head_losses_of_positions, dtype, plan, loss, live)
 
 
+@pytest.mark.parametrize("how", ["tp", "sp"])
+def test_numbers_of_rows_known_beforehand(two, how):
+    two.run(checks.numbers_known_beforehand, how)
+
+
 def test_vocabulary_and_positions_at_once(four):
     four.run(checks.both_groups, 2)
 
@@ -251,9 +256,14 @@ MISTAKES = {
     "sequences": "ValueError: the ranks of sp_group disagree: number of sequences is 2 on rank 0 and 4 on rank 1",
     "loss": "ValueError: the ranks of sp_group disagree: the loss is",
     "label of one position": "= 99 is outside [0, 21)",
+    "numbers": "ValueError: the ranks of tp_group disagree: the checksum of valid_rows",
+    "wrong numbers": "ValueError: valid_rows is 1, but ",
+    "numbers of one position": "valid_rows[2] is ",
     "reference of one position": "reference_logps must have shape",
 }
-ONLY_ON_THE_LAST = ("own error", "no columns", "label of one position", "reference of one position")
+ONLY_ON_THE_LAST = (
+    "own error", "no columns", "label of one position", "numbers of one position", "reference of one position",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
