@@ -602,16 +602,19 @@ def waits(bench: Bench) -> list[str]:
 
     counts = (labels != IGNORE).sum(1).tolist()
 
-    def by(plan: str, told: bool) -> Callable[[], object]:
+    dense = (hidden, labels, None)
+    spans = torch.arange(0, 65, 16, dtype=torch.int32, device=bench.device)
+    one_row = (hidden.detach().view(64, 32).requires_grad_(), labels.view(-1), spans)
+
+    def by(plan: str, told: bool, batch: tuple = dense) -> Callable[[], object]:
         def run() -> None:
+            x, y, ends = batch
             given = weight.detach() if plan == "frozen_head" else weight
             few = 3 * 515 * 8 if plan == "recompute" else 1 << 20
-            for ends in (None, torch.arange(0, 65, 16, dtype=torch.int32, device=bench.device)) if told else (None,):
-                x, y = (hidden, labels) if ends is None else (hidden.view(64, 32), labels.view(-1))
-                qkernels.fused_linear_token_dpo(
-                    x, given, y, reference_logps=0.0, cu_seqlens=ends, plan=plan, max_chunk_bytes=few,
-                    valid_rows=counts if told else None,
-                ).loss.backward()  # fmt: skip
+            qkernels.fused_linear_token_dpo(
+                x, given, y, reference_logps=0.0, cu_seqlens=ends, plan=plan, max_chunk_bytes=few,
+                valid_rows=counts if told else None,
+            ).loss.backward()  # fmt: skip
 
         return run
 
@@ -641,6 +644,7 @@ def waits(bench: Bench) -> list[str]:
     for plan in ("frozen_head", "pair_chunks", "recompute"):
         works[f"from hidden states, {plan}"] = (by(plan, False), 1)
         works[f"from hidden states, {plan}, valid_rows given"] = (by(plan, True), 0)
+        works[f"from packed hidden states, {plan}, valid_rows given"] = (by(plan, True, one_row), 0)
     works["linear_token_logps, valid_rows given"] = (run_logps, 0)
     lines = []
     for name, (run, allowed) in works.items():
