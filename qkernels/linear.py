@@ -261,7 +261,7 @@ def _check_counts(given: list[int], batch: Batch) -> None:
 
 
 def _compare_number(given: int, call: _Call) -> Tensor | None:
-    """The same for the number of all rows; where the host does not look, `_nan_if` it is wrong."""
+    """`_check_sizes` and `_check_counts` of all rows together; where the host does not look, `_nan_if` of it."""
     labels = call.labels
     if given > labels.shape[0]:
         raise ValueError(f"valid_rows is {given}, but there are {labels.shape[0]} rows")
@@ -287,7 +287,7 @@ def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _nan_if(wrong: Tensor) -> Tensor:
-    """A factor `[]`: NaN if `wrong` `[]`, else 1. Of a NaN the gradient is one too, which it would not be of a sum."""
+    """A factor `[]`: NaN if `wrong` `[]`, else 1. A factor, not a term: gradients become NaN as well."""
     return torch.ones((), device=wrong.device).masked_fill(wrong, torch.nan)
 
 
@@ -892,8 +892,9 @@ def fused_linear_token_dpo(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device, option or combination; a plan that cannot do the work; a
             budget too small for one row (the message says the smallest that works); `valid_rows` that are not what
-            the labels have, with the first sequence that differs (CPU, or QKERNELS_CHECK=1; on a GPU and inside
-            torch.compile the loss, all per-token outputs and the gradients become NaN).
+            the labels have, with the first sequence that differs (CPU, or QKERNELS_CHECK=1; on a GPU, inside
+            torch.compile, and with `sp_group` and `ld_alpha` the loss, the per-token outputs and all gradients become
+            NaN instead).
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
     """
     work = _prepare_loss(

@@ -300,6 +300,24 @@ def test_nothing_is_read_by_the_per_token_functions(no_read, trains):
         run()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is present")
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_gpu_is_not_waited_for(plan, packed):
+    """torch's own watch."""
+    batch = small(torch.bfloat16, "cuda", packed)
+    for options in ({}, {"token_weights": True}, {"live": True, "loss_type": "ipo"}):
+        how = call_of(batch, options, plan)
+        how["valid_rows"] = counted(batch, **how)
+        results(batch, plan, how)  # compiles kernels
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            results(batch, plan, how)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 # --- wrong numbers ----------------------------------------------------------------------------------------------------
 
 

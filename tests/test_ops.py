@@ -224,6 +224,22 @@ def test_linear_gradients(backend, dtype, needs, live):
 
 
 @pytest.mark.dtypes(torch.float32)
+def test_linear_ops_take_the_number_of_rows(backend, dtype):
+    models, how = linear_args(backend, dtype, STATE)
+    number = int((models[6] != -100).sum())
+    assert 0 < number < 8
+    stats = ops.linear_stats(*models, *how)
+    gradients = (*models, stats, normal(1, 8).to(stats), [True] * 3)
+    for op, args in ((ops.linear_stats, models), (ops.linear_unit_gradient, models), (ops.linear_gradients, gradients)):
+        torch.library.opcheck(op, (*args, *how, number))
+        without, given, fewer = (op(*args, *how, *rest) for rest in ((), (number,), (number - 1,)))
+        if op is ops.linear_stats:
+            without, given, fewer = [without], [given], [fewer]
+        assert all(torch.equal(a, b) for a, b in zip(without, given, strict=True))
+        assert not torch.equal(without[0], fewer[0])  # it is the number that goes
+
+
+@pytest.mark.dtypes(torch.float32)
 def test_linear_ops_name_a_bad_label_by_its_row(backend, dtype):
     models, how = linear_args(backend, dtype, STATE)
     models[6][5] = 11
