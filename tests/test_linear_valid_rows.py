@@ -373,6 +373,15 @@ def test_what_the_host_does_not_see_becomes_nan(backend, dtype, plan, packed, un
                 assert all(gradient.isnan().any() for gradient in gradients)
 
 
+def test_further_outputs_become_nan(unread):
+    batch = small()
+    for plan in PLANS:
+        models = leaves(batch, PLANS[plan])
+        how = call_of(batch, {}, plan) | {"valid_rows": wrong(counted(batch))["swapped"][0]}
+        _, stats = linear_token_dpo(models["hidden"], models["weight"], batch.labels, outputs=("entropy",), **how)
+        assert stats.entropy.isnan().all()
+
+
 @pytest.mark.parametrize("trains", ["", "h", "hwb"])
 def test_per_token_results_become_nan(unread, trains):
     batch = small()
