@@ -980,6 +980,10 @@ def _solve(work: _Loss) -> tuple[TokenDPOOutput, dict[str, Tensor]]:
     else:
         carrying = preference.carrying(work.objective)
         stats = _run(call, work.plan.name, work.columns, carrying, work.plan.chunk_rows)
+    factor = None
+    if work.unchecked is not None:
+        factor = _nan_if((_sums(batch.used, batch.sequences) != work.unchecked).any())
+    stats = _spoiled(stats, factor)  # before the sums, which other ranks share
     by_sequence = {name: value.view(batch.labels.shape) for name, value in stats.items()}
     output = preference.loss_and_rewards(
         by_sequence, batch, work.reference, work.objective, work.beta, work.reduction, call.backend, call.shape
@@ -987,8 +991,6 @@ def _solve(work: _Loss) -> tuple[TokenDPOOutput, dict[str, Tensor]]:
     if gradients is not None:
         loss = KnownGradient.apply(output.loss, *call.policy, gradients, lambda: run()[1])
         output = output._replace(loss=loss)
-    if work.unchecked is not None:
-        factor = _nan_if((_sums(batch.used, batch.sequences) != work.unchecked).any())
-        stats = _spoiled(stats, factor)
+    if factor is not None:  # what the loss made of the rows, and the gradients that are known already
         output = TokenDPOOutput(*(None if x is None else x * factor for x in output))  # type: ignore[arg-type]
     return (output if torch.compiler.is_compiling() else PlannedOutput.of(output, work.plan)), stats
