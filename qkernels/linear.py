@@ -281,8 +281,13 @@ def _as_tensor(given: int | list[int] | None) -> Tensor | None:
 
 
 def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """`[n]` int64, each written by a kernel that has it as an argument: for a copy the host would wait, or the numbers
-    would have to stay where a captured CUDA graph reads them."""
+    """`[n]` int64. On a GPU a copy from page-locked memory, for which the host does not wait.
+
+    A captured CUDA graph would copy again from memory that is somebody else's by then: there, and for the compiler,
+    each number is an argument of a kernel that writes it.
+    """
+    if device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
+        return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
     return torch.stack([torch.full((), number, dtype=torch.int64, device=device) for number in numbers])
 
 
