@@ -276,7 +276,7 @@ def source_of(variant: Variant, architecture: str) -> tuple[Any, dict[str, str],
         pointers |= {"out": variant.gradient}
         pointers |= dict.fromkeys(("state", "r_state", "coefficients", "upstream"), "fp32")
     else:
-        function = pair_loss_kernel.pair_loss_kernel
+        function, options = pair_loss_kernel.pair_loss_kernel, pair_loss_kernel.OPTIONS
         values = {"REFERENCE": 1, "WEIGHTED": False, "PACKED": False, **flags}
         values |= {name: getattr(pair_loss_kernel, name) for name in ("BLOCK", "PAIRS", "TOKENS")}
         pointers = dict.fromkeys(("logps", "reference", "weights", "loss", "rewards", "grad", "tokens"), "fp32")

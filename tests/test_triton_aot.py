@@ -90,7 +90,9 @@ def test_estimates_are_within_the_aims():
 @pytest.mark.parametrize("packed, weighted", [(False, True), (True, False)])
 def test_every_form_of_the_pair_loss_compiles(packed, weighted, reference):
     flags = (("PACKED", packed), ("WEIGHTED", weighted), ("REFERENCE", reference))
-    kernel_report.compiled(kernel_report.Variant("", "pair_loss", "fp32", flags=flags), "sm_90")
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        facts = kernel_report.facts(kernel_report.Variant("", "pair_loss", "fp32", flags=flags), architecture)
+        assert facts.spills == 0 and facts.stack == 0, architecture
 
 
 def test_the_loop_reader_sees_narrow_loads():

@@ -30,6 +30,7 @@ from .common import _INF, joined, log1p
 
 BLOCK = 1024  # tokens of a sequence at once
 PAIRS, TOKENS = 8, 128  # pairs and tokens of each at once, where the loss is summed
+OPTIONS = {**common.OPTIONS, "num_warps": 8}  # with 4, some forms of it spill: addresses and fp64 sums take registers
 
 
 @triton.jit
@@ -237,6 +238,6 @@ def pair_loss(
             *common.two_floats(beta), *common.two_floats(label_smoothing),
             REFERENCE=0 if reference_logps is None else 2 if reference_logps.dim() == 1 else 1,
             WEIGHTED=weights is not None, PACKED=cu_seqlens is not None, BLOCK=BLOCK, PAIRS=PAIRS, TOKENS=TOKENS,
-            **common.OPTIONS,
+            **OPTIONS,
         )  # fmt: skip
     return loss, rewards, grad, tokens
