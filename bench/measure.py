@@ -104,14 +104,15 @@ def benchmarked(
 ) -> None:
     """Time a call with pytest-benchmark, after one that warms up and whose result is checked.
 
-    Of calls longer than half a second 3 rounds will do. Peak memory is that of the last round: a first call also takes
+    Of calls longer than half a second 3 rounds will do, of those longer than 1.5 seconds 2. Peak memory is that of the last round: a first call also takes
     what stays for good.
     """
     if setup is not None:
         setup()
     start = time.perf_counter()
     result = call()
-    long = time.perf_counter() - start > 0.5
+    seconds = time.perf_counter() - start
+    enough = 2 if seconds > 1.5 else 3 if seconds > 0.5 else rounds
     if check is not None:
         check(result)
     del result
@@ -123,7 +124,7 @@ def benchmarked(
             setup()
         before = _reset_peak()
 
-    benchmark.pedantic(call, setup=prepare, rounds=min(rounds, 3) if long else rounds)
+    benchmark.pedantic(call, setup=prepare, rounds=min(rounds, enough))
     benchmark.extra_info["peak_bytes"] = _rise(before)
 
 
