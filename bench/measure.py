@@ -104,8 +104,8 @@ def benchmarked(
 ) -> None:
     """Time a call with pytest-benchmark, after one that warms up and whose result is checked.
 
-    Of calls longer than half a second 3 rounds will do, of those longer than 1.5 seconds 2. Peak memory is that of the last round: a first call also takes
-    what stays for good.
+    Of calls longer than half a second 3 rounds will do, of those longer than 1.5 seconds 2. Peak memory is that of the
+    last round: a first call also takes what stays for good.
     """
     if setup is not None:
         setup()
