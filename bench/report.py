@@ -1,9 +1,19 @@
-"""The results of a benchmark run as a Markdown table, as JSON and as a plot."""
+"""The results of a benchmark run as a Markdown table, as JSON and as a plot.
+
+On a machine whose speed wanders, several runs tell more than one:
+
+    pytest bench/ --benchmark-only --report run1        (and run2, run3 ...)
+    python -m bench.report run1 run2 run3 --out results
+
+writes the same three files, with the median over the runs of each time and of each ratio.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from dataclasses import asdict, dataclass
+import statistics
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +64,37 @@ class Entry:
     def rate(self) -> float:
         """Amount per second."""
         return self.amount / self.milliseconds * 1e3
+
+
+def merged(runs: list[list[Entry]]) -> list[Entry]:
+    """Each entry's median over the runs, of times and of ratios; fastest and slowest of all rounds.
+
+    Raises:
+        ValueError: the runs did not measure the same.
+    """
+
+    def by_name(run: list[Entry]) -> dict[tuple[str, str, str, str], Entry]:
+        return {(entry.work, entry.contender, entry.dtype, entry.shape): entry for entry in run}
+
+    first, *others = named = [by_name(run) for run in runs]
+    for number, other in enumerate(others, 2):
+        if differing := sorted(map(str, first.keys() ^ other.keys())):
+            raise ValueError(f"runs 1 and {number} did not measure the same: {differing[0]}")
+    result = []
+    for name, entry in first.items():
+        all_ = [run[name] for run in named]
+        peaks = [e.peak_bytes for e in all_ if e.peak_bytes is not None]
+        result.append(
+            replace(
+                entry,
+                milliseconds=statistics.median(e.milliseconds for e in all_),
+                fastest=min(e.fastest for e in all_),
+                slowest=max(e.slowest for e in all_),
+                floor_ratio=statistics.median(e.floor_ratio for e in all_),
+                peak_bytes=statistics.median_high(peaks) if peaks else None,
+            )
+        )
+    return result
 
 
 def _groups(entries: list[Entry]) -> dict[tuple[str, str, str], list[Entry]]:
@@ -152,3 +193,24 @@ def plot(entries: list[Entry], path: Path) -> None:
         axis.tick_params(axis="y", length=0)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that --report has written")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the merged results go")
+    options = parser.parse_args(arguments)
+    documents = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in options.runs]
+    machine = documents[0]["machine"]
+    for run, document in zip(options.runs, documents, strict=True):
+        if document["machine"] != machine:
+            parser.error(f"{run} comes from another machine or software than {options.runs[0]}")
+    try:
+        entries = merged([[Entry(**entry) for entry in document["results"]] for document in documents])
+    except ValueError as error:
+        parser.error(str(error))
+    write(entries, {**machine, "runs": f"{len(documents)}, medians over them"}, options.out)
+
+
+if __name__ == "__main__":
+    main()
