@@ -201,10 +201,8 @@ def exercise(bench: Bench) -> list[str]:
                 stats = ops.row_stats(logits, labels, reference, (1 << len(COLUMNS)) - 1, *how)
                 state = ops.row_stats(logits, labels, reference, STATE | REFERENCE_STATE, *how)
                 for k in (1, 5):
-                    coefficients, upstream = (
-                        torch.ones(k, 1, 3, device=bench.device),
-                        torch.ones((), device=bench.device),
-                    )
+                    coefficients = torch.ones(k, 1, 3, device=bench.device)
+                    upstream = torch.ones((), device=bench.device)
                     given = (reference, stats[:3], state[3:], coefficients)
                     ops.row_grad(logits, labels, *given, upstream, *how)
                     ops.row_grad_(logits.clone(), labels, *given, None, *how)

@@ -66,11 +66,6 @@ class Step:
         return loss.detach()
 
 
-def time_step(benchmark, step: Step, rounds: int) -> None:
-    measure.benchmarked(benchmark, step.run, rounds, step.refill)
-    step.leaf.grad = None
-
-
 def sampled_gradient(step: Step) -> Tensor:
     """Some rows of the gradient, fp32: enough to catch a wrong one without a second tensor of logits."""
     gradient = step.leaf.grad
@@ -99,7 +94,8 @@ def test_dpo(benchmark, contender: str, data: Data, dtype_name: str, size: Size,
     largest = truth[1].abs().amax()
     assert (gradient - truth[1]).abs().amax() <= GRADIENT_TOLERANCE[dtype_name] * largest, "gradients differ"
     record(benchmark, "DPO loss and gradient", contender, dtype_name, size, data, passes=4)
-    time_step(benchmark, step, pytestconfig.getoption("--rounds"))
+    measure.benchmarked(benchmark, step.run, pytestconfig.getoption("--rounds"), step.refill)
+    step.leaf.grad = None
 
 
 @pytest.mark.parametrize("mode", ["in place", "new gradient"])

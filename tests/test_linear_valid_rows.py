@@ -205,16 +205,8 @@ class NoRead(contextlib.ExitStack):
 
     OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh", "_unique2")
     INDEXES = ("index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put")
-    METHODS = (
-        "tolist",
-        "item",
-        "numpy",
-        "cpu",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-    )  # not all are operations
+    # Not all of these are operations.
+    METHODS = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 
     def __init__(self):
         super().__init__()
