@@ -202,7 +202,7 @@ def inplace(flagged: Any, target: Tensor, name: str, others: dict[str, Tensor | 
     """Whether the backward may write over `target`: no element twice in memory, nothing else in its storage."""
     if not flag(flagged, "inplace_backward"):
         return False
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or target.numel() == 0:
         return True
     reach = 1  # elements spanned by the dimensions looked at so far; the next stride has to step over them
     for stride, size in sorted((s, n) for s, n in zip(target.stride(), target.shape, strict=True) if n > 1):

@@ -600,6 +600,9 @@ class _Loss(NamedTuple):
         lengths = _sums(batch.used, batch.sequences) if self.unchecked is None else self.unchecked
         starts = nn.functional.pad(lengths, (1, 0)).cumsum(0).int()
         share = 1.0 / half if self.reduction == "mean" else 1.0
+        # LD-DPO with alpha 0 leaves rows out that a mean over the answer's tokens still counts.
+        discounts = self.objective.ld_alpha is not None
+        counts = batch.sequences.sums(batch.base_weights, keep_double=True) if discounts else None
         names = rows.column_names(self.columns)
 
         def gradient(number: int, values: Tensor) -> dict[str, Tensor]:
@@ -611,6 +614,9 @@ class _Loss(NamedTuple):
             def pick(per_row: Tensor) -> Tensor:
                 return per_row.reshape(-1)[where].unsqueeze(0)
 
+            def pick_pairs(per_sequence: Tensor) -> Tensor:
+                return torch.cat([per_sequence[first:last], per_sequence[half + first : half + last]])
+
             labels = pick(batch.labels)
             part = Batch(
                 labels,
@@ -620,11 +626,11 @@ class _Loss(NamedTuple):
                 Sequences.of(labels, cu_seqlens),
                 cu_seqlens,
                 batch.ignore_index,
+                None if counts is None else pick_pairs(counts),
             )
-            sums = reference.sequence_sums
             known = Reference(
                 None if reference.tokens is None else pick(reference.tokens),
-                None if sums is None else torch.cat([sums[first:last], sums[half + first : half + last]]),
+                None if reference.sequence_sums is None else pick_pairs(reference.sequence_sums),
             )
             stats = dict(zip(names, values, strict=True))
             upstream = preference.loss_gradient(stats, part, known, self.objective, self.beta, self.call.backend)
@@ -719,7 +725,8 @@ def _prepare_loss(
         else:
             cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
         weights = preference.check_token_weights(token_weights, labels)
-        as_rows = labels.unsqueeze(0) if labels.dim() == 1 else labels
+        # Contiguous, as every operation takes labels: the caller's may be a column of something, or expanded.
+        as_rows = (labels.unsqueeze(0) if labels.dim() == 1 else labels).contiguous()
 
         number = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         dtype = rows.stats_dtype(call.dtype)

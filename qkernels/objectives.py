@@ -32,8 +32,18 @@ from ._compile import constant_when_compiled
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 _F_DIVERGENCE_ALIASES = {"js": "js_divergence", "alpha": "alpha_divergence"}
-# exp of more than this overflows fp32; the alpha link saturates there instead of becoming inf.
-_MAX_EXPONENT = 80.0
+# exp of more than this comes close to overflowing, by dtype of the scores; links continue as a logarithm there.
+_MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
+
+
+def _finite(exp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """exp(x), or expm1(x), and exp(c) (1 + log(1 + x - c)) past the exponent c near which it would overflow.
+
+    The continuation meets exp in value and slope. It stays finite and keeps increasing, so that two scores past c can
+    still be compared, and their gradients have the right sign and are neither inf nor NaN.
+    """
+    limit = _MAX_EXPONENT[x.dtype]
+    return exp(x.clamp_max(limit)) + math.exp(limit) * torch.log1p((x - limit).clamp_min(0.0))
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,12 @@ class PairScores:
     def _link(self, log_ratios: Tensor) -> Tensor:
         """s = f'(pi/pi_ref) as a function of the log-ratio r."""
         if self.f_divergence == "forward_kl":
-            return 1 - torch.exp(-log_ratios)
+            return -_finite(torch.expm1, -log_ratios)
         if self.f_divergence == "js_divergence":
             return math.log(2.0) + logsigmoid(log_ratios)
         if self.f_divergence == "alpha_divergence" and abs(self.f_alpha_divergence_coef - 1) >= 1e-6:
             slope = self.f_alpha_divergence_coef - 1
-            return torch.expm1((slope * log_ratios).clamp_max(_MAX_EXPONENT)) / slope
+            return _finite(torch.expm1, slope * log_ratios) / slope
         return log_ratios  # reverse KL; also the limit of the alpha divergence at 1
 
     @property
@@ -261,8 +271,8 @@ def apo_down(scores: PairScores, beta: float) -> Tensor:
 def discopop(scores: PairScores, beta: float, discopop_tau: float = 0.05) -> Tensor:
     """DiscoPOP (Lu et al. 2024, eq. 5): logistic and exponential loss, blended by the margin."""
     x = beta * scores.margins
-    blend = torch.sigmoid(x / discopop_tau)
-    return -logsigmoid(x) * (1 - blend) + torch.exp(-x) * blend
+    # exp(-x) sigma(x / tau) as one exponential: apart, the first overflows where the second is 0.
+    return -logsigmoid(x) * torch.sigmoid(-x / discopop_tau) + _finite(torch.exp, logsigmoid(x / discopop_tau) - x)
 
 
 @objective(reference_free=True, separable=False, discounted=False)

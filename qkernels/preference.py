@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
+from .autograd import FiniteGradients
 from .autograd.logits import PairLoss
 from .distributed import SequenceShard
 from .objectives import PairScores, Plan
@@ -68,6 +69,8 @@ class Batch(NamedTuple):
     base_weights: the same before LD-DPO.
     sequences, cu_seqlens: the grouping of the rows.
     ignore_index: the label of rows that are not used.
+    counts: fp64 `[2B]`, sums of `base_weights` over the whole sequences, where these rows are not all that the sums
+        are over; None where they are.
     """
 
     labels: Tensor
@@ -77,6 +80,7 @@ class Batch(NamedTuple):
     sequences: Sequences
     cu_seqlens: Tensor | None
     ignore_index: int
+    counts: Tensor | None = None
 
     @staticmethod
     def of(
@@ -316,7 +320,9 @@ def pair_scores(
     """Per-token results summed to what objectives see. Ratios are summed as ratios: sums of log-probs are thousands
     of times larger, and their difference would have lost the digits."""
     sequences, weights = batch.sequences, batch.weights
-    per_token = {"counts": batch.base_weights, "logps": weights * stats["logps"]}
+    per_token = {"logps": weights * stats["logps"]}
+    if batch.counts is None:
+        per_token["counts"] = batch.base_weights
     if plan.needs_kl:
         per_token["kl"] = weights * stats["kl_reference_policy"]
     if plan.ld_alpha is not None and not plan.discounted:
@@ -329,7 +335,10 @@ def pair_scores(
         assert reference_sums is not None
         sums["reference"] = reference_sums.double()
         sums["ratios"] = log_ratios(sums["logps"], sums["reference"])
-    halves = {name: total.to(weights.dtype).chunk(2) for name, total in sums.items()}
+    if batch.counts is not None:
+        sums["counts"] = batch.counts
+    totals = FiniteGradients.apply(*(total.to(weights.dtype) for total in sums.values()))
+    halves = {name: total.chunk(2) for name, total in zip(sums, totals, strict=True)}
     chosen_kl, rejected_kl = halves.get("kl", (None, None))
     return PairScores(
         chosen_log_ratios=halves["ratios"][0],

@@ -88,12 +88,22 @@ def _row_grad(
     if not inplace:
         return ops.run("row_grad", logits, *args, *how)
     out = logits.detach()
-    ops.run("row_grad_", out, *args, *how)
-    if not torch.compiler.is_compiling():
-        # The write went past autograd: tell it, so that whoever saved these logits refuses to use them.
-        torch.autograd.graph.increment_version(logits)
-        setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
+    if torch.compiler.is_compiling():
+        ops.run("row_grad_", out, *args, *how)
+        return out
+    # The write goes past autograd: tell it, so that whoever saved these logits refuses to use them. Before the write as
+    # well: an exception in the middle of it, such as Ctrl-C, leaves logits that are partly gradients.
+    torch.autograd.graph.increment_version(logits)
+    _mark_overwritten(logits)
+    try:
+        ops.run("row_grad_", out, *args, *how)
+    finally:
+        _mark_overwritten(logits)  # an op that torch has dispatched counts as a write of its own
     return out
+
+
+def _mark_overwritten(logits: Tensor) -> None:
+    setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
 
 
 class DefaultLoss(torch.autograd.Function):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._compile import constant_when_compiled
+from ..core import layout
 from ..memory import fresh_zeros
 from ..rows import label_error, pair_outputs
 
@@ -84,14 +85,15 @@ def shape_of(logits: Tensor) -> tuple[int, int, int]:
 
 
 def view_of(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Address, dtype code and row strides of `[S, T, V]` logits."""
+    """Address, dtype code and row strides of `[S, T, V]` logits; zeros for None."""
     if tensor is None:
         return (0, 0, 0, 0)
-    return (tensor.data_ptr(), CODES[tensor.dtype], tensor.stride(0), tensor.stride(1))
+    return (layout.rows(tensor).data_ptr(), CODES[tensor.dtype], tensor.stride(0), tensor.stride(1))
 
 
-def address_of(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def address_of(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+    """Address of a contiguous tensor of that dtype; 0 for None."""
+    return 0 if tensor is None else layout.dense(tensor, dtype).data_ptr()
 
 
 def row_stats(
@@ -103,7 +105,7 @@ def row_stats(
         shape_of(logits),
         view_of(logits),
         view_of(reference),
-        labels.data_ptr(),
+        address_of(labels, torch.int64),
         ignore_index,
         temperature,
         columns,
@@ -134,12 +136,12 @@ def _row_grad_into(
         shape_of(logits),
         view_of(logits),
         view_of(reference),
-        labels.data_ptr(),
+        address_of(labels, torch.int64),
         ignore_index,
         temperature,
-        state.data_ptr(),
+        address_of(state),
         address_of(reference_state),
-        coefficients.data_ptr(),
+        address_of(coefficients),
         coefficients.shape[0],
         address_of(upstream),
         view_of(out),
@@ -189,11 +191,11 @@ def run_pair_loss(
         rewards.shape[0],
         logps.shape[1],
         logps.numel(),
-        address_of(offsets),
-        labels.data_ptr(),
+        address_of(offsets, torch.int32),
+        address_of(labels, torch.int64),
         ignore_index,
         address_of(weights),
-        logps.data_ptr(),
+        address_of(logps),
         address_of(reference_logps),
         reference_logps is not None and reference_logps.dim() == 1,
         beta,
@@ -221,11 +223,11 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> No
         out.shape[0],
         out.shape[1],
         left.shape[1],
-        left.data_ptr(),
+        layout.rows(left).data_ptr(),
         left.stride(0),
-        right.data_ptr(),
+        layout.rows(right).data_ptr(),
         right.stride(0),
-        0 if bias is None else bias.data_ptr(),
+        address_of(bias),
         out.data_ptr(),
         out.stride(0),
         torch.get_num_threads(),
@@ -239,9 +241,9 @@ def add_row_product(left: Tensor, right: Tensor, out: Tensor) -> None:
         out.shape[0],
         out.shape[1],
         left.shape[0],
-        left.data_ptr(),
+        layout.rows(left).data_ptr(),
         left.stride(0),
-        right.data_ptr(),
+        layout.rows(right).data_ptr(),
         right.stride(0),
         out.data_ptr(),
         out.stride(0),

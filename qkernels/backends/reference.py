@@ -69,6 +69,7 @@ def _safe_labels(labels: Tensor, vocab: int, ignored: Tensor) -> tuple[Tensor, T
     return labels.masked_fill(ignored | bad, 0).unsqueeze(-1), bad
 
 
+@torch.no_grad()  # the results are constants, as every backend's are; autograd is in `qkernels.autograd`
 def row_stats(
     logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
 ) -> Tensor:

@@ -20,10 +20,12 @@ Numerics. All but the tokens in fp64, summed in a fixed order, rounded once at t
 sequences begin; no value is read by the host.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core import layout
 from ...rows import pair_outputs
 from . import common
 from .common import _INF, joined, log1p
@@ -226,6 +228,7 @@ def pair_loss(
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    layout.dense(labels, torch.int64)
     loss, rewards, grad, tokens = pair_outputs(logps, reference_logps, cu_seqlens)
     logps = logps.contiguous()
     reference = logps if reference_logps is None else reference_logps.contiguous()

@@ -38,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core import layout
 from . import common
 from .common import (
     _LOG2E,
@@ -231,7 +232,7 @@ def row_grad_into(
     ignore_index: int,
 ) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
-    rows, vocab = labels.numel(), logits.shape[-1]
+    rows, vocab = layout.dense(labels, torch.int64).numel(), layout.rows(logits).shape[-1]
     if rows == 0:
         return
     common.check_vocab(vocab)

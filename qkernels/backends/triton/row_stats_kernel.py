@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core import layout
 from ...rows import BIT, COLUMNS, NEEDS_REFERENCE
 from . import common
 from .common import (
@@ -540,7 +541,7 @@ def row_stats(
     """Per-row results. See `qkernels.ops.row_stats`."""
     common.check_labels(labels, logits.shape[-1], ignore_index)
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
-    rows, vocab = labels.numel(), logits.shape[-1]
+    rows, vocab = layout.dense(labels, torch.int64).numel(), layout.rows(logits).shape[-1]
     if rows == 0:
         return out
     common.check_vocab(vocab)
