@@ -188,8 +188,9 @@ def tests(bench: Bench) -> list[str]:
 
 def exercise(bench: Bench) -> list[str]:
     """Each kernel once on small tensors of awkward shapes; what the memory checks run."""
-    from qkernels import backends, ops
-    from qkernels.rows import COLUMNS, REFERENCE_STATE, STATE
+    from qkernels import backends
+    from qkernels.backends import ops
+    from qkernels.core.columns import COLUMNS, REFERENCE_STATE, STATE
 
     for name in bench.backends():
         for vocab, dtype, shift in ((1, torch.float32, 1), (2053, torch.bfloat16, 3), (20011, torch.float16, 5)):
@@ -302,8 +303,8 @@ def stats(bench: Bench) -> list[str]:
 
 def backward(bench: Bench) -> list[str]:
     """The gradient kernel by itself, in place: one read, one write. Refilled before each round, which is not timed."""
-    from qkernels import ops
-    from qkernels.rows import STATE
+    from qkernels.backends import ops
+    from qkernels.core.columns import STATE
 
     for vocab in (bench.vocab, bench.vocab + 1):
         logits = bench.logits(bench.rows, vocab, torch.bfloat16)
@@ -406,7 +407,7 @@ def peers(bench: Bench) -> list[str]:
 def products(bench: Bench) -> list[str]:
     """The head's products against float64: fp32 logits of 16-bit inputs, fp32 sums of dW; log-probs from them."""
     from qkernels import linear_token_logps
-    from qkernels.head import Head, WeightGrad
+    from qkernels.head.products import Head, WeightGrad
 
     lines = []
     shapes = [(5, 24, 515)] if bench.rehearsal else [(64, 4096, 128256), (33, 1000, 128257), (1, 64, 7), (700, 8, 1001)]

@@ -1,4 +1,4 @@
-// The Python module `qkernels._C`: the operations on raw addresses. Callers (qkernels/backends/native.py and cuda.py)
+// The Python module `qkernels._C`: the operations on raw addresses. Callers (qkernels/backends/cpu.py and cuda.py)
 // have checked everything; here only the types are put right and the GIL is released.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -169,7 +169,7 @@ std::vector<std::string> names(const char* const (&list)[n]) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "Compiled row operations. Knows nothing of torch; see qkernels/backends/native.py and cuda.py.";
+  m.doc() = "Compiled row operations. Knows nothing of torch; see qkernels/backends/cpu.py and cuda.py.";
   m.def("row_stats", &row_stats);
   m.def("row_grad", &row_grad);
   m.def("pair_loss", &pair_loss);

@@ -28,7 +28,7 @@ from qkernels.demo.evaluate import pair_logps
 from qkernels.demo.options import Sizes
 from qkernels.demo.tokenizer import train_tokenizer
 from qkernels.demo.train import PreferenceCurves, build_model, train_preferences, train_sft
-from qkernels.progress import Progress
+from qkernels.report.progress import Progress
 
 BLUE, ORANGE, GREEN, GREY, DARK = "#0b6e99", "#c2410c", "#3f7d20", "#9aa1a8", "#22272b"
 

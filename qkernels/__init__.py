@@ -1,14 +1,14 @@
 """Exact, fused token-level preference losses and rewards for language models."""
 
 from . import objectives, reference
-from ._info import info
 from ._version import __version__
-from .functional import TokenStats, fused_token_dpo, shift_labels, token_logps, token_stats
-from .linear import fused_linear_token_dpo, linear_token_logps, linear_token_stats, plan_linear
-from .mdp import TokenMDP, token_mdp
+from .functional.hidden import fused_linear_token_dpo, linear_token_logps, linear_token_stats, plan_linear
+from .functional.info import info
+from .functional.logits import TokenStats, fused_token_dpo, shift_labels, token_logps, token_stats
+from .functional.mdp import TokenMDP, token_mdp
+from .functional.preference import TokenDPOOutput
+from .head.plan import LinearPlan
 from .objectives import PairScores
-from .plans import LinearPlan
-from .preference import TokenDPOOutput
 
 __all__ = [
     "LinearPlan",

@@ -170,7 +170,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _info(_: argparse.Namespace) -> int:
-    from ._info import info
+    from .functional.info import info
 
     print(info())
     return 0

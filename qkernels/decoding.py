@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from . import checks
-from .functional import token_stats
+from .core import checks
+from .functional.logits import token_stats
 from .integrations.transformers import head_parameters, unwrap
 from .search import left_padding
 

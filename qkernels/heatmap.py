@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .credit import low_reward_spans
-from .report import ScoredPair, Token, answer_map, document, heat_map, number, scale_of, visible
+from .report.page import ScoredPair, Token, answer_map, document, heat_map, number, scale_of, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,10 +23,6 @@ _BELOW = (230, 223, 222, 215, 208)
 _ABOVE = (195, 153, 117, 111, 75)
 _NEITHER = 231
 _BLACK, _RESET, _BOLD, _DIM = "\x1b[38;5;16m", "\x1b[0m", "\x1b[1m", "\x1b[2m"
-
-# The reports' colours (light), for pictures.
-_ORANGE, _BLUE, _INK, _SOFT, _LINE = "#f6993f", "#6fb1f2", "#1c1f24", "#5d6470", "#e4e1db"
-_NAMES = {"chosen": "#1a6dc2", "rejected": "#c8650a"}
 
 
 class HeatMap:
@@ -151,9 +147,9 @@ class HeatMap:
             width: in inches.
             title: above it; the prompt's last message by default.
         """
-        from ._heatmap_figure import draw
+        from .report.figure import Content, draw
 
-        return draw(self, width, title)
+        return draw(Content(self.answers, self.rewards(), self.scale, self.prompt), width, title)
 
     def save_png(self, path: str | os.PathLike[str], *, width: float = 9.0, dpi: int = 160, title: str = "") -> None:
         """Write a picture; needs matplotlib.

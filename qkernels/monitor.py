@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks
-from .sequences import Sequences, log_ratios
+from .core import checks
+from .core.sequences import Sequences, log_ratios
 
 
 class PairRewards(NamedTuple):

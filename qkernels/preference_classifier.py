@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
-from .head import Head
-from .rows import stats_dtype
+from .core import checks
+from .core.columns import stats_dtype
+from .head.products import Head
 
 TEMPLATE = """\
 Below are an instruction and a response to it. Judge whether the response is correct, helpful and to the point.

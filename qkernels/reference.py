@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import functional, linear, mdp
+from .functional import hidden, logits, mdp
 
-fused_token_dpo = partial(functional.fused_token_dpo, backend="torch")
-fused_linear_token_dpo = partial(linear.fused_linear_token_dpo, backend="torch")
-linear_token_logps = partial(linear.linear_token_logps, backend="torch")
-linear_token_stats = partial(linear.linear_token_stats, backend="torch")
-token_logps = partial(functional.token_logps, backend="torch")
-token_stats = partial(functional.token_stats, backend="torch")
+fused_token_dpo = partial(logits.fused_token_dpo, backend="torch")
+fused_linear_token_dpo = partial(hidden.fused_linear_token_dpo, backend="torch")
+linear_token_logps = partial(hidden.linear_token_logps, backend="torch")
+linear_token_stats = partial(hidden.linear_token_stats, backend="torch")
+token_logps = partial(logits.token_logps, backend="torch")
+token_stats = partial(logits.token_stats, backend="torch")
 token_mdp = partial(mdp.token_mdp, backend="torch")

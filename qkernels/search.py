@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from .core import checks
+from .core.sequences import log_ratios
 from .integrations.transformers import compute_token_stats, unwrap
-from .sequences import log_ratios
 
 # What keeps `generate` to the policy's own distribution, whatever the model's generation_config says, unless the caller
 # does: the sum of log-probs as the score, and no processors that change it.

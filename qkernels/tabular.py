@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks
+from .core import checks
 
 # A tree of this many states is solved in a fraction of a second; larger ones are a slip of the pen.
 _MAX_STATES = 2_000_000

@@ -9,7 +9,8 @@ import oracle
 from assertions import assert_gradient, assert_row_output, assert_within, loss_allowance
 from cases import IGNORE, PairBatch, Rows, generator
 from qkernels import fused_token_dpo, token_logps, token_stats
-from qkernels.rows import REFERENCE_STATE, STATE, bits, coefficients
+from qkernels.core.coefficients import coefficients
+from qkernels.core.columns import REFERENCE_STATE, STATE, bits
 
 
 def row_sizes(rows: Rows) -> dict[str, Tensor]:

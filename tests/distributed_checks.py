@@ -26,8 +26,8 @@ from qkernels import (
     plan_linear,
     token_logps,
     token_stats,
-    vocab_parallel,
 )
+from qkernels.distributed import vocab_parallel
 
 TRUTH = {"backend": "torch"}
 
@@ -99,7 +99,7 @@ def rows_on_gpu(dtype: torch.dtype) -> None:
 
 def spoiled_rows(column: str) -> str:
     """The check of the check: one of the sums that travel is 1 % off, or one coefficient."""
-    real, real_inputs = vocab_parallel.distributed.all_reduce_, vocab_parallel.Shard.gradient_inputs
+    real, real_inputs = vocab_parallel.groups.all_reduce_, vocab_parallel.Shard.gradient_inputs
 
     def wrong(values: Tensor, how: str, group: str) -> Tensor:
         real(values, how, group)
@@ -114,13 +114,13 @@ def spoiled_rows(column: str) -> str:
             changed *= 1.01
         return labels, state, coefficients
 
-    vocab_parallel.distributed.all_reduce_, vocab_parallel.Shard.gradient_inputs = wrong, wrong_inputs
+    vocab_parallel.groups.all_reduce_, vocab_parallel.Shard.gradient_inputs = wrong, wrong_inputs
     try:
         rows_of_logits(torch.float32, "auto", 67)
     except AssertionError as error:
         return str(error)
     finally:
-        vocab_parallel.distributed.all_reduce_, vocab_parallel.Shard.gradient_inputs = real, real_inputs
+        vocab_parallel.groups.all_reduce_, vocab_parallel.Shard.gradient_inputs = real, real_inputs
     return ""
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from cases import IGNORE, make_rows
-from qkernels import backends, ops
-from qkernels.backends import cuda, native
-from qkernels.rows import COLUMNS, REFERENCE_STATE, STATE
+from qkernels import backends
+from qkernels.backends import cpu as native
+from qkernels.backends import cuda, ops
+from qkernels.core.columns import COLUMNS, REFERENCE_STATE, STATE
 
 extension = native.extension
 pytestmark = pytest.mark.skipif(extension is None, reason="the compiled extension is missing")

@@ -12,6 +12,7 @@ from torch import Tensor
 from cases import IGNORE, normal
 from qkernels import backends, fused_linear_token_dpo, fused_token_dpo, objectives, token_logps, token_stats
 from qkernels.core import layout
+from qkernels.objectives import scores
 
 VOCAB, SIZE = 23, 8
 
@@ -51,7 +52,7 @@ def test_labels_of_any_layout_give_the_same_bits(backend, dtype, layout_name, pl
 def test_backends_refuse_a_layout_that_they_would_misread(backend):
     logits = torch.zeros(2, 3, VOCAB, device=backend.device)
     labels = torch.zeros(2, 6, dtype=torch.int64, device=backend.device)[:, ::2]
-    with pytest.raises(ValueError, match=r"contiguous torch.int64.*strides \(6, 2\)"):
+    with pytest.raises(ValueError, match=r"contiguous torch\.int64.*strides \(6, 2\)"):
         backend.module.row_stats(logits, labels, None, 4, 1.0, IGNORE)
     sparse = torch.zeros(2, 3, 2 * VOCAB, device=backend.device)[..., ::2]
     with pytest.raises(ValueError, match=r"last dimension is contiguous.*, 2\)"):
@@ -59,7 +60,7 @@ def test_backends_refuse_a_layout_that_they_would_misread(backend):
 
 
 def test_layouts_are_checked_by_shape_and_dtype():
-    with pytest.raises(ValueError, match="contiguous torch.int64"):
+    with pytest.raises(ValueError, match=r"contiguous torch\.int64"):
         layout.dense(torch.zeros(3, dtype=torch.int32), torch.int64)
     assert layout.rows(torch.zeros(4, 1).t()).shape == (1, 4)  # strides of dimensions of size 1 mean nothing
     assert layout.rows(torch.zeros(3, 1)[:, ::1]).shape == (3, 1)
@@ -146,16 +147,16 @@ def test_links_keep_their_order_past_the_range_of_exp(divergence, coefficient):
     """The worse the ratio the lower the score, and its slope stays above 0 where exp alone would be inf."""
     ratios = torch.tensor([-1e5, -1e3, -120.0, -79.0, -10.0, 0.0, 3.0], requires_grad=True)
     zeros = torch.zeros_like(ratios)
-    scores = objectives.PairScores(
+    pair_scores = objectives.PairScores(
         ratios, zeros, zeros, zeros, zeros, zeros, zeros, zeros,
         f_divergence=divergence, f_alpha_divergence_coef=coefficient,
     ).chosen_scores  # fmt: skip
-    (slope,) = torch.autograd.grad(scores.sum(), ratios)
-    assert (scores[1:] > scores[:-1]).all() and (slope > 0).all() and slope.isfinite().all()
+    (slope,) = torch.autograd.grad(pair_scores.sum(), ratios)
+    assert (pair_scores[1:] > pair_scores[:-1]).all() and (slope > 0).all() and slope.isfinite().all()
     inside = ratios.detach().double()[3:]
     power = -inside if divergence == "forward_kl" else (coefficient - 1) * inside
     truth = -power.expm1() if divergence == "forward_kl" else power.expm1() / (coefficient - 1)
-    assert torch.allclose(scores[3:].double(), truth, rtol=1e-5, atol=0)
+    assert torch.allclose(pair_scores[3:].double(), truth, rtol=1e-5, atol=0)
 
 
 def test_an_interrupted_in_place_backward_leaves_marked_logits(monkeypatch):
@@ -195,9 +196,9 @@ def test_empty_logits_may_be_overwritten():
 
 
 def test_the_continuation_of_exp_meets_it_in_value_and_slope():
-    limit = objectives._MAX_EXPONENT[torch.float64]
+    limit = scores._MAX_EXPONENT[torch.float64]
     x = torch.tensor([limit - 1e-6, limit + 1e-6], dtype=torch.float64, requires_grad=True)
-    y = objectives._finite(torch.exp, x) / math.exp(limit)
+    y = scores.finite_exp(torch.exp, x) / math.exp(limit)
     (slope,) = torch.autograd.grad(y.sum(), x)
     assert torch.allclose(y, 1 + (x - limit), rtol=0, atol=1e-11)
     assert torch.allclose(slope, torch.ones_like(slope), rtol=0, atol=2e-6)

@@ -16,7 +16,7 @@ import pytest
 
 from qkernels.cli import main
 from qkernels.heatmap import HeatMap
-from qkernels.report import Token
+from qkernels.report.page import Token
 from test_report import NASTY, Tree
 
 CHOSEN = [

@@ -16,7 +16,8 @@ import torch
 import qkernels
 from qkernels import backends, objectives
 from qkernels.cli import main
-from qkernels.rows import BIT, COEFFICIENTS, COLUMNS
+from qkernels.core.coefficients import COEFFICIENTS
+from qkernels.core.columns import BIT, COLUMNS
 
 ROOT = Path(qkernels.__file__).resolve().parents[1]
 

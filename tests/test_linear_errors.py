@@ -445,7 +445,7 @@ def test_a_plan_takes_every_argument_of_the_loss():
 
 def test_checks_come_before_work(monkeypatch):
     """An argument error must not cost a product."""
-    from qkernels.head import Head
+    from qkernels.head.products import Head
 
     monkeypatch.setattr(Head, "logits", lambda *a: pytest.fail("logits were computed"))
     for call in (

@@ -13,9 +13,10 @@ from torch import Tensor
 import oracle
 from cases import make_head_batch
 from linear_comparisons import check_linear_preference, check_linear_stats
-from qkernels import chunks, linear
-from qkernels.autograd import linear as autograd
-from qkernels.head import Head, WeightGrad
+from qkernels.autograd import head as autograd
+from qkernels.functional import hidden as linear
+from qkernels.head import chunks
+from qkernels.head.products import Head, WeightGrad
 from test_mutations import SLIGHTLY, expect_failure, spoil_column
 
 PLAIN = (torch.float32, torch.bfloat16)

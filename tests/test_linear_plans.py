@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cases import IGNORE, HeadBatch, make_head_batch
 from linear_comparisons import bytes_for, leaves
 from qkernels import LinearPlan, fused_linear_token_dpo, linear_token_stats, objectives, plan_linear
-from qkernels.memory import BLOCK_ELEMENTS, free_memory
+from qkernels.core.memory import BLOCK_ELEMENTS, free_memory
 
 PLAIN = (torch.float32, torch.bfloat16)
 PLANS = ("frozen_head", "pair_chunks", "recompute")
@@ -124,7 +124,7 @@ def test_the_reason_is_told():
 
 def test_chunks_are_counted_as_they_run(monkeypatch):
     """Rows of a chunk, number of chunks: what the plan says is what the passes do."""
-    from qkernels import chunks
+    from qkernels.head import chunks
 
     seen = []
     real = chunks.Pass.chunks
@@ -166,8 +166,8 @@ def test_chunks_take_their_share_of_the_free_memory(monkeypatch):
         (2**30, "h", "auto", 2**27 // per_row),
         (2**20, "h", "auto", 1),  # never less than a row
     ):
-        monkeypatch.setattr("qkernels.plans.free_memory", lambda device, free=free: free)
-        monkeypatch.setattr("qkernels.plans._DEFAULT_BYTES", {"cpu": 2**28, "meta": 2**28})
+        monkeypatch.setattr("qkernels.head.plan.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("qkernels.head.plan._DEFAULT_BYTES", {"cpu": 2**28, "meta": 2**28})
         plan = plan_of(batch, trains, plan=plan)
         assert plan.chunk_rows == rows, (free, trains)
         assert plan.chunk_bytes == rows * per_row

@@ -15,12 +15,14 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import qkernels.linear
+import qkernels.functional.hidden
 from cases import IGNORE, HeadBatch, make_head_batch
 from linear_comparisons import bytes_for, leaves
-from qkernels import checks, chunks, fused_linear_token_dpo, linear_token_logps, linear_token_stats, plan_linear
+from qkernels import fused_linear_token_dpo, linear_token_logps, linear_token_stats, plan_linear
 from qkernels.backends import reference
-from qkernels.linear import linear_token_dpo
+from qkernels.core import checks
+from qkernels.functional.hidden import linear_token_dpo
+from qkernels.head import chunks
 from test_errors import refuses
 
 PLANS = {"frozen_head": "h", "pair_chunks": "hwb", "recompute": "hwb", "forward_only": ""}
@@ -251,7 +253,7 @@ class NoRead(contextlib.ExitStack):
 def no_read(unread, monkeypatch):
     """`NoRead`, but for what is read of CPU tensors alone: `KnownGradient` asks whether its factor is 1, and the
     reference backend whether a label is out of range."""
-    watch, known = NoRead(), qkernels.linear.KnownGradient
+    watch, known = NoRead(), qkernels.functional.hidden.KnownGradient
     monkeypatch.setattr(known, "backward", staticmethod(watch.exempt(known.backward)))
     monkeypatch.setattr(reference, "_safe_labels", watch.exempt(reference._safe_labels))
     return watch
@@ -403,9 +405,9 @@ def test_pairs_are_cut_as_the_caller_said(unread, monkeypatch):
     batch = small()
     batch.labels[:, -1] = IGNORE
     seen = []
-    own = qkernels.preference.loss_gradient
+    own = qkernels.functional.preference.loss_gradient
     monkeypatch.setattr(
-        qkernels.preference, "loss_gradient",
+        qkernels.functional.preference, "loss_gradient",
         lambda stats, part, *rest: (seen.append((part.labels.shape[1], part.cu_seqlens)), own(stats, part, *rest))[1],
     )  # fmt: skip
     how = call_of(batch, {}, "pair_chunks", chunk_rows=2 * LENGTH)

@@ -14,8 +14,10 @@ import test_mdp
 from cases import IGNORE, make_pairs, make_rows, pack
 from comparisons import check_gradient, check_logps, check_outputs, check_preference, random_upstream
 from oracle import Options
-from qkernels import mdp, objectives
-from qkernels.rows import BIT, COEFFICIENTS, column_index
+from qkernels import objectives
+from qkernels.core.coefficients import COEFFICIENTS
+from qkernels.core.columns import BIT, column_index
+from qkernels.functional import mdp
 
 PLAIN = (torch.float32, torch.bfloat16)
 SLIGHTLY = 1.01
@@ -252,18 +254,20 @@ def test_every_objective_is_checked(backend, dtype, name, monkeypatch):
     """Loss and gradient of each formula, through the path that does not use `pair_loss`."""
     batch = make_pairs(2, 6, 30, dtype, backend.device, scale=1.5)
     options = Options(beta=0.3, label_smoothing=0.1 if objectives.OBJECTIVES[name].smoothing else 0.0)
-    real = objectives.Plan.losses
+    real = objectives.LossSpec.losses
 
     def run():
         check_preference(backend, batch, name, options=options, reduction="sum")
 
-    expect_failure(run, lambda: monkeypatch.setattr(objectives.Plan, "losses", lambda *args: real(*args) * SLIGHTLY))
+    expect_failure(
+        run, lambda: monkeypatch.setattr(objectives.LossSpec, "losses", lambda *args: real(*args) * SLIGHTLY)
+    )
     # The value alone, with the right gradient, and the gradient alone, with the right value.
     for spoil in (
         lambda loss: loss + 0.01 * loss.detach(),
         lambda loss: loss * SLIGHTLY - 0.01 * loss.detach(),
     ):
-        monkeypatch.setattr(objectives.Plan, "losses", lambda *args, _spoil=spoil: _spoil(real(*args)))
+        monkeypatch.setattr(objectives.LossSpec, "losses", lambda *args, _spoil=spoil: _spoil(real(*args)))
         with pytest.raises(AssertionError):
             run()
 

@@ -15,13 +15,15 @@ from qkernels import (
     fused_token_dpo,
     linear_token_logps,
     linear_token_stats,
-    ops,
     shift_labels,
     token_logps,
     token_mdp,
     token_stats,
 )
-from qkernels.rows import BIT, COEFFICIENTS, REFERENCE_STATE, STATE
+from qkernels.backends import ops
+from qkernels.core.coefficients import COEFFICIENTS
+from qkernels.core.columns import BIT, REFERENCE_STATE, STATE
+from qkernels.head import ops as head_ops
 
 PLAIN = (torch.float32, torch.bfloat16)
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -200,7 +202,7 @@ def linear_args(backend, dtype, columns, live=False, bias=True, softcap=None, st
 )  # fmt: skip
 def test_linear_stats(backend, dtype, columns, options):
     models, how = linear_args(backend, dtype, columns, **options)
-    torch.library.opcheck(ops.linear_stats, (*models, *how))
+    torch.library.opcheck(head_ops.linear_stats, (*models, *how))
 
 
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
@@ -208,7 +210,7 @@ def test_linear_stats(backend, dtype, columns, options):
 def test_linear_unit_gradient(backend, dtype, options):
     columns = STATE | (BIT["reference_logps"] if options.get("live") else 0)
     models, how = linear_args(backend, dtype, columns, **options)
-    torch.library.opcheck(ops.linear_unit_gradient, (*models, *how))
+    torch.library.opcheck(head_ops.linear_unit_gradient, (*models, *how))
 
 
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
@@ -217,10 +219,10 @@ def test_linear_unit_gradient(backend, dtype, options):
 def test_linear_gradients(backend, dtype, needs, live):
     columns = STATE | (REFERENCE_STATE | BIT["kl_policy_reference"] if live else 0)
     models, how = linear_args(backend, dtype, columns, live, strided=True)
-    stats = ops.linear_stats(*models, *how)
+    stats = head_ops.linear_stats(*models, *how)
     coefficients = normal(len(COEFFICIENTS) if live else 1, 8).to(stats)
     args = (*models, stats[: 6 if live else 3].contiguous(), coefficients, list(needs), *how)
-    torch.library.opcheck(ops.linear_gradients, args)
+    torch.library.opcheck(head_ops.linear_gradients, args)
 
 
 @pytest.mark.dtypes(torch.float32)
@@ -228,12 +230,13 @@ def test_linear_ops_take_the_number_of_rows(backend, dtype):
     models, how = linear_args(backend, dtype, STATE)
     number = int((models[6] != -100).sum())
     assert 0 < number < 8
-    stats = ops.linear_stats(*models, *how)
+    stats = head_ops.linear_stats(*models, *how)
     gradients = (*models, stats, normal(1, 8).to(stats), [True] * 3)
-    for op, args in ((ops.linear_stats, models), (ops.linear_unit_gradient, models), (ops.linear_gradients, gradients)):
+    passes = (head_ops.linear_stats, head_ops.linear_unit_gradient, head_ops.linear_gradients)
+    for op, args in zip(passes, (models, models, gradients), strict=True):
         torch.library.opcheck(op, (*args, *how, number))
         without, given, fewer = (op(*args, *how, *rest) for rest in ((), (number,), (number - 1,)))
-        if op is ops.linear_stats:
+        if op is head_ops.linear_stats:
             without, given, fewer = [without], [given], [fewer]
         assert all(torch.equal(a, b) for a, b in zip(without, given, strict=True))
         assert not torch.equal(without[0], fewer[0])  # it is the number that goes
@@ -245,7 +248,7 @@ def test_linear_ops_name_a_bad_label_by_its_row(backend, dtype):
     models[6][5] = 11
     if backend.device.type != "cpu":
         pytest.skip("a GPU answers with NaN")
-    for op in (ops.linear_stats, ops.linear_unit_gradient):
+    for op in (head_ops.linear_stats, head_ops.linear_unit_gradient):
         with pytest.raises(IndexError, match=r"labels\[5\] = 11"):
             op(*models, *how)
 

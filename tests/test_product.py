@@ -16,8 +16,8 @@ from assertions import EPS32, assert_within
 from cases import generator, make_head_batch
 from conftest import Backend
 from linear_comparisons import check_linear_preference, check_linear_stats
-from qkernels.backends import native
-from qkernels.head import Head, logits_product
+from qkernels.backends import cpu as native
+from qkernels.head.products import Head, logits_product
 from test_instruction_sets import CPU
 
 _C = pytest.importorskip("qkernels._C", reason="the compiled extension is missing")
@@ -282,7 +282,7 @@ def test_which_product_makes_the_logits(instruction_set):
 @pytest.mark.parametrize("block", [7, 4096])
 def test_every_instruction_set_gives_exact_logits(instruction_set, dtype, block, monkeypatch):
     """Widened in blocks of the vocabulary that do not divide it."""
-    monkeypatch.setattr("qkernels.head._BLOCK", block)
+    monkeypatch.setattr("qkernels.head.products._BLOCK", block)
     batch = make_head_batch(2, 6, 33, 50, dtype)
     for trains in ("h", "hwb"):
         for chunk_rows in (None, 12):

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qkernels.report import (
+from qkernels.report.page import (
     Figure,
     Page,
     ScoredPair,

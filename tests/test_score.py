@@ -30,16 +30,7 @@ from qkernels.cli import main
 from qkernels.credit import low_reward_spans
 from qkernels.data import DataError, Message, Preference
 from qkernels.demo.tokenizer import train_tokenizer
-from qkernels.score import (
-    Answer,
-    Encoder,
-    ScoreError,
-    TokenScorer,
-    TokenTable,
-    read_scores,
-    score_preferences,
-    store,
-)
+from qkernels.score import Answer, Encoder, ScoreError, TokenScorer, TokenTable, read_scores, score_preferences, store
 from qkernels.score.tokens import batches_by_length
 
 ROOT = Path(qkernels.__file__).resolve().parents[1]

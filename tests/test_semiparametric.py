@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from assertions import assert_within
 from cases import generator, make_pairs
 from qkernels import PairScores, fused_linear_token_dpo, fused_token_dpo, objectives
-from qkernels.semiparametric import OSPO, PSPO, isotonic_fit
+from qkernels.objectives.learned_link import OSPO, PSPO, isotonic_fit
 
 
 def scores_of(margins: torch.Tensor) -> PairScores:

@@ -182,7 +182,7 @@ SHAPES = [
 def test_one_compilation_serves_all_shapes(monkeypatch):
     """known bug 22: no length, stride, address or size is part of the key; whether rows are split is."""
     from qkernels.backends.triton import common, row_grad_kernel, row_stats_kernel
-    from qkernels.rows import STATE
+    from qkernels.core.columns import STATE
 
     monkeypatch.setattr(common, "splits_for", lambda *_: 1)
     stats, stats_calls = recorded(monkeypatch, row_stats_kernel, "row_stats_kernel")
@@ -222,7 +222,7 @@ def test_one_compilation_of_the_pair_loss_serves_all_lengths(monkeypatch):
 def test_what_is_compiled_here_is_what_is_launched(monkeypatch):
     """The report's signatures and compile-time values are those of a launch."""
     from qkernels.backends.triton import common, row_stats_kernel
-    from qkernels.rows import STATE
+    from qkernels.core.columns import STATE
 
     monkeypatch.setattr(common, "splits_for", lambda *_: 1)
     reported = kernel_report.source_of(VARIANTS["log-probs"], "sm_90")

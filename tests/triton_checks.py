@@ -28,10 +28,11 @@ from comparisons import (
     random_upstream,
 )
 from linear_comparisons import check_linear_preference
-from qkernels import backends, fused_token_dpo, ops, token_logps, token_stats
+from qkernels import backends, fused_token_dpo, token_logps, token_stats
+from qkernels.backends import ops
 from qkernels.backends import reference as truth
 from qkernels.backends.triton import common, pair_loss_kernel, row_grad_kernel, row_stats_kernel
-from qkernels.rows import BIT, REFERENCE_STATE, STATE
+from qkernels.core.columns import BIT, REFERENCE_STATE, STATE
 from test_rows import check_layout, strided
 
 DEVICE = torch.device("cpu" if common.INTERPRETED else "cuda")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops, rows
-from ..rows import RowConfig
-from ..vocab_parallel import IGNORED, Shard, row_stats
+from ..backends import ops
+from ..core.coefficients import coefficients as coefficients_of
+from ..core.columns import BIT, RowConfig, column_index
+from ..distributed.vocab_parallel import IGNORED, Shard, row_stats
 from . import once_differentiable
+from .saved import carried, restored, saveable
 
 # Attribute set on the storage that an in-place backward has turned into a gradient: the version of its tensors at that
 # moment, so that logits refilled since then are welcome again. All views share both, the storage and the version.
@@ -45,19 +47,19 @@ class RowStats(torch.autograd.Function):
         shard: Shard | None = None,
     ):  # fmt: skip
         stats = row_stats(logits, labels, reference, config, shard)
-        with_kl = config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"])
-        (kept,) = rows.saveable(ctx, reference if with_kl else None)
+        with_kl = config.columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
+        (kept,) = saveable(ctx, reference if with_kl else None)
         ctx.save_for_backward(logits, labels, kept, stats)
         ctx.config, ctx.inplace, ctx.carrying, ctx.shard = config, inplace, carrying, shard
-        return rows.carried(ctx, stats, config.columns, carrying)
+        return carried(ctx, stats, config.columns, carrying)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, *grads):
         logits, labels, kept, stats = ctx.saved_tensors
-        (reference,) = rows.restored(ctx, kept)
+        (reference,) = restored(ctx, kept)
         config: RowConfig = ctx.config
-        coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
+        coefficients = coefficients_of(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         reference_state = None if reference is None else stats[3:6]
         args = (logits, labels, reference, stats[:3], reference_state, coefficients, None, config, ctx.inplace)
         result = _row_grad(*args, ctx.shard)
@@ -119,9 +121,9 @@ class DefaultLoss(torch.autograd.Function):
         beta: float, label_smoothing: float,
     ):  # fmt: skip
         stats = ops.run("row_stats", logits, labels, reference, *config)
-        logps = stats[rows.column_index(config.columns, "logps")]
+        logps = stats[column_index(config.columns, "logps")]
         if reference is not None:
-            reference_logps = stats[rows.column_index(config.columns, "reference_logps")]
+            reference_logps = stats[column_index(config.columns, "reference_logps")]
         loss, rewards, grad, tokens = ops.run(
             "pair_loss", logps, reference_logps, labels, weights, cu_seqlens, beta, label_smoothing,
             config.ignore_index, config.backend,

@@ -1,6 +1,6 @@
 """Backends: who computes the row operations, and which one `backend="auto"` picks.
 
-A backend is a module with `row_stats`, `row_grad`, `row_grad_`, `pair_loss` (contracts in `qkernels.ops`),
+A backend is a module with `row_stats`, `row_grad`, `row_grad_`, `pair_loss` (contracts in `qkernels.backends.ops`),
 `row_grad_into(out, logits, ...)`, which is `row_grad` into a given tensor `[S, T, V]` of the logits' dtype or, for fp32
 logits, of 16 bits, and `unavailable(device, dtype)`, which returns None when it can take such a tensor and otherwise
 says why not. To add one, write the module and enter it in `_MODULES`.
@@ -14,14 +14,14 @@ from types import ModuleType
 
 import torch
 
-from .._compile import constant_when_compiled
+from ..core.compile import constant_when_compiled
 
 # Name -> module, in the order in which "auto" tries them. CUDA before Triton is an estimate from their machine code
 # (the table in docs/kernels.md), not a measurement: to change it, change the order of the lines.
 _MODULES: dict[str, str] = {
     "cuda": "qkernels.backends.cuda",
     "triton": "qkernels.backends.triton",
-    "cpu": "qkernels.backends.native",
+    "cpu": "qkernels.backends.cpu",
     "torch": "qkernels.backends.reference",
 }
 NAMES: tuple[str, ...] = ("auto", *_MODULES)

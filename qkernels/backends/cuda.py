@@ -1,6 +1,6 @@
 """Row operations as CUDA kernels in the compiled extension (`csrc/cuda`), on the current stream of the tensor's device.
 
-As in `native.py` the extension sees addresses, sizes and strides. Nothing here waits for the device, so a step may be
+As in `cpu.py` the extension sees addresses, sizes and strides. Nothing here waits for the device, so a step may be
 captured in a CUDA graph; scratch memory is torch's, and only needed where a few rows are spread over many blocks.
 """
 
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import check_labels
-from . import native
-from .native import CODES, address_of, extension, shape_of, view_of
+from ..core.columns import check_labels
+from . import cpu
+from .cpu import CODES, address_of, extension, shape_of, view_of
 
 # Blocks that a processor should have to work on, and entries (of 16 bits) that make a block worth its while.
 _BLOCKS_PER_PROCESSOR = 4
@@ -24,7 +24,7 @@ _SMALLEST_PIECE = 2048
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot take such a tensor; None if it can."""
     if extension is None:
-        return native.why_missing()
+        return cpu.why_missing()
     if not extension.HAS_CUDA:
         return f"this build has no CUDA kernels: {why_not_built()}"
     if device.type != "cuda" or torch.version.hip is not None:
@@ -44,7 +44,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_not_built() -> str:
     """Why the extension at hand has no CUDA kernels."""
-    built = native.build_info().get("cuda") or {}
+    built = cpu.build_info().get("cuda") or {}
     return f"{built.get('reason') or 'it was built without'}; reinstall qkernels where nvcc is on the PATH"
 
 
@@ -58,7 +58,7 @@ def architectures() -> list[str]:
 def describe() -> dict[str, Any]:
     """What `qkernels.info()` says about the CUDA part of the extension."""
     if extension is None:
-        return {"built": False, "reason": native.why_missing()}
+        return {"built": False, "reason": cpu.why_missing()}
     if not extension.HAS_CUDA:
         return {"built": False, "reason": why_not_built()}
     return {
@@ -104,7 +104,7 @@ def _splits(logits: Tensor, rows: int) -> int:
 def row_stats(
     logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
 ) -> Tensor:
-    """Per-row results. See `qkernels.ops.row_stats`."""
+    """Per-row results. See `qkernels.backends.ops.row_stats`."""
     assert extension is not None
     check_labels(labels, logits.shape[-1], ignore_index)
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
@@ -162,18 +162,18 @@ def row_grad_into(
 
 
 def row_grad(logits: Tensor, *args: Any) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
+    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row_grad_into(out, logits, *args)
     return out
 
 
 def row_grad_(logits: Tensor, *args: Any) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
+    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
     row_grad_into(logits, logits, *args)
 
 
 def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
     assert extension is not None
-    return native.run_pair_loss(extension.cuda_pair_loss, (_where(logps, 0, 1),), logps, *args)
+    return cpu.run_pair_loss(extension.cuda_pair_loss, (_where(logps, 0, 1),), logps, *args)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import BIT, NEEDS_REFERENCE, column_names, label_error, stats_dtype
-from ..sequences import Sequences, log_ratios
+from ..core.columns import BIT, NEEDS_REFERENCE, column_names, label_error, stats_dtype
+from ..core.sequences import Sequences, log_ratios
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -73,7 +73,7 @@ def _safe_labels(labels: Tensor, vocab: int, ignored: Tensor) -> tuple[Tensor, T
 def row_stats(
     logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
 ) -> Tensor:
-    """Per-row results. See `qkernels.ops.row_stats`."""
+    """Per-row results. See `qkernels.backends.ops.row_stats`."""
     dtype = stats_dtype(logits.dtype)
     vocab = logits.shape[-1]
     ignored = labels == ignore_index
@@ -116,7 +116,7 @@ def row_stats(
 
 
 def row_grad(logits: Tensor, *args: Any) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
+    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
     return _row_grad(logits, *args).to(logits.dtype)
 
 
@@ -126,7 +126,7 @@ def row_grad_into(out: Tensor, *args: Any) -> None:
 
 
 def row_grad_(logits: Tensor, *args: Any) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
+    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
     logits.copy_(_row_grad(logits, *args))
 
 
@@ -182,7 +182,7 @@ def pair_loss(
     label_smoothing: float,
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
     dtype = logps.dtype
     sequences = Sequences.of(logps, cu_seqlens)
     if weights is None:

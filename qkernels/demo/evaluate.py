@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..functional import token_logps, token_stats
+from ..functional.logits import token_logps, token_stats
 from .encode import IGNORE, EncodedPair, pair_batch
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..objectives import OBJECTIVES, STATEFUL, Plan, create, resolve
+from ..objectives import OBJECTIVES, STATEFUL, LossSpec, create, resolve
 
 # Label smoothing of the losses that do not exist without it; the value of the EXO paper.
 _SMOOTHING = {"exo_pair": 1e-3}
@@ -99,7 +99,7 @@ class DemoOptions:
         """The losses in the order of `terms`, to be made once for a run: some keep a memory."""
         return [create(name) for name in self.terms]
 
-    def plan(self) -> Plan:
+    def plan(self) -> LossSpec:
         """The loss as `qkernels.objectives` sees it; raises ValueError if it cannot be had."""
         return resolve(self.loss_types(), list(self.terms.values()), self.label_smoothing)
 

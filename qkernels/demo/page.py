@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data import Preference
-from ..report import (
+from ..report.page import (
     REWARD_FORMULA,
     Figure,
     Page,

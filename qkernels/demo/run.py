@@ -21,7 +21,7 @@ from .. import backends
 from .._version import __version__
 from ..credit import detection, mean, ranked_right
 from ..data import DataError, Preference, read_preferences
-from ..progress import Progress, quiet_transformers
+from ..report.progress import Progress, quiet_transformers
 from . import synthetic
 from .options import MIN_PAIRS, DemoError, DemoOptions, Sizes
 from .output import METRICS, MODEL, REFERENCE, REPORT, OutputFolder

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..credit import mean, ranked_right
-from ..functional import fused_token_dpo, token_logps
-from ..progress import Progress
+from ..functional.logits import fused_token_dpo, token_logps
+from ..report.progress import Progress
 from .encode import IGNORE, EncodedPair, chosen_batch, pair_batch
 from .evaluate import PairLogps, pair_logps
 from .options import DemoError, DemoOptions, Sizes

@@ -35,9 +35,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from .. import objectives
-from ..functional import shift_labels
-from ..preference import Batch
-from ..sequences import log_ratios
+from ..core.sequences import log_ratios
+from ..functional.logits import shift_labels
+from ..functional.preference import Batch
 from .transformers import HeadCall, check_same_shape_of_logits, hidden_and_head, model_inputs, run, unwrap
 from .trl import NotOnTheHead, Patch, add_token_head
 

@@ -2,7 +2,8 @@
 
 How it works. A causal language model ends in `logits = post(lm_head(hidden))`, where `post` is a scale, a soft cap, or
 nothing. For the time of a call the head's `forward` is replaced by one that takes the hidden states of all positions,
-computes what was asked for, chunk by chunk (`qkernels.linear`), and hands on a row of known numbers instead of logits.
+computes what was asked for, chunk by chunk (`qkernels.functional.hidden`), and hands on a row of
+known numbers instead of logits.
 The rest of the model's own forward runs as it is, so that
 
 - everything that the model does before its head is in the hidden states (final norm, muP divisions, projections);
@@ -28,8 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional import TokenStats, shift_labels
-from ..linear import linear_token_dpo, linear_token_stats
+from ..functional.hidden import linear_token_dpo, linear_token_stats
+from ..functional.logits import TokenStats, shift_labels
 
 
 class HeadParameters(NamedTuple):

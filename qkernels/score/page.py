@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..report import (
+from ..report.page import (
     REWARD_FORMULA,
     Figure,
     Page,

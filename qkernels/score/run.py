@@ -15,23 +15,13 @@ import torch
 from .. import backends
 from .._version import __version__
 from ..data import Preference, as_preferences, read_preferences
-from ..progress import Progress, quiet_transformers
-from ..report import ScoredPair
+from ..report.page import ScoredPair
+from ..report.progress import Progress, quiet_transformers
 from . import models
 from .encode import EncodedAnswer, Encoder, first_line, place
 from .options import ScoreError, ScoreOptions
 from .page import make_page
-from .store import (
-    PAIRS,
-    REPORT,
-    SUMMARY,
-    TOKENS,
-    WINDOW,
-    CachedReference,
-    Results,
-    Scored,
-    as_json,
-)
+from .store import PAIRS, REPORT, SUMMARY, TOKENS, WINDOW, CachedReference, Results, Scored, as_json
 from .summary import Overview
 from .table import SIDES, TokenTable, prompt_of
 from .tokens import Answer, TokenScorer, check_outputs

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..credit import Span, low_reward_spans, overlapping
 from ..data import Preference
 from ..heatmap import HeatMap
-from ..report import ScoredPair, Token
+from ..report.page import ScoredPair, Token
 from .encode import EncodedAnswer
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """Token MDP read-outs of a causal language model: numbers for every token of given answers, logits never stored.
 
 Answers are batched by length under a budget of tokens. Each batch goes through the policy and the reference up to their
-heads; from the hidden states the per-token results come chunk by chunk (`qkernels.linear`), for the answers' tokens
-alone. What a batch takes beyond the two models' own forward is a chunk of logits, whatever its length.
+heads; from the hidden states the per-token results come chunk by chunk (`qkernels.functional.hidden`), for the
+answers' tokens alone. What a batch takes beyond the two models' own forward is a chunk of logits, whatever its length.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..functional import TokenStats, shift_labels
+from ..core import checks
+from ..functional.hidden import linear_token_stats
+from ..functional.logits import TokenStats, shift_labels
+from ..functional.mdp import TokenMDP, token_mdp_from_logps
 from ..integrations.transformers import compute_token_stats, head_parameters, reference_rows
-from ..linear import linear_token_stats
-from ..mdp import TokenMDP, token_mdp_from_logps
 
 if TYPE_CHECKING:
     import numpy as np

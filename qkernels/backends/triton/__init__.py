@@ -36,7 +36,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 def row_stats(
     logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
 ) -> Tensor:
-    """Per-row results. See `qkernels.ops.row_stats`."""
+    """Per-row results. See `qkernels.backends.ops.row_stats`."""
     from . import row_stats_kernel
 
     return row_stats_kernel.row_stats(logits, labels, reference, columns, temperature, ignore_index)
@@ -50,21 +50,21 @@ def row_grad_into(out: Tensor, logits: Tensor, *args: Any) -> None:
 
 
 def row_grad(logits: Tensor, *args: Any) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
+    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
     from . import row_grad_kernel
 
     return row_grad_kernel.row_grad(logits, *args)
 
 
 def row_grad_(logits: Tensor, *args: Any) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
+    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
     from . import row_grad_kernel
 
     row_grad_kernel.row_grad_(logits, *args)
 
 
 def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
     from . import pair_loss_kernel
 
     return pair_loss_kernel.pair_loss(logps, *args)

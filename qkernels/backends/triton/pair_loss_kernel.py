@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import layout
-from ...rows import pair_outputs
+from ...core.columns import pair_outputs
 from . import common
 from .common import _INF, joined, log1p
 
@@ -227,7 +227,7 @@ def pair_loss(
     label_smoothing: float,
     ignore_index: int,
 ) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
     layout.dense(labels, torch.int64)
     loss, rewards, grad, tokens = pair_outputs(logps, reference_logps, cu_seqlens)
     logps = logps.contiguous()

@@ -255,12 +255,12 @@ def row_grad_into(
 
 
 def row_grad(logits: Tensor, *args) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
+    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row_grad_into(out, logits, *args)
     return out
 
 
 def row_grad_(logits: Tensor, *args) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
+    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
     row_grad_into(logits, logits, *args)

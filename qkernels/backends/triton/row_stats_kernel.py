@@ -43,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import layout
-from ...rows import BIT, COLUMNS, NEEDS_REFERENCE
+from ...core.columns import BIT, COLUMNS, NEEDS_REFERENCE
 from . import common
 from .common import (
     _INF,
@@ -538,7 +538,7 @@ def gathers(columns: int) -> dict[str, int | bool]:
 def row_stats(
     logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
 ) -> Tensor:
-    """Per-row results. See `qkernels.ops.row_stats`."""
+    """Per-row results. See `qkernels.backends.ops.row_stats`."""
     common.check_labels(labels, logits.shape[-1], ignore_index)
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
     rows, vocab = layout.dense(labels, torch.int64).numel(), layout.rows(logits).shape[-1]

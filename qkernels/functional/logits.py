@@ -9,14 +9,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, distributed, objectives, preference, rows, vocab_parallel
-from ._compile import eager_with_groups
-from .autograd.logits import DefaultLoss, RowStats, refuse_overwritten
-from .distributed import Ranks
-from .objectives import LossType
+from .. import backends, objectives
+from ..autograd.logits import DefaultLoss, RowStats, refuse_overwritten
+from ..autograd.saved import by_name
+from ..core import checks
+from ..core.columns import (
+    BIT,
+    DIFFERENTIABLE,
+    NEEDS_REFERENCE,
+    REFERENCE_STATE,
+    STATE,
+    RowConfig,
+    bits,
+    column_index,
+    stats_dtype,
+)
+from ..core.compile import eager_with_groups
+from ..distributed import groups, vocab_parallel
+from ..distributed.groups import Ranks
+from ..distributed.vocab_parallel import Shard
+from ..objectives import LossType
+from . import preference
 from .preference import Batch, Reference, TokenDPOOutput
-from .rows import BIT, RowConfig
-from .vocab_parallel import Shard
 
 
 class TokenStats(NamedTuple):
@@ -107,15 +121,15 @@ class _Rows(NamedTuple):
         """Run `row_stats` with autograd for the columns named in `carrying`; all columns by name, `[S, T]`."""
         differentiable = bool(carrying) and self.differentiable()
         if differentiable:
-            columns |= rows.STATE
+            columns |= STATE
             if columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
-                columns |= rows.REFERENCE_STATE
+                columns |= REFERENCE_STATE
         config = RowConfig(columns, self.temperature, self.ignore_index, self.backend)
         if differentiable:
             args = (self.logits, self.labels, self.reference, config, self.inplace, carrying, self.shard)
-            return rows.by_name(columns, carrying, RowStats.apply(*args))
+            return by_name(columns, carrying, RowStats.apply(*args))
         stats = vocab_parallel.row_stats(self.logits, self.labels, self.reference, config, self.shard)
-        return rows.by_name(columns, (), (stats,))
+        return by_name(columns, (), (stats,))
 
 
 def _prepare(
@@ -157,7 +171,7 @@ def _prepare(
     )
     if ranks is not None:
         agreed = agreed | {
-            "dtype of the results": rows.stats_dtype(logits.dtype),
+            "dtype of the results": stats_dtype(logits.dtype),
             "a reference": reference is not None,
             "temperature, ignore_index": (temperature, ignore_index),
         }
@@ -224,8 +238,8 @@ def token_logps(
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
         RuntimeError: logits that an earlier in-place backward has overwritten.
     """
-    tp_group, hint, (logits, labels) = distributed.to_local(tp_group, logits=(logits, -1), labels=(labels, None))
-    with distributed.ranks(tp_group, None, logits, hint) as ranks:
+    tp_group, hint, (logits, labels) = groups.to_local(tp_group, logits=(logits, -1), labels=(labels, None))
+    with groups.ranks(tp_group, None, logits, hint) as ranks:
         call = _prepare(
             logits, "logits", labels, None, temperature, ignore_index, inplace_backward, backend,
             ranks, {}, {"the call": "token_logps"},
@@ -242,12 +256,12 @@ def check_outputs(outputs: Any, reference_name: str, has_reference: bool) -> tup
     if unknown or not outputs:
         got = ", ".join(map(repr, unknown)) or "none"
         raise ValueError(f"outputs must name at least one of {', '.join(TokenStats._fields)}; got {got}")
-    needing = [name for name in outputs if BIT[name] & rows.NEEDS_REFERENCE]
+    needing = [name for name in outputs if BIT[name] & NEEDS_REFERENCE]
     if needing and not has_reference:
         raise ValueError(f"outputs {needing} need {reference_name}")
     if has_reference and not needing:
         raise ValueError(f"{reference_name} given, but none of the outputs {list(outputs)} reads it")
-    return outputs, rows.bits(outputs)
+    return outputs, bits(outputs)
 
 
 @eager_with_groups
@@ -280,16 +294,16 @@ def token_stats(
         As `token_logps`; ValueError for an unknown output, for one that needs a reference when there is none, and for
         a reference that no output reads.
     """
-    tp_group, hint, (logits, reference_logits, labels) = distributed.to_local(
+    tp_group, hint, (logits, reference_logits, labels) = groups.to_local(
         tp_group, logits=(logits, -1), reference_logits=(reference_logits, -1), labels=(labels, None)
     )
-    with distributed.ranks(tp_group, None, logits, hint) as ranks:
+    with groups.ranks(tp_group, None, logits, hint) as ranks:
         outputs, columns = check_outputs(outputs, "reference_logits", reference_logits is not None)
         call = _prepare(
             logits, "logits", labels, reference_logits, temperature, ignore_index, inplace_backward, backend,
             ranks, {}, {"the call": "token_stats", "outputs": outputs},
         )  # fmt: skip
-    stats = call.stats(columns, tuple(name for name in rows.DIFFERENTIABLE if name in outputs))
+    stats = call.stats(columns, tuple(name for name in DIFFERENTIABLE if name in outputs))
     result = {name: stats[name].view(call.shape) for name in outputs}
     if "is_top1" in result:
         result["is_top1"] = result["is_top1"] > 0
@@ -355,10 +369,10 @@ def fused_token_dpo(
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
         RuntimeError: logits that an earlier in-place backward has overwritten.
     """
-    tp_group, hint, (policy_logits, reference_logits, labels) = distributed.to_local(
+    tp_group, hint, (policy_logits, reference_logits, labels) = groups.to_local(
         tp_group, policy_logits=(policy_logits, -1), reference_logits=(reference_logits, -1), labels=(labels, None)
     )
-    with distributed.ranks(tp_group, sp_group, policy_logits, hint) as ranks:
+    with groups.ranks(tp_group, sp_group, policy_logits, hint) as ranks:
         wanted = 3 if cu_seqlens is None else 2
         if checks.tensor(policy_logits, "policy_logits").dim() != wanted:
             expected = "[2B, T, V], or [N, V] with cu_seqlens" if cu_seqlens is None else "[N, V] with cu_seqlens"
@@ -379,7 +393,7 @@ def fused_token_dpo(
         else:
             cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
         weights = preference.check_token_weights(token_weights, labels)
-        dtype = rows.stats_dtype(policy_logits.dtype)
+        dtype = stats_dtype(policy_logits.dtype)
 
         number = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         reference = Reference.of(reference_logps, live, "reference_logits", plan, labels, number, dtype)
@@ -404,7 +418,7 @@ def _default_loss(
     beta: float,
 ) -> TokenDPOOutput:
     """DPO with a mean over pairs: the two operations and nothing else. Without weights tokens count 1 each."""
-    columns = rows.STATE | BIT["logsumexp"]
+    columns = STATE | BIT["logsumexp"]
     if call.reference is not None:
         columns |= BIT["reference_logps"]
     config = RowConfig(columns, call.temperature, call.ignore_index, call.backend)
@@ -412,5 +426,5 @@ def _default_loss(
         call.logits, call.labels, call.reference, reference.given, weights, cu_seqlens, config, call.inplace, beta,
         label_smoothing,
     )  # fmt: skip
-    wanted = {name: stats[rows.column_index(columns, name)] for name in ("logps", "logsumexp")}
+    wanted = {name: stats[column_index(columns, name)] for name in ("logps", "logsumexp")}
     return preference.assemble(loss, rewards, wanted, tokens.unbind(0), call.shape)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from . import backends
-from ._version import __version__
-from .head import logits_product
-from .plans import default_chunk_bytes
+from .. import backends
+from .._version import __version__
+from ..head.plan import default_chunk_bytes
+from ..head.products import logits_product
 
 _AUTO_RULE = "the first available of " + ", ".join(backends._MODULES) + " for the tensor's device and dtype"
 
@@ -54,7 +54,7 @@ def info() -> Info:
         `info()["auto"][device]` is what `backend="auto"` picks for fp32 tensors there;
         `info()["hidden_states"]` how logits come out of hidden states, and the memory of a chunk unless asked for.
     """
-    from .backends import cuda, native
+    from ..backends import cpu, cuda
 
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     names = [name for name in backends.NAMES if name != "auto"]
@@ -74,7 +74,7 @@ def info() -> Info:
         backends={name: state(name) for name in names},
         auto={device.type: backends.resolve_for("auto", device, torch.float32) for device in devices},
         auto_rule=_AUTO_RULE,
-        native_extension={**native.describe(), "cuda": cuda.describe()},
+        native_extension={**cpu.describe(), "cuda": cuda.describe()},
         hidden_states={
             **{
                 f"{device.type} {name}": logits_product(device, dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import check_labels
+from .columns import check_labels
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

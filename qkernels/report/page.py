@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from html import escape
 
-from .report_assets import SCRIPT, STYLE
+from .assets import SCRIPT, STYLE
 
 # Of the |rewards| on a page this share is within the colour scale; the rest is shown at full strength.
 _SCALE_QUANTILE = 0.99

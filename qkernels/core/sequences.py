@@ -7,12 +7,20 @@ positions are those of the whole sequences, on every rank.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .distributed import SequenceShard
+
+class Shard(Protocol):
+    """Which part of every sequence the rows of this rank are; sums over the ranks (`qkernels.distributed.groups`)."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, differentiable."""
+
+    def before(self, values: Tensor) -> Tensor:
+        """Sum over the lower ranks; no gradient."""
 
 
 def log_ratios(logps: Tensor, reference_logps: Tensor) -> Tensor:
@@ -33,10 +41,10 @@ class Sequences(NamedTuple):
     number: int
     length: int
     offsets: Tensor | None
-    shard: SequenceShard | None = None
+    shard: Shard | None = None
 
     @staticmethod
-    def of(rows: Tensor, cu_seqlens: Tensor | None, shard: SequenceShard | None = None) -> Sequences:
+    def of(rows: Tensor, cu_seqlens: Tensor | None, shard: Shard | None = None) -> Sequences:
         """The grouping of `rows`: `[2B, T]`, or `[1, N]` when `cu_seqlens` is given."""
         if cu_seqlens is None:
             return Sequences(rows.shape[0], rows.shape[1], None, shard)

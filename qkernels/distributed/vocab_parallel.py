@@ -28,9 +28,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks, distributed, ops, rows
-from .distributed import Ranks
-from .rows import BIT, RowConfig
+from .. import backends
+from ..backends import ops
+from ..core import checks
+from ..core.columns import (
+    BIT,
+    NEEDS_REFERENCE,
+    REFERENCE_STATE,
+    STATE,
+    RowConfig,
+    bits,
+    column_names,
+    label_error,
+    stats_dtype,
+)
+from . import groups
+from .groups import Ranks
 
 # Stands for an ignored row in labels that count from a part's first column, whatever the caller's ignore_index is.
 IGNORED = -100
@@ -69,7 +82,7 @@ class Shard(NamedTuple):
         nowhere = ((labels < 0) | (labels >= self.vocab)) & ~ignored
         if labels.device.type == "cpu":
             if bool(nowhere.any()):
-                raise rows.label_error(labels, int(nowhere.reshape(-1).nonzero()[0]), self.vocab)
+                raise label_error(labels, int(nowhere.reshape(-1).nonzero()[0]), self.vocab)
             local = torch.where(mine, local, 0)
         else:
             local = torch.where(mine, local, torch.where(nowhere, self.width, 0))
@@ -90,23 +103,23 @@ class Shard(NamedTuple):
         Args:
             logits, reference: `[S, T, width]`, this rank's columns.
             labels: `[S, T]` in the whole vocabulary.
-            columns, temperature, ignore_index: as `qkernels.ops.row_stats` has them.
+            columns, temperature, ignore_index: as `qkernels.backends.ops.row_stats` has them.
             backend: the module that reads the logits.
 
         Raises:
             IndexError: a label outside [0, vocab), on the CPU, on every rank.
         """
         local, mine = self.local_labels(labels, ignore_index)
-        if not columns & rows.NEEDS_REFERENCE:
+        if not columns & NEEDS_REFERENCE:
             reference = None
-        have = columns & ~_NO_COLUMN | rows.STATE | (0 if reference is None else rows.REFERENCE_STATE)
+        have = columns & ~_NO_COLUMN | STATE | (0 if reference is None else REFERENCE_STATE)
         part = _part(backend, logits, local, reference, have, temperature)
         at = local.clamp(0, self.width - 1).unsqueeze(-1)
         models = [_Model("", part, logits, at, mine)]
         if reference is not None:
             models.append(_Model("reference_", part, reference, at, mine))
         top = torch.stack([torch.where(model.max.isnan(), -torch.inf, model.max) for model in models])
-        distributed.all_reduce_(top, "max", self.group)
+        groups.all_reduce_(top, "max", self.group)
         for model, maximum in zip(models, top, strict=True):
             model.relative_to(maximum.double(), temperature)
         policy = models[0]
@@ -129,7 +142,7 @@ class Shard(NamedTuple):
             if columns & BIT[name]:
                 sums[name] = p.weighted(part[name].double() + (p.log_mass - q.log_mass))
         packed = torch.stack(list(sums.values()))
-        distributed.all_reduce_(packed, "sum", self.group)
+        groups.all_reduce_(packed, "sum", self.group)
         total = dict(zip(sums, packed, strict=True))
 
         out: dict[str, Tensor] = {}
@@ -146,8 +159,8 @@ class Shard(NamedTuple):
         for name, p, q in _divergences(models):
             if columns & BIT[name]:
                 out[name] = (total[name] / p.total - p.log_sum + q.log_sum).clamp_min(0.0)
-        stats = torch.stack([out[name] for name in rows.column_names(columns)])
-        return stats.masked_fill(local == IGNORED, 0.0).to(rows.stats_dtype(logits.dtype))
+        stats = torch.stack([out[name] for name in column_names(columns)])
+        return stats.masked_fill(local == IGNORED, 0.0).to(stats_dtype(logits.dtype))
 
     def gradient_inputs(
         self,
@@ -179,13 +192,13 @@ class Shard(NamedTuple):
     def sum_rows(self, partial: Tensor, valid: Tensor) -> Tensor:
         """The sum over the ranks of a tensor `[N, H]` that is 0 outside of rows `valid` `[M]`. May reuse its memory."""
         if valid.shape[0] == partial.shape[0]:
-            return distributed.all_reduce_(partial, "sum", self.group)
-        rows_ = distributed.all_reduce_(partial.index_select(0, valid), "sum", self.group)
+            return groups.all_reduce_(partial, "sum", self.group)
+        rows_ = groups.all_reduce_(partial.index_select(0, valid), "sum", self.group)
         return partial.index_copy_(0, valid, rows_)
 
     def sum_(self, partial: Tensor) -> Callable[[], Tensor]:
         """Start to sum a tensor over the ranks, in its own memory; calling what is returned waits for the result."""
-        return distributed.all_reduce_start_(partial, self.group)
+        return groups.all_reduce_start_(partial, self.group)
 
 
 def row_stats(
@@ -229,7 +242,7 @@ def agree(
     )
     widths = [part.width for part in parts]
     group = ranks.groups["tp_group"]
-    first = sum(widths[: distributed.rank_of(group)])
+    first = sum(widths[: groups.rank_of(group)])
     shard = Shard(group, first, width, sum(widths), max(widths), min(part.free for part in parts))
     try:
         checks.label_range(labels, shard.vocab, ignore_index)
@@ -295,7 +308,7 @@ def _part(
     On a GPU the host waits here, once per call, to learn whether a row has to be looked at again.
     """
     stats = backend.row_stats(logits, labels, reference, have, temperature, IGNORED)
-    part = dict(zip(rows.column_names(have), stats.unbind(0), strict=True))
+    part = dict(zip(column_names(have), stats.unbind(0), strict=True))
     again = part["row_max"].isnan()
     if reference is not None:
         again = again | part["reference_row_max"].isnan()
@@ -327,9 +340,9 @@ def _look_again(
         columns = [name for name in part if name.startswith("reference_") == bool(prefix) and not BIT[name] & _KLS]
         own_names = [name.removeprefix(prefix) for name in columns]
         x = model[where].unsqueeze(0)
-        alone = backend.row_stats(x, labels[where].unsqueeze(0), None, rows.bits(own_names), temperature, IGNORED)[:, 0]
+        alone = backend.row_stats(x, labels[where].unsqueeze(0), None, bits(own_names), temperature, IGNORED)[:, 0]
         is_empty = x[0].amax(-1) == -torch.inf
-        stored = rows.column_names(rows.bits(own_names))
+        stored = column_names(bits(own_names))
         for name, value in zip(stored, alone, strict=True):
             part[prefix + name][where] = torch.where(is_empty, empty.get(name, 0.0), value)
         one_is_empty |= is_empty

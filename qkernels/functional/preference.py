@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, ops
-from .autograd import FiniteGradients
-from .autograd.logits import PairLoss
-from .distributed import SequenceShard
-from .objectives import PairScores, Plan
-from .plans import LinearPlan
-from .rows import BIT
-from .sequences import Sequences, log_ratios
+from ..autograd import FiniteGradients
+from ..autograd.logits import PairLoss
+from ..backends import ops
+from ..core import checks
+from ..core.columns import BIT
+from ..core.sequences import Sequences, Shard, log_ratios
+from ..head.plan import LinearPlan
+from ..objectives import LossSpec, PairScores
 
 
 class TokenDPOOutput(NamedTuple):
@@ -87,10 +87,10 @@ class Batch(NamedTuple):
         labels: Tensor,
         token_weights: Tensor | None,
         cu_seqlens: Tensor | None,
-        plan: Plan,
+        plan: LossSpec,
         ignore_index: int,
         dtype: torch.dtype,
-        shard: SequenceShard | None = None,
+        shard: Shard | None = None,
     ) -> Batch:
         """Fold mask, weights and LD-DPO into one weight per row. With a `shard` rows are a part of each sequence."""
         sequences = Sequences.of(labels, cu_seqlens, shard)
@@ -133,7 +133,7 @@ class Reference(NamedTuple):
         reference_logps: Any,
         has_live_reference: bool,
         live_name: str,
-        plan: Plan,
+        plan: LossSpec,
         labels: Tensor,
         sequences: int,
         dtype: torch.dtype,
@@ -188,7 +188,7 @@ def check_token_weights(token_weights: Any, labels: Tensor) -> Tensor | None:
     return weights if labels.dim() == 2 else weights.unsqueeze(0)
 
 
-def described(plan: Plan, beta: float, reduction: str, cu_seqlens: Any, live: bool) -> dict[str, Any]:
+def described(plan: LossSpec, beta: float, reduction: str, cu_seqlens: Any, live: bool) -> dict[str, Any]:
     """What ranks that share a loss have to agree on, by name."""
     terms = [(term.name or term.function.__qualname__, weight, options) for term, weight, options in plan.terms]
     link = (plan.f_divergence, plan.f_alpha_divergence_coef)
@@ -201,7 +201,7 @@ def described(plan: Plan, beta: float, reduction: str, cu_seqlens: Any, live: bo
     }
 
 
-def columns(plan: Plan, has_live_reference: bool) -> int:
+def columns(plan: LossSpec, has_live_reference: bool) -> int:
     """The per-row results that a loss needs."""
     wanted = BIT["logps"] | BIT["logsumexp"]
     if has_live_reference:
@@ -213,7 +213,7 @@ def columns(plan: Plan, has_live_reference: bool) -> int:
     return wanted
 
 
-def carrying(plan: Plan) -> tuple[str, ...]:
+def carrying(plan: LossSpec) -> tuple[str, ...]:
     """Those of them that a loss differentiates."""
     return ("logps", "kl_reference_policy") if plan.needs_kl else ("logps",)
 
@@ -222,7 +222,7 @@ def loss_and_rewards(
     stats: dict[str, Tensor],
     batch: Batch,
     reference: Reference,
-    plan: Plan,
+    plan: LossSpec,
     beta: float,
     reduction: str,
     backend: str,
@@ -293,7 +293,7 @@ def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def loss_gradient(
-    stats: dict[str, Tensor], batch: Batch, reference: Reference, plan: Plan, beta: float, backend: str
+    stats: dict[str, Tensor], batch: Batch, reference: Reference, plan: LossSpec, beta: float, backend: str
 ) -> dict[str, Tensor]:
     """d(sum of the pairs' losses) / d(column), for the columns that a loss differentiates. Arguments as above."""
     if plan.is_default:
@@ -315,7 +315,7 @@ def pair_scores(
     batch: Batch,
     reference_tokens: Tensor | None,
     reference_sums: Tensor | None,
-    plan: Plan,
+    plan: LossSpec,
 ) -> PairScores:
     """Per-token results summed to what objectives see. Ratios are summed as ratios: sums of log-probs are thousands
     of times larger, and their difference would have lost the digits."""

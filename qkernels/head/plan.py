@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from .memory import free_memory
+from ..core.memory import free_memory
 
 PLANS = ("frozen_head", "pair_chunks", "recompute")
 

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import Tensor
 
-from ._compile import constant_when_compiled
+from .compile import constant_when_compiled
 
 # Where torch would copy a whole tensor to another dtype first, the copy is made of so many elements at a time.
 BLOCK_ELEMENTS = 2**16

@@ -1,19 +1,4 @@
-"""Every preference loss, once: pair scores in, one loss per pair out, in plain torch on small tensors.
-
-The kernels never see a loss formula; they need dL/dlogp of each row, and autograd gets that from the functions here.
-To add an objective, write a function of `PairScores` and register it:
-
-    @objective()
-    def my_loss(scores: PairScores, beta: float, margin: float = 1.0) -> Tensor:
-        return torch.relu(margin - beta * scores.margins)
-
-Keyword parameters after `beta` become valid keys of `loss_kwargs`. Without registering, the function itself can be
-passed as `loss_type`.
-
-Symbols, as in the literature: r = weighted sum over a sequence of log pi/pi_ref; n = sum of its weights; s = f(r) with
-the f-divergence's link; D = s_chosen - s_rejected; K = weighted sum of KL(ref || pi). Names and formulas follow TRL
-where TRL has them.
-"""
+"""Which losses there are by name, and what a request for one means: options, label smoothing, weights of several."""
 
 from __future__ import annotations
 
@@ -26,85 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
 
-from ._compile import constant_when_compiled
-
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-_F_DIVERGENCE_ALIASES = {"js": "js_divergence", "alpha": "alpha_divergence"}
-# exp of more than this comes close to overflowing, by dtype of the scores; links continue as a logarithm there.
-_MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
-
-
-def _finite(exp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """exp(x), or expm1(x), and exp(c) (1 + log(1 + x - c)) past the exponent c near which it would overflow.
-
-    The continuation meets exp in value and slope. It stays finite and keeps increasing, so that two scores past c can
-    still be compared, and their gradients have the right sign and are neither inf nor NaN.
-    """
-    limit = _MAX_EXPONENT[x.dtype]
-    return exp(x.clamp_max(limit)) + math.exp(limit) * torch.log1p((x - limit).clamp_min(0.0))
-
-
-@dataclass(frozen=True)
-class PairScores:
-    """What an objective sees of a batch of B pairs: fp32 tensors `[B]` (fp64 for fp64 logits).
-
-    chosen_log_ratios, rejected_log_ratios: r, sums over the sequence of w * (log pi - log pi_ref).
-    chosen_logps, rejected_logps: sums of w * log pi.
-    reference_chosen_logps, reference_rejected_logps: the same of the reference (0 when reference-free).
-    chosen_counts, rejected_counts: n, sums of the token weights (number of tokens without weights).
-    chosen_kl, rejected_kl: K, sums of w * KL(ref || pi); None unless an objective asked for it.
-    chosen_full_logps: with LD-DPO, `chosen_logps` before it discounts the tail; None without.
-    f_divergence, f_alpha_divergence_coef: the link between log-ratios and scores.
-    """
-
-    chosen_log_ratios: Tensor
-    rejected_log_ratios: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    reference_chosen_logps: Tensor
-    reference_rejected_logps: Tensor
-    chosen_counts: Tensor
-    rejected_counts: Tensor
-    chosen_kl: Tensor | None = None
-    rejected_kl: Tensor | None = None
-    chosen_full_logps: Tensor | None = None
-    f_divergence: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-
-    def _link(self, log_ratios: Tensor) -> Tensor:
-        """s = f'(pi/pi_ref) as a function of the log-ratio r."""
-        if self.f_divergence == "forward_kl":
-            return -_finite(torch.expm1, -log_ratios)
-        if self.f_divergence == "js_divergence":
-            return math.log(2.0) + logsigmoid(log_ratios)
-        if self.f_divergence == "alpha_divergence" and abs(self.f_alpha_divergence_coef - 1) >= 1e-6:
-            slope = self.f_alpha_divergence_coef - 1
-            return _finite(torch.expm1, slope * log_ratios) / slope
-        return log_ratios  # reverse KL; also the limit of the alpha divergence at 1
-
-    @property
-    def chosen_scores(self) -> Tensor:
-        """s_w = f(r_w)."""
-        return self._link(self.chosen_log_ratios)
-
-    @property
-    def rejected_scores(self) -> Tensor:
-        """s_l = f(r_l)."""
-        return self._link(self.rejected_log_ratios)
-
-    @property
-    def margins(self) -> Tensor:
-        """D = s_w - s_l."""
-        return self.chosen_scores - self.rejected_scores
-
-    @property
-    def mean_margins(self) -> Tensor:
-        """s_w / n_w - s_l / n_l."""
-        return _per_token(self.chosen_scores, self.chosen_counts) - _per_token(
-            self.rejected_scores, self.rejected_counts
-        )
+from ..core.compile import constant_when_compiled
+from .scores import F_DIVERGENCE_ALIASES, F_DIVERGENCES, PairScores
 
 
 @dataclass(frozen=True)
@@ -118,6 +27,7 @@ class Objective:
     reference_free: whether the loss does without a reference.
     separable: whether each pair's loss depends on that pair alone.
     discounted: whether LD-DPO's discount of the longer answer's tail applies to it.
+    fused: the backends' operation that computes its mean over pairs, with the gradient; None for none.
     """
 
     name: str
@@ -129,19 +39,12 @@ class Objective:
     reference_free: bool = False
     separable: bool = True
     discounted: bool = True
-
-
-@lru_cache(maxsize=256)
-def _resolve_name(loss_type: str, label_smoothing: float) -> Plan:
-    """What `resolve` makes of a name; kept."""
-    return _resolve(loss_type, None, label_smoothing, None)
+    fused: str | None = None
 
 
 OBJECTIVES: dict[str, Objective] = {}
-
-_SMOOTHED = (0.0, 1.0)
-_ABOVE_ZERO = 5e-324
-
+# Names of classes of objectives that keep a memory from step to step; `create` makes an object of one.
+STATEFUL: dict[str, Callable[..., Any]] = {}
 
 _REQUIRED = "required"  # stands for the default of an option that has none
 
@@ -171,13 +74,14 @@ def objective(
     reference_free: bool = False,
     separable: bool = True,
     discounted: bool = True,
+    fused: str | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as `loss_type=<its name>`. The flags are those of `Objective`."""
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         OBJECTIVES[function.__name__] = Objective(
             function.__name__, function, _options(function), smoothing, scored, needs_kl, reference_free, separable,
-            discounted,
+            discounted, fused,
         )  # fmt: skip
         _resolve_name.cache_clear()
         return function
@@ -185,166 +89,25 @@ def objective(
     return register
 
 
-def _per_token(total: Tensor, count: Tensor) -> Tensor:
-    """total / count, and 0 for a sequence without tokens."""
-    return total / torch.where(count > 0, count, torch.ones_like(count))
+def stateful(name: str) -> Callable[[type], type]:
+    """Register a class under `create(name)`: its objects are objectives with a memory, one for each training run."""
 
+    def register(made: type) -> type:
+        STATEFUL[name] = made
+        return made
 
-def _smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - eps) log sigma(x) - eps log sigma(-x)."""
-    return -(1 - label_smoothing) * logsigmoid(x) - label_smoothing * logsigmoid(-x)
-
-
-@objective(smoothing=_SMOOTHED)
-def sigmoid(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO (Rafailov et al. 2023, eq. 7; "From r to Q*", eq. 9); with label smoothing cDPO (Mitchell 2023)."""
-    return _smoothed_logistic(beta * scores.margins, label_smoothing)
-
-
-@objective()
-def sigmoid_norm(scores: PairScores, beta: float) -> Tensor:
-    """DPO on length-normalised scores."""
-    return -logsigmoid(beta * scores.mean_margins)
-
-
-@objective()
-def hinge(scores: PairScores, beta: float) -> Tensor:
-    """SLiC (Zhao et al. 2023) on the normalised likelihood."""
-    return torch.relu(1 - beta * scores.margins)
-
-
-@objective()
-def ipo(scores: PairScores, beta: float) -> Tensor:
-    """IPO (Azar et al. 2023, eq. 17), length-normalised as its authors' experiments were."""
-    return (scores.mean_margins - 1 / (2 * beta)) ** 2
-
-
-@objective(smoothing=(0.0, 0.5))
-def robust(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Unbiased under label flips of rate eps (Chowdhury et al. 2024)."""
-    x = beta * scores.margins
-    clean, flipped = -(1 - label_smoothing) * logsigmoid(x), -label_smoothing * logsigmoid(-x)
-    return (clean - flipped) / (1 - 2 * label_smoothing)
-
-
-@objective(smoothing=(_ABOVE_ZERO, 1.0))
-def exo_pair(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """EXO for pairs (Ji et al. 2024, eq. 16): reverse KL to the smoothed preference; eps > 0, 1e-3 in the paper."""
-    x = beta * scores.margins
-    chosen = torch.sigmoid(x) * (logsigmoid(x) - math.log1p(-label_smoothing))
-    return chosen + torch.sigmoid(-x) * (logsigmoid(-x) - math.log(label_smoothing))
-
-
-@objective(scored=False)
-def nca_pair(scores: PairScores, beta: float) -> Tensor:
-    """NCA for pairs (Chen et al. 2024)."""
-    chosen, rejected = beta * scores.chosen_log_ratios, beta * scores.rejected_log_ratios
-    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
-
-
-@objective(scored=False)
-def bco_pair(scores: PairScores, beta: float) -> Tensor:
-    """BCO for pairs (Jung et al. 2024), without its reward shift."""
-    return -logsigmoid(beta * scores.chosen_log_ratios) - logsigmoid(-beta * scores.rejected_log_ratios)
-
-
-@objective(scored=False)
-def sppo_hard(scores: PairScores, beta: float) -> Tensor:
-    """SPPO (Wu et al. 2024, eq. 4.7) with the winner's probability set to 1."""
-    return (scores.chosen_log_ratios - 0.5 / beta) ** 2 + (scores.rejected_log_ratios + 0.5 / beta) ** 2
-
-
-@objective(scored=False)
-def apo_zero(scores: PairScores, beta: float) -> Tensor:
-    """APO-zero (D'Oosterlinck et al. 2024, eq. 7): chosen up, rejected down."""
-    return 1 - torch.sigmoid(beta * scores.chosen_log_ratios) + torch.sigmoid(beta * scores.rejected_log_ratios)
-
-
-@objective(scored=False)
-def apo_down(scores: PairScores, beta: float) -> Tensor:
-    """APO-down (D'Oosterlinck et al. 2024, eq. 8): both down, rejected more."""
-    difference = scores.chosen_log_ratios - scores.rejected_log_ratios
-    return torch.sigmoid(beta * scores.chosen_log_ratios) + 1 - torch.sigmoid(beta * difference)
-
-
-@objective()
-def discopop(scores: PairScores, beta: float, discopop_tau: float = 0.05) -> Tensor:
-    """DiscoPOP (Lu et al. 2024, eq. 5): logistic and exponential loss, blended by the margin."""
-    x = beta * scores.margins
-    # exp(-x) sigma(x / tau) as one exponential: apart, the first overflows where the second is 0.
-    return -logsigmoid(x) * torch.sigmoid(-x / discopop_tau) + _finite(torch.exp, logsigmoid(x / discopop_tau) - x)
-
-
-@objective(reference_free=True, separable=False, discounted=False)
-def sft(scores: PairScores, beta: float) -> Tensor:
-    """Mean negative log-likelihood over all chosen tokens of the batch (Rafailov et al.'s SFT term).
-
-    Pair i's share is scaled so that the mean over pairs is the mean over tokens. LD-DPO leaves it alone.
-    """
-    logps = scores.chosen_logps if scores.chosen_full_logps is None else scores.chosen_full_logps
-    tokens = scores.chosen_counts.sum()
-    return -logps * (logps.numel() / torch.where(tokens > 0, tokens, 1.0))
-
-
-@objective(smoothing=_SMOOTHED, scored=False, separable=False)
-def aot(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT, paired (Melnyk et al. 2024): sorted policy margins against sorted reference margins."""
-    policy = (scores.chosen_logps - scores.rejected_logps).sort().values
-    reference = (scores.reference_chosen_logps - scores.reference_rejected_logps).sort().values
-    return _smoothed_logistic(beta * (policy - reference), label_smoothing)
-
-
-@objective(smoothing=_SMOOTHED, scored=False, separable=False)
-def aot_unpaired(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """AOT, unpaired (Melnyk et al. 2024): sorted chosen against sorted rejected log-ratios."""
-    delta = scores.chosen_log_ratios.sort().values - scores.rejected_log_ratios.sort().values
-    return _smoothed_logistic(beta * delta, label_smoothing)
-
-
-@objective(needs_kl=True)
-def tdpo1(scores: PairScores, beta: float) -> Tensor:
-    """TDPO-1 (Zeng et al. 2024): the margin less the difference of sequence KLs, K_l - K_w."""
-    assert scores.chosen_kl is not None and scores.rejected_kl is not None
-    return -logsigmoid(beta * (scores.margins - (scores.rejected_kl - scores.chosen_kl)))
-
-
-@objective(needs_kl=True)
-def tdpo2(scores: PairScores, beta: float, alpha: float = 0.5) -> Tensor:
-    """TDPO-2 (Zeng et al. 2024): K of the chosen side is a constant, alpha scales the difference."""
-    assert scores.chosen_kl is not None and scores.rejected_kl is not None
-    return -logsigmoid(beta * (scores.margins - alpha * (scores.rejected_kl - scores.chosen_kl.detach())))
-
-
-@objective(scored=False, reference_free=True)
-def simpo(scores: PairScores, beta: float, gamma: float = 0.5) -> Tensor:
-    """SimPO (Meng et al. 2024): mean log-probs, target margin gamma, no reference."""
-    chosen = _per_token(scores.chosen_logps, scores.chosen_counts)
-    rejected = _per_token(scores.rejected_logps, scores.rejected_counts)
-    return -logsigmoid(beta * (chosen - rejected) - gamma)
-
-
-@objective(separable=False)
-def rspo(scores: PairScores, beta: float) -> Tensor:
-    """RSPO (Kallus 2025): ranks every chosen-over-rejected index above every mirrored one; any monotone link.
-
-    Pair i loses the mean over the batch's pairs j (itself included) of softplus(-(t_i + t_j)), t = beta D.
-    """
-    t = beta * scores.margins
-    return softplus(-(t[:, None] + t[None, :])).mean(1)
+    return register
 
 
 # Options that act on weights or scores, whatever the objective.
 _SHARED_OPTIONS = ("ld_alpha", "use_weighting")
 _LINK_OPTIONS = ("f_divergence", "f_alpha_divergence_coef")
 
-# Objectives that keep a memory from step to step (`qkernels.semiparametric`); `create` makes them.
-STATEFUL = ("ospo", "pspo")
-
 LossType = str | Callable[..., Tensor] | Sequence[str | Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class LossSpec:
     """A validated request: which objectives with which options, and what they need of the rows.
 
     terms: objective, weight (MPO) and its own options.
@@ -384,7 +147,7 @@ class Plan:
         term, weight, _ = self.terms[0]
         return (
             len(self.terms) == 1
-            and term.function is sigmoid
+            and term.fused == "pair_loss"
             and weight == 1.0
             and self.f_divergence == "reverse_kl"
             and not self.use_weighting
@@ -428,8 +191,9 @@ def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
     if isinstance(loss_type, str):
         if loss_type in STATEFUL:
             raise ValueError(
-                f"loss_type {loss_type!r} learns from one step to the next, so it cannot be had by name: make an object"
-                f" once, `loss = qkernels.objectives.create({loss_type!r})`, and pass loss_type=loss in every step"
+                f"loss_type {loss_type!r} learns from one step to the next, so it is not available by name: make an"
+                f" object once, `loss = qkernels.objectives.create({loss_type!r})`, and pass loss_type=loss in every"
+                " step"
             )
         if loss_type not in OBJECTIVES:
             known = ", ".join(sorted(OBJECTIVES))
@@ -444,7 +208,7 @@ def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
             return registered
     smoothed = any(name == "label_smoothing" for name, _ in _parameters(loss_type))
     # A user's function may couple pairs, so nothing is assumed of it.
-    return Objective("", loss_type, _options(loss_type), _SMOOTHED if smoothed else None, separable=False)
+    return Objective("", loss_type, _options(loss_type), (0.0, 1.0) if smoothed else None, separable=False)
 
 
 def create(name: str, **options: Any) -> str | Callable[..., Tensor]:
@@ -459,9 +223,8 @@ def create(name: str, **options: Any) -> str | Callable[..., Tensor]:
         TypeError: options for an objective without a memory, whose options are `loss_kwargs`.
     """
     if name in STATEFUL:
-        from . import semiparametric
-
-        return {"ospo": semiparametric.OSPO, "pspo": semiparametric.PSPO}[name](**options)
+        made: Callable[..., Any] = STATEFUL[name](**options)
+        return made
     if name not in OBJECTIVES:
         raise ValueError(f"unknown objective {name!r}; expected one of {', '.join(sorted({*OBJECTIVES, *STATEFUL}))}")
     if options:
@@ -474,8 +237,8 @@ def resolve(
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     loss_kwargs: Mapping[str, Any] | None = None,
-) -> Plan:
-    """Check a request for a loss and return it as a `Plan`.
+) -> LossSpec:
+    """Check a request for a loss and return it as a `LossSpec`.
 
     Args:
         loss_type: a name of `OBJECTIVES`, a callable on `PairScores`, or a list of these (MPO).
@@ -494,12 +257,18 @@ def resolve(
     return _resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
 
 
+@lru_cache(maxsize=256)
+def _resolve_name(loss_type: str, label_smoothing: float) -> LossSpec:
+    """What `resolve` makes of a name; kept."""
+    return _resolve(loss_type, None, label_smoothing, None)
+
+
 def _resolve(
     loss_type: LossType,
     loss_weights: Sequence[float] | None,
     label_smoothing: float,
     loss_kwargs: Mapping[str, Any] | None,
-) -> Plan:
+) -> LossSpec:
     several = isinstance(loss_type, (list, tuple))
     entries: Sequence[Any] = loss_type if several else [loss_type]  # type: ignore[assignment]
     if not entries:
@@ -542,7 +311,7 @@ def _resolve(
         raise ValueError(f"loss_type {names} needs loss_kwargs {missing}")
 
     f_divergence = kwargs.pop("f_divergence", "reverse_kl")
-    f_divergence = _F_DIVERGENCE_ALIASES.get(f_divergence, f_divergence)
+    f_divergence = F_DIVERGENCE_ALIASES.get(f_divergence, f_divergence)
     if f_divergence not in F_DIVERGENCES:
         raise ValueError(f"loss_kwargs['f_divergence'] is {f_divergence!r}; expected one of {F_DIVERGENCES}")
     if "f_alpha_divergence_coef" in kwargs and f_divergence != "alpha_divergence":
@@ -560,4 +329,4 @@ def _resolve(
         (term, weight, {key: kwargs[key] for key in term.options if key in kwargs})
         for term, weight in zip(objectives, weights, strict=True)
     )
-    return Plan(terms, label_smoothing, f_divergence, alpha, ld_alpha, use_weighting)
+    return LossSpec(terms, label_smoothing, f_divergence, alpha, ld_alpha, use_weighting)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -12,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.patches import FancyBboxPatch
 
-from .heatmap import _BLUE, _INK, _LINE, _NAMES, _ORANGE, _SOFT
-from .report import Token, number, visible
+from .page import Token, number, visible
 
-if TYPE_CHECKING:
-    from .heatmap import HeatMap
+# The reports' colours (light).
+_ORANGE, _BLUE, _INK, _SOFT, _LINE = "#f6993f", "#6fb1f2", "#1c1f24", "#5d6470", "#e4e1db"
+_NAMES = {"chosen": "#1a6dc2", "rejected": "#c8650a"}
 
 # Sizes in points.
 _TEXT, _SMALL, _TITLE = 11.0, 9.0, 12.0
@@ -36,8 +37,23 @@ class _Placed(NamedTuple):
     token: Token
 
 
-def draw(heat_map: HeatMap, width: float, title: str) -> Figure:
-    """The figure of `HeatMap.figure`."""
+class Content(NamedTuple):
+    """What a figure shows.
+
+    answers: name -> tokens.
+    rewards: name -> reward of the whole answer.
+    scale: the |reward| that gets the full colour.
+    prompt: (role, text) of each message before the answers.
+    """
+
+    answers: Mapping[str, Sequence[Token]]
+    rewards: Mapping[str, float]
+    scale: float
+    prompt: Sequence[tuple[str, str]]
+
+
+def draw(content: Content, width: float, title: str) -> Figure:
+    """The figure of `HeatMap.figure`, `width` inches wide."""
     figure = Figure(figsize=(width, 1), facecolor="white")
     canvas = FigureCanvasAgg(figure)
     renderer = canvas.get_renderer()
@@ -56,8 +72,8 @@ def draw(heat_map: HeatMap, width: float, title: str) -> Figure:
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         space = measure("n n") - measure("nn")
         room = page - 2 * _MARGIN - _SIDE
-        blocks = {name: _place(tokens, room, measure, space) for name, tokens in heat_map.answers.items()}
-        heading = title or (heat_map.prompt[-1][1] if heat_map.prompt else "")
+        blocks = {name: _place(tokens, room, measure, space) for name, tokens in content.answers.items()}
+        heading = title or (content.prompt[-1][1] if content.prompt else "")
         lines = textwrap.wrap(visible(heading).replace("␣", " ").replace("↵", " "), int(page / 7.4))[:3]
         height = _MARGIN + 17.0 * len(lines) + (6.0 if lines else 0.0)
         tops = {}
@@ -74,12 +90,12 @@ def draw(heat_map: HeatMap, width: float, title: str) -> Figure:
             axes.text(_MARGIN, _MARGIN + 17.0 * i + 6, line, fontsize=_TITLE, color=_INK, family=_FONTS, va="center",
                       parse_math=False, weight="bold")  # fmt: skip
         for name, placed in blocks.items():
-            _draw_answer(axes, heat_map, name, placed, tops[name])
-        _draw_legend(axes, heat_map.scale, page, height)
+            _draw_answer(axes, content, name, placed, tops[name])
+        _draw_legend(axes, content.scale, page, height)
     return figure
 
 
-def _place(tokens: list[Token], room: float, measure, space: float) -> list[_Placed]:
+def _place(tokens: Sequence[Token], room: float, measure, space: float) -> list[_Placed]:
     """Break tokens into lines, between words where the word fits into a line. A space that a token begins with stays
     outside its box, as in the reports."""
     placed, x, line = [], 0.0, 0
@@ -107,7 +123,7 @@ def _leads(token: Token) -> bool:
     return token.text.startswith(" ") and token.text.strip() != ""
 
 
-def _words(tokens: list[Token], measure) -> list[float]:
+def _words(tokens: Sequence[Token], measure) -> list[float]:
     """For each token the width of the word that begins with it, 0 inside a word."""
     widths, first = [0.0] * len(tokens), 0
     for i, token in enumerate(tokens):
@@ -124,16 +140,16 @@ def _shade(reward: float, scale: float) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _draw_answer(axes, heat_map: HeatMap, name: str, placed: list[_Placed], top: float) -> None:
+def _draw_answer(axes, content: Content, name: str, placed: list[_Placed], top: float) -> None:
     color = _NAMES.get(name, _INK)
     axes.text(_MARGIN, top + _LINE_HEIGHT / 2, visible(name), fontsize=_SMALL, color=_SOFT, va="center", family=_FONTS,
               parse_math=False)  # fmt: skip
-    axes.text(_MARGIN, top + _LINE_HEIGHT / 2 + 13, number(heat_map.rewards()[name], 3, True), fontsize=_TEXT,
+    axes.text(_MARGIN, top + _LINE_HEIGHT / 2 + 13, number(content.rewards[name], 3, True), fontsize=_TEXT,
               color=color, va="center", weight="bold")  # fmt: skip
     for box in placed:
         x, y = _MARGIN + _SIDE + box.x, top + _LINE_HEIGHT * (box.line + 0.5)
-        if box.token.reward == box.token.reward and abs(box.token.reward) > 0.02 * heat_map.scale:
-            shade = _shade(box.token.reward, heat_map.scale)
+        if box.token.reward == box.token.reward and abs(box.token.reward) > 0.02 * content.scale:
+            shade = _shade(box.token.reward, content.scale)
             style = "round,pad=0,rounding_size=2.5"
             axes.add_patch(
                 FancyBboxPatch((x - 0.6, y - 8.2), box.width + 1.2, 16.4, boxstyle=style, fc=shade, ec="none")

@@ -1,6 +1,7 @@
 """The public functions on hidden states: logits exist only as a chunk, never as a whole.
 
-Checks of arguments, choice of a plan (`qkernels.plans`), and assembly of the outputs; the work is in `qkernels.chunks`.
+Checks of arguments, choice of a plan (`qkernels.head.plan`), and assembly of the outputs; the work is in
+`qkernels.head.chunks`.
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks, chunks, distributed, objectives, plans, preference, rows, vocab_parallel
-from ._compile import constant_when_compiled, eager_with_groups
-from .autograd.linear import FrozenHead, Gradients, KnownGradient, LinearStats
-from .chunks import LinearConfig, Model, Selection
-from .distributed import Ranks
-from .functional import TokenStats, check_outputs
-from .head import logits_product
-from .objectives import LossType, Plan
-from .plans import LinearPlan
+from .. import backends, objectives
+from ..autograd.head import FrozenHead, Gradients, KnownGradient, LinearStats
+from ..autograd.saved import by_name
+from ..core import checks
+from ..core.columns import BIT, DIFFERENTIABLE, REFERENCE_STATE, STATE, column_names, stats_dtype
+from ..core.compile import constant_when_compiled, eager_with_groups
+from ..core.sequences import Sequences
+from ..distributed import groups, vocab_parallel
+from ..distributed.groups import Ranks
+from ..distributed.vocab_parallel import Shard
+from ..head import chunks
+from ..head import plan as head_plan
+from ..head.chunks import LinearConfig, Model, Selection
+from ..head.plan import LinearPlan
+from ..head.products import logits_product
+from ..objectives import LossSpec, LossType
+from . import preference
+from .logits import TokenStats, check_outputs
 from .preference import Batch, PlannedOutput, Reference, TokenDPOOutput
-from .rows import BIT
-from .sequences import Sequences
-from .vocab_parallel import Shard
 
 
 class _Call(NamedTuple):
@@ -195,7 +202,7 @@ def _prepare(
         softcap,
         checks.positive(logit_scale, "logit_scale"),
         ignore_index,
-        backends.resolve_for(backend, hidden.device, rows.stats_dtype(dtype)),
+        backends.resolve_for(backend, hidden.device, stats_dtype(dtype)),
         max_chunk_bytes,
         None,
     )
@@ -322,10 +329,10 @@ def _plan(
     # Room for a whole pair is of use to one plan only.
     wants_pairs = wanted == "pair_chunks" or (wanted == "auto" and (trains_head or not only_logps))
     wants_pairs = wants_pairs and grad and pairwise is None
-    fit = plans.chunk_rows(
+    fit = head_plan.chunk_rows(
         per_row, call.max_chunk_bytes, device, max(valid_rows, 1), pair_rows if wants_pairs else 0, widest, free
     )
-    name, reason = plans.choose(
+    name, reason = head_plan.choose(
         wanted,
         trains_hidden=needs_hidden,
         trains_head=trains_head,
@@ -358,9 +365,9 @@ def _plan(
 
 def _columns_with_state(columns: int, reference: bool) -> int:
     """What a backward needs besides the results asked for."""
-    columns |= rows.STATE
+    columns |= STATE
     if reference and columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
-        columns |= rows.REFERENCE_STATE
+        columns |= REFERENCE_STATE
     return columns
 
 
@@ -369,13 +376,13 @@ def _run(call: _Call, name: str, columns: int, carrying: tuple[str, ...], chunk_
     if name == "forward_only":
         config = call.config(columns, chunk_rows)
         if torch.compiler.is_compiling():
-            return rows.by_name(columns, (), LinearStats.apply(*call.tensors, config, ()))
-        return rows.by_name(columns, (), (chunks.stats(call.policy, call.reference, call.labels, config, call.valid),))
+            return by_name(columns, (), LinearStats.apply(*call.tensors, config, ()))
+        return by_name(columns, (), (chunks.stats(call.policy, call.reference, call.labels, config, call.valid),))
     columns = _columns_with_state(columns, call.reference is not None)
     config = call.config(columns, chunk_rows)
     if name == "frozen_head":
-        return rows.by_name(columns, ("logps",), FrozenHead.apply(*call.tensors, config))
-    return rows.by_name(columns, carrying, LinearStats.apply(*call.tensors, config, carrying))
+        return by_name(columns, ("logps",), FrozenHead.apply(*call.tensors, config))
+    return by_name(columns, carrying, LinearStats.apply(*call.tensors, config, carrying))
 
 
 @eager_with_groups
@@ -438,7 +445,7 @@ def linear_token_stats(
         RuntimeError: another rank of a group failed; the message quotes its error.
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
     """
-    tp_group, hint, local = distributed.to_local(
+    tp_group, hint, local = groups.to_local(
         tp_group,
         hidden=(hidden, None),
         weight=(weight, 0),
@@ -449,7 +456,7 @@ def linear_token_stats(
         labels=(labels, None),
     )
     hidden, weight, bias, reference_hidden, reference_weight, reference_bias, labels = local
-    with distributed.ranks(tp_group, None, hidden, hint) as ranks:
+    with groups.ranks(tp_group, None, hidden, hint) as ranks:
         outputs, columns = check_outputs(outputs, "reference_hidden", reference_hidden is not None)
         if valid_rows is not None:
             valid_rows = checks.row_count(valid_rows, "valid_rows")
@@ -475,7 +482,7 @@ def linear_token_stats(
     unknown = [name for name in detached if name not in outputs]
     if unknown:
         raise ValueError(f"detached names {unknown}, which are not among the outputs {list(outputs)}")
-    differentiable = tuple(name for name in rows.DIFFERENTIABLE if name in outputs and name not in detached)
+    differentiable = tuple(name for name in DIFFERENTIABLE if name in outputs and name not in detached)
     if not differentiable:  # nothing to be saved for a backward that cannot come
         call = call._replace(policy=Model(*(None if x is None else x.detach() for x in call.policy)))  # type: ignore[arg-type]
     call = call._replace(valid_rows=valid_rows)
@@ -549,7 +556,7 @@ class _Loss(NamedTuple):
     """A checked preference loss on hidden states, with its plan."""
 
     call: _Call
-    objective: Plan
+    objective: LossSpec
     batch: Batch
     reference: Reference
     counts: list[int] | None  # valid rows of each sequence; None where the host does not know them, or compiles
@@ -603,7 +610,7 @@ class _Loss(NamedTuple):
         # LD-DPO with alpha 0 leaves rows out that a mean over the answer's tokens still counts.
         discounts = self.objective.ld_alpha is not None
         counts = batch.sequences.sums(batch.base_weights, keep_double=True) if discounts else None
-        names = rows.column_names(self.columns)
+        names = column_names(self.columns)
 
         def gradient(number: int, values: Tensor) -> dict[str, Tensor]:
             (first, last), where = groups[number], selections[number]
@@ -672,7 +679,7 @@ def _prepare_loss(
 
     outputs: further per-row results, without gradient.
     """
-    tp_group, hint, local = distributed.to_local(
+    tp_group, hint, local = groups.to_local(
         tp_group,
         policy_hidden=(policy_hidden, None),
         lm_head_weight=(lm_head_weight, 0),
@@ -691,7 +698,7 @@ def _prepare_loss(
         reference_bias,
         labels,
     ) = local
-    with distributed.ranks(tp_group, sp_group, policy_hidden, hint) as ranks:
+    with groups.ranks(tp_group, sp_group, policy_hidden, hint) as ranks:
         wanted = 3 if cu_seqlens is None else 2
         if checks.tensor(policy_hidden, "policy_hidden").dim() != wanted:
             expected = "[2B, T, H], or [N, H] with cu_seqlens" if cu_seqlens is None else "[N, H] with cu_seqlens"
@@ -729,7 +736,7 @@ def _prepare_loss(
         as_rows = (labels.unsqueeze(0) if labels.dim() == 1 else labels).contiguous()
 
         number = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        dtype = rows.stats_dtype(call.dtype)
+        dtype = stats_dtype(call.dtype)
         reference = Reference.of(reference_logps, live, "reference_hidden", objective, labels, number, dtype)
         how = (as_rows, weights, cu_seqlens, objective, call.ignore_index, dtype)
         # With sp_group, which rows LD-DPO leaves out is known only after the ranks have agreed: too late for an error
@@ -887,7 +894,7 @@ def fused_linear_token_dpo(
             host then never waits for a GPU (but see `tp_group`), without them once per call.
         softcap: of Gemma; None for none.
         logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
-        plan: "auto", "frozen_head", "pair_chunks" or "recompute"; see `qkernels.plans` and `plan_linear`.
+        plan: "auto", "frozen_head", "pair_chunks" or "recompute"; see `qkernels.head.plan` and `plan_linear`.
         max_chunk_bytes: memory for a chunk's logits and their gradient; None takes a share of the free memory.
         backend: "auto", or by name; `qkernels.info()` lists what can run.
         tp_group: process group (or 1-D `DeviceMesh`) over whose ranks, in their order, the vocabulary is split: each
@@ -988,7 +995,7 @@ def _solve(work: _Loss) -> tuple[TokenDPOOutput, dict[str, Tensor]]:
             return chunks.pair_gradients(call.policy, call.reference, call.labels, selections, objective, needs, config)
 
         values, gradients = run()
-        stats = dict(zip(rows.column_names(columns), values.unbind(0), strict=True))
+        stats = dict(zip(column_names(columns), values.unbind(0), strict=True))
     else:
         carrying = preference.carrying(work.objective)
         stats = _run(call, work.plan.name, work.columns, carrying, work.plan.chunk_rows)

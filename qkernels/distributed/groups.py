@@ -1,7 +1,7 @@
 """Ranks that work on one call together: their groups, that they agree on the call, and the sums they share.
 
-`tp_group` splits the vocabulary (`qkernels.vocab_parallel`), `sp_group` the positions of each sequence. Everything that
-is sent is sent from this file.
+`tp_group` splits the vocabulary (`qkernels.distributed.vocab_parallel`), `sp_group` the positions of each
+sequence. Every collective is started in this file.
 
 Ranks that disagree (other shapes, other options, an error on one of them) would wait for each other forever. So they
 compare 32 bytes before the first result is exchanged: on every call with tensors on the CPU, where that is one small
@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checks
-from .memory import free_memory
+from ..core import checks
+from ..core.memory import free_memory
 
 # What the ranks of a group have agreed on before, by fingerprint of the call.
 _agreed: weakref.WeakKeyDictionary[Any, dict[int, list[Part]]] = weakref.WeakKeyDictionary()

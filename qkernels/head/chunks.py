@@ -22,11 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, rows
-from .head import Head, WeightGrad, block_bytes, gradient_dtype
-from .memory import empty
-from .rows import BIT
-from .vocab_parallel import IGNORED, Shard
+from .. import backends
+from ..core.coefficients import coefficients as coefficients_of
+from ..core.columns import BIT, STATE, column_index, column_names, stats_dtype
+from ..core.memory import empty
+from ..distributed.vocab_parallel import IGNORED, Shard
+from .products import Head, WeightGrad, block_bytes, gradient_dtype
 
 
 class Model(NamedTuple):
@@ -40,7 +41,7 @@ class Model(NamedTuple):
 class LinearConfig(NamedTuple):
     """What the passes do besides reading their tensors.
 
-    columns: bit mask of the per-row results (`qkernels.rows`).
+    columns: bit mask of the per-row results (`qkernels.core.columns`).
     dtype, reference_dtype: of the products (autocast's, or the inputs' own).
     chunk_rows: rows of logits that exist at a time.
     valid_rows: how many rows count, where the caller has said so.
@@ -82,8 +83,8 @@ def bytes_per_row(
     vocab: int, device: torch.device, dtype: torch.dtype, reference_dtype: torch.dtype | None, grad: bool, capped: bool
 ) -> int:
     """Bytes that one row of a chunk takes: its logits (both models') and its gradient."""
-    wide = rows.stats_dtype(dtype).itemsize
-    size = wide + (0 if reference_dtype is None else rows.stats_dtype(reference_dtype).itemsize)
+    wide = stats_dtype(dtype).itemsize
+    size = wide + (0 if reference_dtype is None else stats_dtype(reference_dtype).itemsize)
     if grad:
         narrow = gradient_dtype(device, dtype).itemsize
         size += (narrow if narrow < wide else 0) + (wide if capped else 0)
@@ -124,7 +125,7 @@ def bytes_besides(
     if plan == "frozen_head":
         size += policy.hidden.numel() * kept_dtype(dtype).itemsize
     elif needs[1]:
-        summed = products if chunks <= 1 else rows.stats_dtype(dtype)
+        summed = products if chunks <= 1 else stats_dtype(dtype)
         if summed != policy.weight.dtype:
             size += policy.weight.numel() * summed.itemsize
     if plan == "pair_chunks" and needs[0] and kept_dtype(policy.hidden.dtype) != policy.hidden.dtype:
@@ -163,7 +164,7 @@ class Pass:
         self.backend = backends.get(config.backend)
         self.head = Head(
             policy.weight.to(config.dtype),
-            None if policy.bias is None else policy.bias.to(rows.stats_dtype(config.dtype)),
+            None if policy.bias is None else policy.bias.to(stats_dtype(config.dtype)),
             config.softcap,
             config.logit_scale,
         )
@@ -171,11 +172,11 @@ class Pass:
         if reference is not None:
             self.reference_head = Head(
                 reference.weight.to(config.reference_dtype),
-                None if reference.bias is None else reference.bias.to(rows.stats_dtype(config.reference_dtype)),
+                None if reference.bias is None else reference.bias.to(stats_dtype(config.reference_dtype)),
                 config.softcap,
                 config.logit_scale,
             )
-        self.wide = rows.stats_dtype(config.dtype)
+        self.wide = stats_dtype(config.dtype)
         self.narrow = gradient_dtype(labels.device, config.dtype)
         self._buffers: dict[str, Tensor] = {}
         self._largest = 0
@@ -206,7 +207,7 @@ class Pass:
             self.head.logits(x, logits)
             reference = None
             if self.reference is not None and self.reference_head is not None:
-                dtype = rows.stats_dtype(self.config.reference_dtype)
+                dtype = stats_dtype(self.config.reference_dtype)
                 reference = self._buffer("reference", x.shape[0], dtype)
                 self.reference_head.logits(
                     _rows(self.reference.hidden, where).to(self.config.reference_dtype), reference
@@ -229,7 +230,7 @@ class Pass:
         Args:
             chunk: with its logits.
             stats: `[3 or 6, 1, n]`, the states of the models.
-            coefficients: `[1 or 5, 1, n]`, see `rows.COEFFICIENTS`.
+            coefficients: `[1 or 5, 1, n]`, see `qkernels.core.coefficients`.
         """
         config, n = self.config, chunk.labels.shape[1]
         reference_state = stats[3:6] if coefficients.shape[0] > 1 and stats.shape[0] >= 6 else None
@@ -308,8 +309,8 @@ def unit_gradient(
     result = torch.zeros(config.columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
     unit = torch.zeros(policy.hidden.shape, dtype=kept_dtype(config.dtype), device=labels.device)
     for chunk in work.chunks(work.selections()):
-        values = work.stats(chunk, config.columns | rows.STATE)
-        _put(result, chunk.where, _only(values, config.columns | rows.STATE, config.columns)[:, 0], 1)
+        values = work.stats(chunk, config.columns | STATE)
+        _put(result, chunk.where, _only(values, config.columns | STATE, config.columns)[:, 0], 1)
         ones = torch.ones_like(values[:1])
         _put(unit, chunk.where, work.head.input_grad(work.gradient(chunk, values[:3], ones)))
     return result, unit
@@ -319,7 +320,7 @@ def _only(stats_: Tensor, have: int, want: int) -> Tensor:
     """The wanted columns of a buffer that has more."""
     if have == want:
         return stats_
-    return stats_[[rows.column_index(have, name) for name in rows.column_names(want)]]
+    return stats_[[column_index(have, name) for name in column_names(want)]]
 
 
 class _Gradients:
@@ -374,7 +375,7 @@ def gradients(
 
     Args:
         states: `[3 or 6, N]`, the states of the models from `stats`.
-        coefficients: `[1 or 5, N]`, see `rows.COEFFICIENTS`; a reference is read only by five.
+        coefficients: `[1 or 5, N]`, see `qkernels.core.coefficients`; a reference is read only by five.
         needs: which of the three are wanted.
     """
     work = Pass(policy, reference if coefficients.shape[0] > 1 else None, labels, config, valid)
@@ -412,7 +413,7 @@ def pair_gradients(
     for number, chunk in enumerate(work.chunks(selections)):
         values = work.stats(chunk, columns)
         _put(result, chunk.where, values[:, 0], 1)
-        coefficients = rows.coefficients(values, objective(number, values), columns)
+        coefficients = coefficients_of(values, objective(number, values), columns)
         states = values[:6] if columns & BIT["reference_row_max"] else values[:3]
         total.add(chunk, states, coefficients)
     return result, total.result()

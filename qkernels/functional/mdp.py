@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .functional import token_stats
-from .sequences import Sequences, log_ratios
+from ..core import checks
+from ..core.sequences import Sequences, log_ratios
+from .logits import token_stats
 
 
 class TokenMDP(NamedTuple):

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
-from ._compile import constant_when_compiled
-from .backends import native
-from .memory import BLOCK_ELEMENTS, empty
-from .rows import stats_dtype
+from ..backends import cpu
+from ..core.columns import stats_dtype
+from ..core.compile import constant_when_compiled
+from ..core.memory import BLOCK_ELEMENTS, empty
 
 # Rows of the weight that are widened, or whose gradient is held, at a time: 16 MiB of fp32 at H = 1024.
 _BLOCK = 4096
@@ -45,7 +45,7 @@ def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: in
     """Memory for what is widened at a time: rows of the weight, and with `sums` also columns of `rows` of gradients."""
     if device.type != "cpu" or dtype in (torch.float32, torch.float64):
         return 0
-    if dtype == torch.bfloat16 and native.has_product():
+    if dtype == torch.bfloat16 and cpu.has_product():
         return 0
     block = min(vocab, _BLOCK)
     widened = block * hidden
@@ -61,7 +61,7 @@ def logits_product(device: torch.device, dtype: torch.dtype) -> str:
         return f"torch, {str(dtype)[6:]}"
     if device.type != "cpu":
         return "torch, 16-bit inputs, fp32 result"
-    if dtype == torch.bfloat16 and native.has_product():
+    if dtype == torch.bfloat16 and cpu.has_product():
         return "own AVX-512 BF16 product, fp32 result"
     return "torch, inputs widened to fp32 block by block"
 
@@ -97,9 +97,9 @@ class Head(NamedTuple):
             torch.ops.aten.mm.dtype_out(x, w.t(), out.dtype, out=out)
             if b is not None:
                 out.add_(b)
-        elif x.dtype == torch.bfloat16 and native.has_product() and w.stride(1) == 1:
+        elif x.dtype == torch.bfloat16 and cpu.has_product() and w.stride(1) == 1:
             _show_product(x, w)
-            native.product(x, w, None if b is None else b.float(), out)
+            cpu.product(x, w, None if b is None else b.float(), out)
         else:
             wide = x.to(out.dtype)
             for start in range(0, self.vocab, _BLOCK):
@@ -175,9 +175,9 @@ class WeightGrad:
                 self.weight = torch.zeros(self.head.weight.shape, dtype=wide, device=g.device)
             if g.device.type != "cpu":
                 torch.ops.aten.addmm.dtype_out(self.weight, g.t(), x, wide, out=self.weight)
-            elif g.dtype == torch.bfloat16 and native.has_product():
+            elif g.dtype == torch.bfloat16 and cpu.has_product():
                 _show_product(g.t(), x.t())
-                native.add_row_product(g, x, self.weight)
+                cpu.add_row_product(g, x, self.weight)
             else:
                 x = x.to(wide)
                 for start in range(0, self.head.vocab, _BLOCK):

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._compile import constant_when_compiled
 from ..core import layout
-from ..memory import fresh_zeros
-from ..rows import label_error, pair_outputs
+from ..core.columns import label_error, pair_outputs
+from ..core.compile import constant_when_compiled
+from ..core.memory import fresh_zeros
 
 try:
     from .. import _C
@@ -99,7 +99,7 @@ def address_of(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int
 def row_stats(
     logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
 ) -> Tensor:
-    """Per-row results. See `qkernels.ops.row_stats`."""
+    """Per-row results. See `qkernels.backends.ops.row_stats`."""
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
     bad = _C.row_stats(
         shape_of(logits),
@@ -156,7 +156,7 @@ def row_grad_into(out: Tensor, logits: Tensor, *args: Any) -> None:
 
 
 def row_grad(logits: Tensor, *args: Any) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.ops.row_grad`."""
+    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
     # Rows of ignored labels stay untouched in it: prompt and padding cost neither time nor memory.
     zeros = fresh_zeros(logits.shape, logits.dtype, logits.device)
     out = torch.empty_like(logits, memory_format=torch.contiguous_format) if zeros is None else zeros
@@ -165,7 +165,7 @@ def row_grad(logits: Tensor, *args: Any) -> Tensor:
 
 
 def row_grad_(logits: Tensor, *args: Any) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.ops.row_grad_`."""
+    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
     _row_grad_into(logits, False, logits, *args)
 
 
@@ -252,5 +252,5 @@ def add_row_product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.ops.pair_loss`."""
+    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
     return run_pair_loss(_C.pair_loss, (), logps, *args)

@@ -12,10 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import chunks, ops, rows
-from ..chunks import LinearConfig, Model
-from ..memory import BLOCK_ELEMENTS
+from ..core.coefficients import coefficients as coefficients_of
+from ..core.columns import BIT
+from ..core.memory import BLOCK_ELEMENTS
+from ..head import chunks, ops
+from ..head.chunks import LinearConfig, Model
 from . import once_differentiable
+from .saved import carried, restored, saveable
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -43,20 +46,20 @@ class LinearStats(torch.autograd.Function):
             )
         else:
             stats = chunks.stats(Model(hidden, weight, bias), reference, labels, config, valid)
-        if not config.columns & (rows.BIT["kl_reference_policy"] | rows.BIT["kl_policy_reference"]):
+        if not config.columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
             reference_hidden = reference_weight = reference_bias = None  # the backward needs no reference
-        kept = rows.saveable(ctx, reference_hidden, reference_weight, reference_bias)
+        kept = saveable(ctx, reference_hidden, reference_weight, reference_bias)
         ctx.save_for_backward(hidden, weight, bias, *kept, labels, valid, stats)
         ctx.config, ctx.carrying = config, carrying
-        return rows.carried(ctx, stats, config.columns, carrying)
+        return carried(ctx, stats, config.columns, carrying)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, *grads):
         hidden, weight, bias, *kept, labels, valid, stats = ctx.saved_tensors
-        reference_hidden, reference_weight, reference_bias = rows.restored(ctx, *kept)
+        reference_hidden, reference_weight, reference_bias = restored(ctx, *kept)
         config: LinearConfig = ctx.config
-        coefficients = rows.coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
+        coefficients = coefficients_of(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
         states = stats[:3] if reference_hidden is None else stats[:6]
         needs = ctx.needs_input_grad[:3]
         if torch.compiler.is_compiling():
@@ -89,7 +92,7 @@ class FrozenHead(torch.autograd.Function):
             stats, unit = chunks.unit_gradient(Model(hidden, weight, bias), reference, labels, config, valid)
         ctx.save_for_backward(unit, labels == config.ignore_index, valid)
         ctx.dtype, ctx.shard = hidden.dtype, config.shard
-        return rows.carried(ctx, stats, config.columns, ("logps",))
+        return carried(ctx, stats, config.columns, ("logps",))
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,1 @@
+"""The public functions: they check a request, plan it, run it, and assemble the outputs. `qkernels` exports them."""
