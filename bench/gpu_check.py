@@ -199,14 +199,14 @@ def exercise(bench: Bench) -> list[str]:
             labels = torch.tensor([[0, IGNORE, vocab - 1]], device=bench.device)
             for reference in (logits.clone(), other):
                 how = (1.0, IGNORE, name)
-                stats = ops.row_stats(logits, labels, reference, (1 << len(COLUMNS)) - 1, *how)
-                state = ops.row_stats(logits, labels, reference, STATE | REFERENCE_STATE, *how)
+                stats = ops.row_stats.op(logits, labels, reference, (1 << len(COLUMNS)) - 1, *how)
+                state = ops.row_stats.op(logits, labels, reference, STATE | REFERENCE_STATE, *how)
                 for k in (1, 5):
                     coefficients = torch.ones(k, 1, 3, device=bench.device)
                     upstream = torch.ones((), device=bench.device)
                     given = (reference, stats[:3], state[3:], coefficients)
-                    ops.row_grad(logits, labels, *given, upstream, *how)
-                    ops.row_grad_(logits.clone(), labels, *given, None, *how)
+                    ops.row_grad.op(logits, labels, *given, upstream, *how)
+                    ops.row_grad_.op(logits.clone(), labels, *given, None, *how)
                     if reference is not other:  # enough for Triton to compile
                         continue
                     # As the path from hidden states wants it: fp32 logits, narrow gradients that lie elsewhere.
@@ -220,7 +220,7 @@ def exercise(bench: Bench) -> list[str]:
             labels = torch.arange(300, device=bench.device).view(rows.shape)
             for reference in (None, rows - 0.1, torch.zeros(6, device=bench.device)):  # none, per token, per sequence
                 for weights in (None, torch.ones_like(rows)):
-                    ops.pair_loss(rows, reference, labels, weights, offsets, 0.1, 0.1, 5, name)
+                    ops.pair_loss.op(rows, reference, labels, weights, offsets, 0.1, 0.1, 5, name)
     if bench.device.type == "cuda":
         torch.cuda.synchronize(bench.device)
     return [f"ran {', '.join(bench.backends())}"]
@@ -313,7 +313,7 @@ def backward(bench: Bench) -> list[str]:
         coefficients = torch.ones(1, 1, bench.rows, device=bench.device)
         for backend in bench.backends():
             how = (1.0, IGNORE, backend)
-            state = ops.row_stats(logits.unsqueeze(0), labels, None, STATE, *how)
+            state = ops.row_stats.op(logits.unsqueeze(0), labels, None, STATE, *how)
             bench.add(
                 "gradient in place", f"qkernels, {backend}", logits, 2,
                 functools.partial(ops.row_grad_, work, labels, None, state, None, coefficients, None, *how),

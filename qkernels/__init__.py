@@ -4,9 +4,9 @@ from . import objectives, reference
 from ._version import __version__
 from .functional.hidden import fused_linear_token_dpo, linear_token_logps, linear_token_stats, plan_linear
 from .functional.info import info
-from .functional.logits import TokenStats, fused_token_dpo, shift_labels, token_logps, token_stats
+from .functional.logits import fused_token_dpo, shift_labels, token_logps, token_stats
 from .functional.mdp import TokenMDP, token_mdp
-from .functional.preference import TokenDPOOutput
+from .functional.results import TokenDPOOutput, TokenStats
 from .head.plan import LinearPlan
 from .objectives import PairScores
 

@@ -107,12 +107,12 @@ def spoiled_rows(column: str) -> str:
             values[int(column)] *= 1.01
         return values
 
-    def wrong_inputs(self, *args):
-        labels, state, coefficients = real_inputs(self, *args)
+    def wrong_inputs(self, call):
+        call = real_inputs(self, call)
         if column in ("state", "coefficients"):
-            changed = state[2] if column == "state" else coefficients[1]
+            changed = call.state[2] if column == "state" else call.coefficients[1]
             changed *= 1.01
-        return labels, state, coefficients
+        return call
 
     vocab_parallel.groups.all_reduce_, vocab_parallel.Shard.gradient_inputs = wrong, wrong_inputs
     try:

@@ -90,11 +90,11 @@ def test_arguments_reach_the_extension(on_the_cpu):
     args = (rows.logits, rows.labels, rows.reference)
     for columns in (STATE, STATE | REFERENCE_STATE, (1 << len(COLUMNS)) - 1):
         got = cuda.row_stats(*args, columns, 0.7, IGNORE)
-        assert torch.equal(got, ops.row_stats(*args, columns, 0.7, IGNORE, "cpu"))
-    state = ops.row_stats(*args, STATE | REFERENCE_STATE, 0.7, IGNORE, "cpu")
+        assert torch.equal(got, ops.row_stats.op(*args, columns, 0.7, IGNORE, "cpu"))
+    state = ops.row_stats.op(*args, STATE | REFERENCE_STATE, 0.7, IGNORE, "cpu")
     for k in (1, 5):
         how = (state[:3], state[3:], torch.randn(k, 2, 3), None if k == 1 else torch.tensor(-2.0), 0.7, IGNORE)
-        expected = ops.row_grad(*args, *how, "cpu")
+        expected = ops.row_grad.op(*args, *how, "cpu")
         assert torch.equal(cuda.row_grad(*args, *how), expected)
         logits = rows.logits.clone()
         cuda.row_grad_(logits, *args[1:], *how)
@@ -106,7 +106,7 @@ def test_arguments_reach_the_extension(on_the_cpu):
         for weights in (None, torch.rand_like(batch) * (labels != 3)):
             for reference in (None, batch - 0.3, torch.zeros(4)):
                 pair = (batch, reference, labels, weights, ends, 0.1, 0.2, 3)
-                for got, expected in zip(cuda.pair_loss(*pair), ops.pair_loss(*pair, "cpu"), strict=True):
+                for got, expected in zip(cuda.pair_loss(*pair), ops.pair_loss.op(*pair, "cpu"), strict=True):
                     assert torch.equal(got, expected)
     assert {where[1] for where in on_the_cpu} == {77}
 

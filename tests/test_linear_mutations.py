@@ -14,7 +14,8 @@ import oracle
 from cases import make_head_batch
 from linear_comparisons import check_linear_preference, check_linear_stats
 from qkernels.autograd import head as autograd
-from qkernels.functional import hidden as linear
+from qkernels.functional import hidden_loss
+from qkernels.functional.pair_chunks import PairChunks
 from qkernels.head import chunks
 from qkernels.head.products import Head, WeightGrad
 from test_mutations import SLIGHTLY, expect_failure, spoil_column
@@ -40,7 +41,7 @@ def check_plan(backend, dtype, plan: str, **options):
 @pytest.mark.parametrize("which", ["hidden", "weight", "bias"])
 def test_every_gradient_is_checked(backend, dtype, plan, which, monkeypatch):
     """Each of the three, scaled by 1.01 as it leaves the passes."""
-    name = {"pair_chunks": "pair_gradients", "recompute": "gradients"}[plan]
+    name = {"pair_chunks": "known_gradients", "recompute": "gradients"}[plan]
     real = getattr(chunks, name)
 
     def spoilt(gradients):
@@ -136,12 +137,13 @@ def test_what_shapes_the_logits_is_checked(backend, dtype, plan, what, monkeypat
     run = check_plan(backend, dtype, plan, softcap=3.0, logit_scale=0.8, temperature=1.4)
     real = chunks.Pass.__init__
 
-    def wrong(self, policy, reference, labels, config, *rest):
+    def wrong(self, call):
         if what == "bias":
-            policy = policy._replace(bias=policy.bias * 1.05)
+            call = call._replace(policy=call.policy._replace(bias=call.policy.bias * 1.05))
         else:
-            config = config._replace(**{what: getattr(config, what) * SLIGHTLY})
-        real(self, policy, reference, labels, config, *rest)
+            config = call.config._replace(**{what: getattr(call.config, what) * SLIGHTLY})
+            call = call._replace(config=config)
+        real(self, call)
 
     expect_failure(run, lambda: monkeypatch.setattr(chunks.Pass, "__init__", wrong))
 
@@ -165,8 +167,8 @@ def test_a_lost_upstream_gradient_is_seen(backend, dtype, plan, monkeypatch):
     if plan == "recompute":
         real = chunks.gradients
 
-        def wrong(policy, reference, labels, states, coefficients, *rest):
-            return real(policy, reference, labels, states, coefficients / 1.02, *rest)
+        def wrong(call, states, coefficients, needs):
+            return real(call, states, coefficients / 1.02, needs)
 
         spoil = lambda: monkeypatch.setattr(chunks, "gradients", wrong)  # noqa: E731
     elif plan == "frozen_head":
@@ -181,7 +183,7 @@ def test_a_lost_upstream_gradient_is_seen(backend, dtype, plan, monkeypatch):
             def backward(ctx, grad):
                 return autograd.KnownGradient.backward(ctx, torch.ones_like(grad))
 
-        spoil = lambda: monkeypatch.setattr(linear, "KnownGradient", Forgetful)  # noqa: E731
+        spoil = lambda: monkeypatch.setattr(hidden_loss, "KnownGradient", Forgetful)  # noqa: E731
     expect_failure(run, spoil)
 
 
@@ -189,14 +191,16 @@ def test_a_lost_upstream_gradient_is_seen(backend, dtype, plan, monkeypatch):
 def test_pairs_put_together_wrong_are_seen(backend, dtype, monkeypatch):
     """A chunk's chosen and rejected rows exchanged, a share of 1/B forgotten, weights of the wrong rows."""
     run = check_plan(backend, dtype, "pair_chunks", token_weights=None)
-    real_selections, real_share = linear._Loss.selections, linear._Loss.objective_of
+    real = PairChunks.__init__
 
-    def exchanged(self, groups):
-        return [s.flip(0) if isinstance(s, Tensor) else s for s in real_selections(self, groups)]
+    def exchanged(self, *args, **options):
+        real(self, *args, **options)
+        self.selections = [s.flip(0) if isinstance(s, Tensor) else s for s in self.selections]
 
-    def summed(self, groups, selections):
-        return real_share(self._replace(reduction="sum"), groups, selections)
+    def summed(self, *args, **options):
+        real(self, *args, **options)
+        self.share = 1.0
 
-    for name, wrong in (("selections", exchanged), ("objective_of", summed)):
+    for wrong in (exchanged, summed):
         with monkeypatch.context() as patch:
-            expect_failure(run, lambda p=patch, n=name, w=wrong: p.setattr(linear._Loss, n, w))
+            expect_failure(run, lambda p=patch, w=wrong: p.setattr(PairChunks, "__init__", w))

@@ -253,7 +253,7 @@ class NoRead(contextlib.ExitStack):
 def no_read(unread, monkeypatch):
     """`NoRead`, but for what is read of CPU tensors alone: `KnownGradient` asks whether its factor is 1, and the
     reference backend whether a label is out of range."""
-    watch, known = NoRead(), qkernels.functional.hidden.KnownGradient
+    watch, known = NoRead(), qkernels.autograd.head.KnownGradient
     monkeypatch.setattr(known, "backward", staticmethod(watch.exempt(known.backward)))
     monkeypatch.setattr(reference, "_safe_labels", watch.exempt(reference._safe_labels))
     return watch

@@ -15,6 +15,7 @@ from cases import IGNORE, make_pairs, make_rows, pack
 from comparisons import check_gradient, check_logps, check_outputs, check_preference, random_upstream
 from oracle import Options
 from qkernels import objectives
+from qkernels.core.calls import RowGrad, RowStats, takes
 from qkernels.core.coefficients import COEFFICIENTS
 from qkernels.core.columns import BIT, column_index
 from qkernels.functional import mdp
@@ -41,10 +42,11 @@ def spoil_column(monkeypatch, backend, name: str, factor: float = SLIGHTLY):
     """Make `row_stats` return one column scaled (0 and 1 exchanged for is_top1)."""
     real = backend.module.row_stats
 
-    def wrong(logits, labels, reference, columns, *how):
-        stats = real(logits, labels, reference, columns, *how).clone()
-        if columns & BIT[name]:
-            column = stats[column_index(columns, name)]
+    @takes(RowStats)
+    def wrong(call):
+        stats = real(call).clone()
+        if call.columns & BIT[name]:
+            column = stats[column_index(call.columns, name)]
             column.copy_(1 - column if name == "is_top1" else column * factor)
         return stats
 
@@ -55,12 +57,14 @@ def spoil_gradient(monkeypatch, backend, change) -> object:
     """Make `row_grad` and `row_grad_` write `change(gradient, labels)`."""
     real, real_ = backend.module.row_grad, backend.module.row_grad_
 
-    def wrong(logits, labels, *rest):
-        return change(real(logits, labels, *rest), labels)
+    @takes(RowGrad)
+    def wrong(call):
+        return change(real(call), call.labels)
 
-    def wrong_(logits, labels, *rest):
-        real_(logits, labels, *rest)
-        logits.copy_(change(logits.clone(), labels))
+    @takes(RowGrad)
+    def wrong_(call):
+        real_(call)
+        call.logits.copy_(change(call.logits.clone(), call.labels))
 
     def spoil():
         monkeypatch.setattr(backend.module, "row_grad", wrong)
@@ -196,10 +200,11 @@ def test_every_coefficient_is_checked(backend, dtype, which, monkeypatch):
     upstream = random_upstream(rows, oracle.WITH_GRADIENT)
     real = backend.module.row_grad
 
-    def wrong(logits, labels, reference, state, reference_state, coefficients, *how):
-        coefficients = coefficients.clone()
+    @takes(RowGrad)
+    def wrong(call):
+        coefficients = call.coefficients.clone()
         coefficients[COEFFICIENTS.index(which)] *= 1.02
-        return real(logits, labels, reference, state, reference_state, coefficients, *how)
+        return real(call._replace(coefficients=coefficients))
 
     expect_failure(
         lambda: check_gradient(backend, rows, upstream),
@@ -238,9 +243,8 @@ def test_the_upstream_gradient_is_checked(backend, dtype, monkeypatch):
     batch = make_pairs(2, 6, 30, dtype, backend.device)
     real = backend.module.row_grad
 
-    def wrong(*args):
-        *before, upstream, temperature, ignore_index = args
-        return real(*before, upstream * SLIGHTLY, temperature, ignore_index)
+    def wrong(call):
+        return real(call._replace(upstream=call.upstream * SLIGHTLY))
 
     expect_failure(
         lambda: check_preference(backend, batch, upstream=-2.5),

@@ -79,19 +79,19 @@ def test_what_looks_on_sees_the_ops():
 @pytest.mark.parametrize("columns, strided", [(BIT["logps"], True), (STATE | BIT["entropy"], False)])
 def test_row_stats_without_reference(backend, dtype, columns, strided):
     logits, labels, _ = row_inputs(backend, dtype, strided)
-    torch.library.opcheck(ops.row_stats, (logits, labels, None, columns, 1.0, -100, backend.name))
+    torch.library.opcheck(ops.row_stats.op, (logits, labels, None, columns, 1.0, -100, backend.name))
 
 
 @pytest.mark.dtypes(*PLAIN)
 def test_row_stats_with_reference(backend, dtype):
     logits, labels, reference = row_inputs(backend, dtype)
-    torch.library.opcheck(ops.row_stats, (logits, labels, reference, stats_columns(), 0.7, -100, backend.name))
+    torch.library.opcheck(ops.row_stats.op, (logits, labels, reference, stats_columns(), 0.7, -100, backend.name))
 
 
 def grad_args(backend, dtype, full, strided=False):
     logits, labels, reference = row_inputs(backend, dtype, strided)
     columns = STATE | REFERENCE_STATE
-    stats = ops.row_stats(logits, labels, reference, columns, 0.7, -100, backend.name)
+    stats = ops.row_stats.op(logits, labels, reference, columns, 0.7, -100, backend.name)
     coefficients = normal(len(COEFFICIENTS) if full else 1, 2, 3).to(stats)
     if full:
         return (logits, labels, reference, stats[:3], stats[3:6], coefficients, None, 0.7, -100, backend.name)
@@ -103,15 +103,15 @@ def grad_args(backend, dtype, full, strided=False):
 @pytest.mark.parametrize("full, strided", [(False, True), (True, False)])
 def test_row_grad(backend, dtype, full, strided):
     args = grad_args(backend, dtype, full, strided)
-    torch.library.opcheck(ops.row_grad, args)
-    torch.library.opcheck(ops.row_grad_, args)
+    torch.library.opcheck(ops.row_grad.op, args)
+    torch.library.opcheck(ops.row_grad_.op, args)
 
 
 def test_row_grad_in_place_equals_out_of_place(backend, dtype):
     args = grad_args(backend, dtype, True, strided=True)
-    expected = ops.row_grad(*args)
+    expected = ops.row_grad.op(*args)
     assert expected.is_contiguous() and expected.data_ptr() != args[0].data_ptr()
-    assert ops.row_grad_(*args) is None
+    assert ops.row_grad_.op(*args) is None
     assert torch.equal(args[0], expected)
 
 
@@ -150,9 +150,9 @@ def without_views(seen):
 def test_upstream_multiplies_all_coefficients(backend, dtype, full):
     logits, labels, reference, *states, coefficients, _, temperature, ignore, name = grad_args(backend, dtype, full)
     how = (temperature, ignore, name)
-    given = ops.row_grad(logits, labels, reference, *states, 4 * coefficients, coefficients.new_tensor(0.25), *how)
-    assert torch.equal(given, ops.row_grad(logits, labels, reference, *states, coefficients, None, *how))
-    silent = ops.row_grad(
+    given = ops.row_grad.op(logits, labels, reference, *states, 4 * coefficients, coefficients.new_tensor(0.25), *how)
+    assert torch.equal(given, ops.row_grad.op(logits, labels, reference, *states, coefficients, None, *how))
+    silent = ops.row_grad.op(
         logits * torch.nan, labels, reference, *states, coefficients, coefficients.new_zeros(()), *how
     )
     assert bool((silent == 0).all()), "an upstream gradient of 0 leaves nothing to be read"
@@ -171,8 +171,8 @@ def test_pair_loss(backend, packed, reference):
     both = []
     for weights in (None, (labels != 2).float()):
         args = (logps, given, labels, weights, ends, 0.1, 0.05, 2, backend.name)
-        torch.library.opcheck(ops.pair_loss, args)
-        both.append(ops.pair_loss(*args))
+        torch.library.opcheck(ops.pair_loss.op, args)
+        both.append(ops.pair_loss.op(*args))
         tokens = both[-1][3]
         assert tokens.shape == (0 if reference == "per sequence" else 2, *shape)
         for value in (both[-1][2], *tokens):
@@ -202,7 +202,7 @@ def linear_args(backend, dtype, columns, live=False, bias=True, softcap=None, st
 )  # fmt: skip
 def test_linear_stats(backend, dtype, columns, options):
     models, how = linear_args(backend, dtype, columns, **options)
-    torch.library.opcheck(head_ops.linear_stats, (*models, *how))
+    torch.library.opcheck(head_ops.linear_stats.op, (*models, *how))
 
 
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
@@ -210,7 +210,7 @@ def test_linear_stats(backend, dtype, columns, options):
 def test_linear_unit_gradient(backend, dtype, options):
     columns = STATE | (BIT["reference_logps"] if options.get("live") else 0)
     models, how = linear_args(backend, dtype, columns, **options)
-    torch.library.opcheck(head_ops.linear_unit_gradient, (*models, *how))
+    torch.library.opcheck(head_ops.linear_unit_gradient.op, (*models, *how))
 
 
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
@@ -219,10 +219,10 @@ def test_linear_unit_gradient(backend, dtype, options):
 def test_linear_gradients(backend, dtype, needs, live):
     columns = STATE | (REFERENCE_STATE | BIT["kl_policy_reference"] if live else 0)
     models, how = linear_args(backend, dtype, columns, live, strided=True)
-    stats = head_ops.linear_stats(*models, *how)
+    stats = head_ops.linear_stats.op(*models, *how)
     coefficients = normal(len(COEFFICIENTS) if live else 1, 8).to(stats)
-    args = (*models, stats[: 6 if live else 3].contiguous(), coefficients, list(needs), *how)
-    torch.library.opcheck(head_ops.linear_gradients, args)
+    args = (stats[: 6 if live else 3].contiguous(), coefficients, list(needs), *models, *how)
+    torch.library.opcheck(head_ops.linear_gradients.op, args)
 
 
 @pytest.mark.dtypes(torch.float32)
@@ -230,13 +230,13 @@ def test_linear_ops_take_the_number_of_rows(backend, dtype):
     models, how = linear_args(backend, dtype, STATE)
     number = int((models[6] != -100).sum())
     assert 0 < number < 8
-    stats = head_ops.linear_stats(*models, *how)
-    gradients = (*models, stats, normal(1, 8).to(stats), [True] * 3)
-    passes = (head_ops.linear_stats, head_ops.linear_unit_gradient, head_ops.linear_gradients)
+    stats = head_ops.linear_stats.op(*models, *how)
+    gradients = (stats, normal(1, 8).to(stats), [True] * 3, *models)
+    passes = (head_ops.linear_stats.op, head_ops.linear_unit_gradient.op, head_ops.linear_gradients.op)
     for op, args in zip(passes, (models, models, gradients), strict=True):
         torch.library.opcheck(op, (*args, *how, number))
         without, given, fewer = (op(*args, *how, *rest) for rest in ((), (number,), (number - 1,)))
-        if op is head_ops.linear_stats:
+        if op is head_ops.linear_stats.op:
             without, given, fewer = [without], [given], [fewer]
         assert all(torch.equal(a, b) for a, b in zip(without, given, strict=True))
         assert not torch.equal(without[0], fewer[0])  # it is the number that goes
@@ -248,7 +248,7 @@ def test_linear_ops_name_a_bad_label_by_its_row(backend, dtype):
     models[6][5] = 11
     if backend.device.type != "cpu":
         pytest.skip("a GPU answers with NaN")
-    for op in (head_ops.linear_stats, head_ops.linear_unit_gradient):
+    for op in (head_ops.linear_stats.op, head_ops.linear_unit_gradient.op):
         with pytest.raises(IndexError, match=r"labels\[5\] = 11"):
             op(*models, *how)
 
@@ -261,7 +261,7 @@ def test_fake_results_have_the_real_shapes_and_dtypes(dtype):
         with FakeTensorMode() as mode:
             logits = mode.from_tensor(torch.zeros(2, 3, 17, dtype=dtype))
             labels = mode.from_tensor(torch.zeros(2, 3, dtype=torch.int64))
-            fake = ops.row_stats(logits, labels, logits, columns, 1.0, -100, "torch")
+            fake = ops.row_stats.op(logits, labels, logits, columns, 1.0, -100, "torch")
         assert fake.shape == (columns.bit_count(), 2, 3) and fake.dtype == torch.float32
 
 

@@ -1,23 +1,27 @@
 """Autograd of the row operations on logits: what is saved, and how upstream gradients reach the kernel.
 
-Saved: the logits themselves (no copy), labels, and the per-row results; nothing of the logits' size. The backward
-turns upstream gradients of all columns into at most five coefficients per row and makes one pass over the logits.
+Saved for backward: the logits themselves (no copy), labels, and the per-row results; nothing of the logits' size. The
+backward turns upstream gradients of all columns into at most five coefficients per row and makes one pass over the
+logits.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import ops
-from ..core.coefficients import coefficients as coefficients_of
-from ..core.columns import BIT, RowConfig, column_index
-from ..distributed.vocab_parallel import IGNORED, Shard, row_stats
+from ..core import calls
+from ..core.coefficients import coefficients
+from ..core.columns import BIT, column_index
+from ..distributed.vocab_parallel import Shard, row_stats
 from . import once_differentiable
 from .saved import carried, restored, saveable
 
 # Attribute set on the storage that an in-place backward has turned into a gradient: the version of its tensors at that
-# moment, so that logits refilled since then are welcome again. All views share both, the storage and the version.
+# moment, so that logits refilled since then are accepted again. All views share both, the storage and the version.
 _OVERWRITTEN = "_qkernels_overwritten"
 
 
@@ -33,72 +37,77 @@ def refuse_overwritten(logits: Tensor, name: str) -> None:
         )
 
 
-class RowStats(torch.autograd.Function):
-    """`(logits [S, T, V], labels [S, T], reference [S, T, V] or None) -> stats [K, S, T], columns [S, T] ...`.
+class Backward(NamedTuple):
+    """How the gradient of logits is made.
 
-    `stats` is a constant; the columns named in `carrying`, which follow it, are differentiable in the logits. What
-    carries no gradient costs nothing in the backward. The reference is a constant. With a `shard`, the logits are this
-    rank's columns and the results those of the whole rows.
+    inplace: over the logits' own storage.
+    carrying: the columns that carry a gradient.
+    shard: this rank's shard of the vocabulary; None where it holds all of it.
+    """
+
+    inplace: bool
+    carrying: tuple[str, ...]
+    shard: Shard | None = None
+
+
+class RowStats(torch.autograd.Function):
+    """`(logits [S, T, V], call) -> stats [K, S, T], columns [S, T] ...`.
+
+    `call` has the same logits, labels and the reference, which is a constant. `stats` is a constant; the columns named
+    in `how.carrying`, which follow it, are differentiable in the logits. What carries no gradient costs nothing in the
+    backward. With a shard, the logits are this rank's columns and the results those of the whole rows.
     """
 
     @staticmethod
-    def forward(
-        ctx, logits, labels, reference, config: RowConfig, inplace: bool, carrying: tuple[str, ...],
-        shard: Shard | None = None,
-    ):  # fmt: skip
-        stats = row_stats(logits, labels, reference, config, shard)
-        with_kl = config.columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
-        (kept,) = saveable(ctx, reference if with_kl else None)
-        ctx.save_for_backward(logits, labels, kept, stats)
-        ctx.config, ctx.inplace, ctx.carrying, ctx.shard = config, inplace, carrying, shard
-        return carried(ctx, stats, config.columns, carrying)
+    def forward(ctx: Any, logits: Tensor, call: calls.RowStats, how: Backward) -> tuple[Tensor, ...]:
+        call = call._replace(logits=logits)
+        stats = row_stats(call, how.shard)
+        with_kl = call.columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
+        (kept,) = saveable(ctx, call.reference if with_kl else None)
+        ctx.save_for_backward(logits, call.labels, kept, stats)
+        ctx.how, ctx.options = how, call[3:]
+        return carried(ctx, stats, call.columns, how.carrying)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _, *grads):
+    def backward(ctx: Any, _: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, labels, kept, stats = ctx.saved_tensors
         (reference,) = restored(ctx, kept)
-        config: RowConfig = ctx.config
-        coefficients = coefficients_of(stats, dict(zip(ctx.carrying, grads, strict=True)), config.columns)
-        reference_state = None if reference is None else stats[3:6]
-        args = (logits, labels, reference, stats[:3], reference_state, coefficients, None, config, ctx.inplace)
-        result = _row_grad(*args, ctx.shard)
-        return result, None, None, None, None, None, None
-
-
-def _row_grad(
-    logits: Tensor,
-    labels: Tensor,
-    reference: Tensor | None,
-    state: Tensor,
-    reference_state: Tensor | None,
-    coefficients: Tensor,
-    upstream: Tensor | None,
-    config: RowConfig,
-    inplace: bool,
-    shard: Shard | None = None,
-) -> Tensor:
-    """dL/dlogits, new or over the logits; in the second case the logits are marked as gone."""
-    ignore_index = config.ignore_index
-    if shard is not None:
-        labels, state, coefficients = shard.gradient_inputs(
-            logits, labels, state, coefficients, config.temperature, ignore_index
+        columns, temperature, ignore_index, backend = ctx.options
+        call = calls.RowGrad(
+            logits=logits,
+            labels=labels,
+            reference=reference,
+            state=stats[:3],
+            reference_state=None if reference is None else stats[3:6],
+            coefficients=coefficients(stats, dict(zip(ctx.how.carrying, grads, strict=True)), columns),
+            upstream=None,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            backend=backend,
         )
-        ignore_index = IGNORED
-    args = (labels, reference, state, reference_state, coefficients, upstream)
-    how = (config.temperature, ignore_index, config.backend)
-    if not inplace:
-        return ops.run("row_grad", logits, *args, *how)
+        return _row_grad(call, ctx.how), None, None
+
+
+def _row_grad(call: calls.RowGrad, how: Backward) -> Tensor:
+    """dL/dlogits, new or over the logits; in the second case the logits are marked as overwritten."""
+    logits = call.logits
+    if how.shard is not None:
+        call = how.shard.gradient_inputs(call)
+    if not how.inplace:
+        gradient: Tensor = ops.row_grad(call)
+        return gradient
     out = logits.detach()
+    call = call._replace(logits=out)
     if torch.compiler.is_compiling():
-        ops.run("row_grad_", out, *args, *how)
+        ops.row_grad_(call)
         return out
     # The write goes past autograd: tell it, so that whoever saved these logits refuses to use them. Before the write as
     # well: an exception in the middle of it, such as Ctrl-C, leaves logits that are partly gradients.
     torch.autograd.graph.increment_version(logits)
     _mark_overwritten(logits)
     try:
-        ops.run("row_grad_", out, *args, *how)
+        ops.row_grad_(call)
     finally:
         _mark_overwritten(logits)  # an op that torch has dispatched counts as a write of its own
     return out
@@ -106,6 +115,30 @@ def _row_grad(
 
 def _mark_overwritten(logits: Tensor) -> None:
     setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
+
+
+class PairTerms(NamedTuple):
+    """What DPO with label smoothing needs besides the policy's log-probs, as in `qkernels.core.calls.PairLoss`."""
+
+    reference_logps: Tensor | None
+    weights: Tensor | None
+    cu_seqlens: Tensor | None
+    beta: float
+    label_smoothing: float
+
+    def call(self, logps: Tensor, labels: Tensor, ignore_index: int, backend: str) -> calls.PairLoss:
+        """The operation's arguments."""
+        return calls.PairLoss(
+            logps=logps,
+            reference_logps=self.reference_logps,
+            labels=labels,
+            weights=self.weights,
+            cu_seqlens=self.cu_seqlens,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            ignore_index=ignore_index,
+            backend=backend,
+        )
 
 
 class DefaultLoss(torch.autograd.Function):
@@ -117,44 +150,48 @@ class DefaultLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits, labels, reference, reference_logps, weights, cu_seqlens, config: RowConfig, inplace: bool,
-        beta: float, label_smoothing: float,
-    ):  # fmt: skip
-        stats = ops.run("row_stats", logits, labels, reference, *config)
-        logps = stats[column_index(config.columns, "logps")]
-        if reference is not None:
-            reference_logps = stats[column_index(config.columns, "reference_logps")]
-        loss, rewards, grad, tokens = ops.run(
-            "pair_loss", logps, reference_logps, labels, weights, cu_seqlens, beta, label_smoothing,
-            config.ignore_index, config.backend,
-        )  # fmt: skip
-        ctx.save_for_backward(logits, labels, stats, grad)
-        ctx.config, ctx.inplace = config, inplace
+        ctx: Any, logits: Tensor, rows: calls.RowStats, terms: PairTerms, inplace: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = rows._replace(logits=logits)
+        stats = ops.row_stats(rows)
+        if rows.reference is not None:
+            terms = terms._replace(reference_logps=stats[column_index(rows.columns, "reference_logps")])
+        logps = stats[column_index(rows.columns, "logps")]
+        loss, rewards, grad, tokens = ops.pair_loss(terms.call(logps, rows.labels, rows.ignore_index, rows.backend))
+        ctx.save_for_backward(logits, rows.labels, stats, grad)
+        ctx.how, ctx.options = Backward(inplace, ("logps",)), rows[4:]
         ctx.mark_non_differentiable(rewards, stats, tokens)
         ctx.set_materialize_grads(False)
         return loss, rewards, stats, tokens
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         logits, labels, stats, grad = ctx.saved_tensors
         if grad_loss is None:  # the loss does not enter what is differentiated
-            return (None,) * 10
-        coefficients = grad.unsqueeze(0)
-        result = _row_grad(logits, labels, None, stats[:3], None, coefficients, grad_loss, ctx.config, ctx.inplace)
-        return result, None, None, None, None, None, None, None, None, None
+            return None, None, None, None
+        temperature, ignore_index, backend = ctx.options
+        call = calls.RowGrad(
+            logits=logits,
+            labels=labels,
+            reference=None,
+            state=stats[:3],
+            reference_state=None,
+            coefficients=grad.unsqueeze(0),
+            upstream=grad_loss,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            backend=backend,
+        )
+        return _row_grad(call, ctx.how), None, None, None
 
 
 class PairLoss(torch.autograd.Function):
     """The operation `pair_loss` on `logps [S, T]`, whose gradient is known after the forward: loss, rewards, tokens."""
 
     @staticmethod
-    def forward(
-        ctx, logps, reference_logps, labels, weights, cu_seqlens, beta: float, label_smoothing: float,
-        ignore_index: int, backend: str,
-    ):  # fmt: skip
-        args = (reference_logps, labels, weights, cu_seqlens, beta, label_smoothing, ignore_index, backend)
-        loss, rewards, grad, tokens = ops.run("pair_loss", logps, *args)
+    def forward(ctx: Any, logps: Tensor, call: calls.PairLoss) -> tuple[Tensor, Tensor, Tensor]:
+        loss, rewards, grad, tokens = ops.pair_loss(call._replace(logps=logps))
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(rewards, tokens)
         ctx.set_materialize_grads(False)
@@ -162,6 +199,6 @@ class PairLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return None if grad_loss is None else grad * grad_loss, None, None, None, None, None, None, None, None
+        return None if grad_loss is None else grad * grad_loss, None

@@ -1,9 +1,10 @@
 """Backends: who computes the row operations, and which one `backend="auto"` picks.
 
-A backend is a module with `row_stats`, `row_grad`, `row_grad_`, `pair_loss` (contracts in `qkernels.backends.ops`),
-`row_grad_into(out, logits, ...)`, which is `row_grad` into a given tensor `[S, T, V]` of the logits' dtype or, for fp32
-logits, of 16 bits, and `unavailable(device, dtype)`, which returns None when it can take such a tensor and otherwise
-says why not. To add one, write the module and enter it in `_MODULES`.
+A backend is a module with `row_stats`, `row_grad`, `row_grad_` and `pair_loss` (each takes its arguments as one of the
+NamedTuples in `qkernels.core.calls`, which state the contracts), `row_grad_into(out, call)`, which is `row_grad` into a
+given tensor `[S, T, V]` of the logits' dtype or, for fp32 logits, of 16 bits, and `unavailable(device, dtype)`, which
+returns None when it can take such a tensor and otherwise says why not. To add one, write the module and enter it in
+`_MODULES`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core import layout
-from ..core.columns import label_error, pair_outputs
+from ..core.calls import PairLoss, RowGrad, RowStats, takes
+from ..core.checks import label_error
 from ..core.compile import constant_when_compiled
 from ..core.memory import fresh_zeros
 
@@ -96,10 +97,10 @@ def address_of(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int
     return 0 if tensor is None else layout.dense(tensor, dtype).data_ptr()
 
 
-def row_stats(
-    logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
-) -> Tensor:
-    """Per-row results. See `qkernels.backends.ops.row_stats`."""
+@takes(RowStats)
+def row_stats(call: RowStats) -> Tensor:
+    """Per-row results. See `qkernels.core.calls`."""
+    logits, labels, reference, columns, temperature, ignore_index, _ = call
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
     bad = _C.row_stats(
         shape_of(logits),
@@ -117,19 +118,8 @@ def row_stats(
     return out
 
 
-def _row_grad_into(
-    out: Tensor,
-    out_is_zero: bool,
-    logits: Tensor,
-    labels: Tensor,
-    reference: Tensor | None,
-    state: Tensor,
-    reference_state: Tensor | None,
-    coefficients: Tensor,
-    upstream: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-) -> None:
+def _row_grad_into(out: Tensor, out_is_zero: bool, call: RowGrad) -> None:
+    logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     reference_state = None if reference_state is None else reference_state.contiguous()
     _C.row_grad(
@@ -150,39 +140,33 @@ def _row_grad_into(
     )
 
 
-def row_grad_into(out: Tensor, logits: Tensor, *args: Any) -> None:
+@takes(RowGrad, after=1)
+def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
-    _row_grad_into(out, False, logits, *args)
+    _row_grad_into(out, False, call)
 
 
-def row_grad(logits: Tensor, *args: Any) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
+@takes(RowGrad)
+def row_grad(call: RowGrad) -> Tensor:
+    """dL/dlogits as a new tensor. See `qkernels.core.calls`."""
+    logits = call.logits
     # Rows of ignored labels stay untouched in it: prompt and padding cost neither time nor memory.
     zeros = fresh_zeros(logits.shape, logits.dtype, logits.device)
     out = torch.empty_like(logits, memory_format=torch.contiguous_format) if zeros is None else zeros
-    _row_grad_into(out, zeros is not None, logits, *args)
+    _row_grad_into(out, zeros is not None, call)
     return out
 
 
-def row_grad_(logits: Tensor, *args: Any) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
-    _row_grad_into(logits, False, logits, *args)
+@takes(RowGrad)
+def row_grad_(call: RowGrad) -> None:
+    """dL/dlogits over the logits themselves. See `qkernels.core.calls`."""
+    _row_grad_into(call.logits, False, call)
 
 
-def run_pair_loss(
-    run: Callable[..., None],
-    where: tuple[Any, ...],
-    logps: Tensor,
-    reference_logps: Tensor | None,
-    labels: Tensor,
-    weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    beta: float,
-    label_smoothing: float,
-    ignore_index: int,
-) -> tuple[Tensor, ...]:
+def run_pair_loss(run: Callable[..., None], where: tuple[Any, ...], call: PairLoss) -> tuple[Tensor, ...]:
     """Call the extension's pair loss `run`, here or on a GPU."""
-    loss, rewards, grad, tokens = pair_outputs(logps, reference_logps, cu_seqlens)
+    loss, rewards, grad, tokens = call.outputs()
+    logps, reference_logps, labels, weights, cu_seqlens, beta, label_smoothing, ignore_index, _ = call
     logps = logps.contiguous()
     reference_logps = None if reference_logps is None else reference_logps.contiguous()
     weights = None if weights is None else weights.contiguous()
@@ -251,6 +235,7 @@ def add_row_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     )
 
 
-def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
-    return run_pair_loss(_C.pair_loss, (), logps, *args)
+@takes(PairLoss)
+def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
+    """The default objective in one step. See `qkernels.core.calls`."""
+    return run_pair_loss(_C.pair_loss, (), call)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.columns import check_labels
+from ..core.calls import PairLoss, RowGrad, RowStats, takes
+from ..core.checks import check_labels
 from . import cpu
 from .cpu import CODES, address_of, extension, shape_of, view_of
 
@@ -101,10 +102,10 @@ def _splits(logits: Tensor, rows: int) -> int:
     return splits_for(rows, logits.shape[-1], _processors(logits.device.index), extension.CUDA_MAX_SPLITS)
 
 
-def row_stats(
-    logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
-) -> Tensor:
-    """Per-row results. See `qkernels.backends.ops.row_stats`."""
+@takes(RowStats)
+def row_stats(call: RowStats) -> Tensor:
+    """Per-row results. See `qkernels.core.calls`."""
+    logits, labels, reference, columns, temperature, ignore_index, _ = call
     assert extension is not None
     check_labels(labels, logits.shape[-1], ignore_index)
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
@@ -128,19 +129,10 @@ def row_stats(
     return out
 
 
-def row_grad_into(
-    out: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    reference: Tensor | None,
-    state: Tensor,
-    reference_state: Tensor | None,
-    coefficients: Tensor,
-    upstream: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-) -> None:
+@takes(RowGrad, after=1)
+def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
+    logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
     assert extension is not None
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     reference_state = None if reference is None or reference_state is None else reference_state.contiguous()
@@ -161,19 +153,22 @@ def row_grad_into(
     )
 
 
-def row_grad(logits: Tensor, *args: Any) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    row_grad_into(out, logits, *args)
+@takes(RowGrad)
+def row_grad(call: RowGrad) -> Tensor:
+    """dL/dlogits as a new tensor. See `qkernels.core.calls`."""
+    out = torch.empty_like(call.logits, memory_format=torch.contiguous_format)
+    row_grad_into(out, call)
     return out
 
 
-def row_grad_(logits: Tensor, *args: Any) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
-    row_grad_into(logits, logits, *args)
+@takes(RowGrad)
+def row_grad_(call: RowGrad) -> None:
+    """dL/dlogits over the logits themselves. See `qkernels.core.calls`."""
+    row_grad_into(call.logits, call)
 
 
-def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
+@takes(PairLoss)
+def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
+    """The default objective in one step. See `qkernels.core.calls`."""
     assert extension is not None
-    return cpu.run_pair_loss(extension.cuda_pair_loss, (_where(logps, 0, 1),), logps, *args)
+    return cpu.run_pair_loss(extension.cuda_pair_loss, (_where(call.logps, 0, 1),), call)

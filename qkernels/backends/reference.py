@@ -14,12 +14,12 @@ Memory: a handful of tensors of the size of the logits; this is the clear versio
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..core.columns import BIT, NEEDS_REFERENCE, column_names, label_error, stats_dtype
+from ..core.calls import PairLoss, RowGrad, RowStats, takes
+from ..core.checks import label_error
+from ..core.columns import BIT, NEEDS_REFERENCE, column_names, stats_dtype
 from ..core.sequences import Sequences, log_ratios
 
 
@@ -69,11 +69,11 @@ def _safe_labels(labels: Tensor, vocab: int, ignored: Tensor) -> tuple[Tensor, T
     return labels.masked_fill(ignored | bad, 0).unsqueeze(-1), bad
 
 
+@takes(RowStats)
 @torch.no_grad()  # the results are constants, as every backend's are; autograd is in `qkernels.autograd`
-def row_stats(
-    logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
-) -> Tensor:
-    """Per-row results. See `qkernels.backends.ops.row_stats`."""
+def row_stats(call: RowStats) -> Tensor:
+    """Per-row results. See `qkernels.core.calls`."""
+    logits, labels, reference, columns, temperature, ignore_index, _ = call
     dtype = stats_dtype(logits.dtype)
     vocab = logits.shape[-1]
     ignored = labels == ignore_index
@@ -115,33 +115,27 @@ def row_stats(
     return out.masked_fill(broken, float("nan")).masked_fill(ignored, 0.0)
 
 
-def row_grad(logits: Tensor, *args: Any) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
-    return _row_grad(logits, *args).to(logits.dtype)
+@takes(RowGrad)
+def row_grad(call: RowGrad) -> Tensor:
+    """dL/dlogits as a new tensor. See `qkernels.core.calls`."""
+    return _row_grad(call).to(call.logits.dtype)
 
 
-def row_grad_into(out: Tensor, *args: Any) -> None:
+@takes(RowGrad, after=1)
+def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
-    out.copy_(_row_grad(*args))
+    out.copy_(_row_grad(call))
 
 
-def row_grad_(logits: Tensor, *args: Any) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
-    logits.copy_(_row_grad(logits, *args))
+@takes(RowGrad)
+def row_grad_(call: RowGrad) -> None:
+    """dL/dlogits over the logits themselves. See `qkernels.core.calls`."""
+    call.logits.copy_(_row_grad(call))
 
 
-def _row_grad(
-    logits: Tensor,
-    labels: Tensor,
-    reference: Tensor | None,
-    state: Tensor,
-    reference_state: Tensor | None,
-    coefficients: Tensor,
-    upstream: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-) -> Tensor:
+def _row_grad(call: RowGrad) -> Tensor:
     """The gradient, not yet rounded to the dtype of the logits."""
+    logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
     dtype = stats_dtype(logits.dtype)
     if upstream is not None:
         coefficients = coefficients * upstream
@@ -172,17 +166,10 @@ def _row_grad(
     return grad.masked_fill(bad.unsqueeze(-1), float("nan")).masked_fill(ignored.unsqueeze(-1), 0.0)
 
 
-def pair_loss(
-    logps: Tensor,
-    reference_logps: Tensor | None,
-    labels: Tensor,
-    weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    beta: float,
-    label_smoothing: float,
-    ignore_index: int,
-) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
+@takes(PairLoss)
+def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
+    """The default objective in one step. See `qkernels.core.calls`."""
+    logps, reference_logps, labels, weights, cu_seqlens, beta, label_smoothing, ignore_index, _ = call
     dtype = logps.dtype
     sequences = Sequences.of(logps, cu_seqlens)
     if weights is None:

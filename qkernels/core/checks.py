@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .columns import check_labels
-
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -175,10 +173,25 @@ def asked_to_check() -> bool:
     return os.environ.get("QKERNELS_CHECK") == "1"
 
 
-def label_range(labels: Tensor, vocab: int, ignore_index: int) -> None:
+def label_error(labels: Tensor, flat_index: int, vocab: int) -> IndexError:
+    """The error for a label outside [0, vocab): its position in `labels` and its value."""
+    position, rest = [], flat_index
+    for size in reversed(labels.shape):
+        position.append(rest % size)
+        rest //= size
+    value = labels.reshape(-1)[flat_index].item()
+    if len(labels.shape) == 2 and labels.shape[0] == 1:  # a flat or packed batch: one number says where
+        position = position[:1]
+    where = ", ".join(str(i) for i in reversed(position))
+    return IndexError(f"labels[{where}] = {value} is outside [0, {vocab}) and is not ignore_index")
+
+
+def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError for a label outside [0, V), where the host can look."""
     if readable(labels):
-        check_labels(labels, vocab, ignore_index)
+        bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+        if bool(bad.any()):
+            raise label_error(labels, int(bad.reshape(-1).nonzero()[0]), vocab)
 
 
 def pairs(sequences: int, what: str) -> None:

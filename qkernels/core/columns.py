@@ -7,9 +7,6 @@ alike (`csrc/core/columns.h` repeats it; a test compares the two).
 
 from __future__ import annotations
 
-import os
-from typing import NamedTuple
-
 import torch
 
 # Order of the per-row results of `row_stats`. z = logits / temperature, m = max of the raw logits of the row.
@@ -40,15 +37,6 @@ NEEDS_REFERENCE = REFERENCE_STATE | BIT["reference_logsumexp"] | BIT["kl_referen
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "logsumexp", "entropy", "kl_reference_policy", "kl_policy_reference")
 
 
-class RowConfig(NamedTuple):
-    """What a row operation does besides reading its tensors."""
-
-    columns: int
-    temperature: float
-    ignore_index: int
-    backend: str
-
-
 def bits(names: tuple[str, ...] | list[str]) -> int:
     """The bit mask that asks for the named columns."""
     mask = 0
@@ -70,38 +58,3 @@ def column_index(mask: int, name: str) -> int:
 def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
     """Per-row results are fp32, or fp64 for fp64 logits."""
     return torch.float64 if logits_dtype == torch.float64 else torch.float32
-
-
-def pair_outputs(
-    logps: torch.Tensor, reference_logps: torch.Tensor | None, cu_seqlens: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    """Empty tensors for the results of `pair_loss` (`qkernels.backends.ops`)."""
-    sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    per_sequence = reference_logps is not None and reference_logps.dim() == 1
-    return (
-        logps.new_empty(()),
-        logps.new_empty(sequences),
-        logps.new_empty(logps.shape),
-        logps.new_empty((0 if per_sequence else 2, *logps.shape)),
-    )
-
-
-def label_error(labels: torch.Tensor, flat_index: int, vocab: int) -> IndexError:
-    """The error for a label outside [0, vocab): its position in `labels` and its value."""
-    position, rest = [], flat_index
-    for size in reversed(labels.shape):
-        position.append(rest % size)
-        rest //= size
-    value = labels.reshape(-1)[flat_index].item()
-    if len(labels.shape) == 2 and labels.shape[0] == 1:  # a flat or packed batch: one number says where
-        position = position[:1]
-    where = ", ".join(str(i) for i in reversed(position))
-    return IndexError(f"labels[{where}] = {value} is outside [0, {vocab}) and is not ignore_index")
-
-
-def check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
-    """IndexError for a label outside [0, V), on the CPU and with QKERNELS_CHECK=1 (which makes the host wait)."""
-    if labels.device.type == "cpu" or os.environ.get("QKERNELS_CHECK") == "1":
-        bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-        if bool(bad.any()):
-            raise label_error(labels, int(bad.reshape(-1).nonzero()[0]), vocab)

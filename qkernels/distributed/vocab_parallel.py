@@ -1,8 +1,8 @@
 """Row operations on a vocabulary that is split over ranks: each holds the columns [first, first + width) of every row.
 
 Nothing of the logits' size travels. Each rank runs the backend's `row_stats` on its columns, and two small all-reduces
-make the whole row of the parts: the maximum of the rows' maxima, then a float64 sum of what each part contributes. With
-m_i, s_i the maximum and the sum of exponentials of rank i's part, m = max m_i, T the temperature:
+make the whole row of the shards: the maximum of the rows' maxima, then a float64 sum of what each contributes. With
+m_i, s_i the maximum and the sum of exponentials of rank i's shard, m = max m_i, T the temperature:
 
     S_i = s_i exp((m_i - m) / T)       log sum exp = m / T + log sum S_i       P_i = S_i / sum S
     H = sum P_i (H_i - log P_i)                                              (chain rule of the entropy)
@@ -13,16 +13,15 @@ The label's own term is left out of S on the rank that holds it, as S_i (1 - p_i
 saved log-prob, and added last: a token that is certain keeps its gradient.
 
 Backward: the entry of column j needs the state of the whole row and the row's coefficients, and nothing else. Where the
-label lies in another part, label (1[j = y] - p_j) is -label p_j, which the coefficient `p` expresses. So gradients of
+label lies in another shard, label (1[j = y] - p_j) is -label p_j, which the coefficient `p` expresses. So gradients of
 logits are local, and dL/dhidden is a sum over ranks.
 
-A part of nothing but -inf is empty (P_i = 0), and a row is NaN only if all its parts are empty, or one holds a NaN.
+A shard of nothing but -inf is empty (P_i = 0), and a row is NaN only if all its shards are empty, or one holds a NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,35 +30,34 @@ from torch import Tensor
 from .. import backends
 from ..backends import ops
 from ..core import checks
+from ..core.calls import RowGrad, RowStats
 from ..core.columns import (
     BIT,
     NEEDS_REFERENCE,
     REFERENCE_STATE,
     STATE,
-    RowConfig,
     bits,
     column_names,
-    label_error,
     stats_dtype,
 )
 from . import groups
 from .groups import Ranks
 
-# Stands for an ignored row in labels that count from a part's first column, whatever the caller's ignore_index is.
+# The ignored label among labels that count from a shard's first column, whatever the caller's ignore_index is.
 IGNORED = -100
 
 _NO_COLUMN = BIT["logsumexp"] | BIT["reference_logsumexp"]  # follow from the states
 _KLS = BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
-_BLOCK = 64  # rows that are looked at again at a time
+_BLOCK = 64  # rows that are recomputed at a time
 
 
 class Shard(NamedTuple):
-    """The part of the vocabulary that this rank holds, as all ranks of the group have agreed.
+    """The shard of the vocabulary that this rank holds, as all ranks of the group have agreed.
 
     group: the process group.
     first, width: its columns are [first, first + width).
-    vocab: columns of all parts together.
-    widest: columns of the largest part.
+    vocab: columns of all shards together.
+    widest: columns of the largest shard.
     free: bytes of memory that every rank has, for the size of chunks; 0 where there are none.
     """
 
@@ -71,49 +69,38 @@ class Shard(NamedTuple):
     free: int
 
     def local_labels(self, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        """Labels that count from this part's first column, and where they lie in it.
+        """Labels that count from this shard's first column, and which of them lie in it.
 
-        A row whose label lies elsewhere gets column 0, an ignored one `IGNORED`, and one whose label lies nowhere a
-        column that no part has (IndexError on the CPU).
+        A row whose label another shard holds gets column 0, an ignored one `IGNORED`, and one whose label is outside
+        the vocabulary a column that no shard has (IndexError on the CPU).
         """
         ignored = labels == ignore_index
         local = (labels - self.first).masked_fill(ignored, -1)
         mine = (local >= 0) & (local < self.width)
-        nowhere = ((labels < 0) | (labels >= self.vocab)) & ~ignored
+        outside = ((labels < 0) | (labels >= self.vocab)) & ~ignored
         if labels.device.type == "cpu":
-            if bool(nowhere.any()):
-                raise label_error(labels, int(nowhere.reshape(-1).nonzero()[0]), self.vocab)
+            if bool(outside.any()):
+                raise checks.label_error(labels, int(outside.reshape(-1).nonzero()[0]), self.vocab)
             local = torch.where(mine, local, 0)
         else:
-            local = torch.where(mine, local, torch.where(nowhere, self.width, 0))
+            local = torch.where(mine, local, torch.where(outside, self.width, 0))
         return local.masked_fill(ignored, IGNORED), mine
 
-    def row_stats(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        reference: Tensor | None,
-        columns: int,
-        temperature: float,
-        ignore_index: int,
-        backend: ModuleType,
-    ) -> Tensor:
-        """The requested columns of the whole rows, `[K, S, T]`, from this part of them. Two all-reduces.
+    def row_stats(self, call: RowStats) -> Tensor:
+        """The requested columns of the whole rows, `[K, S, T]`, from this shard of them. Two all-reduces.
 
         Args:
-            logits, reference: `[S, T, width]`, this rank's columns.
-            labels: `[S, T]` in the whole vocabulary.
-            columns, temperature, ignore_index: as `qkernels.backends.ops.row_stats` has them.
-            backend: the module that reads the logits.
+            call: logits and reference are this rank's columns of the vocabulary, labels those of the whole one.
 
         Raises:
             IndexError: a label outside [0, vocab), on the CPU, on every rank.
         """
+        logits, labels, reference, columns, temperature, ignore_index, _ = call
         local, mine = self.local_labels(labels, ignore_index)
         if not columns & NEEDS_REFERENCE:
             reference = None
         have = columns & ~_NO_COLUMN | STATE | (0 if reference is None else REFERENCE_STATE)
-        part = _part(backend, logits, local, reference, have, temperature)
+        part = _part(call._replace(labels=local, reference=reference, columns=have, ignore_index=IGNORED))
         at = local.clamp(0, self.width - 1).unsqueeze(-1)
         models = [_Model("", part, logits, at, mine)]
         if reference is not None:
@@ -122,8 +109,21 @@ class Shard(NamedTuple):
         groups.all_reduce_(top, "max", self.group)
         for model, maximum in zip(models, top, strict=True):
             model.relative_to(maximum.double(), temperature)
-        policy = models[0]
+        sums = self._sums(columns, models, part)
+        if columns & BIT["is_top1"]:
+            # 1 from the shard whose first maximum is the label, -1 from each earlier one that reaches the maximum too.
+            at_top = models[0].max == models[0].top
+            earlier = labels >= self.first + self.width
+            sums["is_top1"] = (at_top & mine & (part["is_top1"] > 0)).double() - (at_top & earlier).double()
+        packed = torch.stack(list(sums.values()))
+        groups.all_reduce_(packed, "sum", self.group)
+        out = _whole_rows(columns, models, dict(zip(sums, packed, strict=True)), temperature)
+        stats = torch.stack([out[name] for name in column_names(columns)])
+        return stats.masked_fill(local == IGNORED, 0.0).to(stats_dtype(logits.dtype))
 
+    def _sums(self, columns: int, models: list[_Model], part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this shard contributes to the sums over all shards, by name, `[S, T]` float64."""
+        policy = models[0]
         sums: dict[str, Tensor] = {}
         for model in models:
             sums[model.prefix + "others"], sums[model.prefix + "label"] = model.others, model.label
@@ -133,52 +133,22 @@ class Shard(NamedTuple):
             sums["log_sum_sq_probs"] = torch.exp(part["log_sum_sq_probs"].double() + 2 * policy.log_mass)
         if columns & BIT["mean_logits"]:
             sums["mean_logits"] = part["mean_logits"].double() * (self.width / self.vocab)
-        if columns & BIT["is_top1"]:
-            # 1 from the part whose first maximum is the label, -1 from each earlier part that reaches the maximum too.
-            at_top = policy.max == policy.top
-            earlier = labels >= self.first + self.width
-            sums["is_top1"] = (at_top & mine & (part["is_top1"] > 0)).double() - (at_top & earlier).double()
         for name, p, q in _divergences(models):
             if columns & BIT[name]:
                 sums[name] = p.weighted(part[name].double() + (p.log_mass - q.log_mass))
-        packed = torch.stack(list(sums.values()))
-        groups.all_reduce_(packed, "sum", self.group)
-        total = dict(zip(sums, packed, strict=True))
+        return sums
 
-        out: dict[str, Tensor] = {}
-        for model in models:
-            out |= model.whole(total, temperature)
-        if columns & BIT["entropy"]:
-            out["entropy"] = (total["entropy"] / policy.total + policy.log_sum).clamp_min(0.0)
-        if columns & BIT["log_sum_sq_probs"]:
-            out["log_sum_sq_probs"] = total["log_sum_sq_probs"].log() - 2 * policy.log_sum
-        if columns & BIT["mean_logits"]:
-            out["mean_logits"] = total["mean_logits"] + policy.broken
-        if columns & BIT["is_top1"]:
-            out["is_top1"] = (total["is_top1"] > 0) + policy.broken
-        for name, p, q in _divergences(models):
-            if columns & BIT[name]:
-                out[name] = (total[name] / p.total - p.log_sum + q.log_sum).clamp_min(0.0)
-        stats = torch.stack([out[name] for name in column_names(columns)])
-        return stats.masked_fill(local == IGNORED, 0.0).to(stats_dtype(logits.dtype))
-
-    def gradient_inputs(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        state: Tensor,
-        coefficients: Tensor,
-        temperature: float,
-        ignore_index: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `row_grad` takes for this part: labels `[S, T]`, state `[3, S, T]` and coefficients `[5, S, T]`.
+    def gradient_inputs(self, call: RowGrad) -> RowGrad:
+        """The call of `row_grad` for this shard: with other labels, state `[3, S, T]` and coefficients `[5, S, T]`.
 
         Its ignored label is `IGNORED`.
         """
+        logits, labels, state, coefficients = call.logits, call.labels, call.state, call.coefficients
+        temperature, ignore_index = call.temperature, call.ignore_index
         local, mine = self.local_labels(labels, ignore_index)
-        # Backends make the label's entry of the label's log-prob: the stand-in of a label elsewhere brings its own.
-        stand_in = logits[..., 0].double() - state[0].double()
-        logps = torch.where(mine, state[2], (stand_in / temperature - state[1]).to(state.dtype))
+        # Backends make the label's entry of the label's log-prob: the placeholder of a label elsewhere brings its own.
+        placeholder = logits[..., 0].double() - state[0].double()
+        logps = torch.where(mine, state[2], (placeholder / temperature - state[1]).to(state.dtype))
         label = coefficients[0]
         elsewhere = torch.where(mine, 0.0, -label)
         label = torch.where(mine, label, 0.0)
@@ -187,7 +157,8 @@ class Shard(NamedTuple):
             coefficients = torch.stack([label, elsewhere, zero, zero, zero])
         else:
             coefficients = torch.stack([label, coefficients[1] + elsewhere, *coefficients[2:]])
-        return local, torch.stack([state[0], state[1], logps]), coefficients
+        state = torch.stack([state[0], state[1], logps])
+        return call._replace(labels=local, state=state, coefficients=coefficients, ignore_index=IGNORED)
 
     def sum_rows(self, partial: Tensor, valid: Tensor) -> Tensor:
         """The sum over the ranks of a tensor `[N, H]` that is 0 outside of rows `valid` `[M]`. May reuse its memory."""
@@ -201,15 +172,13 @@ class Shard(NamedTuple):
         return groups.all_reduce_start_(partial, self.group)
 
 
-def row_stats(
-    logits: Tensor, labels: Tensor, reference: Tensor | None, config: RowConfig, shard: Shard | None
-) -> Tensor:
-    """`ops.row_stats` of whole rows, or of rows of which this rank holds a part."""
+def row_stats(call: RowStats, shard: Shard | None) -> Tensor:
+    """The operation `row_stats` on whole rows, or on rows of which this rank holds a shard."""
     if shard is None:
-        return ops.run("row_stats", logits, labels, reference, *config)
-    columns, temperature, ignore_index, backend = config
+        stats: Tensor = ops.row_stats(call)
+        return stats
     with torch.no_grad():
-        return shard.row_stats(logits, labels, reference, columns, temperature, ignore_index, backends.get(backend))
+        return shard.row_stats(call)
 
 
 def agree(
@@ -225,7 +194,7 @@ def agree(
 
     Args:
         ranks: the groups of the call.
-        width: columns of this rank's part.
+        width: columns of this rank's shard.
         labels: the same on all ranks, in the whole vocabulary.
         equal: further arguments that are the same on all ranks where they are tensors.
         fields: whatever else has to be the same on all ranks, by name.
@@ -237,22 +206,21 @@ def agree(
     """
     if ranks is None or "tp_group" not in ranks.groups:
         return None
-    parts = ranks.agree(
-        "tp_group", width, {**fields, "labels.shape": tuple(labels.shape)}, {"labels": labels, **equal}, chunked
-    )
+    fields = {**fields, "labels.shape": tuple(labels.shape)}
+    parts = ranks.agree("tp_group", width, fields, {"labels": labels, **equal}, chunked=chunked)
     widths = [part.width for part in parts]
     group = ranks.groups["tp_group"]
     first = sum(widths[: groups.rank_of(group)])
     shard = Shard(group, first, width, sum(widths), max(widths), min(part.free for part in parts))
     try:
-        checks.label_range(labels, shard.vocab, ignore_index)
+        checks.check_labels(labels, shard.vocab, ignore_index)
     except IndexError as error:
         raise IndexError(f"{error}; the ranks of tp_group hold {', '.join(map(str, widths))} columns") from None
     return shard
 
 
 class _Model:
-    """One model's part of the rows, `[S, T]` in float64, and what follows once the whole rows' maxima are known."""
+    """One model's shard of the rows, `[S, T]` in float64, and what follows once the whole rows' maxima are known."""
 
     def __init__(self, prefix: str, part: dict[str, Tensor], logits: Tensor, at: Tensor, mine: Tensor):
         self.prefix, self.mine = prefix, mine
@@ -262,11 +230,11 @@ class _Model:
         self.label = torch.where(mine, logits.gather(-1, at).squeeze(-1).double(), 0.0)
 
     def relative_to(self, top: Tensor, temperature: float) -> None:
-        """Restate this part relative to the whole rows' maxima."""
+        """Rescale this shard's sums to the whole rows' maxima."""
         self.top = top
         own = self.max.double()
         shift = torch.where(own == top, 0.0, (own - top) / temperature)
-        self.log_mass = self._log_sum + shift  # log S_i; -inf for an empty part, NaN for a broken one
+        self.log_mass = self._log_sum + shift  # log S_i; -inf for an empty shard, NaN for one with a NaN
         self.mass = self.log_mass.exp()
         self.others = torch.where(self.mine, self.mass * -torch.expm1(self._logps), self.mass)
 
@@ -275,21 +243,41 @@ class _Model:
         return torch.where(self.mass == 0, 0.0, self.mass * values)
 
     def whole(self, total: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
-        """The columns of the whole rows' state, from the summed parts."""
+        """The columns of the whole rows' state, from the sums over the shards."""
         others, label = total[self.prefix + "others"], total[self.prefix + "label"]
-        # Nothing but -inf, or a part that is broken: NaN. Elsewhere the maximum is finite.
-        self.broken = torch.where(self.top.isfinite() & ~others.isnan(), 0.0, torch.nan)
+        # Nothing but -inf, or a shard with a NaN: NaN. Elsewhere the maximum is finite.
+        self.invalid = torch.where(self.top.isfinite() & ~others.isnan(), 0.0, torch.nan)
         shifted = torch.where(label == self.top, 0.0, (label - self.top) / temperature)
         exp = shifted.exp()
         self.total = others + exp
-        self.log_sum = torch.where(label == self.top, others.log1p(), self.total.log()) + self.broken
+        self.log_sum = torch.where(label == self.top, others.log1p(), self.total.log()) + self.invalid
         values = {
-            "row_max": self.top + self.broken,
+            "row_max": self.top + self.invalid,
             "log_sum": self.log_sum,
             "logps": shifted - self.log_sum,
             "logsumexp": self.top / temperature + self.log_sum,
         }
         return {self.prefix + name: value for name, value in values.items()}
+
+
+def _whole_rows(columns: int, models: list[_Model], total: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
+    """The columns of the whole rows by name, `[S, T]` float64, from the sums over all shards."""
+    policy = models[0]
+    out: dict[str, Tensor] = {}
+    for model in models:
+        out |= model.whole(total, temperature)
+    if columns & BIT["entropy"]:
+        out["entropy"] = (total["entropy"] / policy.total + policy.log_sum).clamp_min(0.0)
+    if columns & BIT["log_sum_sq_probs"]:
+        out["log_sum_sq_probs"] = total["log_sum_sq_probs"].log() - 2 * policy.log_sum
+    if columns & BIT["mean_logits"]:
+        out["mean_logits"] = total["mean_logits"] + policy.invalid
+    if columns & BIT["is_top1"]:
+        out["is_top1"] = (total["is_top1"] > 0) + policy.invalid
+    for name, p, q in _divergences(models):
+        if columns & BIT[name]:
+            out[name] = (total[name] / p.total - p.log_sum + q.log_sum).clamp_min(0.0)
+    return out
 
 
 def _divergences(models: list[_Model]) -> list[tuple[str, _Model, _Model]]:
@@ -300,52 +288,43 @@ def _divergences(models: list[_Model]) -> list[tuple[str, _Model, _Model]]:
     return [("kl_policy_reference", policy, reference), ("kl_reference_policy", reference, policy)]
 
 
-def _part(
-    backend: ModuleType, logits: Tensor, labels: Tensor, reference: Tensor | None, have: int, temperature: float
-) -> dict[str, Tensor]:
-    """The backend's columns of this part by name; an empty part has maximum -inf, log of its sum -inf, entropy 0.
+def _part(call: RowStats) -> dict[str, Tensor]:
+    """The backend's columns of this shard by name; an empty one has maximum -inf, log of its sum -inf, entropy 0.
 
-    On a GPU the host waits here, once per call, to learn whether a row has to be looked at again.
+    On a GPU this synchronises host and device once per call: the host has to know whether a row is recomputed.
     """
-    stats = backend.row_stats(logits, labels, reference, have, temperature, IGNORED)
-    part = dict(zip(column_names(have), stats.unbind(0), strict=True))
+    stats = backends.get(call.backend).row_stats(call)
+    part = dict(zip(column_names(call.columns), stats.unbind(0), strict=True))
     again = part["row_max"].isnan()
-    if reference is not None:
+    if call.reference is not None:
         again = again | part["reference_row_max"].isnan()
-    # A backend calls a row of -inf broken, as it is when it is the whole row.
+    # A row of nothing but -inf is NaN to a backend, which is right only for a whole row.
     if bool(again.any()):
         where = again.nonzero(as_tuple=True)
         for start in range(0, where[0].shape[0], _BLOCK):
             block = tuple(index[start : start + _BLOCK] for index in where)
-            _look_again(backend, logits, labels, reference, have, temperature, part, block)
+            _recompute(call, part, block)
     return part
 
 
-def _look_again(
-    backend: ModuleType,
-    logits: Tensor,
-    labels: Tensor,
-    reference: Tensor | None,
-    have: int,
-    temperature: float,
-    part: dict[str, Tensor],
-    where: tuple[Tensor, ...],
-) -> None:
-    """Fill in the rows of which at least one model's part is empty or broken."""
+def _recompute(call: RowStats, part: dict[str, Tensor], where: tuple[Tensor, ...]) -> None:
+    """Fill in the rows of which at least one model's shard is empty or holds a NaN."""
     empty = {"row_max": -torch.inf, "log_sum": -torch.inf, "logps": -torch.inf, "mean_logits": -torch.inf}
     one_is_empty = torch.zeros_like(where[0], dtype=torch.bool)
-    for prefix, model in (("", logits), ("reference_", reference)):
+    for prefix, model in (("", call.logits), ("reference_", call.reference)):
         if model is None:
             continue
         columns = [name for name in part if name.startswith("reference_") == bool(prefix) and not BIT[name] & _KLS]
         own_names = [name.removeprefix(prefix) for name in columns]
         x = model[where].unsqueeze(0)
-        alone = backend.row_stats(x, labels[where].unsqueeze(0), None, bits(own_names), temperature, IGNORED)[:, 0]
+        alone = backends.get(call.backend).row_stats(
+            call._replace(logits=x, labels=call.labels[where].unsqueeze(0), reference=None, columns=bits(own_names))
+        )[:, 0]
         is_empty = x[0].amax(-1) == -torch.inf
         stored = column_names(bits(own_names))
         for name, value in zip(stored, alone, strict=True):
             part[prefix + name][where] = torch.where(is_empty, empty.get(name, 0.0), value)
         one_is_empty |= is_empty
     for name in part:
-        if BIT[name] & _KLS:  # nothing here, or everything: the masses of the parts say which
+        if BIT[name] & _KLS:  # nothing here, or everything: the masses of the shards say which
             part[name][where] = torch.where(one_is_empty, 0.0, part[name][where])

@@ -1,62 +1,22 @@
-"""The public functions on logits: check arguments, choose a backend, run the row operations, assemble the outputs."""
+"""The public functions on logits. Each builds a request by keyword and reads as: validate, agree, run, assemble."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends, objectives
-from ..autograd.logits import DefaultLoss, RowStats, refuse_overwritten
-from ..autograd.saved import by_name
+from ..autograd.logits import DefaultLoss, PairTerms
 from ..core import checks
-from ..core.columns import (
-    BIT,
-    DIFFERENTIABLE,
-    NEEDS_REFERENCE,
-    REFERENCE_STATE,
-    STATE,
-    RowConfig,
-    bits,
-    column_index,
-    stats_dtype,
-)
+from ..core.columns import BIT, DIFFERENTIABLE, STATE, column_index, stats_dtype
 from ..core.compile import eager_with_groups
-from ..distributed import groups, vocab_parallel
-from ..distributed.groups import Ranks
-from ..distributed.vocab_parallel import Shard
 from ..objectives import LossType
 from . import preference
-from .preference import Batch, Reference, TokenDPOOutput
-
-
-class TokenStats(NamedTuple):
-    """Per-token results of `token_stats`, each shaped like `labels`; None where not asked for.
-
-    logps: log pi(label), nats. Differentiable.
-    logsumexp: log sum exp(logits / temperature), nats; V(s) = beta * logsumexp. Differentiable.
-    entropy: of pi, nats. Differentiable.
-    kl_reference_policy: KL(pi_ref || pi), nats. Differentiable in the policy.
-    kl_policy_reference: KL(pi || pi_ref), nats. Differentiable in the policy.
-    log_sum_sq_probs: log sum pi^2, as WPO uses it.
-    mean_logits: mean over the vocabulary of logits / temperature.
-    is_top1: bool, whether the label has the largest logit (the first of equals).
-    reference_logps, reference_logsumexp: the same of the reference.
-    """
-
-    logps: Tensor | None = None
-    logsumexp: Tensor | None = None
-    entropy: Tensor | None = None
-    kl_reference_policy: Tensor | None = None
-    kl_policy_reference: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
-    reference_logps: Tensor | None = None
-    reference_logsumexp: Tensor | None = None
+from .preference import Batch, LossRequest
+from .results import Outputs, TokenDPOOutput, TokenStats
+from .rows import Rows, RowsRequest
 
 
 def shift_labels(
@@ -100,108 +60,6 @@ def shift_labels(
     return shifted
 
 
-class _Rows(NamedTuple):
-    """A checked call on logits: `[S, T, V]` views and how to run on them."""
-
-    logits: Tensor
-    labels: Tensor
-    reference: Tensor | None
-    shape: torch.Size  # of the caller's labels
-    temperature: float
-    ignore_index: int
-    inplace: bool
-    backend: str
-    shard: Shard | None
-
-    def differentiable(self) -> bool:
-        """Whether a gradient may be asked for."""
-        return self.logits.requires_grad and torch.is_grad_enabled()
-
-    def stats(self, columns: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
-        """Run `row_stats` with autograd for the columns named in `carrying`; all columns by name, `[S, T]`."""
-        differentiable = bool(carrying) and self.differentiable()
-        if differentiable:
-            columns |= STATE
-            if columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
-                columns |= REFERENCE_STATE
-        config = RowConfig(columns, self.temperature, self.ignore_index, self.backend)
-        if differentiable:
-            args = (self.logits, self.labels, self.reference, config, self.inplace, carrying, self.shard)
-            return by_name(columns, carrying, RowStats.apply(*args))
-        stats = vocab_parallel.row_stats(self.logits, self.labels, self.reference, config, self.shard)
-        return by_name(columns, (), (stats,))
-
-
-def _prepare(
-    logits: Any,
-    name: str,
-    labels: Any,
-    reference_logits: Any,
-    temperature: Any,
-    ignore_index: Any,
-    inplace_backward: Any,
-    backend: str,
-    ranks: Ranks | None,
-    equal: dict[str, Any],
-    agreed: dict[str, Any],
-) -> _Rows:
-    """Check what all functions on logits share, and view the logits as `[S, T, V]`.
-
-    Args (the last two matter with `ranks` only):
-        ranks: those to agree with.
-        equal: tensors that all ranks of `tp_group` have to have alike, besides the labels.
-        agreed: what else has to be the same there.
-    """
-    logits = checks.logits(logits, name)
-    refuse_overwritten(logits, name)
-    labels = checks.labels(labels, logits, name)
-    reference = None if reference_logits is None else checks.reference_logits(reference_logits, logits, name)
-    if reference is not None:
-        refuse_overwritten(reference_logits, "reference_logits")
-    checked = _Rows(
-        _as_3d(logits, name),
-        _as_2d(labels),
-        None if reference is None else _as_3d(reference, "reference_logits"),
-        labels.shape,
-        checks.positive(temperature, "temperature"),
-        checks.ignore_index(ignore_index),
-        checks.inplace(inplace_backward, logits, name, {"reference_logits": reference}),
-        backends.resolve(backend, logits),
-        None,
-    )
-    if ranks is not None:
-        agreed = agreed | {
-            "dtype of the results": stats_dtype(logits.dtype),
-            "a reference": reference is not None,
-            "temperature, ignore_index": (temperature, ignore_index),
-        }
-        shard = vocab_parallel.agree(ranks, logits.shape[-1], labels, checked.ignore_index, equal, agreed)
-        if shard is None:  # the backend would see them too late for the other ranks of sp_group
-            checks.label_range(labels, logits.shape[-1], checked.ignore_index)
-        checked = checked._replace(shard=shard)
-    return checked
-
-
-def _as_3d(logits: Tensor, name: str) -> Tensor:
-    if logits.dim() == 3:
-        return logits
-    if logits.dim() == 2:
-        return logits.unsqueeze(0)
-    try:
-        return logits.view(logits.shape[0], math.prod(logits.shape[1:-1]), logits.shape[-1])
-    except RuntimeError:
-        raise ValueError(
-            f"the row dimensions of {name} {tuple(logits.shape)} with strides {tuple(logits.stride())} do not merge;"
-            f" use {name}.contiguous()"
-        ) from None
-
-
-def _as_2d(per_row: Tensor) -> Tensor:
-    if per_row.dim() <= 2:
-        return (per_row if per_row.dim() == 2 else per_row.unsqueeze(0)).contiguous()
-    return per_row.reshape(per_row.shape[0], math.prod(per_row.shape[1:])).contiguous()
-
-
 @eager_with_groups
 def token_logps(
     logits: Tensor,
@@ -238,30 +96,21 @@ def token_logps(
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
         RuntimeError: logits that an earlier in-place backward has overwritten.
     """
-    tp_group, hint, (logits, labels) = groups.to_local(tp_group, logits=(logits, -1), labels=(labels, None))
-    with groups.ranks(tp_group, None, logits, hint) as ranks:
-        call = _prepare(
-            logits, "logits", labels, None, temperature, ignore_index, inplace_backward, backend,
-            ranks, {}, {"the call": "token_logps"},
-        )  # fmt: skip
-    return call.stats(BIT["logps"], ("logps",))["logps"].view(call.shape)
-
-
-def check_outputs(outputs: Any, reference_name: str, has_reference: bool) -> tuple[tuple[str, ...], int]:
-    """Names of fields of `TokenStats`, and the columns that hold them."""
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}")
-    outputs = tuple(outputs)
-    unknown = [name for name in outputs if name not in TokenStats._fields]
-    if unknown or not outputs:
-        got = ", ".join(map(repr, unknown)) or "none"
-        raise ValueError(f"outputs must name at least one of {', '.join(TokenStats._fields)}; got {got}")
-    needing = [name for name in outputs if BIT[name] & NEEDS_REFERENCE]
-    if needing and not has_reference:
-        raise ValueError(f"outputs {needing} need {reference_name}")
-    if has_reference and not needing:
-        raise ValueError(f"{reference_name} given, but none of the outputs {list(outputs)} reads it")
-    return outputs, bits(outputs)
+    request = RowsRequest(
+        function="token_logps",
+        name="logits",
+        logits=logits,
+        labels=labels,
+        reference_logits=None,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        backend=backend,
+        tp_group=tp_group,
+    ).local()
+    with request.ranks() as ranks:
+        rows = request.validate().agree(ranks, {}, {"the call": request.function})
+    return rows.stats(BIT["logps"], ("logps",))["logps"].view(rows.shape)
 
 
 @eager_with_groups
@@ -294,20 +143,23 @@ def token_stats(
         As `token_logps`; ValueError for an unknown output, for one that needs a reference when there is none, and for
         a reference that no output reads.
     """
-    tp_group, hint, (logits, reference_logits, labels) = groups.to_local(
-        tp_group, logits=(logits, -1), reference_logits=(reference_logits, -1), labels=(labels, None)
-    )
-    with groups.ranks(tp_group, None, logits, hint) as ranks:
-        outputs, columns = check_outputs(outputs, "reference_logits", reference_logits is not None)
-        call = _prepare(
-            logits, "logits", labels, reference_logits, temperature, ignore_index, inplace_backward, backend,
-            ranks, {}, {"the call": "token_stats", "outputs": outputs},
-        )  # fmt: skip
-    stats = call.stats(columns, tuple(name for name in DIFFERENTIABLE if name in outputs))
-    result = {name: stats[name].view(call.shape) for name in outputs}
-    if "is_top1" in result:
-        result["is_top1"] = result["is_top1"] > 0
-    return TokenStats(**result)
+    request = RowsRequest(
+        function="token_stats",
+        name="logits",
+        logits=logits,
+        labels=labels,
+        reference_logits=reference_logits,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        backend=backend,
+        tp_group=tp_group,
+    ).local()
+    with request.ranks() as ranks:
+        wanted = Outputs.of(outputs, "reference_logits", reference_logits is not None)
+        rows = request.validate().agree(ranks, {}, {"the call": request.function, "outputs": wanted.names})
+    carrying = tuple(name for name in DIFFERENTIABLE if name in wanted.names)
+    return TokenStats.of(rows.stats(wanted.columns, carrying), wanted.names, rows.shape)
 
 
 @eager_with_groups
@@ -369,62 +221,74 @@ def fused_token_dpo(
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
         RuntimeError: logits that an earlier in-place backward has overwritten.
     """
-    tp_group, hint, (policy_logits, reference_logits, labels) = groups.to_local(
-        tp_group, policy_logits=(policy_logits, -1), reference_logits=(reference_logits, -1), labels=(labels, None)
+    request = RowsRequest(
+        function="fused_token_dpo",
+        name="policy_logits",
+        logits=policy_logits,
+        labels=labels,
+        reference_logits=reference_logits,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        backend=backend,
+        tp_group=tp_group,
+        sp_group=sp_group,
+    ).local()
+    wanted = LossRequest(
+        reference_logps=reference_logps,
+        beta=beta,
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        label_smoothing=label_smoothing,
+        loss_kwargs=loss_kwargs,
+        token_weights=token_weights,
+        cu_seqlens=cu_seqlens,
+        reduction=reduction,
+        policy_name="policy_logits",
+        model_name="reference_logits",
     )
-    with groups.ranks(tp_group, sp_group, policy_logits, hint) as ranks:
-        wanted = 3 if cu_seqlens is None else 2
-        if checks.tensor(policy_logits, "policy_logits").dim() != wanted:
-            expected = "[2B, T, V], or [N, V] with cu_seqlens" if cu_seqlens is None else "[N, V] with cu_seqlens"
-            raise ValueError(f"policy_logits must have shape {expected}; got {tuple(policy_logits.shape)}")
-        beta = checks.positive(beta, "beta")
-        reduction = checks.choice(reduction, "reduction", ("mean", "sum", "none"))
-        plan = objectives.resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
-        live = reference_logits is not None
-        agreed = {} if ranks is None else preference.described(plan, beta, reduction, cu_seqlens, live)
-        call = _prepare(
-            policy_logits, "policy_logits", labels, reference_logits, temperature, ignore_index, inplace_backward,
-            backend, ranks,
-            {"token_weights": token_weights, "cu_seqlens": cu_seqlens, "reference_logps": reference_logps},
-            {"the call": "fused_token_dpo", **agreed},
-        )  # fmt: skip
-        if cu_seqlens is None:
-            checks.pairs(labels.shape[0], "policy_logits holds")
-        else:
-            cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
-        weights = preference.check_token_weights(token_weights, labels)
-        dtype = stats_dtype(policy_logits.dtype)
-
-        number = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        reference = Reference.of(reference_logps, live, "reference_logits", plan, labels, number, dtype)
-        positions = None if ranks is None else ranks.sequence_shard(number, dtype, agreed)
-    alone = plan.is_default and reduction == "mean" and ranks is None
-    if alone and weights is None and plan.ld_alpha is None:
-        return _default_loss(call, None, reference, cu_seqlens, plan.label_smoothing, beta)
-    batch = Batch.of(call.labels, weights, cu_seqlens, plan, ignore_index, dtype, positions)
-    call = call._replace(labels=batch.labels)
-    if alone:
-        return _default_loss(call, batch.weights, reference, cu_seqlens, plan.label_smoothing, beta)
-    stats = call.stats(preference.columns(plan, live), preference.carrying(plan))
-    return preference.loss_and_rewards(stats, batch, reference, plan, beta, reduction, call.backend, call.shape)
+    return _loss(request, wanted)
 
 
-def _default_loss(
-    call: _Rows,
-    weights: Tensor | None,
-    reference: Reference,
-    cu_seqlens: Tensor | None,
-    label_smoothing: float,
-    beta: float,
-) -> TokenDPOOutput:
-    """DPO with a mean over pairs: the two operations and nothing else. Without weights tokens count 1 each."""
+def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
+    """Validate, agree with the ranks if there are any, run and assemble."""
+    has_model = request.reference_logits is not None
+    with request.ranks() as ranks:
+        wanted.check_shape(request.logits, "V")
+        loss = wanted.loss()
+        rows = request.validate()
+        fields: dict[str, Any] = {}
+        if ranks is not None:
+            fields = loss.fields(wanted.cu_seqlens is not None, has_model)
+            rows = rows.agree(ranks, wanted.shared_tensors(), {"the call": request.function, **fields})
+        dtype = stats_dtype(rows.logits.dtype)
+        inputs = wanted.inputs(loss, request.labels, has_model, dtype)
+        shard = None if ranks is None else ranks.sequence_shard(inputs.sequences, dtype, fields)
+    fused = loss.is_fused and ranks is None
+    if fused and inputs.weights is None and loss.spec.ld_alpha is None:
+        terms = PairTerms(inputs.reference.given, None, inputs.cu_seqlens, loss.beta, loss.spec.label_smoothing)
+        return _fused_loss(rows, terms)
+    batch = Batch.of(
+        rows.labels,
+        inputs.weights,
+        inputs.cu_seqlens,
+        spec=loss.spec,
+        ignore_index=rows.ignore_index,
+        dtype=dtype,
+        shard=shard,
+    )
+    rows = rows._replace(labels=batch.labels)
+    if fused:
+        return _fused_loss(rows, preference.pair_terms(batch, inputs.reference.given, loss))
+    stats = rows.stats(loss.columns(has_model), loss.carrying)
+    return preference.loss_and_rewards(stats, batch, inputs.reference, loss, rows.backend, shape=rows.shape)
+
+
+def _fused_loss(rows: Rows, terms: PairTerms) -> TokenDPOOutput:
+    """DPO with a mean over pairs: two operations and nothing else. Without weights tokens count 1 each."""
     columns = STATE | BIT["logsumexp"]
-    if call.reference is not None:
+    if rows.reference is not None:
         columns |= BIT["reference_logps"]
-    config = RowConfig(columns, call.temperature, call.ignore_index, call.backend)
-    loss, rewards, stats, tokens = DefaultLoss.apply(
-        call.logits, call.labels, call.reference, reference.given, weights, cu_seqlens, config, call.inplace, beta,
-        label_smoothing,
-    )  # fmt: skip
-    wanted = {name: stats[column_index(columns, name)] for name in ("logps", "logsumexp")}
-    return preference.assemble(loss, rewards, wanted, tokens.unbind(0), call.shape)
+    loss, rewards, stats, tokens = DefaultLoss.apply(rows.logits, rows.call(columns), terms, rows.inplace)
+    by_name = {name: stats[column_index(columns, name)] for name in ("logps", "logsumexp")}
+    return preference.assemble(loss, rewards, by_name, tokens.unbind(0), rows.shape)

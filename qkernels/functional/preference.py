@@ -2,62 +2,168 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import objectives
 from ..autograd import FiniteGradients
-from ..autograd.logits import PairLoss
+from ..autograd.logits import PairLoss, PairTerms
 from ..backends import ops
 from ..core import checks
 from ..core.columns import BIT
 from ..core.sequences import Sequences, Shard, log_ratios
-from ..head.plan import LinearPlan
-from ..objectives import LossSpec, PairScores
+from ..objectives import LossSpec, LossType, PairScores
+from .results import TokenDPOOutput
 
 
-class TokenDPOOutput(NamedTuple):
-    """What the preference losses return. Only `loss` carries gradient.
+class Loss(NamedTuple):
+    """A checked choice of loss: what it is, its beta, and how the pairs' losses become one."""
 
-    loss: `[]`, or `[B]` with reduction="none".
-    chosen_rewards, rejected_rewards: `[B]`, beta times the weighted sum of log-ratios over each sequence.
-    token_logps: log pi(label) per row, shaped like `labels`; 0 at ignored rows, as in all per-token outputs.
-    reference_token_logps: log pi_ref(label) per row; None when the reference came as per-sequence sums.
-    token_rewards: beta * (token_logps - reference_token_logps); None when the reference came as per-sequence sums.
-    logsumexp: per row; V(s) = beta * logsumexp.
-
-    Besides these fields it has an attribute `plan`: what `fused_linear_token_dpo` did (`LinearPlan`); None from logits,
-    from inside torch.compile, and where a wrapper such as FSDP has rebuilt the tuple.
-    """
-
-    loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    token_logps: Tensor
-    reference_token_logps: Tensor | None
-    token_rewards: Tensor | None
-    logsumexp: Tensor
+    spec: LossSpec
+    beta: float
+    reduction: str
 
     @property
-    def plan(self) -> LinearPlan | None:
-        return None
+    def is_fused(self) -> bool:
+        """Whether the operation `pair_loss` computes it in one launch."""
+        return self.spec.is_default and self.reduction == "mean"
+
+    def columns(self, has_model: bool) -> int:
+        """The per-row results it needs; `has_model` says whether the reference's come from its own rows."""
+        wanted = BIT["logps"] | BIT["logsumexp"]
+        if has_model:
+            wanted |= BIT["reference_logps"]
+        if self.spec.needs_kl:
+            wanted |= BIT["kl_reference_policy"]
+        if self.spec.use_weighting:
+            wanted |= BIT["log_sum_sq_probs"]
+        return wanted
+
+    @property
+    def carrying(self) -> tuple[str, ...]:
+        """Those of them that it differentiates."""
+        return ("logps", "kl_reference_policy") if self.spec.needs_kl else ("logps",)
+
+    def fields(self, packed: bool, has_model: bool) -> dict[str, Any]:
+        """What ranks that share it have to have alike, by name."""
+        spec = self.spec
+        terms = [(term.name or term.function.__qualname__, weight, options) for term, weight, options in spec.terms]
+        link = (spec.f_divergence, spec.f_alpha_divergence_coef)
+        return {
+            "the loss": (terms, spec.label_smoothing, link, spec.ld_alpha, spec.use_weighting),
+            "beta": self.beta,
+            "reduction": self.reduction,
+            "a packed batch": packed,
+            "a reference model": has_model,
+        }
 
 
-class PlannedOutput(TokenDPOOutput):
-    """A `TokenDPOOutput` that knows its plan, which is not one of the fields: they are tensors.
+class LossInputs(NamedTuple):
+    """The checked tensors of a loss besides its rows.
 
-    To torch it is a named tuple of tensors; where torch takes it apart and builds it anew (hooks of FSDP, the first
-    step of DDP with a static graph), the plan is None afterwards.
+    weights: `[S, T]`, per-token factors, or None.
+    cu_seqlens: `[2B + 1]` of a packed batch, or None.
+    reference: cached log-probs.
+    sequences: how many there are, 2B.
     """
 
-    plan: LinearPlan | None = None  # type: ignore[assignment]
+    weights: Tensor | None
+    cu_seqlens: Tensor | None
+    reference: Reference
+    sequences: int
 
-    @staticmethod
-    def of(output: TokenDPOOutput, plan: LinearPlan | None) -> PlannedOutput:
-        planned = PlannedOutput(*output)
-        planned.plan = plan
-        return planned
+
+class LossRequest(NamedTuple):
+    """The arguments of a preference loss that both paths share, as they came; named as the public functions have them.
+
+    policy_name, model_name: of the arguments with the policy's and the reference's rows.
+    """
+
+    reference_logps: Tensor | float | None
+    beta: float
+    loss_type: LossType
+    loss_weights: Sequence[float] | None
+    label_smoothing: float
+    loss_kwargs: Mapping[str, Any] | None
+    token_weights: Tensor | None
+    cu_seqlens: Tensor | None
+    reduction: str
+    policy_name: str
+    model_name: str
+
+    def check_shape(self, policy: Any, last: str) -> None:
+        """`[2B, T, last]`, or with `cu_seqlens` `[N, last]`."""
+        packed = self.cu_seqlens is not None
+        if checks.tensor(policy, self.policy_name).dim() != (2 if packed else 3):
+            expected = f"[N, {last}] with cu_seqlens"
+            expected = expected if packed else f"[2B, T, {last}], or {expected}"
+            raise ValueError(f"{self.policy_name} must have shape {expected}; got {tuple(policy.shape)}")
+
+    def shared_tensors(self) -> dict[str, Any]:
+        """Arguments that all ranks of `tp_group` have to have alike, by name."""
+        return {
+            "token_weights": self.token_weights,
+            "cu_seqlens": self.cu_seqlens,
+            "reference_logps": self.reference_logps,
+        }
+
+    def loss(self) -> Loss:
+        """Check what does not depend on tensors."""
+        beta = checks.positive(self.beta, "beta")
+        reduction = checks.choice(self.reduction, "reduction", ("mean", "sum", "none"))
+        spec = objectives.resolve(self.loss_type, self.loss_weights, self.label_smoothing, self.loss_kwargs)
+        return Loss(spec, beta, reduction)
+
+    def inputs(self, loss: Loss, labels: Tensor, has_model: bool, dtype: torch.dtype) -> LossInputs:
+        """Check the tensors, given the labels as the caller shaped them.
+
+        Args:
+            loss: the checked choice.
+            labels: `[2B, T]` or `[N]`.
+            has_model: whether the reference model's own rows were given.
+            dtype: of the per-row results.
+        """
+        cu_seqlens = self.cu_seqlens
+        if cu_seqlens is None:
+            checks.pairs(labels.shape[0], f"{self.policy_name} holds")
+        else:
+            cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
+        weights = _check_token_weights(self.token_weights, labels)
+        sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        reference = self._reference(loss.spec, labels, has_model, sequences)
+        return LossInputs(weights, cu_seqlens, reference.to(dtype), sequences)
+
+    def _reference(self, spec: LossSpec, labels: Tensor, has_model: bool, sequences: int) -> Reference:
+        given, model_name = self.reference_logps, self.model_name
+        if has_model:
+            if given is not None:
+                raise ValueError(f"give either {model_name} or reference_logps, not both")
+            return Reference(None, None)
+        if spec.needs_kl:
+            raise ValueError(f"this loss_type needs KL(reference || policy) per token, hence {model_name}")
+        if given is None:
+            if spec.reference_free:
+                return Reference(None, None)
+            raise ValueError(
+                f"no reference: give {model_name}, or reference_logps (cached log-probs; 0.0 for reference-free)"
+            )
+        if not isinstance(given, Tensor):
+            if isinstance(given, bool) or given != 0:
+                raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {given!r}")
+            return Reference(None, None)
+        if given.shape == labels.shape:
+            tokens = checks.like(given, "reference_logps", labels.shape, labels, "labels").detach()
+            return Reference(tokens if labels.dim() == 2 else tokens.unsqueeze(0), None)
+        if given.shape != (sequences,):
+            raise ValueError(
+                f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({sequences},)"
+                f" (per sequence), got {tuple(given.shape)}"
+            )
+        sums = checks.like(given, "reference_logps", torch.Size([sequences]), labels, "labels").detach()
+        return Reference(None, sums)
 
 
 class Batch(NamedTuple):
@@ -87,7 +193,7 @@ class Batch(NamedTuple):
         labels: Tensor,
         token_weights: Tensor | None,
         cu_seqlens: Tensor | None,
-        plan: LossSpec,
+        spec: LossSpec,
         ignore_index: int,
         dtype: torch.dtype,
         shard: Shard | None = None,
@@ -96,25 +202,25 @@ class Batch(NamedTuple):
         sequences = Sequences.of(labels, cu_seqlens, shard)
         valid = labels != ignore_index
         base = valid.to(dtype)
-        if token_weights is None and plan.ld_alpha is None:
+        if token_weights is None and spec.ld_alpha is None:
             return Batch(labels, valid, base, base, sequences, cu_seqlens, ignore_index)
         if token_weights is not None:
             base = torch.where(valid, token_weights.to(dtype), 0.0)
             valid = base != 0
         weights = base
-        if plan.ld_alpha is not None:
+        if spec.ld_alpha is not None:
             position = sequences.positions(valid)
             chosen, rejected = sequences.sums(valid.double()).chunk(2)
             shared = sequences.to_tokens(torch.minimum(chosen, rejected).repeat(2))
-            weights = torch.where(position > shared, base * plan.ld_alpha, base)
+            weights = torch.where(position > shared, base * spec.ld_alpha, base)
         # WPO and SFT average over all tokens, also those that LD-DPO gives no weight.
-        used = (base if plan.use_weighting or not plan.discounted else weights) != 0
+        used = (base if spec.use_weighting or not spec.discounted else weights) != 0
         labels = labels.masked_fill(~used, ignore_index)
         return Batch(labels, used, weights, base, sequences, cu_seqlens, ignore_index)
 
 
 class Reference(NamedTuple):
-    """Where the reference's log-probs come from: at most one is set, none for reference logits or for log-probs of 0.
+    """Where the reference's log-probs come from: at most one is set, none for a reference model or for log-probs of 0.
 
     tokens: `[S, T]`, per token; anything where a row is not used.
     sequence_sums: `[2B]`, per sequence.
@@ -123,60 +229,18 @@ class Reference(NamedTuple):
     tokens: Tensor | None
     sequence_sums: Tensor | None
 
+    def to(self, dtype: torch.dtype) -> Reference:
+        """The same in the dtype of the per-row results."""
+        tokens, sums = self
+        return Reference(None if tokens is None else tokens.to(dtype), None if sums is None else sums.to(dtype))
+
     @property
     def given(self) -> Tensor | None:
         """What was given, as the operation `pair_loss` takes it."""
         return self.tokens if self.tokens is not None else self.sequence_sums
 
-    @staticmethod
-    def of(
-        reference_logps: Any,
-        has_live_reference: bool,
-        live_name: str,
-        plan: LossSpec,
-        labels: Tensor,
-        sequences: int,
-        dtype: torch.dtype,
-    ) -> Reference:
-        """Check the caller's choice of reference.
 
-        Args:
-            reference_logps: the argument of that name.
-            has_live_reference: whether the reference model's own rows were given, as the argument `live_name`.
-            plan: the loss, which may do without a reference or insist on a live one.
-            labels: the caller's labels, for their shape and device.
-            sequences: how many there are, 2B.
-            dtype: of the per-row results.
-        """
-        if has_live_reference:
-            if reference_logps is not None:
-                raise ValueError(f"give either {live_name} or reference_logps, not both")
-            return Reference(None, None)
-        if plan.needs_kl:
-            raise ValueError(f"this loss_type needs KL(reference || policy) per token, hence {live_name}")
-        if reference_logps is None:
-            if plan.reference_free:
-                return Reference(None, None)
-            raise ValueError(
-                f"no reference: give {live_name}, or reference_logps (cached log-probs; 0.0 for reference-free)"
-            )
-        if not isinstance(reference_logps, Tensor):
-            if isinstance(reference_logps, bool) or reference_logps != 0:
-                raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {reference_logps!r}")
-            return Reference(None, None)
-        if reference_logps.shape == labels.shape:
-            tokens = checks.like(reference_logps, "reference_logps", labels.shape, labels, "labels").detach().to(dtype)
-            return Reference(tokens if labels.dim() == 2 else tokens.unsqueeze(0), None)
-        if reference_logps.shape != (sequences,):
-            raise ValueError(
-                f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({sequences},)"
-                f" (per sequence), got {tuple(reference_logps.shape)}"
-            )
-        sums = checks.like(reference_logps, "reference_logps", torch.Size([sequences]), labels, "labels").detach()
-        return Reference(None, sums.to(dtype))
-
-
-def check_token_weights(token_weights: Any, labels: Tensor) -> Tensor | None:
+def _check_token_weights(token_weights: Any, labels: Tensor) -> Tensor | None:
     """Per-token factors: floating point or bool, shaped like the labels, a constant."""
     if token_weights is None:
         return None
@@ -188,81 +252,50 @@ def check_token_weights(token_weights: Any, labels: Tensor) -> Tensor | None:
     return weights if labels.dim() == 2 else weights.unsqueeze(0)
 
 
-def described(plan: LossSpec, beta: float, reduction: str, cu_seqlens: Any, live: bool) -> dict[str, Any]:
-    """What ranks that share a loss have to agree on, by name."""
-    terms = [(term.name or term.function.__qualname__, weight, options) for term, weight, options in plan.terms]
-    link = (plan.f_divergence, plan.f_alpha_divergence_coef)
-    return {
-        "the loss": (terms, plan.label_smoothing, link, plan.ld_alpha, plan.use_weighting),
-        "beta": beta,
-        "reduction": reduction,
-        "a packed batch": cu_seqlens is not None,
-        "a live reference": live,
-    }
-
-
-def columns(plan: LossSpec, has_live_reference: bool) -> int:
-    """The per-row results that a loss needs."""
-    wanted = BIT["logps"] | BIT["logsumexp"]
-    if has_live_reference:
-        wanted |= BIT["reference_logps"]
-    if plan.needs_kl:
-        wanted |= BIT["kl_reference_policy"]
-    if plan.use_weighting:
-        wanted |= BIT["log_sum_sq_probs"]
-    return wanted
-
-
-def carrying(plan: LossSpec) -> tuple[str, ...]:
-    """Those of them that a loss differentiates."""
-    return ("logps", "kl_reference_policy") if plan.needs_kl else ("logps",)
-
-
 def loss_and_rewards(
-    stats: dict[str, Tensor],
-    batch: Batch,
-    reference: Reference,
-    plan: LossSpec,
-    beta: float,
-    reduction: str,
-    backend: str,
-    shape: torch.Size,
+    stats: dict[str, Tensor], batch: Batch, reference: Reference, loss: Loss, backend: str, shape: torch.Size
 ) -> TokenDPOOutput:
     """Per-row results in, `TokenDPOOutput` out.
 
     Args:
-        stats: the columns of `columns(...)`, `[S, T]`; `logps` and `kl_reference_policy` may carry gradient.
+        stats: the columns of `Loss.columns`, `[S, T]`; `logps` and `kl_reference_policy` may carry gradient.
         batch: the rows.
-        reference: cached log-probs; when it is empty, `stats` holds the live reference's.
-        plan, beta, reduction: the loss.
-        backend: who computes the default objective.
+        reference: cached log-probs; when it is empty, `stats` holds those of the reference model.
+        loss: what to compute.
+        backend: name of the one that computes the default objective.
         shape: of the caller's labels.
     """
+    spec, beta, reduction = loss
     logps, tokens = stats["logps"], stats.get("reference_logps")
-    if plan.is_default and reduction == "mean" and batch.sequences.shard is None:
-        loss, rewards, both = PairLoss.apply(
-            logps, reference.given if tokens is None else tokens, batch.labels, batch.weights, batch.cu_seqlens, beta,
-            plan.label_smoothing, batch.ignore_index, backend,
-        )  # fmt: skip
+    if loss.is_fused and batch.sequences.shard is None:
+        terms = pair_terms(batch, reference.given if tokens is None else tokens, loss)
+        total, rewards, both = PairLoss.apply(logps, terms.call(logps, batch.labels, batch.ignore_index, backend))
         per_token = both.unbind(0)
     else:
         if tokens is None and reference.sequence_sums is None:  # 0 in rows that are not used
             tokens = torch.zeros_like(batch.weights)
             tokens = tokens if reference.tokens is None else torch.where(batch.used, reference.tokens, tokens)
-        scores = pair_scores(stats, batch, tokens, reference.sequence_sums, plan)
-        losses = plan.losses(scores, beta, _wpo_weights(stats, batch) if plan.use_weighting else None)
-        loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
+        scores = pair_scores(stats, batch, tokens, reference.sequence_sums, spec)
+        losses = spec.losses(scores, beta, _wpo_weights(stats, batch) if spec.use_weighting else None)
+        total = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
         rewards = beta * torch.cat([scores.chosen_log_ratios, scores.rejected_log_ratios]).detach()
         per_token = () if tokens is None else (log_ratios(logps.detach(), tokens).mul_(beta), tokens)
-    return assemble(loss, rewards, stats, per_token, shape)
+    return assemble(total, rewards, stats, per_token, shape)
+
+
+def pair_terms(batch: Batch, reference_logps: Tensor | None, loss: Loss) -> PairTerms:
+    """What the operation `pair_loss` takes besides the policy's log-probs."""
+    return PairTerms(
+        reference_logps=reference_logps,
+        weights=batch.weights,
+        cu_seqlens=batch.cu_seqlens,
+        beta=loss.beta,
+        label_smoothing=loss.spec.label_smoothing,
+    )
 
 
 def assemble(
-    loss: Tensor,
-    rewards: Tensor,
-    stats: dict[str, Tensor],
-    per_token: tuple[Tensor, ...],
-    shape: torch.Size,
+    loss: Tensor, rewards: Tensor, stats: dict[str, Tensor], per_token: Sequence[Tensor], shape: torch.Size
 ) -> TokenDPOOutput:
     """The output of a loss that has been computed.
 
@@ -293,20 +326,19 @@ def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def loss_gradient(
-    stats: dict[str, Tensor], batch: Batch, reference: Reference, plan: LossSpec, beta: float, backend: str
+    stats: dict[str, Tensor], batch: Batch, reference: Reference, loss: Loss, backend: str
 ) -> dict[str, Tensor]:
     """d(sum of the pairs' losses) / d(column), for the columns that a loss differentiates. Arguments as above."""
-    if plan.is_default:
-        tokens = stats.get("reference_logps", reference.given)
-        args = (batch.labels, batch.weights, batch.cu_seqlens, beta, plan.label_smoothing, batch.ignore_index, backend)
-        of_mean = ops.run("pair_loss", stats["logps"], tokens, *args)[2]
+    if loss.spec.is_default:
+        terms = pair_terms(batch, stats.get("reference_logps", reference.given), loss)
+        call = terms.call(stats["logps"], batch.labels, batch.ignore_index, backend)
+        of_mean: Tensor = ops.pair_loss(call)[2]
         return {"logps": of_mean * (batch.sequences.number // 2)}
-    leaves: dict[str, Tensor] = {name: stats[name].detach().requires_grad_() for name in carrying(plan)}
+    leaves: dict[str, Tensor] = {name: stats[name].detach().requires_grad_() for name in loss.carrying}
     with torch.enable_grad():
-        loss = loss_and_rewards(
-            {**stats, **leaves}, batch, reference, plan, beta, "sum", backend, batch.labels.shape
-        ).loss
-    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        summed = loss._replace(reduction="sum")
+        total = loss_and_rewards({**stats, **leaves}, batch, reference, summed, backend, batch.labels.shape).loss
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
 
 
@@ -315,7 +347,7 @@ def pair_scores(
     batch: Batch,
     reference_tokens: Tensor | None,
     reference_sums: Tensor | None,
-    plan: LossSpec,
+    spec: LossSpec,
 ) -> PairScores:
     """Per-token results summed to what objectives see. Ratios are summed as ratios: sums of log-probs are thousands
     of times larger, and their difference would have lost the digits."""
@@ -323,9 +355,9 @@ def pair_scores(
     per_token = {"logps": weights * stats["logps"]}
     if batch.counts is None:
         per_token["counts"] = batch.base_weights
-    if plan.needs_kl:
+    if spec.needs_kl:
         per_token["kl"] = weights * stats["kl_reference_policy"]
-    if plan.ld_alpha is not None and not plan.discounted:
+    if spec.ld_alpha is not None and not spec.discounted:
         per_token["full_logps"] = batch.base_weights * stats["logps"]
     if reference_tokens is not None:
         per_token["ratios"] = weights * log_ratios(stats["logps"], reference_tokens)
@@ -352,8 +384,8 @@ def pair_scores(
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
         chosen_full_logps=halves["full_logps"][0] if "full_logps" in halves else None,
-        f_divergence=plan.f_divergence,
-        f_alpha_divergence_coef=plan.f_alpha_divergence_coef,
+        f_divergence=spec.f_divergence,
+        f_alpha_divergence_coef=spec.f_alpha_divergence_coef,
     )
 
 

@@ -1,150 +1,59 @@
-"""Row operations from hidden states: chunk by chunk, logits come into being, are used and are overwritten.
+"""Row operations from hidden states: chunk by chunk, logits are computed, used and overwritten.
 
-Four passes over the valid rows of a batch. Rows with an ignored label are dropped before the first product. With
+Four passes over the valid rows of a batch. Rows with an ignored label are dropped before the first GEMM. With
 g = onehot - p and c the coefficient dL/dlogp of a row, dX_i = c_i (g_i W) and dW = sum_i g_i^T (c_i x_i):
 
-    stats           per-row results                                                  1 product
-    unit_gradient   the same and (g W), which a row's coefficient scales later       2 products
-    pair_gradients  the same and dX, dW of a loss that is known pair by pair         3 products
-    gradients       dX, dW for given coefficients, logits made again                 3 products
+    stats            per-row results                                                          1 GEMM
+    unit_gradient    the same and (g W), which a row's coefficient scales later               2 GEMMs
+    known_gradients  the same and dX, dW of a loss whose coefficients a chunk's rows tell     3 GEMMs
+    gradients        dX, dW for given coefficients, logits recomputed                         3 GEMMs
 
-A chunk holds fp32 logits and, where products take 16 bits, the gradient rounded once to them; otherwise the gradient is
+A chunk holds fp32 logits and, where GEMMs take 16 bits, the gradient rounded once to them; otherwise the gradient is
 written over the logits. fp16 has too few exponents for a gradient times a small coefficient: there rows of g are formed
-for coefficients scaled to 1, and the scale is applied to the `[n, H]` sides of the products. What waits for an upstream
+for coefficients scaled to 1, and the scale is applied to the `[n, H]` sides of the GEMMs. What waits for an upstream
 gradient (a loss scaler's, as a rule) waits in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..core.calls import RowGrad, RowStats
 from ..core.coefficients import coefficients as coefficients_of
 from ..core.columns import BIT, STATE, column_index, column_names, stats_dtype
 from ..core.memory import empty
-from ..distributed.vocab_parallel import IGNORED, Shard
-from .products import Head, WeightGrad, block_bytes, gradient_dtype
+from .call import HeadCall, Model
+from .products import Head, WeightGrad, gradient_dtype
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+Selection = Tensor | slice  # rows of a batch: their indices, or a range where all of them are meant
 
 
-class Model(NamedTuple):
-    """Hidden states `[N, H]` and the head that makes logits of them: weight `[V, H]`, bias `[V]` or None."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-class LinearConfig(NamedTuple):
-    """What the passes do besides reading their tensors.
-
-    columns: bit mask of the per-row results (`qkernels.core.columns`).
-    dtype, reference_dtype: of the products (autocast's, or the inputs' own).
-    chunk_rows: rows of logits that exist at a time.
-    valid_rows: how many rows count, where the caller has said so.
-    shard: this rank's part of the vocabulary, whose columns the heads hold; None where they hold all. All ranks walk
-        the same chunks: two small all-reduces make their per-row results those of whole rows, and dX is summed.
-    """
-
-    columns: int
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-    ignore_index: int
-    dtype: torch.dtype
-    reference_dtype: torch.dtype
-    chunk_rows: int
-    backend: str
-    valid_rows: int | None = None
-    shard: Shard | None = None
-
-    def for_op(self) -> tuple:
-        """As the arguments of an op: ops are for torch.compile, which never sees a shard."""
-        return self[:-1]
-
-    @property
-    def row_temperature(self) -> float:
-        """What divides the logits that `Head.logits` makes: the logit scale is folded in unless a softcap follows."""
-        return self.temperature if self.softcap is not None else self.temperature / self.logit_scale
-
-
-Selection = Tensor | slice  # rows of a batch: their numbers, or a range where all of them are meant
-
-
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a gradient waits for its upstream factor: fp16 would have lost what loss scaling saves."""
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient waits for its upstream factor: fp16 would lose what loss scaling saves."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def bytes_per_row(
-    vocab: int, device: torch.device, dtype: torch.dtype, reference_dtype: torch.dtype | None, grad: bool, capped: bool
-) -> int:
-    """Bytes that one row of a chunk takes: its logits (both models') and its gradient."""
-    wide = stats_dtype(dtype).itemsize
-    size = wide + (0 if reference_dtype is None else stats_dtype(reference_dtype).itemsize)
-    if grad:
-        narrow = gradient_dtype(device, dtype).itemsize
-        size += (narrow if narrow < wide else 0) + (wide if capped else 0)
-    return vocab * size
-
-
-def bytes_besides(
-    policy: Model,
-    reference: Model | None,
-    dtype: torch.dtype,
-    reference_dtype: torch.dtype | None,
-    plan: str,
-    needs: Sequence[bool],
-    rows_: int,
-    chunks: int,
-) -> int:
-    """Bytes that a plan takes besides the chunk's buffers and the gradients themselves, some numbers per row left out.
-
-    Args:
-        plan: its name.
-        needs: whether hidden states, weight and bias need a gradient.
-        rows_: rows of a chunk.
-        chunks: how many there are.
-    """
-    vocab, hidden = policy.weight.shape
-    device = policy.hidden.device
-    products = gradient_dtype(device, dtype)
-    # A chunk's hidden states as they come and as the product packs them, their gradient, and the part of the head that
-    # is at work at a time.
-    size = rows_ * hidden * (2 * dtype.itemsize + products.itemsize)
-    size += block_bytes(device, dtype, vocab, hidden, rows_, plan != "frozen_head" and needs[1] and chunks > 1)
-    if reference is not None and reference_dtype is not None:
-        size += rows_ * reference.hidden.shape[1] * reference_dtype.itemsize
-    # Heads that are not in the products' dtype (autocast) are cast once.
-    for model, of_model in ((policy, dtype), (reference, reference_dtype)):
-        if model is not None and of_model is not None and model.weight.dtype != of_model:
-            size += model.weight.numel() * of_model.itemsize
-    if plan == "frozen_head":
-        size += policy.hidden.numel() * kept_dtype(dtype).itemsize
-    elif needs[1]:
-        summed = products if chunks <= 1 else stats_dtype(dtype)
-        if summed != policy.weight.dtype:
-            size += policy.weight.numel() * summed.itemsize
-    if plan == "pair_chunks" and needs[0] and kept_dtype(policy.hidden.dtype) != policy.hidden.dtype:
-        size += policy.hidden.numel() * kept_dtype(policy.hidden.dtype).itemsize
-    return size
-
-
 def valid_rows(labels: Tensor, ignore_index: int, number: int | None = None) -> Tensor:
-    """Numbers of the rows whose label counts, `[M]`. On a GPU the host waits for M here unless it passes `number`.
+    """Indices of the valid rows, `[M]`. On a GPU the host synchronises here to learn M unless `number` is given.
 
-    Of a `number` too small the last rows are missing, of one too large the first row of all follows the others: wrong,
-    but no number is outside of the batch.
+    With a `number` too small the last rows are missing, with one too large the first row of all follows the others:
+    wrong, but no index is outside of the batch.
     """
     counts = labels != ignore_index
     return (counts.nonzero() if number is None else counts.nonzero_static(size=number, fill_value=0)).squeeze(1)
 
 
 class _Chunk(NamedTuple):
-    """Rows under work: their hidden states in the products' dtype, labels `[1, n]`, logits `[1, n, V]`."""
+    """The rows of one chunk: their hidden states in the products' dtype, labels `[1, n]`, logits `[1, n, V]`."""
 
     where: Selection
     x: Tensor
@@ -154,106 +63,109 @@ class _Chunk(NamedTuple):
 
 
 class Pass:
-    """One walk over the valid rows of a batch, with the buffers that all its chunks share."""
+    """One iteration over the valid rows of a batch, with the buffers that all its chunks share."""
 
-    def __init__(
-        self, policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig, valid: Tensor | None = None
-    ):
-        self.policy, self.reference, self.labels, self.config = policy, reference, labels, config
-        self.valid = valid
+    def __init__(self, call: HeadCall):
+        self.call, config = call, call.config
         self.backend = backends.get(config.backend)
-        self.head = Head(
-            policy.weight.to(config.dtype),
-            None if policy.bias is None else policy.bias.to(stats_dtype(config.dtype)),
-            config.softcap,
-            config.logit_scale,
-        )
-        self.reference_head = None
-        if reference is not None:
-            self.reference_head = Head(
-                reference.weight.to(config.reference_dtype),
-                None if reference.bias is None else reference.bias.to(stats_dtype(config.reference_dtype)),
-                config.softcap,
-                config.logit_scale,
-            )
+        self.head = self._head(call.policy, config.dtype)
+        self.reference_head = None if call.reference is None else self._head(call.reference, config.reference_dtype)
         self.wide = stats_dtype(config.dtype)
-        self.narrow = gradient_dtype(labels.device, config.dtype)
+        self.narrow = gradient_dtype(call.labels.device, config.dtype)
         self._buffers: dict[str, Tensor] = {}
         self._largest = 0
 
+    def _head(self, model: Model, dtype: torch.dtype) -> Head:
+        config = self.call.config
+        bias = None if model.bias is None else model.bias.to(stats_dtype(dtype))
+        return Head(model.weight.to(dtype), bias, config.softcap, config.logit_scale)
+
     def selections(self) -> list[Selection]:
         """The valid rows in chunks, in order."""
-        config = self.config
-        index = self.valid
+        config, labels, index = self.call.config, self.call.labels, self.call.valid
         if index is None:
-            index = valid_rows(self.labels, config.ignore_index, config.valid_rows)
+            index = valid_rows(labels, config.ignore_index, config.valid_rows)
         n, size = index.shape[0], config.chunk_rows
-        if n == self.labels.shape[0]:
+        if n == labels.shape[0]:
             return [slice(start, min(n, start + size)) for start in range(0, n, size)]
         return list(index.split(size)) if n else []
 
-    def _buffer(self, name: str, rows_: int, dtype: torch.dtype) -> Tensor:
-        """`[rows, V]`, the same memory for every chunk: made once, for the largest of them."""
+    def result(self) -> Tensor:
+        """A buffer for the columns of all rows, `[K, N]`; 0 where nothing is written."""
+        labels = self.call.labels
+        return torch.zeros(self.call.config.columns.bit_count(), labels.shape[0], dtype=self.wide, device=labels.device)
+
+    def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+        """`[rows, V]`, the same memory for every chunk: allocated once, for the largest of them."""
         if name not in self._buffers:
-            self._buffers[name] = empty((self._largest, self.head.vocab), dtype, self.labels.device)
-        return self._buffers[name][:rows_]
+            self._buffers[name] = empty((self._largest, self.head.vocab), dtype, self.call.labels.device)
+        return self._buffers[name][:rows]
 
     def chunks(self, selections: Sequence[Selection]) -> Iterator[_Chunk]:
-        """Make the logits of one selection of rows after the other."""
+        """Compute the logits of one selection of rows after the other."""
+        call, config = self.call, self.call.config
         self._largest = max((_length(s) for s in selections), default=0)
         for where in selections:
-            x = _rows(self.policy.hidden, where).to(self.config.dtype)
+            x = _rows(call.policy.hidden, where).to(config.dtype)
             logits = self._buffer("logits", x.shape[0], self.wide)
             self.head.logits(x, logits)
             reference = None
-            if self.reference is not None and self.reference_head is not None:
-                dtype = stats_dtype(self.config.reference_dtype)
-                reference = self._buffer("reference", x.shape[0], dtype)
-                self.reference_head.logits(
-                    _rows(self.reference.hidden, where).to(self.config.reference_dtype), reference
-                )
+            if call.reference is not None and self.reference_head is not None:
+                reference = self._buffer("reference", x.shape[0], stats_dtype(config.reference_dtype))
+                self.reference_head.logits(_rows(call.reference.hidden, where).to(config.reference_dtype), reference)
                 reference = reference.unsqueeze(0)
-            yield _Chunk(where, x, _rows(self.labels, where).unsqueeze(0), logits.unsqueeze(0), reference)
+            yield _Chunk(where, x, _rows(call.labels, where).unsqueeze(0), logits.unsqueeze(0), reference)
 
     def stats(self, chunk: _Chunk, columns: int) -> Tensor:
         """`[K, 1, n]`: the per-row results of a chunk."""
-        config = self.config
-        args = (chunk.logits, chunk.labels, chunk.reference, columns, config.row_temperature, config.ignore_index)
-        result: Tensor = (
-            self.backend.row_stats(*args) if config.shard is None else config.shard.row_stats(*args, self.backend)
+        config = self.call.config
+        rows = RowStats(
+            logits=chunk.logits,
+            labels=chunk.labels,
+            reference=chunk.reference,
+            columns=columns,
+            temperature=config.row_temperature,
+            ignore_index=config.ignore_index,
+            backend=config.backend,
         )
+        result: Tensor = self.backend.row_stats(rows) if config.shard is None else config.shard.row_stats(rows)
         return result
 
     def gradient(self, chunk: _Chunk, stats: Tensor, coefficients: Tensor) -> Tensor:
-        """dL/dl of a chunk's own logits, `[n, V]`, in the dtype of the products; the logits are gone afterwards.
+        """dL/dl of a chunk's own logits, `[n, V]`, in the dtype of the GEMMs; the logits are gone afterwards.
 
         Args:
             chunk: with its logits.
             stats: `[3 or 6, 1, n]`, the states of the models.
             coefficients: `[1 or 5, 1, n]`, see `qkernels.core.coefficients`.
         """
-        config, n = self.config, chunk.labels.shape[1]
+        config, n = self.call.config, chunk.labels.shape[1]
         reference_state = stats[3:6] if coefficients.shape[0] > 1 and stats.shape[0] >= 6 else None
-        reference = chunk.reference if reference_state is not None else None
-        labels, state, ignore_index = chunk.labels, stats[:3], config.ignore_index
+        rows = RowGrad(
+            logits=chunk.logits,
+            labels=chunk.labels,
+            reference=chunk.reference if reference_state is not None else None,
+            state=stats[:3],
+            reference_state=reference_state,
+            coefficients=coefficients,
+            upstream=None,
+            temperature=config.row_temperature,
+            ignore_index=config.ignore_index,
+            backend=config.backend,
+        )
         if config.shard is not None:
-            labels, state, coefficients = config.shard.gradient_inputs(
-                chunk.logits, labels, state, coefficients, config.row_temperature, ignore_index
-            )
-            ignore_index = IGNORED
-        args = (labels, reference, state, reference_state, coefficients, None)
-        how = (config.row_temperature, ignore_index)
+            rows = config.shard.gradient_inputs(rows)
         if config.softcap is not None:
             grad = self._buffer("capped", n, self.wide)
-            self.backend.row_grad_into(grad.unsqueeze(0), chunk.logits, *args, *how)
+            self.backend.row_grad_into(grad.unsqueeze(0), rows)
             out = grad if self.narrow == self.wide else self._buffer("grad", n, self.narrow)
             self.head.uncap(chunk.logits[0], grad, out)
             return out
         if self.narrow == self.wide:
-            self.backend.row_grad_(chunk.logits, *args, *how)
+            self.backend.row_grad_(rows)
             return chunk.logits[0]
         out = self._buffer("grad", n, self.narrow)
-        self.backend.row_grad_into(out.unsqueeze(0), chunk.logits, *args, *how)
+        self.backend.row_grad_into(out.unsqueeze(0), rows)
         return out
 
 
@@ -273,44 +185,37 @@ def _put(target: Tensor, where: Selection, values: Tensor, dim: int = 0) -> None
         target.index_copy_(dim, where, values.to(target.dtype))
 
 
-def _without_autocast(function: Callable) -> Callable:
-    """Run without gradients and without autocast: the dtypes of the products have been chosen."""
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Run without gradients and without autocast: the dtypes of the GEMMs have been chosen."""
 
-    def run(policy: Model, reference: Model | None, labels: Tensor, *args):
-        with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
-            return function(policy, reference, labels, *args)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        call: Any = args[0]
+        with torch.no_grad(), torch.autocast(call.labels.device.type, enabled=False):
+            return function(*args, **kwargs)
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     return run
 
 
 @_without_autocast
-def stats(
-    policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig, valid: Tensor | None = None
-) -> Tensor:
-    """The columns of `config` for each row, `[K, N]`; 0 at ignored rows. One product per model.
-
-    Args (of all passes):
-        valid: `valid_rows` of the labels, where they are known already.
-    """
-    work = Pass(policy, reference, labels, config, valid)
-    result = torch.zeros(config.columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
+def stats(call: HeadCall) -> Tensor:
+    """The columns of the config for each row, `[K, N]`; 0 at ignored rows. One GEMM per model."""
+    work = Pass(call)
+    result = work.result()
     for chunk in work.chunks(work.selections()):
-        _put(result, chunk.where, work.stats(chunk, config.columns)[:, 0], 1)
+        _put(result, chunk.where, work.stats(chunk, call.config.columns)[:, 0], 1)
     return result
 
 
 @_without_autocast
-def unit_gradient(
-    policy: Model, reference: Model | None, labels: Tensor, config: LinearConfig, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The columns and d logp / d hidden, `[K, N]` and `[N, H]` in `kept_dtype` of the products. Two products."""
-    work = Pass(policy, reference, labels, config, valid)
-    result = torch.zeros(config.columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
-    unit = torch.zeros(policy.hidden.shape, dtype=kept_dtype(config.dtype), device=labels.device)
+def unit_gradient(call: HeadCall) -> tuple[Tensor, Tensor]:
+    """The columns and d logp / d hidden, `[K, N]` and `[N, H]` in `saved_dtype` of the GEMMs. Two GEMMs."""
+    work, columns = Pass(call), call.config.columns
+    result = work.result()
+    unit = torch.zeros(call.policy.hidden.shape, dtype=saved_dtype(call.config.dtype), device=call.labels.device)
     for chunk in work.chunks(work.selections()):
-        values = work.stats(chunk, config.columns | STATE)
-        _put(result, chunk.where, _only(values, config.columns | STATE, config.columns)[:, 0], 1)
+        values = work.stats(chunk, columns | STATE)
+        _put(result, chunk.where, _only(values, columns | STATE, columns)[:, 0], 1)
         ones = torch.ones_like(values[:1])
         _put(unit, chunk.where, work.head.input_grad(work.gradient(chunk, values[:3], ones)))
     return result, unit
@@ -328,7 +233,7 @@ class _Gradients:
 
     def __init__(self, work: Pass, needs: Sequence[bool], dtypes: Sequence[torch.dtype | None], chunks: int):
         self.work, self.dtypes = work, dtypes
-        hidden = work.policy.hidden
+        hidden = work.call.policy.hidden
         self.hidden = torch.zeros(hidden.shape, dtype=dtypes[0], device=hidden.device) if needs[0] else None
         self.weight = WeightGrad(work.head, needs[1], needs[2], chunks)
 
@@ -344,8 +249,8 @@ class _Gradients:
         if self.hidden is not None:
             dx = self.work.head.input_grad(g)
             dx = dx if scale is None else dx.float() * scale
-        shard = self.work.config.shard
-        summed = None if dx is None or shard is None else shard.sum_(dx)  # while the product of dW runs
+        shard = self.work.call.config.shard
+        summed = None if dx is None or shard is None else shard.sum_(dx)  # while the GEMM of dW runs
         if scale is not None:
             # The rows' own scales, relative to the largest, ride on x; the largest on the sum.
             top = scale.amax()
@@ -355,65 +260,62 @@ class _Gradients:
         if self.hidden is not None and dx is not None:
             _put(self.hidden, chunk.where, dx if summed is None else summed())
 
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def result(self) -> Gradients:
         weight, bias = self.weight.result(self.dtypes[1], self.dtypes[2])
         return self.hidden, weight, bias
 
 
 @_without_autocast
-def gradients(
-    policy: Model,
-    reference: Model | None,
-    labels: Tensor,
-    states: Tensor,
-    coefficients: Tensor,
-    needs: Sequence[bool],
-    config: LinearConfig,
-    valid: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dL/dhidden, dL/dweight, dL/dbias (None where not needed) from coefficients; the logits are made again.
+def gradients(call: HeadCall, states: Tensor, coefficients: Tensor, needs: Sequence[bool]) -> Gradients:
+    """dL/dhidden, dL/dweight, dL/dbias (None where not needed) from coefficients; the logits are recomputed.
 
     Args:
+        call: the batch. Its reference is read only by five coefficients.
         states: `[3 or 6, N]`, the states of the models from `stats`.
-        coefficients: `[1 or 5, N]`, see `qkernels.core.coefficients`; a reference is read only by five.
+        coefficients: `[1 or 5, N]`, see `qkernels.core.coefficients`.
         needs: which of the three are wanted.
     """
-    work = Pass(policy, reference if coefficients.shape[0] > 1 else None, labels, config, valid)
+    work = Pass(call if coefficients.shape[0] > 1 else call._replace(reference=None))
     selections = work.selections()
-    total = _Gradients(work, needs, [None if x is None else x.dtype for x in policy], len(selections))
+    total = _Gradients(work, needs, [None if x is None else x.dtype for x in call.policy], len(selections))
     for chunk in work.chunks(selections):
         at = (slice(None), chunk.where)
         total.add(chunk, states[at].unsqueeze(1), coefficients[at].unsqueeze(1))
     return total.result()
 
 
-@_without_autocast
-def pair_gradients(
-    policy: Model,
-    reference: Model | None,
-    labels: Tensor,
-    selections: Sequence[Selection],
-    objective: Callable[[int, Tensor], Mapping[str, Tensor]],
-    needs: Sequence[bool],
-    config: LinearConfig,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The columns and the gradients of a loss whose coefficients are known once a chunk's columns are. Three products.
+class KnownLoss(Protocol):
+    """A loss that is a sum over units, tokens, sequences or pairs, each of which is known from its own rows.
 
-    The gradients are in `kept_dtype` of the inputs: an upstream gradient is still to come.
+    selections: the rows of each chunk, whole units.
+    """
+
+    @property
+    def selections(self) -> Sequence[Selection]: ...
+
+    def gradient_of(self, chunk: int, stats: Tensor) -> Mapping[str, Tensor]:
+        """dL/dcolumn `[1, n]` by name of column, from the columns `[K, 1, n]` of that chunk."""
+
+
+@_without_autocast
+def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> tuple[Tensor, Gradients]:
+    """The columns and the gradients of a loss whose coefficients are known once a chunk's columns are. Three GEMMs.
+
+    The gradients are in `saved_dtype` of the inputs: an upstream gradient is still to come.
 
     Args:
-        selections: the rows of each chunk: whole pairs.
-        objective: number of the chunk, its columns `[K, 1, n]` -> dL/dcolumn `[1, n]` by name.
+        call: the batch.
+        loss: what each chunk loses.
         needs: which of hidden, weight, bias need a gradient.
     """
-    work = Pass(policy, reference, labels, config)
-    columns = config.columns
-    result = torch.zeros(columns.bit_count(), labels.shape[0], dtype=work.wide, device=labels.device)
-    total = _Gradients(work, needs, [None if x is None else kept_dtype(x.dtype) for x in policy], len(selections))
-    for number, chunk in enumerate(work.chunks(selections)):
+    work, columns = Pass(call), call.config.columns
+    result = work.result()
+    dtypes = [None if x is None else saved_dtype(x.dtype) for x in call.policy]
+    total = _Gradients(work, needs, dtypes, len(loss.selections))
+    for number, chunk in enumerate(work.chunks(loss.selections)):
         values = work.stats(chunk, columns)
         _put(result, chunk.where, values[:, 0], 1)
-        coefficients = coefficients_of(values, objective(number, values), columns)
+        coefficients = coefficients_of(values, loss.gradient_of(number, values), columns)
         states = values[:6] if columns & BIT["reference_row_max"] else values[:3]
         total.add(chunk, states, coefficients)
     return result, total.result()

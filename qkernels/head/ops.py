@@ -1,83 +1,82 @@
 """The passes over hidden states (`qkernels.head.chunks`) as torch.library ops, for torch.compile.
 
-Eager code calls the passes directly. Shapes: hidden states `[N, H]`, weight `[V, H]`, bias `[V]`, labels a contiguous
-int64 `[N]`. `valid_rows` is the number of valid rows: on a GPU it saves the synchronisation in which the host would
-learn it. A wrong number drops rows, or takes one several times; the caller compares it with the labels.
+Eager code calls the passes directly. Compiled code has no shards, and does not know the indices of the valid rows; it
+may know their number, `valid_rows`, which on a GPU saves the synchronisation in which the host would learn it. A wrong
+number drops rows, or takes one several times; the caller compares it with the labels.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
-from ..core.columns import check_labels, stats_dtype
+import torch
+from torch import Tensor
+
+from ..core.checks import check_labels
+from ..core.columns import stats_dtype
+from ..core.operations import Operation
 from . import chunks
-from .chunks import Model, kept_dtype
+from .call import HeadCall
+from .chunks import saved_dtype
 
 _library = torch.library.Library("qkernels", "FRAGMENT")
 
-_MODELS = (
-    "Tensor hidden, Tensor weight, Tensor? bias,"
-    " Tensor? reference_hidden, Tensor? reference_weight, Tensor? reference_bias, Tensor labels"
-)
-_LINEAR = (
-    "int columns, float temperature, float? softcap, float logit_scale, int ignore_index, ScalarType dtype,"
-    " ScalarType reference_dtype, SymInt chunk_rows, str backend, SymInt? valid_rows=None"
-)
-_library.define(f"linear_stats({_MODELS}, {_LINEAR}) -> Tensor")
-_library.define(f"linear_unit_gradient({_MODELS}, {_LINEAR}) -> (Tensor, Tensor)")
-_library.define(
-    f"linear_gradients({_MODELS}, Tensor states, Tensor coefficients, bool[] needs, {_LINEAR})"
-    " -> (Tensor, Tensor, Tensor)"
-)
+
+class GradientsCall(NamedTuple):
+    """The arguments of `chunks.gradients`.
+
+    states: `[3 or 6, N]`, the states of the models.
+    coefficients: `[1 or 5, N]`, see `qkernels.core.coefficients`.
+    needs: whether hidden, weight and bias need a gradient.
+    """
+
+    states: Tensor
+    coefficients: Tensor
+    needs: list[bool]
+    call: HeadCall
 
 
-def _models(hidden, weight, bias, reference_hidden, reference_weight, reference_bias):
-    reference = None if reference_hidden is None else Model(reference_hidden, reference_weight, reference_bias)
-    return Model(hidden, weight, bias), reference
-
-
-def _linear_stats(*args):
+def _checked(call: HeadCall) -> HeadCall:
     # Eager code has done this already, in the shape of the batch. Chunks do not know where their rows come from.
-    check_labels(args[6], args[1].shape[0], args[11])
-    return chunks.stats(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
+    check_labels(call.labels, call.policy.weight.shape[0], call.config.ignore_index)
+    return call
 
 
-def _linear_stats_fake(*args):
-    return args[0].new_empty((args[7].bit_count(), args[0].shape[0]), dtype=stats_dtype(args[12]))
+def _stats_fake(call: HeadCall) -> Tensor:
+    hidden, config = call.policy.hidden, call.config
+    return hidden.new_empty((config.columns.bit_count(), hidden.shape[0]), dtype=stats_dtype(config.dtype))
 
 
-def _linear_unit_gradient(*args):
-    check_labels(args[6], args[1].shape[0], args[11])
-    return chunks.unit_gradient(*_models(*args[:6]), args[6], chunks.LinearConfig(*args[7:]))
+def _unit_gradient_fake(call: HeadCall) -> tuple[Tensor, Tensor]:
+    hidden = call.policy.hidden
+    return _stats_fake(call), hidden.new_empty(hidden.shape, dtype=saved_dtype(call.config.dtype))
 
 
-def _linear_unit_gradient_fake(*args):
-    return _linear_stats_fake(*args), args[0].new_empty(args[0].shape, dtype=kept_dtype(args[12]))
+def _gradients(given: GradientsCall) -> tuple[Tensor, ...]:
+    result = chunks.gradients(given.call, given.states, given.coefficients, given.needs)
+    return tuple(given.states.new_empty(0) if gradient is None else gradient for gradient in result)
 
 
-def _linear_gradients(*args):
-    labels, states, coefficients, needs = args[6:10]
-    config = chunks.LinearConfig(*args[10:])
-    result = chunks.gradients(*_models(*args[:6]), labels, states, coefficients, needs, config)
-    return tuple(labels.new_empty(0) if gradient is None else gradient for gradient in result)
-
-
-def _linear_gradients_fake(*args):
-    inputs, labels, needs = args[:3], args[6], args[9]
+def _gradients_fake(given: GradientsCall) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if needed else labels.new_empty(0)
-        for x, needed in zip(inputs, needs, strict=True)
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        if needed and x is not None
+        else given.states.new_empty(0)
+        for x, needed in zip(given.call.policy, given.needs, strict=True)
     )
 
 
-for _name, _run, _fake in (
-    ("linear_stats", _linear_stats, _linear_stats_fake),
-    ("linear_unit_gradient", _linear_unit_gradient, _linear_unit_gradient_fake),
-    ("linear_gradients", _linear_gradients, _linear_gradients_fake),
-):
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qkernels::{_name}", _fake, lib=_library)
-
-linear_stats = torch.ops.qkernels.linear_stats.default
-linear_unit_gradient = torch.ops.qkernels.linear_unit_gradient.default
-linear_gradients = torch.ops.qkernels.linear_gradients.default
+_SYMBOLIC, _LEFT_OUT = ("chunk_rows", "valid_rows"), ("shard", "valid")
+linear_stats = Operation(
+    _library, "linear_stats", HeadCall, "Tensor",
+    run=lambda call: chunks.stats(_checked(call)), fake=_stats_fake, symbolic=_SYMBOLIC, left_out=_LEFT_OUT,
+)  # fmt: skip
+linear_unit_gradient = Operation(
+    _library, "linear_unit_gradient", HeadCall, "(Tensor, Tensor)",
+    run=lambda call: chunks.unit_gradient(_checked(call)), fake=_unit_gradient_fake,
+    symbolic=_SYMBOLIC, left_out=_LEFT_OUT,
+)  # fmt: skip
+linear_gradients = Operation(
+    _library, "linear_gradients", GradientsCall, "(Tensor, Tensor, Tensor)",
+    run=_gradients, fake=_gradients_fake, symbolic=_SYMBOLIC, left_out=_LEFT_OUT,
+)  # fmt: skip

@@ -1,13 +1,13 @@
 """Which way through the head: the plans of the hidden-states path, what each costs, and how one is chosen.
 
-| plan | when | products, in units of 2 N V H |
+| plan | when | GEMMs, in units of 2 N V H |
 |---|---|---|
 | forward_only | nothing needs a gradient | 1: logits |
 | frozen_head | the head needs no gradient, only `logps` has one | 2: logits, unscaled dX |
 | pair_chunks | the loss is a sum over pairs, and each pair fits a chunk | 3: logits, dX, dW |
 | recompute | everything else | 4: logits, logits again, dX, dW |
 
-(one product less where hidden states or weight need no gradient; the reference costs one more, two under `recompute`
+(one GEMM less where hidden states or weight need no gradient; the reference costs one more, two under `recompute`
 with a gradient of a divergence). N counts valid rows: ignored ones are dropped first.
 """
 
@@ -17,11 +17,16 @@ from typing import NamedTuple
 
 import torch
 
+from ..core.columns import BIT, stats_dtype
 from ..core.memory import free_memory
+from ..distributed.vocab_parallel import Shard
+from .call import Model
+from .chunks import saved_dtype
+from .products import block_bytes, gradient_dtype, logits_product
 
 PLANS = ("frozen_head", "pair_chunks", "recompute")
 
-# A chunk of logits is at most this large unless asked for, by device type: enough rows that the products run at full
+# A chunk of logits is at most this large unless asked for, by device type: enough rows that the GEMMs run at full
 # speed (1400 rows of V = 128256 in bf16 on a GPU).
 _DEFAULT_BYTES = {"cpu": 256 * 2**20}
 _DEFAULT_BYTES_ELSEWHERE = 2**30
@@ -37,11 +42,11 @@ class LinearPlan(NamedTuple):
     rows: valid rows, N; all rows where the labels' values cannot be read yet.
     chunk_rows: rows of logits that exist at a time, at most.
     chunks: number of chunks.
-    products: matrix products of the policy's head, in units of 2 N V H; the backward's included.
+    products: GEMMs of the policy's head, in units of 2 N V H; the backward's included.
     reference_products: the same of the reference's head.
     chunk_bytes: size of a chunk's buffers.
     peak_bytes: memory beyond inputs and their gradients, at most: the chunk, and what the plan keeps besides.
-    logits: how the logits' products run.
+    logits: how the GEMMs of the logits run.
     """
 
     name: str
@@ -78,78 +83,151 @@ def _budget(device: torch.device, free: int) -> int:
     return min(_DEFAULT_BYTES.get(device.type, _DEFAULT_BYTES_ELSEWHERE), free // _SHARE_OF_FREE)
 
 
-def chunk_rows(
-    bytes_per_row: int,
-    max_chunk_bytes: int | None,
-    device: torch.device,
-    total_rows: int,
-    pair_rows: int,
-    vocab: int,
-    free: int | None = None,
-) -> int:
-    """Rows of a chunk that fit the budget.
+class Work(NamedTuple):
+    """What a call on hidden states has to do, as far as its plan depends on it.
 
-    Args:
-        bytes_per_row: of a chunk's buffers.
-        max_chunk_bytes: the caller's budget; None for one from the free memory.
-        total_rows: there is no use for more.
-        pair_rows: rows of the largest pair, which a budget of our own makes room for if it can; 0 if it need not fit.
-        vocab: for the message.
-        free: bytes of memory to go by instead of what is free here (the least of several ranks').
+    policy, reference: the models; the reference is None without one.
+    dtype, reference_dtype: of the GEMMs.
+    softcap: whether the logits are capped, which takes a buffer more.
+    needs: whether hidden states, weight and bias need a gradient.
+    columns: bit mask of the per-row results.
+    only_logps: whether `logps` is the only per-row result that carries gradient.
+    coupled: None if each pair's loss is known from that pair alone, else why not.
+    valid_rows: how many rows count.
+    pair_rows: valid rows of the largest pair.
+    wanted: "auto" or a plan's name.
+    max_chunk_bytes: the caller's budget; None for one from the free memory.
+    shard: this rank's shard of the vocabulary.
+    """
+
+    policy: Model
+    reference: Model | None
+    dtype: torch.dtype
+    reference_dtype: torch.dtype
+    softcap: bool
+    needs: tuple[bool, bool, bool]
+    columns: int
+    only_logps: bool
+    coupled: str | None
+    valid_rows: int
+    pair_rows: int
+    wanted: str
+    max_chunk_bytes: int | None
+    shard: Shard | None
+
+    @property
+    def trains_head(self) -> bool:
+        return self.needs[1] or self.needs[2]
+
+    @property
+    def widest(self) -> int:
+        """Columns of the vocabulary that the widest rank holds."""
+        return self.policy.weight.shape[0] if self.shard is None else self.shard.widest
+
+    def bytes_per_row(self) -> int:
+        """Bytes that one row of a chunk takes: its logits (both models') and its gradient."""
+        wide = stats_dtype(self.dtype).itemsize
+        size = wide + (0 if self.reference is None else stats_dtype(self.reference_dtype).itemsize)
+        if any(self.needs):
+            narrow = gradient_dtype(self.policy.hidden.device, self.dtype).itemsize
+            size += (narrow if narrow < wide else 0) + (wide if self.softcap else 0)
+        return self.widest * size
+
+    def bytes_besides(self, name: str, rows: int, chunks: int) -> int:
+        """Bytes that a plan takes besides the chunk's buffers and the gradients themselves, some per row left out.
+
+        Args:
+            name: of the plan.
+            rows: of a chunk.
+            chunks: how many there are.
+        """
+        policy, dtype, needs = self.policy, self.dtype, self.needs
+        vocab, hidden = policy.weight.shape
+        device = policy.hidden.device
+        products = gradient_dtype(device, dtype)
+        # A chunk's hidden states as they come and as the GEMM packs them, their gradient, and the part of the head that
+        # is widened at a time.
+        size = rows * hidden * (2 * dtype.itemsize + products.itemsize)
+        size += block_bytes(device, dtype, vocab, hidden, rows, name != "frozen_head" and needs[1] and chunks > 1)
+        if self.reference is not None:
+            size += rows * self.reference.hidden.shape[1] * self.reference_dtype.itemsize
+        # Heads that are not in the GEMMs' dtype (autocast) are cast once.
+        for model, of_model in ((policy, dtype), (self.reference, self.reference_dtype)):
+            if model is not None and model.weight.dtype != of_model:
+                size += model.weight.numel() * of_model.itemsize
+        if name == "frozen_head":
+            size += policy.hidden.numel() * saved_dtype(dtype).itemsize
+        elif needs[1]:
+            summed = products if chunks <= 1 else stats_dtype(dtype)
+            if summed != policy.weight.dtype:
+                size += policy.weight.numel() * summed.itemsize
+        if name == "pair_chunks" and needs[0] and saved_dtype(policy.hidden.dtype) != policy.hidden.dtype:
+            size += policy.hidden.numel() * saved_dtype(policy.hidden.dtype).itemsize
+        return size
+
+
+def plan(work: Work) -> LinearPlan:
+    """Choose the plan and work out what it costs.
 
     Raises:
-        ValueError: a budget too small for one row.
+        ValueError: a plan asked for by name that cannot do the work; a budget too small for one row.
     """
-    if max_chunk_bytes is None:
-        free = free_memory(device) if free is None else free
-        share, budget = free // _SHARE_OF_FREE, _budget(device, free)
-        of_pair = pair_rows * bytes_per_row
-        budget = max(budget, of_pair if of_pair <= 2 * share else 0, bytes_per_row)
-    else:
-        budget = max_chunk_bytes
-        if budget < bytes_per_row:
-            raise ValueError(
-                f"max_chunk_bytes={budget} holds not even one row: the smallest that works is {bytes_per_row}"
-                f" (one row of {vocab} logits and what its gradient takes)"
-            )
-    return max(1, min(budget // bytes_per_row, total_rows))
+    per_row = work.bytes_per_row()
+    fit = _chunk_rows(work, per_row)
+    name, reason = _choose(work, fit)
+    needs_hidden, needs_weight, _ = work.needs
+    backward = needs_hidden + needs_weight
+    products = {"forward_only": 1, "frozen_head": 2, "pair_chunks": 1 + backward}.get(name, 2 + backward)
+    with_kl = bool(work.columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
+    number = -(-work.valid_rows // fit) if work.valid_rows else 0
+    return LinearPlan(
+        name=name,
+        reason=reason,
+        rows=work.valid_rows,
+        chunk_rows=fit,
+        chunks=number,
+        products=products,
+        reference_products=0 if work.reference is None else 2 if name == "recompute" and with_kl else 1,
+        chunk_bytes=fit * per_row,
+        peak_bytes=fit * per_row + work.bytes_besides(name, fit, number),
+        logits=logits_product(work.policy.hidden.device, work.dtype),
+    )
 
 
-def choose(
-    wanted: str,
-    *,
-    trains_hidden: bool,
-    trains_head: bool,
-    only_logps: bool,
-    pairwise: str | None,
-    pair_rows: int,
-    chunk_rows: int,
-) -> tuple[str, str]:
-    """Name of the plan and the reason for it.
+def _chunk_rows(work: Work, per_row: int) -> int:
+    """Rows of a chunk that fit the budget, `per_row` bytes each."""
+    # Room for a whole pair is of use to one plan only.
+    by_pairs = work.wanted == "pair_chunks" or (work.wanted == "auto" and (work.trains_head or not work.only_logps))
+    pair_rows = work.pair_rows if by_pairs and any(work.needs) and work.coupled is None else 0
+    budget = work.max_chunk_bytes
+    if budget is None:
+        device = work.policy.hidden.device
+        free = free_memory(device) if work.shard is None else work.shard.free  # the least of several ranks'
+        share, of_pair = free // _SHARE_OF_FREE, pair_rows * per_row
+        budget = max(_budget(device, free), of_pair if of_pair <= 2 * share else 0, per_row)
+    elif budget < per_row:
+        raise ValueError(
+            f"max_chunk_bytes={budget} holds not even one row: the smallest that works is {per_row}"
+            f" (one row of {work.widest} logits and what its gradient takes)"
+        )
+    return max(1, min(budget // per_row, max(work.valid_rows, 1)))
 
-    Args:
-        wanted: "auto" or a plan's name.
-        trains_hidden, trains_head: who needs a gradient.
-        only_logps: whether `logps` is the only per-row result that carries gradient.
-        pairwise: None if each pair's loss is known from that pair alone, else why not.
-        pair_rows: valid rows of the largest pair.
-        chunk_rows: rows that fit a chunk.
 
-    Raises:
-        ValueError: a plan asked for by name that cannot do the work.
-    """
+def _choose(work: Work, chunk_rows: int) -> tuple[str, str]:
+    """Name of the plan and the reason for it, where `chunk_rows` rows fit a chunk."""
+    wanted = work.wanted
     if wanted not in ("auto", *PLANS):
         raise ValueError(f"plan must be one of {', '.join(map(repr, ('auto', *PLANS)))}, got {wanted!r}")
-    if not (trains_hidden or trains_head):
+    if not any(work.needs):
         return "forward_only", "nothing needs a gradient"
     no_frozen = None
-    if trains_head:
+    if work.trains_head:
         no_frozen = "the head needs a gradient"
-    elif not only_logps:
+    elif not work.only_logps:
         no_frozen = "not only the log-probs carry gradient"
-    no_pairs = pairwise
-    if no_pairs is None and pair_rows > chunk_rows:
-        no_pairs = f"the largest pair has {pair_rows} valid rows and a chunk holds {chunk_rows}"
+    no_pairs = work.coupled
+    if no_pairs is None and work.pair_rows > chunk_rows:
+        no_pairs = f"the largest pair has {work.pair_rows} valid rows and a chunk holds {chunk_rows}"
     if wanted == "frozen_head" and no_frozen:
         raise ValueError(f"plan='frozen_head' is not possible: {no_frozen}")
     if wanted == "pair_chunks" and no_pairs:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.hidden import linear_token_dpo, linear_token_stats
-from ..functional.logits import TokenStats, shift_labels
+from ..functional.logits import shift_labels
+from ..functional.results import TokenStats
 
 
 class HeadParameters(NamedTuple):

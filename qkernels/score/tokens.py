@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..core import checks
 from ..functional.hidden import linear_token_stats
-from ..functional.logits import TokenStats, shift_labels
+from ..functional.logits import shift_labels
 from ..functional.mdp import TokenMDP, token_mdp_from_logps
+from ..functional.results import TokenStats
 from ..integrations.transformers import compute_token_stats, head_parameters, reference_rows
 
 if TYPE_CHECKING:

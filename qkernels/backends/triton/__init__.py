@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ...core.calls import PairLoss, RowGrad, RowStats, takes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,38 +34,41 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def row_stats(
-    logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
-) -> Tensor:
-    """Per-row results. See `qkernels.backends.ops.row_stats`."""
+@takes(RowStats)
+def row_stats(call: RowStats) -> Tensor:
+    """Per-row results. See `qkernels.core.calls`."""
     from . import row_stats_kernel
 
-    return row_stats_kernel.row_stats(logits, labels, reference, columns, temperature, ignore_index)
+    return row_stats_kernel.row_stats(call)
 
 
-def row_grad_into(out: Tensor, logits: Tensor, *args: Any) -> None:
+@takes(RowGrad, after=1)
+def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
     from . import row_grad_kernel
 
-    row_grad_kernel.row_grad_into(out, logits, *args)
+    row_grad_kernel.row_grad_into(out, call)
 
 
-def row_grad(logits: Tensor, *args: Any) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
+@takes(RowGrad)
+def row_grad(call: RowGrad) -> Tensor:
+    """dL/dlogits as a new tensor. See `qkernels.core.calls`."""
     from . import row_grad_kernel
 
-    return row_grad_kernel.row_grad(logits, *args)
+    return row_grad_kernel.row_grad(call)
 
 
-def row_grad_(logits: Tensor, *args: Any) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
+@takes(RowGrad)
+def row_grad_(call: RowGrad) -> None:
+    """dL/dlogits over the logits themselves. See `qkernels.core.calls`."""
     from . import row_grad_kernel
 
-    row_grad_kernel.row_grad_(logits, *args)
+    row_grad_kernel.row_grad_(call)
 
 
-def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
+@takes(PairLoss)
+def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
+    """The default objective in one step. See `qkernels.core.calls`."""
     from . import pair_loss_kernel
 
-    return pair_loss_kernel.pair_loss(logps, *args)
+    return pair_loss_kernel.pair_loss(call)

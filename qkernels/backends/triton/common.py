@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.columns import check_labels as check_labels
+from ...core.checks import check_labels as check_labels
 
 WARPS = 4
 WARP_SIZE = 64 if torch.version.hip else 32

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import layout
-from ...core.columns import pair_outputs
+from ...core.calls import PairLoss
 from . import common
 from .common import _INF, joined, log1p
 
@@ -217,19 +217,11 @@ def _store_rows(
 # --- host -------------------------------------------------------------------------------------------------------------
 
 
-def pair_loss(
-    logps: Tensor,
-    reference_logps: Tensor | None,
-    labels: Tensor,
-    weights: Tensor | None,
-    cu_seqlens: Tensor | None,
-    beta: float,
-    label_smoothing: float,
-    ignore_index: int,
-) -> tuple[Tensor, ...]:
-    """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
+def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
+    """The default objective in one step. See `qkernels.core.calls`."""
+    logps, reference_logps, labels, weights, cu_seqlens, beta, label_smoothing, ignore_index, _ = call
     layout.dense(labels, torch.int64)
-    loss, rewards, grad, tokens = pair_outputs(logps, reference_logps, cu_seqlens)
+    loss, rewards, grad, tokens = call.outputs()
     logps = logps.contiguous()
     reference = logps if reference_logps is None else reference_logps.contiguous()
     offsets = logps if cu_seqlens is None else cu_seqlens.contiguous()

@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import layout
+from ...core.calls import RowGrad
 from . import common
 from .common import (
     _LOG2E,
@@ -219,19 +220,9 @@ def row_grad_kernel(
 # --- host -------------------------------------------------------------------------------------------------------------
 
 
-def row_grad_into(
-    out: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    reference: Tensor | None,
-    state: Tensor,
-    reference_state: Tensor | None,
-    coefficients: Tensor,
-    upstream: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-) -> None:
+def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
+    logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
     rows, vocab = layout.dense(labels, torch.int64).numel(), layout.rows(logits).shape[-1]
     if rows == 0:
         return
@@ -254,13 +245,13 @@ def row_grad_into(
         )  # fmt: skip
 
 
-def row_grad(logits: Tensor, *args) -> Tensor:
-    """dL/dlogits as a new tensor. See `qkernels.backends.ops.row_grad`."""
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    row_grad_into(out, logits, *args)
+def row_grad(call: RowGrad) -> Tensor:
+    """dL/dlogits as a new tensor. See `qkernels.core.calls`."""
+    out = torch.empty_like(call.logits, memory_format=torch.contiguous_format)
+    row_grad_into(out, call)
     return out
 
 
-def row_grad_(logits: Tensor, *args) -> None:
-    """dL/dlogits over the logits themselves. See `qkernels.backends.ops.row_grad_`."""
-    row_grad_into(logits, logits, *args)
+def row_grad_(call: RowGrad) -> None:
+    """dL/dlogits over the logits themselves. See `qkernels.core.calls`."""
+    row_grad_into(call.logits, call)

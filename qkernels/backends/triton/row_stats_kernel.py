@@ -43,6 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import layout
+from ...core.calls import RowStats
 from ...core.columns import BIT, COLUMNS, NEEDS_REFERENCE
 from . import common
 from .common import (
@@ -535,10 +536,9 @@ def gathers(columns: int) -> dict[str, int | bool]:
     }
 
 
-def row_stats(
-    logits: Tensor, labels: Tensor, reference: Tensor | None, columns: int, temperature: float, ignore_index: int
-) -> Tensor:
-    """Per-row results. See `qkernels.backends.ops.row_stats`."""
+def row_stats(call: RowStats) -> Tensor:
+    """Per-row results. See `qkernels.core.calls`."""
+    logits, labels, reference, columns, temperature, ignore_index, _ = call
     common.check_labels(labels, logits.shape[-1], ignore_index)
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
     rows, vocab = layout.dense(labels, torch.int64).numel(), layout.rows(logits).shape[-1]

@@ -1,0 +1,117 @@
+"""The arguments of the row operations, each declared once: backends take them whole, and op schemas are made of them.
+
+Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides before it (a packed batch is
+`[1, N, V]`); `labels` is a contiguous int64 `[S, T]`; per-row buffers are `[K, S, T]`, fp32 (fp64 for fp64 logits).
+The order of every per-row buffer is in `qkernels.core.columns`. `csrc/core/calls.h` has the same structures in C++.
+
+Build them by keyword: two neighbours of one type then cannot change places.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def takes(arguments: type, after: int = 0) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Let a backend's function be called with a NamedTuple, as the engine does, or with its fields spelt out in order.
+
+    Args:
+        arguments: the NamedTuple.
+        after: how many arguments come before it.
+    """
+
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.wraps(function)
+        def run(*args: Any) -> Result:
+            if type(args[after]) is arguments:
+                return function(*args)
+            return function(*args[:after], arguments(*args[after:]))
+
+        return run
+
+    return decorate
+
+
+class RowStats(NamedTuple):
+    """`row_stats`: the requested columns of each row, `[K, S, T]`. One read of each logit.
+
+    A row with an ignored label is not read; it is 0 in every column. IndexError for a label outside [0, V) on the CPU,
+    NaN in that row elsewhere.
+
+    reference: `[S, T, V]`, the other model's logits, of any floating dtype; None where no column reads them.
+    columns: bit mask of the results.
+    backend: name of the one that runs.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    reference: Tensor | None
+    columns: int
+    temperature: float
+    ignore_index: int
+    backend: str = ""
+
+
+class RowGrad(NamedTuple):
+    """`row_grad`: dL/dlogits into a new tensor; `row_grad_`: the same over the logits' own storage.
+
+    One read and one write of each logit. Rows that are ignored, or whose coefficients are all 0, are set to 0 without
+    being read.
+
+    state, reference_state: `[3, S, T]`, the first three columns of either model from `row_stats`.
+    coefficients: `[1 or 5, S, T]`, see `qkernels.core.coefficients`. The reference is read only by five of them.
+    upstream: `[]`, multiplies all coefficients; on the device, in the dtype of the results. None stands for 1.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    reference: Tensor | None
+    state: Tensor
+    reference_state: Tensor | None
+    coefficients: Tensor
+    upstream: Tensor | None
+    temperature: float
+    ignore_index: int
+    backend: str = ""
+
+
+class PairLoss(NamedTuple):
+    """`pair_loss`: DPO with label smoothing from per-row log-probs, averaged over the pairs.
+
+    Returns `(loss [], rewards [2B], dloss/dlogps [S, T], tokens [2, S, T])`: rewards are beta times the weighted sums
+    of log-ratios; tokens are beta times the log-ratio of each row, and the reference's log-prob. Rows of weight 0 do
+    not count, are not read, and are 0 in all results.
+
+    logps: `[S, T]`, log pi(label).
+    reference_logps: per token, `[S, T]`; per sequence, `[2B]` (tokens are `[0, S, T]` then); or None for 0.
+    weights: `[S, T]`, 0 where the label is ignored; None stands for 1 elsewhere.
+    cu_seqlens: int32 `[2B + 1]`, boundaries of a packed batch; None for a dense one.
+    """
+
+    logps: Tensor
+    reference_logps: Tensor | None
+    labels: Tensor
+    weights: Tensor | None
+    cu_seqlens: Tensor | None
+    beta: float
+    label_smoothing: float
+    ignore_index: int
+    backend: str = ""
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Empty tensors for the four results."""
+        logps, cu_seqlens, reference = self.logps, self.cu_seqlens, self.reference_logps
+        sequences = logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        per_sequence = reference is not None and reference.dim() == 1
+        return (
+            logps.new_empty(()),
+            logps.new_empty(sequences),
+            logps.new_empty(logps.shape),
+            logps.new_empty((0 if per_sequence else 2, *logps.shape)),
+        )

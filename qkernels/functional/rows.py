@@ -1,0 +1,159 @@
+"""Rows of logits: the arguments that all public functions on logits share, checked, and the pass over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..autograd.logits import Backward, RowStats, refuse_overwritten
+from ..autograd.saved import by_name
+from ..core import calls, checks
+from ..core.columns import BIT, REFERENCE_STATE, STATE, stats_dtype
+from ..distributed import groups, vocab_parallel
+from ..distributed.groups import Ranks
+from ..distributed.vocab_parallel import Shard
+
+
+class Rows(NamedTuple):
+    """Checked rows of logits, `[S, T, V]` views, and how to run on them.
+
+    shape: of the caller's labels.
+    shard: this rank's shard of the vocabulary; None where it holds all of it.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    reference: Tensor | None
+    shape: torch.Size
+    temperature: float
+    ignore_index: int
+    inplace: bool
+    backend: str
+    shard: Shard | None = None
+
+    def agree(self, ranks: Ranks | None, equal: Mapping[str, Any], fields: Mapping[str, Any]) -> Rows:
+        """The same rows with their shard, once the ranks of `tp_group` have found that they make the same call.
+
+        Args:
+            ranks: the groups of the call; None without any.
+            equal: tensors by name that have to be the same on all ranks, besides the labels.
+            fields: whatever else has to be.
+        """
+        if ranks is None:
+            return self
+        vocab, ignore_index = self.logits.shape[-1], self.ignore_index
+        fields = {
+            **fields,
+            "dtype of the results": stats_dtype(self.logits.dtype),
+            "a reference": self.reference is not None,
+            "temperature, ignore_index": (self.temperature, ignore_index),
+        }
+        labels = self.labels.view(self.shape)
+        shard = vocab_parallel.agree(ranks, vocab, labels=labels, ignore_index=ignore_index, equal=equal, fields=fields)
+        if shard is None:  # the backend would see them too late for the other ranks of sp_group
+            checks.check_labels(labels, vocab, ignore_index)
+        return self._replace(shard=shard)
+
+    def call(self, columns: int) -> calls.RowStats:
+        """The arguments of `row_stats` for these columns."""
+        return calls.RowStats(
+            logits=self.logits,
+            labels=self.labels,
+            reference=self.reference,
+            columns=columns,
+            temperature=self.temperature,
+            ignore_index=self.ignore_index,
+            backend=self.backend,
+        )
+
+    def stats(self, columns: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
+        """Run `row_stats` with autograd for the columns named in `carrying`; all columns by name, `[S, T]`."""
+        if carrying and self.logits.requires_grad and torch.is_grad_enabled():
+            columns |= STATE
+            if columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
+                columns |= REFERENCE_STATE
+            how = Backward(self.inplace, carrying, self.shard)
+            return by_name(columns, carrying, RowStats.apply(self.logits, self.call(columns), how))
+        return by_name(columns, (), (vocab_parallel.row_stats(self.call(columns), self.shard),))
+
+
+class RowsRequest(NamedTuple):
+    """The arguments that the public functions on logits share, as they came; named as they have them.
+
+    function: name of the public function.
+    name: of its argument `logits`.
+    hint: for ranks that disagree over a group that DTensors imply.
+    """
+
+    function: str
+    name: str
+    logits: Any
+    labels: Any
+    reference_logits: Any
+    temperature: Any
+    ignore_index: Any
+    inplace_backward: Any
+    backend: str
+    tp_group: Any
+    sp_group: Any = None
+    hint: str = ""
+
+    def local(self) -> RowsRequest:
+        """The same with local tensors in place of DTensors."""
+        group, hint, (logits, reference, labels) = groups.to_local(
+            self.tp_group,
+            **{self.name: (self.logits, -1), "reference_logits": (self.reference_logits, -1)},
+            labels=(self.labels, None),
+        )
+        return self._replace(tp_group=group, hint=hint, logits=logits, reference_logits=reference, labels=labels)
+
+    def ranks(self) -> AbstractContextManager[Ranks | None]:
+        """The context in which the arguments are checked and the ranks agree on them."""
+        return groups.ranks(self.tp_group, self.sp_group, self.logits, self.hint)
+
+    def validate(self) -> Rows:
+        """Check the arguments and view the logits as `[S, T, V]`."""
+        name = self.name
+        logits = checks.logits(self.logits, name)
+        refuse_overwritten(logits, name)
+        labels = checks.labels(self.labels, logits, name)
+        reference = self.reference_logits
+        if reference is not None:
+            refuse_overwritten(checks.tensor(reference, "reference_logits"), "reference_logits")
+            reference = checks.reference_logits(reference, logits, name)
+        return Rows(
+            logits=_as_3d(logits, name),
+            labels=_as_2d(labels),
+            reference=None if reference is None else _as_3d(reference, "reference_logits"),
+            shape=labels.shape,
+            temperature=checks.positive(self.temperature, "temperature"),
+            ignore_index=checks.ignore_index(self.ignore_index),
+            inplace=checks.inplace(self.inplace_backward, logits, name, {"reference_logits": reference}),
+            backend=backends.resolve(self.backend, logits),
+        )
+
+
+def _as_3d(logits: Tensor, name: str) -> Tensor:
+    if logits.dim() == 3:
+        return logits
+    if logits.dim() == 2:
+        return logits.unsqueeze(0)
+    try:
+        return logits.view(logits.shape[0], math.prod(logits.shape[1:-1]), logits.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"the row dimensions of {name} {tuple(logits.shape)} with strides {tuple(logits.stride())} do not merge;"
+            f" use {name}.contiguous()"
+        ) from None
+
+
+def _as_2d(per_row: Tensor) -> Tensor:
+    if per_row.dim() <= 2:
+        return (per_row if per_row.dim() == 2 else per_row.unsqueeze(0)).contiguous()
+    return per_row.reshape(per_row.shape[0], math.prod(per_row.shape[1:])).contiguous()
