@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY  := $(VENV)/.ready
 
-.PHONY: help demo test bench lint types sanitize clean
+.PHONY: help demo test bench lint types package sanitize clean
 
 help:
 	@echo "make demo      train a small model with token-level DPO and write a report to $(OUT)/"
@@ -15,6 +15,7 @@ help:
 	@echo "make test      run the test suite"
 	@echo "make bench     compare with eager torch, torch.compile and installed peers"
 	@echo "make lint      ruff;  make types: mypy;  make sanitize: C++ core under sanitizers"
+	@echo "make package   build the sdist and the wheel, install them in a fresh environment and use them"
 	@echo "ARGS='...' is passed on to demo, test and bench"
 
 # torch comes first and pinned, so that nothing else pulls in another build of it.
@@ -41,6 +42,9 @@ lint: $(READY)
 types: $(READY)
 	$(PIP) mypy
 	$(BIN)/mypy
+
+package: $(READY)
+	$(BIN)/python .ci/check_package.py
 
 sanitize: $(READY)
 	for kind in address,undefined thread; do \

@@ -34,7 +34,8 @@ from qkernels.demo.synthetic import generate
 from qkernels.demo.tokenizer import train_tokenizer
 from qkernels.integrations.transformers import head_parameters, hidden_states
 from qkernels.score import Answer, Encoder, TokenScorer
-from qkernels.score.tokens import IGNORE, _mdp, batches_by_length
+from qkernels.score.tokens import IGNORE, _mdp
+from qkernels.text.lengths import batches_by_length
 
 from .measure import machine, peak_memory
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from ._version import __version__
 from .objectives import OBJECTIVES, STATEFUL
+from .text.characters import printable
 
 _DEMO = """\
 Train a small language model with token-level DPO and show where its rewards fall.
@@ -43,7 +45,11 @@ layouts of --data, one record a line (.jsonl) or an array of records (.json):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 on a usage or input error (its text on stderr), 130 when interrupted, 141 when
     what read the output (`head`, a pager) has closed it."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     try:
         status = int(args.run(args))
         sys.stdout.flush()
@@ -56,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qkernels", description="Token-level preference losses and rewards.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"qkernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     info = commands.add_parser("info", help="versions, backends, instruction sets, threads")
     info.set_defaults(run=_info)
     demo = commands.add_parser(
@@ -113,7 +120,12 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     )
     score.set_defaults(run=_score)
     add = score.add_argument
-    add("--model", required=True, metavar="DIR", help="the trained model, or a PEFT adapter; transformers format")
+    add(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="the trained model, or a PEFT adapter; transformers format, or OWNER/MODEL on the Hugging Face Hub",
+    )
     add(
         "--reference",
         metavar="DIR",
@@ -144,10 +156,16 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     add("--prompt-format", default="auto", metavar="NAME", help="chat (the tokenizer's template), plain, or auto"
         " (default: chat where there is a template)")  # fmt: skip
     add("--chat-template", type=Path, metavar="FILE", help="Jinja template in place of the tokenizer's")
-    add("--batch-tokens", type=int, default=8192, metavar="N", help="padded tokens of a forward pass (default: 8192)")
+    add(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="padded tokens of a forward pass (default: 8192 on a GPU, 1024 on a CPU)",
+    )
     add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     add("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, float16, or auto (default: as saved)")
     add("--shown", type=int, default=12, metavar="N", help="pairs in the report (default: 12)")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with a model (default: refuse it)")
 
 
 def _add_show(commands: argparse._SubParsersAction) -> None:
@@ -161,6 +179,7 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
     add("folder", type=Path, metavar="DIR", help="what `qkernels score --out` wrote")
     add("--pair", type=int, metavar="N", help="number of the pair (default: the one with the lowest margin)")
     add("--side", choices=("chosen", "rejected"), help="one answer alone")
+    add("--prompt", action="store_true", help="print the whole prompt (default: the end of its last message)")
     add("--html", type=Path, metavar="FILE", help="write a page instead of printing")
     add("--png", type=Path, metavar="FILE", help="write a picture instead of printing; needs matplotlib")
 
@@ -186,14 +205,13 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         metrics = run_demo(DemoOptions(**chosen))
     except (DataError, DemoError) as error:
-        print(f"qkernels demo: error: {error}", file=sys.stderr)
-        return 2
+        return _fail("demo", error)
     except KeyboardInterrupt:
         print("\nqkernels demo: interrupted; nothing was written", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, earlier)
-    print(summary(metrics, args.out))
+    print(printable(summary(metrics, args.out), keep=" \n"))
     return 0
 
 
@@ -208,14 +226,13 @@ def _score(args: argparse.Namespace) -> int:
     try:
         figures = run_score(options)
     except (DataError, ScoreError) as error:
-        print(f"qkernels score: error: {error}", file=sys.stderr)
-        return 2
+        return _fail("score", error)
     except KeyboardInterrupt:
         print("\nqkernels score: interrupted; --resume goes on with what has been scored", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, earlier)
-    print(summary(figures, options))
+    print(printable(summary(figures, options), keep=" \n"))
     return 0
 
 
@@ -237,17 +254,20 @@ def _show(args: argparse.Namespace) -> int:
         if args.png is not None:
             heat_map.save_png(args.png)
     except ScoreError as error:
-        print(f"qkernels show: error: {error}", file=sys.stderr)
-        return 2
+        return _fail("show", error)
     except OSError as error:
-        print(f"qkernels show: error: cannot write ({error})", file=sys.stderr)
-        return 2
+        return _fail("show", f"cannot write ({error})")
     except ModuleNotFoundError as error:
-        print(f"qkernels show: error: needs {error.name}: pip install {error.name}", file=sys.stderr)
-        return 2
+        return _fail("show", f"needs {error.name}: pip install {error.name}")
     if args.html is None and args.png is None:
-        print(f"pair {pair}\n\n{heat_map}")
+        print(f"pair {pair}\n\n{heat_map.text(whole_prompt=args.prompt)}")
     return 0
+
+
+def _fail(command: str, error: object) -> int:
+    """Tell an error, which may quote data, on one line."""
+    print(f"qkernels {command}: error: {printable(str(error))}", file=sys.stderr)
+    return 2
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

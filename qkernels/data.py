@@ -20,6 +20,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .text.characters import PrintableError
+
 # The names that data sets use for who is speaking, and ours.
 ROLES = {
     "system": "system",
@@ -34,7 +36,7 @@ _FIELDS = ("prompt", "chosen", "rejected", "conversations", "system")
 _CONSTANTS = {True: "true", False: "false", None: "null"}
 
 
-class DataError(ValueError):
+class DataError(PrintableError, ValueError):
     """A preference file that cannot be used; the message names the file, the place, what was expected and found."""
 
 
@@ -289,8 +291,12 @@ def _message(value: Any, name: str) -> Message:
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise _Unusable(f"expected {name!r} to be a string, found {_found(value)}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _Unusable(f"expected {name!r} to be valid text, found half of a surrogate pair (a broken \\u escape)")
+    try:
+        value.encode()  # UTF-8 refuses half surrogate pairs and nothing else
+    except UnicodeEncodeError:
+        raise _Unusable(
+            f"expected {name!r} to be valid text, found half of a surrogate pair (a broken \\u escape)"
+        ) from None
     return value
 
 

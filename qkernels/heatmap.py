@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .credit import low_reward_spans
-from .report.page import ScoredPair, Token, answer_map, document, heat_map, number, scale_of, visible
+from .report.page import ScoredPair, Token, answer_map, document, heat_map, number, scale_of
+from .text.characters import printable, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +24,8 @@ _BELOW = (230, 223, 222, 215, 208)
 _ABOVE = (195, 153, 117, 111, 75)
 _NEITHER = 231
 _BLACK, _RESET, _BOLD, _DIM = "\x1b[38;5;16m", "\x1b[0m", "\x1b[1m", "\x1b[2m"
+
+_TAIL_LINES, _TAIL_CHARACTERS = 6, 480  # of the prompt, where it is not wanted whole
 
 
 class HeatMap:
@@ -91,7 +94,14 @@ class HeatMap:
 
     # --- terminal ---------------------------------------------------------------------------------------------------
 
-    def text(self, color: bool | None = None, *, stream: TextIO | None = None, spans: int = 3) -> str:
+    def text(
+        self,
+        color: bool | None = None,
+        *,
+        stream: TextIO | None = None,
+        spans: int = 3,
+        whole_prompt: bool = True,
+    ) -> str:
         """For a terminal: tokens with coloured backgrounds; without colours, the stretches of low reward in brackets.
 
         Args:
@@ -99,10 +109,15 @@ class HeatMap:
                 anything) or TERM is "dumb".
             stream: where it is going; standard output by default.
             spans: how many of `low_reward_spans` to list below each answer, and to bracket.
+            whole_prompt: whether all of the prompt comes before the answers, or the end of its last message.
         """
         if color is None:
             color = _takes_color(stream or sys.stdout)
-        blocks = [f"{_styled(_plain(role), _DIM, color)}  {_plain(text)}" for role, text in self.prompt]
+        prompt = self.prompt if whole_prompt else [(role, _tail(text)) for role, text in self.prompt[-1:]]
+        blocks = [f"{_styled(_plain(role), _DIM, color)}  {_plain(text)}" for role, text in prompt]
+        left_out = len(self.prompt) - len(prompt)
+        if left_out:
+            blocks.insert(0, _styled(f"({left_out} earlier message{'s' * (left_out > 1)})", _DIM, color))
         for name, tokens in self.answers.items():
             low = low_reward_spans([token.reward for token in tokens], limit=spans)
             total = number(sum(token.reward for token in tokens), 3, True)
@@ -194,5 +209,11 @@ def _bracketed(text: str, before: str, after: str) -> str:
     return lead + before + text[len(lead) :] + after
 
 
+def _tail(text: str) -> str:
+    """The last lines of a message, and a mark if there is more before them."""
+    end = "\n".join(text[-_TAIL_CHARACTERS:].split("\n")[-_TAIL_LINES:])
+    return text if len(end) == len(text) else f"…{end}"
+
+
 def _plain(text: str) -> str:
-    return "".join(character if character in " \n" else visible(character) for character in text)
+    return printable(text, keep=" \n")

@@ -6,9 +6,9 @@
     for finding in monitor.observe(step, pairs):
         print(finding)
 
-Trends are clearest on a fixed set of pairs; `measure_rewards` scores one with both models, exact KL included, and
-`qkernels.integrations.monitor.RewardMonitorCallback` does so during a transformers or TRL training. Equation numbers
-are of "From r to Q*" (Rafailov et al. 2024).
+Trends are clearest on a fixed set of pairs; `measure_rewards` of `qkernels.integrations.monitor` scores one with both
+models, exact KL included, and `RewardMonitorCallback` there does so during a transformers or TRL training. Equation
+numbers are of "From r to Q*" (Rafailov et al. 2024).
 
 What is looked for, with the thresholds of `RewardMonitor` by name. Rewards are means over pairs of sequence rewards, in
 units of beta times nats; share = chosen reward / margin.
@@ -25,12 +25,13 @@ lasts. A run in which the chosen reward rises by share_band of the margin or mor
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .core import checks
 from .core.sequences import Sequences, log_ratios
@@ -140,77 +141,10 @@ def concatenate(parts: Iterable[PairRewards]) -> PairRewards:
     return PairRewards(*columns)
 
 
-def measure_rewards(
-    model: nn.Module,
-    reference_model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    *,
-    beta: float,
-    max_chunk_bytes: int | None = None,
-) -> PairRewards:
-    """Score pairs with policy and reference: log-probs and both exact KLs per token, without stored logits.
-
-    Both models are run in eval mode (and put back), in the same way, so equal models have rewards of exactly 0.
-
-    Args:
-        model: a causal language model of transformers: the policy.
-        reference_model: its frozen reference; `model` itself if it is a PEFT model, whose adapter is then switched off.
-        batches: each what the model takes, `input_ids` `[2B, T]` with the chosen sequences first, and
-            `completion_mask` or `labels` for what to score (`qkernels.integrations.transformers.batch_labels`). TRL's
-            preference collator makes such batches. With `cu_seqlens` `[2B + 1]` one packed row, `[1, N]`.
-        beta: of the loss.
-        max_chunk_bytes: memory for a chunk's logits.
-
-    Raises:
-        As `qkernels.integrations.transformers.compute_token_stats`; ValueError for no batch or an odd number of
-        sequences.
-    """
-    from .integrations.transformers import batch_labels, compute_token_stats
-
-    modules = list(dict.fromkeys([*model.modules(), *reference_model.modules()]))
-    training = [module for module in modules if module.training]
-    device = next(model.parameters()).device
-    parts = []
-    try:
-        for module in training:
-            module.training = False
-        for batch in batches:
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            with torch.no_grad():
-                stats = compute_token_stats(
-                    model,
-                    moved,
-                    outputs=("logps", "reference_logps", "kl_reference_policy", "kl_policy_reference"),
-                    reference_model=reference_model,
-                    max_chunk_bytes=max_chunk_bytes,
-                )
-            cu_seqlens = moved.get("cu_seqlens")
-            results = (
-                batch_labels(moved),
-                stats.logps,
-                stats.reference_logps,
-                stats.kl_reference_policy,
-                stats.kl_policy_reference,
-            )
-            labels, logps, reference_logps, kl_reference_policy, kl_policy_reference = (
-                x if cu_seqlens is None or x is None else x.squeeze(0) for x in results
-            )
-            assert labels is not None and logps is not None and reference_logps is not None
-            parts.append(
-                pair_rewards(
-                    labels,
-                    logps,
-                    reference_logps,
-                    beta=beta,
-                    kl_reference_policy=kl_reference_policy,
-                    kl_policy_reference=kl_policy_reference,
-                    cu_seqlens=cu_seqlens,
-                )
-            )
-    finally:
-        for module in training:
-            module.training = True
-    return concatenate(parts)
+def __getattr__(name: str) -> Any:
+    if name != "measure_rewards":  # it needs transformers, which this module does not
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(".integrations.monitor", __package__).measure_rewards
 
 
 class RewardStats(NamedTuple):

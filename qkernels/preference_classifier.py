@@ -22,6 +22,7 @@ from torch import Tensor
 from .core import checks
 from .core.columns import stats_dtype
 from .head.products import Head
+from .text.lengths import batches_by_length, default_batch_tokens, position_limit
 
 TEMPLATE = """\
 Below are an instruction and a response to it. Judge whether the response is correct, helpful and to the point.
@@ -119,7 +120,8 @@ class PreferenceClassifier:
         tokenizer: its tokenizer. With a chat template the question is asked as a user's message.
         template: the question, with `{prompt}` and `{response}` in it.
         yes, no: spellings of either answer. Those that are one token count; of the others none does.
-        batch_tokens: padded tokens of a forward pass, at most, unless a single question has more.
+        batch_tokens: padded tokens of a forward pass, at most, unless a single question has more; None for 8192 on a
+            GPU, 1024 on a CPU.
 
     Attributes:
         yes_ids, no_ids: the token ids that count.
@@ -136,11 +138,13 @@ class PreferenceClassifier:
         template: str = TEMPLATE,
         yes: Sequence[str] = YES,
         no: Sequence[str] = NO,
-        batch_tokens: int = 8192,
+        batch_tokens: int | None = None,
     ):
         for field in ("{prompt}", "{response}"):
             if field not in template:
                 raise ValueError(f"template must contain {field}")
+        if batch_tokens is None:
+            batch_tokens = default_batch_tokens(next(model.parameters()).device)
         if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens must be an int of 1 or more, got {batch_tokens!r}")
         self.model, self.tokenizer, self.template, self.batch_tokens = model, tokenizer, template, batch_tokens
@@ -188,7 +192,6 @@ class PreferenceClassifier:
             ValueError: not as many prompts as responses; a question longer than the model takes.
         """
         from .integrations.transformers import head_parameters, hidden_states
-        from .score.tokens import batches_by_length
 
         if isinstance(prompts, str) or isinstance(responses, str):
             raise TypeError("prompts and responses must be sequences of strings")
@@ -224,8 +227,6 @@ class PreferenceClassifier:
         return result
 
     def _check_lengths(self, questions: Sequence[Sequence[int]]) -> None:
-        from .score.models import position_limit
-
         limit = position_limit(self.model)
         for i, question in enumerate(questions):
             if limit is not None and len(question) > limit:

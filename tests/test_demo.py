@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qkernels
 from qkernels.cli import main
 from qkernels.data import Message, Preference
-from qkernels.demo import DemoError, DemoOptions, evaluate, run, synthetic, train
+from qkernels.demo import DemoError, DemoOptions, evaluate, output, run, synthetic, train
 from qkernels.demo.encode import IGNORE, encode, pair_batch, truncate
 from qkernels.demo.tokenizer import encode_prompts, encode_texts, token_texts, train_tokenizer
 from qkernels.objectives import OBJECTIVES, STATEFUL
@@ -152,6 +153,9 @@ def test_what_exists_is_refused_and_replaced_only_on_request(
     status, _, err = demo("--tiny", "--out", out, "--overwrite")
     assert status == 2 and "thesis.txt" in err
     (out / "thesis.txt").unlink()
+    status, _, err = demo("--tiny", "--out", out, "--overwrite")
+    assert status == 2 and "none has written to this folder" in err and "it holds report.html" in err
+    (out / "metrics.json").write_text('{"results": {}, "options": {}, "versions": {}}')
     # The earlier folder stays until the new run has succeeded.
     monkeypatch.setattr(train, "train_sft", _raise(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
@@ -162,6 +166,74 @@ def test_what_exists_is_refused_and_replaced_only_on_request(
     assert status == 0, err
     assert (out / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("mine", [True, False])
+@pytest.mark.parametrize(
+    "name", ["model/thesis.tex", "reference/deep/er/thesis.tex", "model/config.json.bak", ".partial-thesis", "parts/x"]
+)
+def test_what_no_demo_has_written_survives(
+    finished: tuple[Path, str, str], tmp_path: Path, name: str, mine: bool
+) -> None:
+    out = tmp_path / "out"
+    if not mine:
+        shutil.copytree(finished[0], out)
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("precious")
+    status, _, err = demo("--tiny", "--out", out, "--overwrite")
+    assert status == 2 and name.split("/")[0] in err and "--overwrite replaces only what an earlier demo has" in err
+    assert (out / name).read_text() == "precious"
+    if not mine:
+        for path in finished[0].rglob("*"):
+            assert not path.is_file() or (out / path.relative_to(finished[0])).read_bytes() == path.read_bytes()
+        # What comes while the new run is at work stays as well.
+        (out / name).unlink()
+        shutil.rmtree(out)
+        shutil.copytree(finished[0], out)
+        new = output.OutputFolder(out, overwrite=True)
+        with new:
+            shutil.copytree(finished[0], new.path, dirs_exist_ok=True)
+            new._refuse_existing()
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("precious")
+            new._refuse_existing = lambda: None
+            with pytest.raises(DemoError, match="keeps what is not the earlier demo's"):
+                new.commit()
+        (kept,) = tmp_path.glob(".out.replaced-*")
+        assert (kept / name).read_text() == "precious"
+        assert (out / "report.html").exists() and not (kept / "report.html").exists()
+
+
+def test_a_demo_lists_its_files_and_replaces_exactly_those(finished: tuple[Path, str, str], tmp_path: Path) -> None:
+    folder = finished[0]
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    on_disk = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert metrics["files"] == on_disk
+    # Of a demo from before there was that list, the files that transformers saves are known by name.
+    out = Path(shutil.copytree(folder, tmp_path / "out"))
+    del metrics["files"]
+    (out / "metrics.json").write_text(json.dumps(metrics))
+    with output.OutputFolder(out, overwrite=True) as new:
+        shutil.copytree(folder, new.path, dirs_exist_ok=True)
+        new.commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # A list that somebody has written reaches no further than the folder.
+    metrics["files"] = ["../../thesis.tex", "/etc/passwd", 7, "model/../../thesis.tex"]
+    (out / "metrics.json").write_text(json.dumps(metrics))
+    (tmp_path / "thesis.tex").write_text("precious")
+    with output.OutputFolder(out, overwrite=True) as new:
+        shutil.copytree(folder, new.path, dirs_exist_ok=True)
+        new.commit()
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_names_of_fields_do_not_act_on_the_terminal(tmp_path: Path) -> None:
+    nasty = "\x1b]0;owned\x07\r"
+    rows = [{"prompt": f"p {i}", "chosen": f"good {i}", "rejected": f"bad {i}", nasty: 1} for i in range(12)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    status, out, err = demo("--tiny", "--data", tmp_path / "data.json", "--out", tmp_path / "out", "--batch-size", 2)
+    assert status == 0, err
+    assert "␛]0;owned␇␍" in err and all(c.isprintable() or c == "\n" for c in out + err)
 
 
 def _raise(error: BaseException):

@@ -102,35 +102,34 @@ def test_the_snippets_of_scoring(trained, capsys):
     assert len(namespace["table"]["logps"]) > 50
     run(credit, "docs/score.md, credit", namespace)
     assert "Detection(auroc=" in capsys.readouterr().out
-    namespace |= {"model": namespace["policy"], "prompts": ["Why?"], "chosen_answers": ["a"], "rejected_answers": ["b"]}
     run(classifier, "docs/score.md, classifier", namespace)
     assert 0 < float(namespace["chosen"]) < 1
 
 
-def test_the_snippets_of_search():
-    pytest.importorskip("transformers", reason="transformers is not installed")
-    import torch
-
-    from toy_models import llama
-
-    ids, mask = torch.tensor([[0, 5, 6], [7, 8, 9]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+def test_the_snippets_of_search(trained, capsys):
     search, tuning = blocks("search.md")
-    namespace = {"policy": llama(1), "reference": llama(2), "input_ids": ids, "attention_mask": mask}
+    namespace: dict = {}
     run(search, "docs/search.md", namespace)
     assert namespace["found"].rewards.shape == (2, 5)
-    namespace |= {"small_tuned": llama(3), "small_reference": llama(2), "base": llama(1)}
-    namespace["inputs"] = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 3, "do_sample": False}
     run(tuning, "docs/search.md, processors", namespace)
+    assert namespace["ids"].shape[1] > namespace["inputs"]["input_ids"].shape[1]
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
-def test_the_snippets_of_monitor_and_objectives(capsys):
-    import torch
+def test_the_snippet_of_monitor_in_a_loop(capsys):
+    run(blocks("monitor.md")[0], "docs/monitor.md", {})
+    assert "step 0 -> 4, 4 pairs" in capsys.readouterr().out
 
-    logits, labels = torch.randn(4, 6, 11), torch.randint(0, 11, (4, 6))
-    out = qkernels.fused_token_dpo(logits, labels, reference_logits=logits + 0.1 * torch.randn(4, 6, 11))
-    namespace = {"fused_token_dpo": lambda _: out, "labels": labels, "batches": [None]}
-    run(blocks("monitor.md")[0], "docs/monitor.md", namespace)
-    assert "step 0, warning: policy and reference differ" in capsys.readouterr().out
-    namespace = {"logits": logits, "labels": labels, "reference": logits, "checkpoint": {}}
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_snippet_of_monitor_in_a_trainer(trained, capsys):
+    for name in ("trl", "datasets", "accelerate"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    run(blocks("monitor.md")[1], "docs/monitor.md, trainer", {"__name__": "__main__"})
+    assert "step 0 -> 4, 4 pairs" in capsys.readouterr().out
+
+
+def test_the_snippet_of_objectives():
+    namespace: dict = {}
     run(blocks("objectives.md")[0], "docs/objectives.md", namespace)
     assert namespace["checkpoint"]["loss"]

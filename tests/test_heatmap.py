@@ -172,7 +172,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [answer(0, "chosen", CHOSEN), answer(0, "rejected", REJECTED)]
     rows += [answer(1, "chosen", REJECTED), answer(1, "rejected", CHOSEN)]
     TokenTable.of_answers(rows).write_parquet(out / "tokens.parquet")
-    (out / "settings.json").write_text(json.dumps({"special_ids": [4]}))
+    outputs = ["logps", "reference_logps", "implicit_rewards"]
+    settings = {"model": "", "reference": "", "beta": 0.1, "outputs": outputs, "special_ids": [4]}
+    (out / "settings.json").write_text(json.dumps({"format": 1, **settings}))
     return out
 
 
@@ -204,9 +206,20 @@ def test_show_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
     ):
         status, out, err = show(*arguments)
         assert status == 2 and message in err and not out and "Traceback" not in err
-    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "settings.json").write_bytes((folder / "settings.json").read_bytes())
     status, _, err = show(tmp_path)
     assert status == 2 and "nothing has been scored there yet" in err
+
+
+def test_the_prompt_is_shown_by_its_end_unless_asked_for() -> None:
+    lines = "\n".join(f"line {i}" for i in range(50))
+    heat_map = HeatMap({"chosen": CHOSEN}, [("user", "the very first"), ("assistant", "yes"), ("user", lines)])
+    whole, end = heat_map.text(), heat_map.text(whole_prompt=False)
+    assert "the very first" in whole and "line 0\n" in whole
+    assert "(2 earlier messages)" in end and "…line 44\n" in end and "line 49" in end
+    assert "the very first" not in end and "line 43" not in end and len(end.splitlines()) < 15
+    short = HeatMap({"chosen": CHOSEN}, [("user", "Why?")]).text(whole_prompt=False)
+    assert "user  Why?" in short and "earlier" not in short and "…" not in short
 
 
 def test_a_closed_pipe_is_no_crash(folder: Path) -> None:

@@ -65,6 +65,12 @@ def test_command_line_usage_errors(arguments, capsys):
     assert caught.value.code == 2 and "usage" in printed.err and printed.out == ""
 
 
+def test_command_line_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0 and capsys.readouterr().out.strip() == f"qkernels {qkernels.__version__}"
+
+
 def test_info_tells_what_runs_and_why_not(backend):
     info = qkernels.info()
     assert info["qkernels"] == qkernels.__version__ == qkernels.info()["qkernels"]

@@ -299,6 +299,12 @@ def test_the_callback_by_hand(probe, caplog):
     state.log_history.append(dict(logs))
     callback.on_log(args, state, None, logs=logs)
     assert logs == state.log_history[-1] and logs["qkernels/margin"] == callback.monitor.history[-1].margin
+    state.global_step = 5  # not observed: an entry of this step must not show the numbers of another
+    logs = {"loss": 0.5}
+    state.log_history.append(dict(logs))
+    callback.on_log(args, state, None, logs=logs)
+    assert logs == state.log_history[-1] == {"loss": 0.5}
+    state.global_step = 4
     callback.on_train_begin(args, state, None, model=policy)
     assert len(callback.monitor.history) == 3, "the same step is not observed twice"
 
@@ -367,3 +373,13 @@ def test_the_callback_in_a_trainer(probe, tmp_path):
     logged = [entry["qkernels/margin"] for entry in trainer.state.log_history if "qkernels/margin" in entry]
     assert logged[:2] == [history[1].margin, history[2].margin]
     assert [entry["qkernels/margin"] for entry in reported[:2]] == logged[:2], "reporters see it"
+
+
+def test_measuring_is_found_where_it_was():
+    pytest.importorskip("transformers")
+    from qkernels import monitor
+    from qkernels.integrations.monitor import measure_rewards as moved
+
+    assert monitor.measure_rewards is moved
+    with pytest.raises(AttributeError, match="no attribute 'measure'"):
+        _ = monitor.measure

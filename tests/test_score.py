@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from qkernels.credit import low_reward_spans
 from qkernels.data import DataError, Message, Preference
 from qkernels.demo.tokenizer import train_tokenizer
 from qkernels.score import Answer, Encoder, ScoreError, TokenScorer, TokenTable, read_scores, score_preferences, store
-from qkernels.score.tokens import batches_by_length
+from qkernels.text.lengths import batches_by_length, default_batch_tokens
 
 ROOT = Path(qkernels.__file__).resolve().parents[1]
 REAL_PAIRS = ROOT.parent / "shared/data/dpo_en_demo.json"
@@ -491,7 +492,7 @@ def finished(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def test_a_run_writes_tables_figures_and_a_report(models: tuple, finished: tuple[Path, str, str]) -> None:
     out, stdout, err = finished
     assert sorted(path.name for path in out.iterdir()) == [
-        "pairs.parquet", "report.html", "settings.json", "summary.json", "tokens.parquet",
+        "checksums.json", "pairs.parquet", "report.html", "settings.json", "summary.json", "tokens.parquet",
     ]  # fmt: skip
     table = score_preferences(models[0], models[2], records(20), reference=models[1], beta=BETA)
     read = read_scores(out)
@@ -650,7 +651,7 @@ def test_what_was_scored_is_kept_and_continued(
         assert got == status and message in err and not stdout and "Traceback" not in err
     kept = read_scores(out).pairs()
     assert 0 < len(kept) < 13
-    assert sorted(path.name for path in out.iterdir()) == ["parts", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["checksums.json", "parts", "settings.json"]
     # Neither without --resume, nor twice as much work: only the rest is scored.
     got, _, err = score(*arguments)
     assert got == 2 and "unfinished run; continue it with --resume" in err
@@ -798,7 +799,7 @@ def test_resuming_takes_the_same_settings_and_data(folders: Path, tmp_path: Path
     assert status == 0 and "9 scored before" in err
     (out / "settings.json").write_text("{")
     status, _, err = score(*arguments, "--resume")
-    assert status == 2 and "settings.json is damaged" in err
+    assert status == 2 and "settings.json: damaged" in err
     (out / "settings.json").unlink()
     status, _, err = score(*arguments, "--resume")
     assert status == 2 and "no run to resume there" in err
@@ -812,7 +813,7 @@ def test_a_damaged_part_is_named(folders: Path, tmp_path: Path, monkeypatch: pyt
     (part,) = (out / "parts").iterdir()
     part.write_bytes(b"PAR1" + b"\0" * 100)
     status, _, err = score(*usual(folders, out, "--resume"))
-    assert status == 2 and part.name in err and "delete it to score it again" in err
+    assert status == 2 and part.name in err and "delete it, and --resume scores its pairs again" in err
     part.unlink()
     assert score(*usual(folders, out, "--resume"))[0] == 0
 
@@ -830,6 +831,10 @@ def test_an_existing_folder_is_left_alone_unless_told_otherwise(folders: Path, t
     status, _, err = score(*usual(folders, out, "--overwrite"))
     assert status == 2 and "thesis.txt" in err and (out / "report.html").read_text() == "earlier"
     (out / "thesis.txt").unlink()
+    status, _, err = score(*usual(folders, out, "--overwrite"))
+    assert status == 2 and "no run has written to this folder" in err and "it holds report.html" in err
+    settings = {"format": 1, "model": "", "reference": "", "beta": 1, "outputs": [], "special_ids": []}
+    (out / "settings.json").write_text(json.dumps(settings))
     # Nothing goes before everything is ready.
     status, _, err = score(*usual(folders, out, "--overwrite", "--model", tmp_path / "absent"))
     assert status == 2 and (out / "report.html").read_text() == "earlier"
@@ -915,6 +920,139 @@ def test_models_that_do_not_fit(folders: Path, models: tuple, tmp_path: Path, mo
     status, _, err = score(*usual(folders, out))
     assert status == 2 and "scoring needs pyarrow: pip install 'qkernels[score]'" in err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["traind", "traind/", "no/such/model", "./traind", "/absent/traind", "~/traind"])
+def test_a_mistyped_folder_is_no_download(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    import transformers
+
+    def download(*_: object, **__: object) -> None:
+        raise AssertionError("looked for on the hub")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", download)
+    for option in ("--model", "--reference"):
+        status, _, err = score(*usual(folders, tmp_path / "out", option, name))
+        assert status == 2 and f"{option} {name}: no such folder" in err and "OWNER/MODEL" in err
+
+
+CUSTOM = """
+import pathlib
+pathlib.Path({marker!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig):
+    model_type = "homemade"
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_model_runs_only_with_the_flag(folders: Path, tmp_path: Path, trusted: bool) -> None:
+    """Also where something answers yes to every question, and stands ready on standard input."""
+    marker = tmp_path / "ran"
+    shutil.copytree(folders / "policy", tmp_path / "custom")
+    (tmp_path / "custom/homemade.py").write_text(CUSTOM.format(marker=str(marker)))
+    config = json.loads((tmp_path / "custom/config.json").read_text())
+    code = {"AutoConfig": "homemade.Config", "AutoModelForCausalLM": "homemade.Model"}
+    config |= {"model_type": "homemade", "auto_map": code, "architectures": ["Model"]}
+    (tmp_path / "custom/config.json").write_text(json.dumps(config))
+    arguments = usual(folders, tmp_path / "out", "--model", tmp_path / "custom", "--limit", 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "qkernels", "score", *map(str, arguments), *["--trust-remote-code"] * trusted],
+        input="y\n" * 1000, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )  # fmt: skip
+    assert marker.exists() == trusted, done.stderr
+    assert done.returncode == (0 if trusted else 2) and "[y/N]" not in done.stdout + done.stderr
+    if not trusted:
+        assert "comes with Python code of its own, which runs only with --trust-remote-code" in done.stderr
+        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def acts_on_terminals(text: str) -> list[str]:
+    return [character for character in text if not (character.isprintable() or character == "\n")]
+
+
+NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\x00\r\b"
+
+
+def test_control_characters_of_data_do_not_reach_the_terminal(
+    folders: Path, models: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert acts_on_terminals(NASTY)
+    rows = [{**record, NASTY: 1, f"score\n{NASTY}": 2} for record in records(3)]
+    rows[1]["chosen"] = f"Lima {NASTY} Oslo"
+    rows[0]["prompt"] = f"Which {NASTY} is it?"
+    data, out = write_data(tmp_path / "data.json", rows), tmp_path / "out"
+    status, stdout, err = score(*usual(folders, out, "--data", data))
+    assert status == 0 and "ignored fields: " in err and "␛]0;owned" in err
+    assert "owned" in err and not acts_on_terminals(stdout + err)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert main(["show", str(out), "--pair", "1"]) == main(["show", str(out), "--pair", "0", "--prompt"]) == 0
+    assert (
+        shown.getvalue().count("owned") >= 2
+        and "␛]0;owned" in shown.getvalue()
+        and not acts_on_terminals(shown.getvalue())
+    )
+
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ raise_exception('roles " + NASTY + "') }}")
+    for number, (more, message) in enumerate(
+        [
+            (["--chat-template", template], "refuses the conversation (roles "),
+            (["--model", tmp_path / f"absent{NASTY[:-4]}/a/b"], "no such folder"),
+            (["--outputs", NASTY], "--outputs: outputs must be names out of"),
+            (["--data", write_data(tmp_path / "bad.json", [{NASTY: 1}])], "expected the field 'chosen'"),
+            (
+                ["--data", write_data(tmp_path / "role.json", [{"prompt": [{"role": NASTY, "content": ""}]}])],
+                "expected",
+            ),
+        ]
+    ):
+        status, stdout, err = score(*usual(folders, tmp_path / f"out{number}", *more))
+        assert status == 2 and message in err and not stdout
+        assert not acts_on_terminals(err) and err.count("\n") == len(err.splitlines())
+    with pytest.raises(ScoreError) as error:
+        models[2].chat_template, kept = template.read_text(), models[2].chat_template
+        try:
+            score_preferences(models[0], models[2], records(1))
+        finally:
+            models[2].chat_template = kept
+    assert "roles ␛]0;owned" in str(error.value) and not acts_on_terminals(str(error.value))
+
+
+def test_a_run_says_at_once_that_it_works_and_on_what(
+    finished: tuple[Path, str, str], folders: Path, tmp_path: Path
+) -> None:
+    lines = finished[2].splitlines()
+    assert lines.index("  checking 0/20") < lines.index("  scoring 0/20")
+    report = (finished[0] / "report.html").read_text(encoding="utf-8")
+    first_screen = report[: report.index("What a token reward is")]
+    assert "policy against reference on data.json: 20 pairs" in first_screen
+    sources = json.loads((finished[0] / "summary.json").read_text())["sources"]
+    assert sources["model"] == str(folders / "policy") and sources["reference"] == str(folders / "reference")
+    assert sources["data"] == str(folders / "data.json") and re.match(r"20\d\d-\d\d-\d\dT", sources["created"])
+    status, _, err = score(*usual(folders, tmp_path / "same", "--reference", folders / "policy", "--limit", 1))
+    assert status == 0 and "are the same: every reward is 0" in err
+    assert "every reward is 0" in (tmp_path / "same/report.html").read_text(encoding="utf-8")
+
+
+def test_a_batch_on_a_cpu_is_small_unless_told_otherwise(models: tuple) -> None:
+    assert TokenScorer(models[0], models[1]).batch_tokens == 1024
+    assert TokenScorer(models[0], models[1], batch_tokens=8192).batch_tokens == 8192
+    assert default_batch_tokens(torch.device("cuda", 1)) == 8192
+
+
+def test_a_damaged_adapter_is_named(folders: Path, tmp_path: Path) -> None:
+    for number, contents in enumerate((b"[]", b"{", b"\xff", b"[" * 100000)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_bytes(contents)
+        status, _, err = score(*usual(folders, tmp_path / "out", "--model", folder))
+        assert status == 2 and "adapter_config.json: damaged" in err and "Traceback" not in err
 
 
 def test_tokens_that_the_head_lacks_are_named(models: tuple) -> None:

@@ -122,6 +122,13 @@ def stock(tmp_path, **options):
     return _STOCK[key]
 
 
+def test_a_length_that_leaves_no_pair_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"train_dataset has no pair left: .* max_length=2, and such pairs are left out"
+    ):
+        train(TokenDPOTrainer, tmp_path, max_length=2, evaluate=False)
+
+
 # --- the same numbers as TRL ---------------------------------------------------------------------------------------
 
 LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..credit import overlapping
 from ..data import Preference
 from ..functional.logits import shift_labels
-from ..score.encode import kept_lengths
+from ..text.lengths import kept_lengths
 from .tokenizer import END, encode_prompts, encode_texts, token_id
 
 IGNORE = -100

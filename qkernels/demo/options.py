@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..objectives import OBJECTIVES, STATEFUL, LossSpec, create, resolve
+from ..text.characters import PrintableError
 
 # Label smoothing of the losses that do not exist without it; the value of the EXO paper.
 _SMOOTHING = {"exo_pair": 1e-3}
@@ -19,7 +20,7 @@ LOSSES = tuple(sorted({*OBJECTIVES, *STATEFUL}))
 MIN_PAIRS = 8
 
 
-class DemoError(Exception):
+class DemoError(PrintableError):
     """A run that cannot start or go on, for a reason that the user can mend; the text says which."""
 
 

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from .. import folders
 from .options import DemoError
 
 MODEL, REFERENCE, METRICS, REPORT = "model", "reference", "metrics.json", "report.html"
-_CONTENTS = (MODEL, REFERENCE, METRICS, REPORT)
+# What transformers saves of a model and its tokenizer; demos of before metrics.json listed its files wrote no others.
+_SAVED = re.compile(
+    rf"({MODEL}|{REFERENCE})/(config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
+    r"|model\.safetensors\.index\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
+    r"|added_tokens\.json|chat_template\.jinja)"
+)
+
+
+def written_files(folder: Path) -> list[str]:
+    """The files of a complete output folder, for `metrics.json` to list: what a later run may replace."""
+    files, _ = folders.entries(folder, _is_own_folder)
+    return sorted({*files, METRICS})
+
+
+def _is_own_folder(name: str) -> bool:
+    return name in (MODEL, REFERENCE)
+
+
+def _own_files(folder: Path) -> Callable[[str], bool] | None:
+    """Which files of a folder an earlier demo has written; None if none has written to it."""
+    try:
+        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not (isinstance(metrics, dict) and {"results", "options", "versions"} <= set(metrics)):
+        return None
+    listed = metrics.get("files")
+    names = set(filter(lambda name: isinstance(name, str), listed)) if isinstance(listed, list) else set()
+    return lambda name: name in names or name in (METRICS, REPORT) or _SAVED.fullmatch(name) is not None
 
 
 class OutputFolder:
@@ -48,11 +80,20 @@ class OutputFolder:
             raise DemoError(
                 f"--out {self.target}: the folder exists; choose another one, or replace it with --overwrite"
             )
-        foreign = sorted(entry.name for entry in self.target.iterdir() if entry.name not in _CONTENTS)
+        held = sorted(entry.name for entry in self.target.iterdir())
+        own = _own_files(self.target)
+        if own is None:
+            if held:
+                raise DemoError(
+                    f"--out {self.target}: --overwrite replaces only what an earlier demo has written, and none has"
+                    f" written to this folder (it has no {METRICS} of one); it holds {folders.some_of(held)}"
+                )
+            return
+        foreign = folders.foreign(self.target, own, _is_own_folder)
         if foreign:
             raise DemoError(
                 f"--out {self.target}: --overwrite replaces only what an earlier demo has written; the folder also"
-                f" holds {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}"
+                f" holds {folders.some_of(foreign)}"
             )
 
     def __enter__(self) -> OutputFolder:
@@ -82,6 +123,10 @@ class OutputFolder:
             except BaseException:
                 earlier.rename(self.target)
                 raise
-            shutil.rmtree(earlier)
+            own = _own_files(earlier)
+            left = folders.remove(earlier, own, _is_own_folder) if own is not None else []
+            if left:  # put there since it was looked at
+                raise DemoError(f"--out {self.target}: done; {earlier} keeps what is not the earlier demo's")
+            earlier.rmdir()
         except OSError as error:
             raise DemoError(f"--out {self.target}: cannot be put in place ({error.strerror or error})") from None

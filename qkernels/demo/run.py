@@ -24,7 +24,7 @@ from ..data import DataError, Preference, read_preferences
 from ..report.progress import Progress, quiet_transformers
 from . import synthetic
 from .options import MIN_PAIRS, DemoError, DemoOptions, Sizes
-from .output import METRICS, MODEL, REFERENCE, REPORT, OutputFolder
+from .output import METRICS, MODEL, REFERENCE, REPORT, OutputFolder, written_files
 
 if TYPE_CHECKING:
     from .encode import EncodedPair, Truncation
@@ -152,6 +152,7 @@ def _train_and_write(
         "elapsed_seconds": clock.seconds,
     }
     write_page(folder / REPORT, metrics, data.train + data.held_out, held_out, scores, tokenizer)
+    metrics["files"] = written_files(folder)
     text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / METRICS).write_text(text + "\n", encoding="utf-8")
     return metrics

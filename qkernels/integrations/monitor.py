@@ -1,24 +1,98 @@
-"""The reward monitor as a callback of transformers' Trainer (and TRL's), on pairs of the user's choice."""
+"""Rewards of a fixed set of pairs under policy and reference, measured once or during a Trainer's (or TRL's) run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..monitor import RewardMonitor, measure_rewards
+from ..monitor import PairRewards, RewardMonitor, concatenate, pair_rewards
+from .transformers import batch_labels, compute_token_stats
 
 logger = logging.getLogger(__name__)
+
+
+def measure_rewards(
+    model: nn.Module,
+    reference_model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    beta: float,
+    max_chunk_bytes: int | None = None,
+) -> PairRewards:
+    """Score pairs with policy and reference: log-probs and both exact KLs per token, without stored logits.
+
+    Both models are run in eval mode (and put back), in the same way, so equal models have rewards of exactly 0.
+
+    Args:
+        model: a causal language model of transformers: the policy.
+        reference_model: its frozen reference; `model` itself if it is a PEFT model, whose adapter is then switched off.
+        batches: each what the model takes, `input_ids` `[2B, T]` with the chosen sequences first, and
+            `completion_mask` or `labels` for what to score (`qkernels.integrations.transformers.batch_labels`). TRL's
+            preference collator makes such batches. With `cu_seqlens` `[2B + 1]` one packed row, `[1, N]`.
+        beta: of the loss.
+        max_chunk_bytes: memory for a chunk's logits.
+
+    Raises:
+        As `qkernels.integrations.transformers.compute_token_stats`; ValueError for no batch or an odd number of
+        sequences.
+    """
+    modules = list(dict.fromkeys([*model.modules(), *reference_model.modules()]))
+    training = [module for module in modules if module.training]
+    device = next(model.parameters()).device
+    parts = []
+    try:
+        for module in training:
+            module.training = False
+        for batch in batches:
+            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            with torch.no_grad():
+                stats = compute_token_stats(
+                    model,
+                    moved,
+                    outputs=("logps", "reference_logps", "kl_reference_policy", "kl_policy_reference"),
+                    reference_model=reference_model,
+                    max_chunk_bytes=max_chunk_bytes,
+                )
+            cu_seqlens = moved.get("cu_seqlens")
+            results = (
+                batch_labels(moved),
+                stats.logps,
+                stats.reference_logps,
+                stats.kl_reference_policy,
+                stats.kl_policy_reference,
+            )
+            labels, logps, reference_logps, kl_reference_policy, kl_policy_reference = (
+                x if cu_seqlens is None or x is None else x.squeeze(0) for x in results
+            )
+            assert labels is not None and logps is not None and reference_logps is not None
+            parts.append(
+                pair_rewards(
+                    labels,
+                    logps,
+                    reference_logps,
+                    beta=beta,
+                    kl_reference_policy=kl_reference_policy,
+                    kl_policy_reference=kl_policy_reference,
+                    cu_seqlens=cu_seqlens,
+                )
+            )
+    finally:
+        for module in training:
+            module.training = True
+    return concatenate(parts)
 
 
 class RewardMonitorCallback(TrainerCallback):
     """Scores a fixed set of pairs before the first step and every so many steps, logs the numbers, reports findings.
 
-    The numbers of the last observation join each of the trainer's log entries under "qkernels/..."; findings go to this
-    module's logger, as warnings, and into `monitor.findings`. Every process of a distributed run scores the pairs
+    An observation's numbers join the trainer's log entry of the same step under "qkernels/..."; other entries have
+    none, so that a curve shows no value at a step where nothing was measured. Findings go to this module's logger, as
+    warnings, and into `monitor.findings`. Every process of a distributed run scores the pairs
     (sharded models need that); the main one speaks.
 
     With TRL, batches are had from the trainer itself:
@@ -31,7 +105,7 @@ class RewardMonitorCallback(TrainerCallback):
     numbers; with `callbacks=[...]` or `add_callback` it comes after them, and only `state.log_history` has the numbers.
 
     Args:
-        batches: as `qkernels.monitor.measure_rewards` takes them; 32 pairs or more show length bias.
+        batches: as `measure_rewards` takes them; 32 pairs or more show length bias.
         reference_model: the frozen reference; None for `attach` to find it, or for a PEFT model, whose adapter is
             switched off instead.
         beta: of the loss; None for the training arguments' own (`DPOConfig.beta`).
@@ -96,7 +170,10 @@ class RewardMonitorCallback(TrainerCallback):
             self._observe(state, model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        numbers = self.monitor.logs() if self._monitor is not None else {}
+        history = self._monitor.history if self._monitor is not None else []
+        if not history or history[-1].step != state.global_step:
+            return
+        numbers = self.monitor.logs()
         if logs is not None:
             logs.update(numbers)
         if state.log_history:

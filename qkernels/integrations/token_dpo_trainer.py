@@ -304,7 +304,13 @@ class TokenDPOTrainer(DPOTrainer):
 
     def _check_model(self) -> None:
         """Refuse what only shows once model and data are there."""
-        columns = next(iter(self.train_dataset)).keys()
+        first = next(iter(self.train_dataset), None)
+        if first is None:
+            raise ValueError(
+                f"train_dataset has no pair left: it was empty, or every prompt alone fills max_length="
+                f"{self.args.max_length}, and such pairs are left out"
+            )
+        columns = first.keys()
         self._weighted = any(name in columns for name in WEIGHTS)
         if self._is_vision_dataset and (self._weighted or self.padding_free):
             what = "token weights" if self._weighted else "padding_free=True"

@@ -10,12 +10,12 @@ import base64
 import hashlib
 import json
 import math
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from html import escape
 
+from ..text.characters import visible
 from .assets import SCRIPT, STYLE
 
 # Of the |rewards| on a page this share is within the colour scale; the rest is shown at full strength.
@@ -98,25 +98,6 @@ class Section:
     heading: str
     body: str
     intro: str = ""
-
-
-def visible(text: str) -> str:
-    """A token's text with everything that has no shape of its own spelt out: "\\n" as ↵, a zero byte as ␀, U+200B."""
-    return "".join(_visible_character(character) for character in text)
-
-
-def _visible_character(character: str) -> str:
-    if character in _WHITESPACE:
-        return _WHITESPACE[character]
-    category = unicodedata.category(character)
-    if category == "Cc":
-        return chr(0x2400 + ord(character)) if ord(character) < 32 else f"⟨U+{ord(character):04X}⟩"
-    if category in ("Cf", "Zl", "Zp", "Zs", "Co", "Cn", "Cs"):
-        return f"⟨U+{ord(character):04X}⟩"
-    return character
-
-
-_WHITESPACE = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
 def number(value: float, digits: int = 3, sign: bool = False) -> str:

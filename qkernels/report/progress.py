@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from ..text.characters import printable
+
 _LINES_PER_PHASE = 5
 _BAR = "  {desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
@@ -23,6 +25,8 @@ class Phase:
             from tqdm import tqdm  # comes with transformers
 
             self._bar = tqdm(total=total, desc=name, file=stream, dynamic_ncols=True, bar_format=_BAR)
+        elif total:
+            print(f"  {name} 0/{total}", file=stream, flush=True)  # at once: the first step may take minutes
 
     def __enter__(self) -> Phase:
         return self
@@ -60,8 +64,8 @@ class Progress:
         self._stream = stream
 
     def say(self, text: str) -> None:
-        """A line of its own."""
-        print(text, file=self._stream, flush=True)
+        """A line of its own, made `printable`."""
+        print(printable(text), file=self._stream, flush=True)
 
     def phase(self, name: str, total: int) -> Phase:
         """Begin `total` steps of work."""

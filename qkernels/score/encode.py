@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..data import Message, Preference
+from ..text.characters import first_line
+from ..text.lengths import kept_lengths
 from .options import ScoreError
 
 FORMATS = ("auto", "chat", "plain")
@@ -36,19 +38,6 @@ class EncodedAnswer(NamedTuple):
     def length(self) -> int:
         """Tokens of prompt and answer."""
         return len(self.prompt) + len(self.ids)
-
-
-def kept_lengths(answer: int, max_length: int) -> tuple[int, int]:
-    """How many tokens of a prompt (its last ones) and of an answer (its first ones) a cut leaves, at most.
-
-    The answer comes first: the prompt keeps what it leaves, but never less than a quarter of the room.
-
-    Args:
-        answer: tokens of the answer (of the longer one, where two share a prompt).
-        max_length: of both together.
-    """
-    for_prompt = max(max_length - answer, max_length // 4)
-    return for_prompt, max_length - for_prompt
 
 
 class Encoder:
@@ -266,7 +255,3 @@ def _places(offsets: list[tuple[int, int]], start: int, length: int) -> list[tup
 
 def _shown(tokenizer: Any, ids: Sequence[int]) -> str:
     return ", ".join(map(repr, tokenizer.convert_ids_to_tokens(list(ids[:3])))) or "nothing"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

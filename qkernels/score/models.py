@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .encode import first_line
+from ..text.characters import first_line
+from ..text.lengths import position_limit
+from .files import read_json
 from .options import ScoreError, ScoreOptions
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -59,7 +60,7 @@ def load(options: ScoreOptions) -> Loaded:
     device = _device(options.device)
     _refuse_absent("--model", options.model)
     _refuse_absent("--reference", options.reference)
-    tokenizer = _tokenizer("--model", _tokenizer_folder(options.model))
+    tokenizer = _tokenizer("--model", _tokenizer_folder(options.model), options.trust_remote_code)
     if options.chat_template is not None:
         try:
             tokenizer.chat_template = options.chat_template.read_text(encoding="utf-8")
@@ -74,12 +75,12 @@ def load(options: ScoreOptions) -> Loaded:
     other = None
     if options.reference is not None:
         folder = _tokenizer_folder(options.reference, needed=False)
-        other = None if folder is None else _tokenizer("--reference", folder)
+        other = None if folder is None else _tokenizer("--reference", folder, options.trust_remote_code)
         if other is not None:
             _same_vocabulary(tokenizer, other)
-    model = _model("--model", options.model, options.dtype, device)
+    model = _model("--model", options.model, options, device)
     if options.reference is not None:
-        reference = _model("--reference", options.reference, options.dtype, device)
+        reference = _model("--reference", options.reference, options, device)
     else:
         reference = model if options.reference_logps is None else None
     limits = [position_limit(m) for m in (model, reference) if m is not None]
@@ -87,13 +88,13 @@ def load(options: ScoreOptions) -> Loaded:
 
 
 def _refuse_absent(option: str, name: str | None) -> None:
-    """A mistyped path must not be looked for on the hub, whose names are "model" or "owner/model"."""
+    """A mistyped path must not be looked for on the hub, whose names are "owner/model"."""
     if name is None or Path(name).exists():
         return
     path = Path(name)
-    is_path = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) > 2
-    if is_path or (len(path.parts) == 2 and path.parent.is_dir()):
-        raise ScoreError(f"{option} {name}: no such folder")
+    is_path = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) != 2
+    if is_path or path.parent.is_dir():
+        raise ScoreError(f"{option} {name}: no such folder (a model of the Hugging Face Hub is named OWNER/MODEL)")
 
 
 def _device(name: str) -> torch.device:
@@ -113,29 +114,39 @@ def _tokenizer_folder(name: str, needed: bool = True) -> str | None:
     if not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return name  # a name on the hub, or a folder with a tokenizer
     if is_adapter(name):
-        base = json.loads((folder / _ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if base:
+        base = read_json(folder / _ADAPTER, "save the adapter again").get("base_model_name_or_path")
+        if isinstance(base, str) and base:
             return _tokenizer_folder(base, needed)
     if needed:
         raise ScoreError(f"--model {name}: the folder has no tokenizer; save it there with tokenizer.save_pretrained")
     return None
 
 
-def _tokenizer(option: str, name: str | None) -> Any:
+def _tokenizer(option: str, name: str | None, trusted: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        # False rather than left out: transformers would ask on the terminal, and take any "y" on standard input.
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
     except Exception as error:
-        raise ScoreError(f"{option} {name}: its tokenizer cannot be loaded ({first_line(error)})") from error
+        raise ScoreError(f"{option} {name}: its tokenizer cannot be loaded ({_reason(error)})") from error
 
 
-def _model(option: str, name: str, dtype: str, device: torch.device) -> Any:
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code of its own, which runs only with --trust-remote-code"
+    return first_line(error)
+
+
+def _model(option: str, name: str, options: ScoreOptions, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     if Path(name).exists() and not Path(name).is_dir():
         raise ScoreError(f"{option} {name}: expected the folder of a model, found a file")
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    how: dict[str, Any] = {
+        "dtype": options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        "trust_remote_code": options.trust_remote_code,
+    }
     try:
         if is_adapter(name):
             from peft import AutoPeftModelForCausalLM
@@ -144,11 +155,11 @@ def _model(option: str, name: str, dtype: str, device: torch.device) -> Any:
                 # PEFT looks on the hub for a tokenizer that the folder lacks, and reads an attribute by its old name.
                 warnings.filterwarnings("ignore", message="Unable to fetch remote file", category=UserWarning)
                 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-                model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=wanted)
+                model = AutoPeftModelForCausalLM.from_pretrained(name, **how)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
+            model = AutoModelForCausalLM.from_pretrained(name, **how)
     except Exception as error:
-        raise ScoreError(f"{option} {name}: cannot be loaded ({first_line(error)})") from error
+        raise ScoreError(f"{option} {name}: cannot be loaded ({_reason(error)})") from error
     try:
         return model.requires_grad_(False).eval().to(device)
     except torch.OutOfMemoryError as error:
@@ -165,13 +176,6 @@ def _same_vocabulary(tokenizer: Any, other: Any) -> None:
         f"the tokenizers of --model and --reference differ ({len(ours)} and {len(its)} tokens; {token!r} is"
         f" {places[0]} and {places[1]}): their log-probs cannot be compared"
     )
-
-
-def position_limit(model: Any) -> int | None:
-    """Most tokens of a sequence that a model takes; None if it does not say."""
-    config = model.config.get_text_config()
-    value = getattr(config, "max_position_embeddings", None)
-    return int(value) if isinstance(value, int) and value > 0 else None
 
 
 def check_heads(vocabularies: list[int], tokenizer: Any) -> str | None:
@@ -192,6 +196,13 @@ def check_heads(vocabularies: list[int], tokenizer: Any) -> str | None:
         f"The heads have {vocabularies[0]} and {vocabularies[1]} columns for {tokens} tokens: scored over the first"
         f" {common}, which both have; probabilities are over these"
     )
+
+
+def check_difference(options: ScoreOptions) -> str | None:
+    """What to tell of a reference that is the model itself: its folder was given twice, or training changed nothing."""
+    if options.reference is None or fingerprint(options.reference) != fingerprint(options.model):
+        return None
+    return f"The files of --model {options.model} and --reference {options.reference} are the same: every reward is 0."
 
 
 def fingerprint(name: str | None) -> str | None:

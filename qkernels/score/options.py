@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..text.characters import PrintableError
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MIN_LENGTH = 8
 
 
-class ScoreError(Exception):
+class ScoreError(PrintableError):
     """A run that cannot start or go on, for a reason that the user can mend; the text says which."""
 
 
@@ -28,7 +30,7 @@ class ScoreOptions:
         `reference_logps` are taken.
     beta: strength of the KL constraint the policy was trained with.
     outputs: columns beside the log-probs and rewards that every run writes; None for all that can be had.
-    batch_tokens: padded tokens of a forward pass.
+    batch_tokens: padded tokens of a forward pass; None for 8192 on a GPU, 1024 on a CPU.
     max_length: longer sequences are cut to it; None refuses what the model cannot take.
     prompt_format: "auto", "chat" or "plain"; see `qkernels.score.encode`.
     chat_template: file with a Jinja template that takes the place of the tokenizer's.
@@ -38,6 +40,8 @@ class ScoreOptions:
     resume: go on with what an interrupted run left in `out`.
     overwrite: replace an earlier run's results in `out`.
     shown: pairs in the report.
+    trust_remote_code: run Python code that comes with a model's folder or repository; without it, such a model is
+        refused.
     """
 
     model: str
@@ -47,7 +51,7 @@ class ScoreOptions:
     reference_logps: Path | None = None
     beta: float = 0.1
     outputs: Sequence[str] | None = None
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     max_length: int | None = None
     prompt_format: str = "auto"
     chat_template: Path | None = None
@@ -57,6 +61,7 @@ class ScoreOptions:
     resume: bool = False
     overwrite: bool = False
     shown: int = 12
+    trust_remote_code: bool = False
 
     def check(self) -> None:
         """Raise `ScoreError` naming the option, what came and what was expected."""

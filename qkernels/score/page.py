@@ -19,8 +19,8 @@ from ..report.page import (
     number,
     table,
     tiles,
-    visible,
 )
+from ..text.characters import printable
 from .summary import Overview
 
 _SPANS = 15
@@ -51,9 +51,11 @@ def make_page(
         shown: pairs for heat maps, the most suspicious first.
         facts: names and values of how it was made.
     """
+    sources = figures["sources"]
     page = Page(
         "Token rewards of a preference set",
-        f"{figures['pairs']} pairs, {figures['tokens']} answer tokens, β = {figures['settings']['beta']:g}.",
+        f"{_name(sources['model'])} against {_name(sources['reference'])} on {_name(sources['data'])}:"
+        f" {figures['pairs']} pairs, {figures['tokens']} answer tokens, β = {figures['settings']['beta']:g}.",
         lead=_tiles(figures, overview),
     )
     page.sections.append(Section("What a token reward is", _EXPLANATION))
@@ -72,6 +74,11 @@ def make_page(
     page.sections.append(_means(figures))
     page.sections.append(Section("This run", f'<div class="facts">{table((), facts)}</div>'))
     return page.html()
+
+
+def _name(path: str) -> str:
+    """The last part of a path, by which people know a model or a file."""
+    return printable(path.rstrip("/").rpartition("/")[2] or path)
 
 
 def _tiles(figures: Mapping[str, Any], overview: Overview) -> str:
@@ -131,7 +138,7 @@ def _marked(text: str) -> str:
 
 
 def _shown(text: str) -> str:
-    return escape("".join(character if character == " " else visible(character) for character in text))
+    return escape(printable(text))
 
 
 def _charts(overview: Overview) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import platform
 import sys
@@ -17,19 +18,21 @@ from .._version import __version__
 from ..data import Preference, as_preferences, read_preferences
 from ..report.page import ScoredPair
 from ..report.progress import Progress, quiet_transformers
+from ..text.characters import first_line
+from ..text.lengths import position_limit
 from . import models
-from .encode import EncodedAnswer, Encoder, first_line, place
+from .encode import EncodedAnswer, Encoder, place
+from .files import ALWAYS, PAIRS, REPORT, SUMMARY, TOKENS, as_json
+from .folder import RunLock
 from .options import ScoreError, ScoreOptions
 from .page import make_page
-from .store import PAIRS, REPORT, SUMMARY, TOKENS, WINDOW, CachedReference, Results, Scored, as_json
+from .store import WINDOW, CachedReference, Results, Scored
 from .summary import Overview
 from .table import SIDES, TokenTable, prompt_of
 from .tokens import Answer, TokenScorer, check_outputs
 
 if TYPE_CHECKING:
     import numpy as np
-
-_ALWAYS = ("logps", "reference_logps", "implicit_rewards")
 
 # Gives the reference's log-probs of one answer: place for messages, pair, side, token ids.
 Cached = Callable[[str, int, str, list[int]], "np.ndarray"]
@@ -96,7 +99,7 @@ def score_preferences(
     reference_logps: TokenTable | None = None,
     beta: float = 0.1,
     outputs: Sequence[str] | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     max_length: int | None = None,
     prompt_format: str = "auto",
     progress: TextIO | None = None,
@@ -114,7 +117,8 @@ def score_preferences(
             either, only the outputs that need no reference can be had.
         beta: strength of the KL constraint the policy was trained with.
         outputs: names of fields of `TokenStats` and `TokenMDP`; by default all that are of use and can be had.
-        batch_tokens: padded tokens of a forward pass, at most, unless a single sequence has more.
+        batch_tokens: padded tokens of a forward pass, at most, unless a single sequence has more; None for 8192 on a
+            GPU, 1024 on a CPU.
         max_length: longer sequences are cut to it, the prompt at its beginning, the answer at its end; None refuses
             those that the model cannot take.
         prompt_format: "chat" (the tokenizer's template), "plain" (prompt, answer, end token, one after the other) or
@@ -140,7 +144,7 @@ def score_preferences(
         batch_tokens=batch_tokens,
         backend=backend,
     )
-    limits = [models.position_limit(m) for m in (model, reference) if m is not None]
+    limits = [position_limit(m) for m in (model, reference) if m is not None]
     encoder = Encoder(tokenizer, prompt_format, max_length, min((n for n in limits if n), default=None))
     cached = None if reference_logps is None else _from_table(reference_logps)
     windows = list(_encode(scorer, encoder, dict(enumerate(checked)), cached))
@@ -196,9 +200,18 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
     """
     options.check()
     models.require_packages(options)
-    Results.refuse(options.out, options.resume, options.overwrite)
+    with RunLock(options.out) as lock:
+        Results.refuse(options.out, options.resume, options.overwrite, lock)
+        if options.out.is_dir():  # an earlier run's; a new folder is made, and locked, when everything is ready
+            try:
+                lock.acquire()
+            except OSError as error:
+                raise ScoreError(f"--out {options.out}: cannot be written ({error.strerror or error})") from None
+        return _score_into(options, lock, Progress(stream or sys.stderr))
+
+
+def _score_into(options: ScoreOptions, lock: RunLock, progress: Progress) -> dict[str, Any]:
     outputs = _outputs(options)
-    progress = Progress(stream or sys.stderr)
     began = time.monotonic()
     data = read_preferences(options.data)
     everything = dict(enumerate(data.pairs))
@@ -216,14 +229,17 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
             )
         except (TypeError, ValueError) as error:
             raise ScoreError(f"--model {options.model}: {error}") from error
-        note = models.check_heads(scorer.vocabularies, loaded.tokenizer)
+        notes = [models.check_heads(scorer.vocabularies, loaded.tokenizer), models.check_difference(options)]
+        note = " ".join(filter(None, notes)) or None
         encoder = Encoder(
             loaded.tokenizer, options.prompt_format, options.max_length, loaded.limit, loaded.other_tokenizer
         )
-        results = Results(options.out, _settings(options, scorer, loaded, encoder))
+        results = Results(options.out, _settings(options, scorer, loaded, encoder), lock)
         if options.resume:
             results.open(options.resume, options.overwrite)
             results.check(everything, options.max_length)
+            for text in results.notes:
+                progress.say(text)
         ignored = f"; ignored fields: {', '.join(data.ignored_fields)}" if data.ignored_fields else ""
         wanted = dict(list(everything.items())[: options.limit])
         todo = {number: pair for number, pair in wanted.items() if number not in results.info}
@@ -239,6 +255,12 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
     device = next(loaded.model.parameters()).device
     facts = {
         "note": note,
+        "sources": {
+            "model": options.model,
+            "reference": _reference_name(options),
+            "data": str(options.data),
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        },
         "device": str(device),
         "threads": torch.get_num_threads(),
         "backend": backends.resolve("auto", torch.zeros(1, 1, device=device)),
@@ -254,7 +276,7 @@ def _outputs(options: ScoreOptions) -> tuple[str, ...]:
         chosen = check_outputs(options.outputs, kind)
     except ValueError as error:
         raise ScoreError(f"--outputs: {error}") from None
-    return tuple(dict.fromkeys((*_ALWAYS, *chosen)))
+    return tuple(dict.fromkeys((*ALWAYS, *chosen)))
 
 
 def _check(
@@ -326,7 +348,7 @@ def _finish(
     }
     results.write(SUMMARY, as_json(figures))
     shown = _shown(results, overview, pairs, cuts, options.shown)
-    results.write(REPORT, make_page(overview, figures, shown, _facts(options, figures)))
+    results.write(REPORT, make_page(overview, figures, shown, _facts(figures)))
     results.close()
     return figures
 
@@ -368,7 +390,6 @@ def _settings(options: ScoreOptions, scorer: TokenScorer, loaded: models.Loaded,
     elif loaded.reference is loaded.model:
         reference = "adapter switched off"
     return {
-        "format": 1,
         "model": models.fingerprint(options.model),
         "reference": reference,
         "beta": options.beta,
@@ -394,14 +415,13 @@ def _model_line(loaded: models.Loaded, scorer: TokenScorer) -> str:
     )
 
 
-def _facts(options: ScoreOptions, figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    settings, elapsed = figures["settings"], figures["elapsed_seconds"]
-    reference = str(options.reference or options.reference_logps or "the same model, adapter switched off")
+def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    settings, elapsed, sources = figures["settings"], figures["elapsed_seconds"], figures["sources"]
     cut = f"{figures['cut_pairs']} pairs, at {figures['max_length']} tokens" if figures["cut_pairs"] else "nothing"
     facts = [
-        ("model", f"{options.model} ({settings['dtype']})"),
-        ("reference", reference),
-        ("data", str(options.data)),
+        ("model", f"{sources['model']} ({settings['dtype']})"),
+        ("reference", sources["reference"]),
+        ("data", sources["data"]),
         ("prompts", "chat template" if settings["prompt_format"] == "chat" else "plain text"),
         ("cut", cut),
         ("time", f"{elapsed['scoring']:.1f} s for {elapsed['tokens_scored']} answer tokens, loading included"),
@@ -409,8 +429,12 @@ def _facts(options: ScoreOptions, figures: Mapping[str, Any]) -> list[tuple[str,
         ("backend", f"{figures['backend']} on {figures['device']}, threads: {figures['threads']}"),
     ]
     if figures["note"]:
-        facts.insert(2, ("heads", figures["note"]))
+        facts.insert(2, ("note", figures["note"]))
     return facts
+
+
+def _reference_name(options: ScoreOptions) -> str:
+    return str(options.reference or options.reference_logps or "the same model, adapter switched off")
 
 
 def _versions() -> dict[str, str]:

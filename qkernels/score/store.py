@@ -5,68 +5,65 @@
     summary.json     the figures of the report, and the settings
     report.html
     settings.json    what makes results comparable; a run that resumes must agree
+    checksums.json   SHA-256 of the others; what was changed or lost since is found and named, and never merged
     parts/           while a run is under way or was interrupted: what has been scored
+    .lock            while a run is under way: its process, so that no other one writes to the folder
 
 Every file is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .. import folders
 from ..data import Preference
 from .encode import EncodedAnswer
+from .files import (
+    CHECKSUMS,
+    FORMAT,
+    LOCK,
+    PAIRS,
+    PARTS,
+    REPORT,
+    RESTORE,
+    SETTINGS,
+    SUMMARY,
+    TOKENS,
+    PairInfo,
+    TokenFile,
+    as_json,
+    check_all_there,
+    check_rows,
+    digest,
+    is_part,
+    metadata_of,
+    part_name,
+    part_number,
+    read_pairs,
+    read_settings,
+    windows_of,
+)
+from .folder import Checksums, RunLock, clear, foreign, is_blank, is_own_name, is_run
 from .options import ScoreError
-from .table import SIDES, TokenTable
+from .table import KEYS, SIDES, TokenTable
 
 if TYPE_CHECKING:
     import numpy as np
 
-TOKENS, PAIRS, SUMMARY, REPORT, SETTINGS, PARTS = (
-    "tokens.parquet",
-    "pairs.parquet",
-    "summary.json",
-    "report.html",
-    "settings.json",
-    "parts",
-)
-_CONTENTS = (TOKENS, PAIRS, SUMMARY, REPORT, SETTINGS, PARTS)
-_TEMPORARY = ".partial-"
 WINDOW = 64  # pairs that are batched together, and that share a row group
 _FLUSH_SECONDS, _FLUSH_TOKENS = 20.0, 1_000_000
-_METADATA = b"qkernels"
-_ADVICE = "delete it to score it again"
-CUT_COLUMNS = ("prompt_cut", "chosen_cut", "rejected_cut")
+_AGAIN = "delete it, and --resume scores its pairs again"
 
 # One scored answer of a pair: side, tokens, results.
 Scored = tuple[str, EncodedAnswer, Mapping[str, "np.ndarray"]]
-
-
-class PairInfo(NamedTuple):
-    """What a scored pair was, to tell on resuming whether it still is the same.
-
-    digest: of its texts.
-    longest: tokens of its longer sequence, after any cut.
-    cuts: tokens cut off the prompt, the chosen and the rejected answer.
-    """
-
-    digest: str
-    longest: int
-    cuts: tuple[int, int, int]
-
-
-def digest(pair: Preference) -> str:
-    """What tells one pair's texts from another's."""
-    text = json.dumps([pair.prompt, pair.chosen, pair.rejected], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Results:
@@ -75,14 +72,19 @@ class Results:
     Args:
         out: the folder.
         settings: what results depend on; plain JSON values.
+        lock: of the folder; held from `open` on, until its owner lets it go.
 
     Attributes:
         info: the pairs whose scores lie in the folder, by number.
+        notes: what `open` found that the user should know.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any]):
-        self.out, self.settings = out, dict(settings)
+    def __init__(self, out: Path, settings: Mapping[str, Any], lock: RunLock):
+        self.out, self.settings, self.lock = out, {"format": FORMAT, **settings}, lock
         self.info: dict[int, PairInfo] = {}
+        self.notes: list[str] = []
+        self._checksums = Checksums(out)
+        self._columns = [*KEYS, *self.settings["outputs"]]
         self._waiting: dict[int, tuple[list[Scored], PairInfo]] = {}
         self._tokens_waiting = 0
         self._flushed = time.monotonic()
@@ -90,8 +92,13 @@ class Results:
     # --- opening ----------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def refuse(out: Path, resume: bool, overwrite: bool) -> None:
+    def refuse(out: Path, resume: bool, overwrite: bool, lock: RunLock) -> None:
         """Say no before anything is loaded.
+
+        Args:
+            out: the folder.
+            resume, overwrite: what the user allows.
+            lock: of the folder; another process that holds it is a reason to say no.
 
         Raises:
             ScoreError: `out` is there and may not be touched.
@@ -100,22 +107,30 @@ class Results:
             return
         if not out.is_dir():
             raise ScoreError(f"--out {out}: exists and is not a folder")
+        if lock.is_held():
+            raise ScoreError(f"--out {out}: {lock.holder()} is writing to it; wait for its end, or choose another one")
         if resume:
-            if not (out / SETTINGS).is_file() and any(out.iterdir()):
+            if not (out / SETTINGS).is_file() and not is_blank(out):
                 raise ScoreError(f"--out {out}: no run to resume there; the folder has no {SETTINGS}")
             return
         if not overwrite:
-            parts = any((out / PARTS).glob("[0-9]*.parquet"))
-            unfinished = (out / SETTINGS).is_file() and (parts or not (out / REPORT).is_file())
             what = (
-                "the folder holds an unfinished run; continue it with --resume" if unfinished else "the folder exists"
+                "the folder holds an unfinished run; continue it with --resume"
+                if _is_unfinished(out)
+                else "the folder exists"
             )
-            raise ScoreError(f"--out {out}: {what}; choose another one, or replace it with --overwrite")
-        foreign = sorted(e.name for e in out.iterdir() if e.name not in _CONTENTS and not e.name.startswith(_TEMPORARY))
-        if foreign:
+            raise ScoreError(f"--out {out}: {what}; choose another one, or replace an earlier run with --overwrite")
+        if not is_run(out):
+            held = sorted(entry.name for entry in out.iterdir())
+            raise ScoreError(
+                f"--out {out}: --overwrite replaces only what an earlier run has written, and no run has written to"
+                f" this folder (it has no {SETTINGS} of one); it holds {folders.some_of(held)}"
+            )
+        in_the_way = foreign(out)
+        if in_the_way:
             raise ScoreError(
                 f"--out {out}: --overwrite replaces only what an earlier run has written; the folder also holds"
-                f" {', '.join(foreign[:5])}{' ...' if len(foreign) > 5 else ''}"
+                f" {folders.some_of(in_the_way)}"
             )
 
     def open(self, resume: bool, overwrite: bool) -> None:
@@ -124,27 +139,32 @@ class Results:
         Raises:
             ScoreError: it may not be touched, cannot be written, or holds results of other settings.
         """
-        self.refuse(self.out, resume, overwrite)
         try:
-            if overwrite and self.out.is_dir():
-                for entry in self.out.iterdir():
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            elif resume and (self.out / SETTINGS).is_file():
+            if os.path.lexists(self.out):
+                self.refuse(self.out, resume, overwrite, self.lock)
+            else:
+                self.out.mkdir(parents=True)
+            self.lock.acquire()
+            if resume and (self.out / SETTINGS).is_file():
                 self._take_up()
-                return
-            self.out.mkdir(parents=True, exist_ok=True)
+            else:
+                if overwrite:
+                    clear(self.out)
+                self.write(SETTINGS, as_json(self.settings))
             (self.out / PARTS).mkdir(exist_ok=True)
         except OSError as error:
             raise ScoreError(f"--out {self.out}: cannot be written ({error.strerror or error})") from None
-        self.write(SETTINGS, as_json(self.settings))
 
     def _take_up(self) -> None:
-        try:
-            earlier = json.loads((self.out / SETTINGS).read_text(encoding="utf-8"))
-        except ValueError as error:
+        earlier = read_settings(self.out)
+        if earlier["format"] != FORMAT:
             raise ScoreError(
-                f"--out {self.out}: {SETTINGS} is damaged ({error}); start over with --overwrite"
-            ) from None
+                f"--out {self.out}: an earlier version of qkernels wrote it, without checksums; `qkernels show` reads"
+                " it, but it cannot be continued; score again with --overwrite"
+            )
+        self._checksums = checksums = Checksums.read(self.out)
+        if SETTINGS not in checksums.files or checksums.find(SETTINGS) is None:
+            raise ScoreError(f"{self.out / CHECKSUMS}: damaged (says nothing of {SETTINGS}); {RESTORE}")
         now = json.loads(as_json(self.settings))
         changed = [
             f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
@@ -155,18 +175,32 @@ class Results:
             raise ScoreError(
                 f"--out {self.out}: --resume needs the settings that the run began with: {'; '.join(changed)}"
             )
-        (self.out / PARTS).mkdir(exist_ok=True)
-        for left in [*self.out.glob(f"{_TEMPORARY}*"), *(self.out / PARTS).glob(f"{_TEMPORARY}*")]:
-            left.unlink()
-        if (self.out / TOKENS).is_file() and (self.out / PAIRS).is_file():
-            rows = _read(self.out / PAIRS, ["pair", "digest", "longest", *CUT_COLUMNS]).to_pylist()
-            for row in rows:
-                cuts = tuple(row[name] for name in CUT_COLUMNS)
-                self.info[row["pair"]] = PairInfo(row["digest"], row["longest"], cuts)  # type: ignore[arg-type]
-        for part in self._parts():
-            metadata = json.loads((_open(part).schema_arrow.metadata or {}).get(_METADATA, b"{}"))
-            for pair, (known, longest, cuts) in metadata.items():
-                self.info[int(pair)] = PairInfo(known, longest, tuple(cuts))
+        noted = [name for name in (TOKENS, PAIRS) if name in checksums.files]
+        merged = {name: place for name in noted if (place := checksums.find(name)) is not None}
+        if len(merged) < len(noted):
+            # Without either of them nothing is known of the other's pairs.
+            self._again(next(name for name in noted if name not in merged), f"the pairs of {TOKENS} are scored again")
+            checksums.drop(noted)
+            merged = {}
+        for name, place in merged.items():
+            checksums.settle(name, place)
+        if PAIRS in merged:
+            self.info |= read_pairs(self.out / PAIRS, prompts=False)[0]
+        for name in checksums.parts():
+            place = checksums.find(name, _AGAIN)
+            if place is None:
+                self._again(name, "its pairs are scored again")
+                checksums.drop([name])
+                continue
+            checksums.settle(name, place)
+            with TokenFile(self.out / name, self._columns, _AGAIN) as part:
+                self.info |= part.info()
+        # What a run left that was struck between two steps: files that were not complete, parts that were merged.
+        wanted = {*checksums.files, TOKENS, PAIRS, SUMMARY, REPORT, CHECKSUMS, LOCK}
+        folders.remove(self.out, lambda name: is_own_name(name) and name not in wanted, _is_parts)
+
+    def _again(self, name: str, consequence: str) -> None:
+        self.notes.append(f"{self.out / name} is missing, though the run wrote it: {consequence}")
 
     def check(self, pairs: Mapping[int, Preference], max_length: int | None) -> None:
         """Whether what was scored before would be scored the same way now.
@@ -191,8 +225,15 @@ class Results:
         """Keep a scored pair; it is on disk after the next `flush`, which comes by itself every 20 seconds."""
         answers = list(answers)
         encoded = [tokens for _, tokens, _ in answers]
-        cuts = (max(tokens.cut_prompt for tokens in encoded), encoded[0].cut_answer, encoded[1].cut_answer)
-        self._waiting[number] = answers, PairInfo(digest(pair), max(tokens.length for tokens in encoded), cuts)
+        self._waiting[number] = (
+            answers,
+            PairInfo(
+                digest(pair),
+                max(tokens.length for tokens in encoded),
+                (max(tokens.cut_prompt for tokens in encoded), *(tokens.cut_answer for tokens in encoded)),
+                tuple(len(tokens.ids) for tokens in encoded),
+            ),
+        )
         self._tokens_waiting += sum(len(tokens.ids) for tokens in encoded)
         if self._tokens_waiting >= _FLUSH_TOKENS or time.monotonic() - self._flushed >= _FLUSH_SECONDS:
             self.flush()
@@ -208,13 +249,13 @@ class Results:
                 for pairs in windows.values()
             ]
             info = {pair: known for pair, (_, known) in self._waiting.items()}
-            last = max((int(part.stem) for part in (self.out / PARTS).glob("[0-9]*.parquet")), default=-1)
-            self._write_tables(self.out / PARTS / f"{last + 1:06d}.parquet", tables, info)
+            last = max((part_number(name) for name in self._checksums.parts()), default=-1)
+            self._write_tables(part_name(last + 1), tables, info)
             self.info |= info
             self._waiting, self._tokens_waiting = {}, 0
         self._flushed = time.monotonic()
 
-    def _write_tables(self, path: Path, tables: Iterable[TokenTable], info: Mapping[int, PairInfo]) -> None:
+    def _write_tables(self, name: str, tables: Iterable[TokenTable], info: Mapping[int, PairInfo]) -> None:
         """One row group per table; what the pairs were goes into the file's metadata."""
         import pyarrow.parquet as pq
 
@@ -224,121 +265,169 @@ class Results:
                 for table in tables:
                     rows = table.to_arrow()
                     if writer is None:
-                        metadata = {_METADATA: json.dumps(info, separators=(",", ":"))} if info else None
-                        writer = pq.ParquetWriter(temporary, rows.schema.with_metadata(metadata))
+                        schema = rows.schema.with_metadata(metadata_of(info) if info else None)
+                        writer = pq.ParquetWriter(temporary, schema)
                     writer.write_table(rows, row_group_size=max(1, len(rows)))
             finally:
                 if writer is not None:
                     writer.close()
 
-        self.replace(path.relative_to(self.out), write)
+        self.replace(name, write)
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the folder."""
         self.replace(name, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
-    def replace(self, name: str | Path, write: Callable[[Path], Any]) -> None:
+    def replace(self, name: str, write: Callable[[Path], Any]) -> None:
         """Write a file of the folder: `write` gets a temporary path, which takes the name when it is complete."""
-        path = self.out / name
-        temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
-        try:
-            write(temporary)
-            with temporary.open("r+b") as written:
-                os.fsync(written.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise ScoreError(f"--out {self.out}: {path.name} cannot be written ({error.strerror or error})") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        self._checksums.put(name, write)
 
     # --- finishing --------------------------------------------------------------------------------------------------
 
     def merge(self) -> None:
-        """Bring all parts into `tokens.parquet`, in the order of the data, a window in memory at a time."""
+        """Bring all parts into `tokens.parquet`, in the order of the data, a window in memory at a time.
+
+        Raises:
+            ScoreError: a part, or what earlier runs have merged, is not as it was written; the merged table would not
+                hold every scored pair exactly once. `tokens.parquet` is then as it was.
+        """
         self.flush()
-        if not self._parts():
+        parts = self._checksums.parts()
+        if not parts:
             return
-        groups: dict[int, list[tuple[Any, int]]] = {}
-        files = []
-        for source in self.sources():
-            file = _open(source)
-            files.append(file)
-            for group in range(file.num_row_groups):
-                first = file.read_row_group(group, ["pair"]).column("pair")[0].as_py()
-                groups.setdefault(first // WINDOW, []).append((file, group))
-        tables = (
-            TokenTable.concat([TokenTable.from_arrow(file.read_row_group(group)) for file, group in groups[window]])
-            for window in sorted(groups)
-        )
-        self._write_tables(self.out / TOKENS, tables, {})
+        with contextlib.ExitStack() as stack:
+            files = []
+            for name in [TOKENS] * (TOKENS in self._checksums.files) + parts:
+                path = self._checksums.find(name)
+                if path is None:
+                    raise ScoreError(f"{self.out / name}: missing, though this run wrote it; {RESTORE}")
+                files.append(stack.enter_context(TokenFile(path, self._columns)))
+            self._write_tables(TOKENS, self._merged(files), {})
+
+    def _merged(self, files: list[TokenFile]) -> Iterator[TokenTable]:
+        """The rows of all files, window by window, each pair checked and in the end whether all are there."""
+        groups: dict[int, list[tuple[TokenFile, int]]] = {}
         for file in files:
-            file.close()
+            for group in range(file.groups):
+                for window in sorted({pair // WINDOW for pair in file.pairs(group)}):
+                    groups.setdefault(window, []).append((file, group))
+        found: list[int] = []
+        for window in sorted(groups):
+            table = TokenTable.concat([file.table(group) for file, group in groups[window]])
+            found += check_rows(table, self.out / TOKENS, self.info)
+            yield table
+        check_all_there(found, self.info, self.out / TOKENS)
 
     def close(self) -> None:
         """All is written: the parts, which are in `tokens.parquet` and `pairs.parquet` now, can go."""
-        shutil.rmtree(self.out / PARTS)
+        self._checksums.drop(self._checksums.parts())
+        try:
+            folders.remove(self.out, lambda name: name.startswith(f"{PARTS}/") and is_own_name(name), _is_parts)
+        except OSError as error:
+            raise ScoreError(f"--out {self.out}: {PARTS} cannot be removed ({error.strerror or error})") from None
 
     def windows(self) -> Iterator[TokenTable]:
-        """The merged results, a window at a time."""
-        file = _open(self.out / TOKENS)
-        for group in range(file.num_row_groups):
-            yield TokenTable.from_arrow(file.read_row_group(group))
+        """The merged results, a window at a time.
 
-    def _parts(self) -> list[Path]:
-        return sorted((self.out / PARTS).glob("[0-9]*.parquet")) if (self.out / PARTS).is_dir() else []
-
-    def sources(self) -> list[Path]:
-        """The files that hold results: what earlier runs completed, and parts."""
-        merged = self.out / TOKENS
-        return [*([merged] if merged.is_file() else []), *self._parts()]
+        Raises:
+            ScoreError: they do not hold every scored pair exactly once.
+        """
+        with TokenFile(self.out / TOKENS, self._columns) as file:
+            yield from windows_of(file, self.info)
 
 
-def _open(path: Path, advice: str = _ADVICE) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ScoreError(f"{path}: cannot be read ({str(error).splitlines()[0]}); {advice}") from error
+def _is_parts(name: str) -> bool:
+    return name == PARTS
 
 
-def _read(path: Path, columns: list[str], advice: str = _ADVICE) -> Any:
-    file = _open(path, advice)
-    missing = [name for name in columns if name not in file.schema_arrow.names]
-    if missing:
-        raise ScoreError(f"{path}: expected the columns {', '.join(columns)}; missing: {', '.join(missing)}")
-    return file.read(columns)
+def _is_unfinished(out: Path) -> bool:
+    """Whether a folder looks like that of a run that has not ended."""
+    parts = any((out / PARTS).glob("[0-9]*.parquet"))
+    return (out / SETTINGS).is_file() and (parts or not (out / REPORT).is_file())
 
 
-def as_json(value: Any) -> str:
-    """A value as the text of a file."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+class _Sources(NamedTuple):
+    """Where results lie: tables of tokens, those of them that say what their pairs are, and the table of pairs."""
+
+    tokens: list[Path]
+    parts: list[Path]
+    pairs: Path | None
+
+
+def _sources(out: Path, settings: Mapping[str, Any]) -> _Sources:
+    """The files of a run, verified; those of an earlier version, which had no checksums, as they are.
+
+    Raises:
+        ScoreError: nothing has been scored yet; a file is missing or was changed.
+    """
+    if settings["format"] == FORMAT:
+        checksums = Checksums.read(out)
+        places = {name: checksums.find(name) for name in checksums.files if name not in (SUMMARY, REPORT)}
+        missing = [name for name, place in places.items() if place is None]
+        if missing:
+            raise ScoreError(f"{out}: {folders.some_of(missing)} missing, though the run wrote it; {RESTORE}")
+        found = {name: place for name, place in places.items() if place is not None}
+    else:
+        names = [TOKENS, PAIRS, *(f"{PARTS}/{path.name}" for path in sorted((out / PARTS).glob("*.parquet")))]
+        found = {name: out / name for name in names if (out / name).is_file() and is_own_name(name)}
+    parts = [found[name] for name in sorted(filter(is_part, found))]
+    tokens = [found[TOKENS], *parts] if TOKENS in found else parts
+    if not tokens:
+        raise ScoreError(f"{out}: nothing has been scored there yet")
+    return _Sources(tokens, parts, found.get(PAIRS))
 
 
 def read_scores(folder: str | PathLike[str]) -> TokenTable:
     """The results of a finished or interrupted run as one table.
 
     Args:
-        folder: what `qkernels score --out` wrote.
+        folder: what `qkernels score --out` wrote. One of a version without checksums is read as it is.
 
     Raises:
-        ScoreError: not such a folder, nothing scored in it yet, or a damaged file.
+        ScoreError: not such a folder, nothing scored in it yet, or a file that is not as it was written.
     """
     out = Path(folder)
-    if not (out / SETTINGS).is_file():
-        raise ScoreError(f"{out}: not a folder of scores; it has no {SETTINGS}")
-    settings = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
-    sources = Results(out, settings).sources()
-    if not sources:
+    while True:
+        before = _noted(out)
+        try:
+            return _read_scores(out)
+        except ScoreError:
+            if _noted(out) == before:  # else a run at work has merged its parts meanwhile
+                raise
+
+
+def _noted(out: Path) -> bytes | None:
+    try:
+        return (out / CHECKSUMS).read_bytes()
+    except OSError:
+        return None
+
+
+def _read_scores(out: Path) -> TokenTable:
+    settings = read_settings(out)
+    sources = _sources(out, settings)
+    columns = [*KEYS, *settings["outputs"]]
+    info: dict[int, PairInfo] = {}
+    prompts: Mapping[int, Any] = {}
+    if sources.pairs is not None:
+        info, prompts = read_pairs(sources.pairs, prompts=True)
+    tables = []
+    for path in sources.tokens:
+        with TokenFile(path, columns) as file:
+            tables.append(file.table())
+            if settings["format"] == FORMAT and path in sources.parts:
+                info |= file.info()
+    table = TokenTable.concat(tables)
+    if not len(table):
         raise ScoreError(f"{out}: nothing has been scored there yet")
-    table = TokenTable.concat([TokenTable.from_arrow(_open(source).read()) for source in sources])
-    prompts = {}
-    if (out / PAIRS).is_file():
-        pairs = _read(out / PAIRS, ["pair", "prompt"])
-        for pair, prompt in zip(pairs.column("pair").to_pylist(), pairs.column("prompt").to_pylist(), strict=True):
-            prompts[pair] = [(role, text) for role, text in json.loads(prompt)]
-    return TokenTable(table.columns, prompts, settings.get("special_ids", ()))
+    known = info if settings["format"] == FORMAT else None
+    found = check_rows(table, out, known)
+    if known is not None:
+        check_all_there(found, known, out)
+    return TokenTable(table.columns, prompts, settings["special_ids"])
 
 
 class CachedReference:
@@ -353,24 +442,28 @@ class CachedReference:
 
     def __init__(self, path: Path):
         import numpy as np
+        import pyarrow as pa
 
         self.path = path
         columns = ["pair", "side", "position", "token_id", "reference_logps"]
         if path.is_dir():
-            sources, advice = Results(path, {}).sources(), _ADVICE
-            if not sources:
-                raise ScoreError(f"--reference-logps {path}: no results in that folder")
+            sources, advice = _sources(path, read_settings(path)).tokens, RESTORE
         elif path.is_file():
             sources, advice = [path], "expected a Parquet file of scores, or the folder of a run"
         else:
             raise ScoreError(f"--reference-logps {path}: no such file or folder")
-        import pyarrow as pa
-
-        table = pa.concat_tables([_read(source, columns, advice) for source in sources], promote_options="permissive")
+        tables = []
+        for source in sources:
+            with TokenFile(source, columns, advice) as file:
+                tables.append(file.arrow())
+        table = pa.concat_tables(tables, promote_options="permissive")
         rejected = np.array(table.column("side").to_pylist(), dtype=object) != SIDES[0]
-        pair, position = table.column("pair").to_numpy(), table.column("position").to_numpy()
-        order = np.lexsort((position, rejected, pair))
-        self._answer = (2 * pair + rejected)[order]
+        answer, position = 2 * table.column("pair").to_numpy() + rejected, table.column("position").to_numpy()
+        order = np.lexsort((position, answer))
+        # A run that was struck after it had merged its parts has their rows twice.
+        same = (np.diff(answer[order]) == 0) & (np.diff(position[order]) == 0)
+        order = order[np.concatenate([np.ones(min(1, len(order)), bool), ~same])]
+        self._answer = answer[order]
         self._ids = table.column("token_id").to_numpy()[order]
         self._logps = table.column("reference_logps").to_numpy()[order]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..credit import mean, ranked_right
 from ..data import Preference
-from .store import CUT_COLUMNS, PairInfo
+from .files import CUT_COLUMNS, PairInfo
 from .table import SIDES, FoundSpan, TokenTable, prompt_of
 
 _KEPT_SPANS = 20  # of each side

@@ -254,6 +254,8 @@ class TokenTable:
         names = list(tables[0].columns)
         joined = {name: np.concatenate([table[name] for table in tables]) for name in names}
         table = TokenTable(joined, prompts, tables[0].special).sorted()
+        if not len(table):
+            return table
         same = [table[name][1:] == table[name][:-1] for name in ("pair", "side", "position")]
         return table._taken(np.concatenate([[True], ~np.logical_and.reduce(same)]))
 
