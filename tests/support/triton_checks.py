@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fused_default
 import oracle
 from assertions import assert_gradient, assert_within
 from cases import IGNORE, PairBatch, Rows, make_head_batch, make_pairs, make_rows, normal, pack
@@ -383,6 +384,11 @@ def test_pair_loss(packed, given):
             assert value.dtype == FLOAT and value.shape == exact.shape
             # All sums are fp64 here, so one rounding is left; per-token ratios of the reference are exact in fp64 too.
             assert_within(value, exact, 1e-6 * exact.abs().clamp_min(1e-3).cpu(), name)
+
+
+@pytest.mark.parametrize("case", fused_default.CASES, ids=str)
+def test_pair_loss_is_the_objective(case):
+    fused_default.check_fused_default(BACKEND, FLOAT, case)
 
 
 def test_whole_path_dense_and_packed():
