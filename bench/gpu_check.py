@@ -164,7 +164,7 @@ def build(bench: Bench) -> list[str]:
 
 def tests(bench: Bench) -> list[str]:
     """The whole test suite, files side by side; every test that takes a backend runs on the GPU's as well."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: -path.stat().st_size)
     files = [path for path in files if path.name == "test_import.py"] if bench.rehearsal else files
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     failed: list[str] = []

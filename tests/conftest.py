@@ -8,18 +8,16 @@ for each pair that the backend accepts; `@pytest.mark.dtypes(torch.float32, ...)
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # oracle.py, assertions.py, cases.py, with any import mode
+from runnable import DTYPES, runnable_backends
 
-from qkernels import backends
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# `bench`, after everything else: the installed package stays the one that is tested.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 hypothesis.settings.register_profile(
     "qkernels",
@@ -30,37 +28,6 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("qkernels")
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A backend and a device it runs on."""
-
-    name: str
-    device: torch.device
-
-    def __str__(self) -> str:
-        return self.name if self.device.type == _home(self.name) else f"{self.name}-{self.device.type}"
-
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether logits of this dtype can be given to it."""
-        return backends.unavailable(self.name, self.device, dtype) is None
-
-    @property
-    def module(self):
-        """The module with its row operations."""
-        return backends.get(self.name)
-
-
-def _home(name: str) -> str:
-    return "cuda" if name in ("cuda", "triton") else "cpu"
-
-
-def runnable_backends() -> list[Backend]:
-    """Every registered backend on every device where it can take fp32 logits."""
-    devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
-    found = [Backend(name, device) for name in backends._MODULES for device in devices]
-    return [backend for backend in found if backend.takes(torch.float32)]
 
 
 def pytest_configure(config):

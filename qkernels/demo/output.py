@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from .. import folders
+from ..report import folders
 from .options import DemoError
 
 MODEL, REFERENCE, METRICS, REPORT = "model", "reference", "metrics.json", "report.html"

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .. import folders
+from ..report import folders
 from .files import (
     CHECKSUMS,
     FORMAT,

@@ -23,8 +23,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import folders
 from ..data import Preference
+from ..report import folders
 from .encode import EncodedAnswer
 from .files import (
     CHECKSUMS,

@@ -1,0 +1,309 @@
+"""The CPU's own products of bf16 matrices with an fp32 result, and what takes their place on other instruction sets.
+
+An entry is a sum of k exact products (16 bits of significand at most), and each addition rounds a partial sum: the
+error may be k eps32 of the sum of absolute values, and as a rule it is a few eps32, for roundings differ in sign. The
+bound is 16 of them. A result that had been rounded to bf16 would err by 2^-9 of itself, thousands of eps32.
+"""
+
+from __future__ import annotations
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from assertions import EPS32, assert_within
+from cases import generator, make_head_batch
+from linear_comparisons import check_linear_preference, check_linear_stats
+from qkernels.backends import cpu as native
+from qkernels.head.products import Head, logits_product
+from runnable import CPU, Backend
+
+_C = pytest.importorskip("qkernels._C", reason="the compiled extension is missing")
+BF16 = torch.bfloat16
+needs_product = pytest.mark.skipif(not native.has_product(), reason="this machine has no AVX-512 BF16")
+
+
+def matrix(rows: int, columns: int, key: int, stride: int = 0, offset: int = 0) -> torch.Tensor:
+    """bf16, `stride` elements more from row to row and `offset` before the first; NaN in between."""
+    memory = torch.full((offset + rows * (columns + stride) + 8,), torch.nan, dtype=BF16)
+    view = memory.as_strided((rows, columns), (columns + stride, 1), offset)
+    view.copy_(torch.randn(rows, columns, generator=generator(rows, columns, key)))
+    return view
+
+
+def product(left, right, bias=None, *, stride: int = 0) -> torch.Tensor:
+    """The result, in a buffer whose surroundings are checked."""
+    rows, columns = left.shape[0], right.shape[0]
+    memory = torch.full((rows + 1, columns + stride), 777.0)
+    native.product(left, right, bias, memory[:rows, :columns])
+    assert bool((memory[rows] == 777).all()) and bool((memory[:, columns:] == 777).all()), "written outside"
+    return memory[:rows, :columns]
+
+
+def check(left, right, bias=None, stride: int = 0) -> torch.Tensor:
+    actual = product(left, right, bias, stride=stride)
+    exact = left.double() @ right.double().T
+    size = left.double().abs() @ right.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    depth = left.shape[1]
+    assert_within(actual, exact, EPS32 * min(1 + depth, 16) * size + 1e-38, "product")
+    return actual
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+# Around the tile of 12 x 32, the blocks of 512 along k, pairs along k, and a single row, column or entry.
+ROWS = (1, 2, 11, 12, 13, 24, 37)
+COLUMNS = (1, 5, 15, 16, 17, 31, 32, 33, 100, 530)
+DEPTHS = (1, 2, 3, 31, 32, 33, 63, 64, 511, 512, 513, 1024, 1537)
+
+
+@needs_product
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_every_depth(depth):
+    check(matrix(13, depth, 1), matrix(33, depth, 2), torch.randn(33))
+
+
+@needs_product
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_every_size_of_the_result(rows, columns):
+    left, right = matrix(rows, 37, 1), matrix(columns, 37, 2)
+    check(left, right)
+    check(left, right, 10 * torch.randn(columns), stride=3)
+
+
+@needs_product
+@pytest.mark.parametrize("offset", [0, 1, 3, 16])
+@pytest.mark.parametrize("stride", [0, 1, 5, 32])
+def test_any_stride_and_alignment(stride, offset):
+    for depth in (40, 41, 514):
+        left, right = matrix(14, depth, 1, stride, offset), matrix(35, depth, 2, 3 * stride, 7 - offset % 8)
+        expected = product(left.contiguous(), right.contiguous())
+        assert torch.equal(check(left, right, stride=stride), expected)
+
+
+@needs_product
+def test_broadcast_and_transposed_rows():
+    right = matrix(20, 16, 2)
+    row = matrix(1, 16, 1)
+    assert torch.equal(product(row.expand(5, 16), right), product(row.repeat(5, 1), right))
+    left = matrix(16, 9, 3).T  # its last dimension is not contiguous: copied
+    check(left, right)
+
+
+@needs_product
+@hypothesis.given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.integers(0, 3), st.booleans())
+def test_any_size(rows, columns, depth, stride, with_bias):
+    bias = torch.linspace(-3, 3, columns) if with_bias else None
+    check(matrix(rows, depth, 1, stride), matrix(columns, depth, 2, stride), bias, stride)
+
+
+@needs_product
+def test_nothing_to_do():
+    assert product(matrix(0, 8, 1), matrix(5, 8, 2)).shape == (0, 5)
+    assert torch.equal(product(torch.zeros(3, 4, dtype=BF16), matrix(5, 4, 2)), torch.zeros(3, 5))
+
+
+@needs_product
+def test_magnitudes():
+    """Large and tiny entries, in one sum and apart; infinities and NaN stay in their row or column."""
+    left, right = matrix(4, 20, 1), matrix(6, 20, 2)
+    for scale in (1e-15, 1e15, 1e-30):
+        check((left.float() * scale).to(BF16), right)
+    mixed = (left.float() * torch.logspace(-12, 12, 20)).to(BF16)
+    check(mixed, right)
+    left[1, 3], right[2, 5] = torch.inf, torch.nan
+    actual = product(left, right)
+    assert bool(actual[:, 2].isnan().all()) and bool((actual[1].isinf() | actual[1].isnan()).all())
+    keep = actual[[0, 2, 3]][:, [0, 1, 3, 4, 5]]
+    assert bool(keep.isfinite().all())
+    assert bool((product(matrix(3, 8, 1), matrix(4, 8, 2), torch.full((4,), -torch.inf)) == -torch.inf).all())
+
+
+@needs_product
+def test_results_are_not_rounded_to_sixteen_bits():
+    left, right = matrix(64, 256, 1), matrix(64, 256, 2)
+    ours = check(left, right)
+    exact = left.double() @ right.double().T
+    theirs = (left @ right.T).double()
+    assert 1000 * (ours - exact).abs().max() < (theirs - exact).abs().max()
+
+
+# --- sums over rows ---------------------------------------------------------------------------------------------------
+
+
+def check_sum(left, right, start, stride: int = 0) -> torch.Tensor:
+    """start + left^T right, in a buffer whose surroundings are checked, against float64."""
+    rows, columns = start.shape
+    memory = torch.full((rows + 1, columns + stride), 777.0)
+    out = memory[:rows, :columns].copy_(start)
+    native.add_row_product(left, right, out)
+    assert bool((memory[rows] == 777).all()) and bool((memory[:, columns:] == 777).all()), "written outside"
+    exact = start.double() + left.double().T @ right.double()
+    size = start.double().abs() + left.double().abs().T @ right.double().abs()
+    assert_within(out, exact, EPS32 * min(1 + left.shape[0], 16) * size + 1e-38, "sum over rows")
+    return out
+
+
+@needs_product
+@pytest.mark.parametrize("depth", (0, *DEPTHS))
+def test_sum_over_any_number_of_rows(depth):
+    check_sum(matrix(depth, 29, 1), matrix(depth, 45, 2), torch.randn(29, 45))
+
+
+@needs_product
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_sum_of_every_size(rows, columns):
+    check_sum(matrix(37, rows, 1, 3, 1), matrix(37, columns, 2, 5, 2), torch.randn(rows, columns), stride=3)
+
+
+@needs_product
+@hypothesis.given(st.integers(1, 500), st.integers(1, 70), st.integers(1, 70), st.integers(0, 3), st.integers(1, 8))
+def test_a_sum_of_any_size(rows, columns, depth, stride, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    left, right = matrix(depth, rows, 1, stride), matrix(depth, columns, 2, stride)
+    result = check_sum(left, right, torch.randn(rows, columns, generator=generator(rows)), stride)
+    torch.set_num_threads(1)
+    assert torch.equal(result, check_sum(left, right, torch.randn(rows, columns, generator=generator(rows)), stride))
+    torch.set_num_threads(before)
+
+
+@needs_product
+def test_a_sum_does_not_tell_in_how_many_chunks_it_came():
+    left, right = matrix(700, 90, 1), matrix(700, 50, 2)
+    whole = check_sum(left, right, torch.zeros(90, 50))
+    for size in (2, 14, 512, 514):
+        total = torch.zeros(90, 50)
+        for start in range(0, 700, size):
+            native.add_row_product(left[start : start + size], right[start : start + size], total)
+        assert torch.equal(total, whole)
+
+
+@needs_product
+@pytest.mark.parametrize("spoil", ["scale", "one entry", "overwritten", "rounded"])
+def test_errors_of_sums_are_seen(monkeypatch, spoil):
+    left, right, start = matrix(37, 14, 1), matrix(37, 35, 2), torch.randn(14, 35)
+    real = native.add_row_product
+
+    def wrong(left, right, out):
+        if spoil == "overwritten":
+            out.zero_()
+        real(left, right, out)
+        if spoil == "scale":
+            out.mul_(1 + 1e-4)
+        elif spoil == "one entry":
+            out[7, 3] += 1e-3
+        elif spoil == "rounded":
+            out.copy_(out.to(BF16))
+
+    check_sum(left, right, start)
+    monkeypatch.setattr(native, "add_row_product", wrong)
+    with pytest.raises(AssertionError):
+        check_sum(left, right, start)
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+
+@needs_product
+def test_a_row_has_the_same_bits_in_any_company():
+    """Alone, among others, in another place of the tile: what cached reference log-probs rely on."""
+    left, right, bias = matrix(40, 700, 1), matrix(130, 700, 2), torch.randn(130)
+    together = product(left, right, bias)
+    for rows in ([0], [39], [12, 13], list(range(5, 40)), list(reversed(range(40)))):
+        assert torch.equal(product(left[rows], right, bias), together[rows])
+    for columns in ([0], [129], list(range(7, 60)), list(reversed(range(130)))):
+        assert torch.equal(product(left, right[columns], bias[columns]), together[:, columns])
+
+
+@needs_product
+def test_the_same_bits_for_any_number_of_threads():
+    left, right, bias = matrix(50, 600, 1), matrix(2000, 600, 2), torch.randn(2000)
+    results = []
+    for threads in (1, 2, 3, 5, 8):
+        torch.set_num_threads(threads)
+        results.append(product(left, right, bias))
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(product(left, right, bias), results[0])
+
+
+@needs_product
+@pytest.mark.parametrize("spoil", ["scale", "one entry", "last column", "rounded", "no bias"])
+def test_errors_are_seen(monkeypatch, spoil):
+    """The check of this file's own check."""
+    left, right, bias = matrix(14, 37, 1), matrix(35, 37, 2), torch.randn(35)
+    check(left, right, bias)
+    real = native.product
+
+    def wrong(left, right, bias, out):
+        real(left, right, None if spoil == "no bias" else bias, out)
+        if spoil == "scale":
+            out.mul_(1 + 1e-4)
+        elif spoil == "one entry":
+            out[7, 3] += 1e-3
+        elif spoil == "last column":
+            out[:, -1] = 0
+        elif spoil == "rounded":
+            out.copy_(out.to(BF16))
+
+    monkeypatch.setattr(native, "product", wrong)
+    with pytest.raises(AssertionError):
+        check(left, right, bias)
+
+
+# --- in the head, and without it --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=_C.instruction_sets())
+def instruction_set(request):
+    """Run with this instruction set, then with the one that was in use."""
+    before = _C.instruction_set()
+    assert _C.use_instruction_set(request.param)
+    yield request.param
+    _C.use_instruction_set(before)
+
+
+def test_which_product_makes_the_logits(instruction_set):
+    words = logits_product(torch.device("cpu"), BF16)
+    assert native.has_product() == (instruction_set == "avx512_bf16") == ("AVX-512 BF16" in words)
+    if not native.has_product():
+        assert "widened" in words
+    assert "widened" in logits_product(torch.device("cpu"), torch.float16)
+    assert logits_product(torch.device("cpu"), torch.float32) == "torch, float32"
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [7, 4096])
+def test_every_instruction_set_gives_exact_logits(instruction_set, dtype, block, monkeypatch):
+    """Widened in blocks of the vocabulary that do not divide it."""
+    monkeypatch.setattr("qkernels.head.products._BLOCK", block)
+    batch = make_head_batch(2, 6, 33, 50, dtype)
+    for trains in ("h", "hwb"):
+        for chunk_rows in (None, 12):
+            check_linear_preference(CPU, batch, trains=trains, chunk_rows=chunk_rows, softcap=5.0)
+        check_linear_preference(CPU, batch, "aot", trains=trains, chunk_rows=5)
+    check_linear_stats(CPU, batch, ("logps", "entropy", "kl_policy_reference"))
+
+
+def test_the_reference_backend_takes_the_same_products(instruction_set):
+    """Backends differ in what they do with rows; products belong to the head."""
+    batch = make_head_batch(2, 6, 33, 50, BF16)
+    check_linear_preference(Backend("torch", torch.device("cpu")), batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16, torch.float64], ids=str)
+def test_logits_of_a_head(dtype):
+    """`Head.logits` writes into a part of a larger buffer and nowhere else."""
+    x, w = torch.randn(5, 16).to(dtype), torch.randn(40, 16).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = torch.randn(40, dtype=wide)
+    for weight in (w, w.T.contiguous().T):
+        memory = torch.full((7, 40), 777.0, dtype=wide)
+        Head(weight, bias, None, 1.0).logits(x, memory[:5])
+        assert_within(memory[:5], x.double() @ w.double().T + bias.double(), 1e-5, "logits")
+        assert bool((memory[5:] == 777).all())

@@ -1,0 +1,34 @@
+"""The C++ core as a program of its own, under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+`make sanitize` adds ThreadSanitizer. The programs hold every kernel of every instruction set (csrc/tests/test_core.cpp)
+and what each thread of a CUDA block does (csrc/tests/test_cuda_walk.cpp, one thread after the other, no GPU needed)
+against long double on buffers that end where the data ends.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCES = Path(__file__).parents[2] / "csrc"
+
+
+def test_core_under_sanitizers(tmp_path: Path) -> None:
+    tools = ("cmake", "ninja")
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing or not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
+        pytest.skip(f"needs a C++ compiler, cmake and ninja; missing: {missing or 'compiler'}")
+    configure = ["cmake", "-S", str(SOURCES), "-B", str(tmp_path), "-G", "Ninja", "-DQK_TESTS=ON"]
+    configure += ["-DQK_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=None"]
+    for command in (configure, ["cmake", "--build", str(tmp_path)]):
+        built = subprocess.run(command, capture_output=True, text=True)
+        if "cannot find -lasan" in built.stdout + built.stderr:
+            pytest.skip("the compiler has no AddressSanitizer runtime")
+        assert built.returncode == 0, built.stdout + built.stderr
+        assert "warning:" not in built.stdout, built.stdout
+    for program in ("test_core", "test_cuda_walk"):
+        run = subprocess.run([str(tmp_path / program)], capture_output=True, text=True, timeout=300)
+        assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+        assert " 0 failures" in run.stdout

@@ -1,0 +1,33 @@
+"""Makes a backend wrong by 1 % in one place, and expects the comparison made for that place to fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from qkernels.core.calls import RowStats, takes
+from qkernels.core.columns import BIT, column_index
+
+SLIGHTLY = 1.01
+
+
+def expect_failure(check, spoil) -> None:
+    """`check` passes, and raises AssertionError once `spoil` has been called."""
+    check()
+    spoil()
+    with pytest.raises(AssertionError):
+        check()
+
+
+def spoil_column(monkeypatch, backend, name: str, factor: float = SLIGHTLY):
+    """Make `row_stats` return one column scaled (0 and 1 exchanged for is_top1)."""
+    real = backend.module.row_stats
+
+    @takes(RowStats)
+    def wrong(call):
+        stats = real(call).clone()
+        if call.columns & BIT[name]:
+            column = stats[column_index(call.columns, name)]
+            column.copy_(1 - column if name == "is_top1" else column * factor)
+        return stats
+
+    return lambda: monkeypatch.setattr(backend.module, "row_stats", wrong)
