@@ -27,6 +27,10 @@ namespace qk {
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
+// The raw logits are summed in fp32 times this: a row of at most 2^30 finite logits then has a finite sum, also where
+// most of its entries are masked with the lowest number of the type. A power of two: no sum gets other digits by it.
+constexpr float kRawUnit = 0x1p-30f;
+
 // Partial sums of one model over a piece of a row, without the label.
 struct Sums {
   float max = -std::numeric_limits<float>::infinity();  // of the raw logits, the label included
@@ -34,7 +38,7 @@ struct Sums {
   double exp_t = 0;                                     // sum e t
   double exp_sq = 0;                                    // sum e^2
   double cross = 0;                                     // sum e (t - t of the other model)
-  double raw = 0;                                       // sum z, the label included
+  double raw = 0;                                       // sum z kRawUnit, the label included
   int64_t max_at = 0;                                   // start of the block in which `max` first occurs
 };
 
@@ -132,7 +136,7 @@ QK_HOST_DEVICE void finish(const RowSums& sums, float label_logit, float referen
   values[kEntropy] = static_cast<float>(at_least_zero(p.log_sum - kLn2 * mean_t));
   values[kLogSumSqProbs] = static_cast<float>(log(sums.policy.exp_sq + p.e * p.e) - 2 * p.log_sum);
   values[kMeanLogits] =
-      static_cast<float>(quotient(quotient(sums.policy.raw, static_cast<double>(vocab)), temperature) + broken);
+      static_cast<float>(quotient(quotient(sums.policy.raw * (1.0 / kRawUnit), static_cast<double>(vocab)), temperature) + broken);
   values[kIsTop1] = static_cast<float>((top1 ? 1.0 : 0.0) + broken);
   if (!has_reference) return;
   const Completed q = complete(sums.reference, reference_label_logit, log2e_per_temperature);

@@ -65,8 +65,8 @@ struct Copy {
   int64_t padded;
 };
 
-// Copy elements [start, start + n) of a row, without the label's if it is among them. Returns their maximum and sum,
-// the label's included.
+// Copy elements [start, start + n) of a row, without the label's if it is among them. Returns their maximum and the
+// sum of z kRawUnit, the label's included.
 struct CopyResult {
   float max = kMinusInfinity;
   double raw = 0;
@@ -90,8 +90,8 @@ CopyResult copy_block(const T* row, int64_t start, int64_t n, int64_t label, Cop
     store(copy.values + i + kLanes, v.second);
     m[0] = max_ignoring_nan_in_first(v.first, m[0]);
     m[1] = max_ignoring_nan_in_first(v.second, m[1]);
-    s[0] += v.first;
-    s[1] += v.second;
+    s[0] += v.first * kRawUnit;
+    s[1] += v.second * kRawUnit;
   }
   result.max = maximum(m);
   result.raw = total(s);
@@ -104,7 +104,7 @@ CopyResult copy_block(const T* row, int64_t start, int64_t n, int64_t label, Cop
     const float v = qk::widen(source[i]);
     at(i) = v;
     if (v > result.max) result.max = v;
-    result.raw += v;
+    result.raw += v * kRawUnit;
   }
   for (; i < copy.padded; ++i) at(i) = kMinusInfinity;
   if (label >= start && label < start + n) at(label - start) = kMinusInfinity;
@@ -165,7 +165,7 @@ Sums sum_block(const T* z, int64_t n, const Shift& shift) {
       if (kGather != Gather::kExp) st[u] += e * t;
       if (kGather == Gather::kAll) {
         sq[u] += e * e;
-        raw[u] += v;
+        raw[u] += v * kRawUnit;
       }
     }
   }
@@ -203,7 +203,7 @@ RowSums sum_pair(const T* policy, const T* reference, int64_t n, const Shift& sh
       rcross[u] = add_weighted(rcross[u], re, rt - t);
       if (kGather == Gather::kAll) {
         sq[u] += e * e;
-        raw[u] += v;
+        raw[u] += v * kRawUnit;
       }
     }
   }

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kMaxSplits) combine_kernel(const __grid_consta
   constexpr Gather kGather = Gather::kAll;
   of_reference = models == 2 ? blockIdx.x % 2 : of_reference;
   const int64_t row = blockIdx.x / static_cast<unsigned>(models);
-  if (answered(call, row)) return;
+  if (write_ignored_or_invalid(call, row, !of_reference)) return;
   Partial mine;
   const int piece = static_cast<int>(threadIdx.x);
   if (piece < split.count) mine = scratch[(row * split.count + piece) * models + of_reference * (models - 1)];

@@ -36,12 +36,13 @@ constexpr int blocks_of(Gather gather, Reads reads) {
   return reads == Reads::kOne ? (gather == Gather::kAll ? 3 : 4) : 3;
 }
 
-// All columns of a row whose label is ignored (0) or outside of the vocabulary (NaN).
-__device__ __forceinline__ bool answered(const StatsCall& call, int64_t row) {
+// Whether the label of a row is ignored or outside of the vocabulary. Such a row is not read: all of its columns are 0
+// or NaN. Of the blocks that meet it (pieces, models, both kernels) the one with `writes` stores them.
+__device__ __forceinline__ bool write_ignored_or_invalid(const StatsCall& call, int64_t row, bool writes) {
   const int64_t label = call.labels.data[row];
   if (label >= 0 && label < call.shape.vocab && label != call.labels.ignore_index) return false;
   const float value = label == call.labels.ignore_index ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  if (threadIdx.x < __popc(call.columns)) call.out[threadIdx.x * call.shape.rows() + row] = value;
+  if (writes && threadIdx.x < __popc(call.columns)) call.out[threadIdx.x * call.shape.rows() + row] = value;
   return true;
 }
 
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kGather, kReads))
   }
   const int64_t row = block / static_cast<unsigned>(split.count);
   const int piece = static_cast<int>(block % static_cast<unsigned>(split.count));
-  if (answered(call, row)) return;
+  if (write_ignored_or_invalid(call, row, !scratch && !of_reference)) return;
   const int start = split.start(piece), n = split.length(piece, call.shape.vocab);
   const int label = static_cast<int>(call.labels.data[row]) - start;
   const double log2e_per_temperature = quotient(kLog2e, call.temperature);

@@ -178,11 +178,12 @@ QK_HOST_DEVICE void fold_pair(const Tile& z, const Tile& rz, float scale, LaneRo
   q.exp = fmaf(r_move.factor, q.exp, r_exp);
 }
 
+// sum z kRawUnit of a vector.
 template <class Tile>
 QK_HOST_DEVICE float sum_of_vector(const Tile& z, int u) {
   float sum = 0;
   QK_UNROLL
-  for (int j = 0; j < Tile::kVector; ++j) sum += z[u * Tile::kVector + j];
+  for (int j = 0; j < Tile::kVector; ++j) sum = fmaf(z[u * Tile::kVector + j], kRawUnit, sum);
   return sum;
 }
 
@@ -250,7 +251,7 @@ QK_HOST_DEVICE void walk_row(const Row& policy, const Row& reference, int n, int
   if (thread >= c.edges) return;
   const int i = c.edge(thread);
   Widened<1, 1> z = {{policy[i]}}, rz = {{kPair ? reference[i] : 0.0f}};
-  if (kAll) sums.policy.raw += z[0];
+  if (kAll) sums.policy.raw = fmaf(z[0], kRawUnit, sums.policy.raw);
   if (kAll && i < label) sums.before = fmaxf(sums.before, z[0]);
   if (i == label) return;
   if (kPair)

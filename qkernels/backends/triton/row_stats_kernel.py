@@ -71,6 +71,8 @@ UNROLL = {NO_REFERENCE: 4, AFTER: 4, TOGETHER: 2}
 PARTIALS = ("max", "exp", "exp_t", "exp_sq", "raw", "before", "r_max", "r_exp", "cross", "r_cross")
 _PARTIALS = tl.constexpr(len(PARTIALS))
 _LN2 = tl.constexpr(0.69314718055994530942)
+# The raw logits are summed times this (kRawUnit of csrc/core/softmax.h): their sum stays finite in fp32.
+_RAW_UNIT = tl.constexpr(2.0**-30)
 
 
 # --- one tile into the running sums of its lanes ----------------------------------------------------------------------
@@ -87,18 +89,6 @@ def _move(m, z, scale):
     base = tl.where(new == -_INF, 0.0, new)
     shift = (m - base) * scale
     return new, base, shift, tl.exp2(shift)
-
-
-@triton.jit
-def _sum(z, row):
-    """Sum of each lane's entries of a tile that was loaded from `row`.
-
-    Triton (3.6 to 3.9 at least) fails to compile an unrolled loop that adds up the sums of tiles just as they were
-    loaded. 16-bit entries were widened before; to fp32 ones 0 is added, which no pass may leave out: -0 + 0 is 0.
-    """
-    if row.dtype.element_ty == tl.float32:
-        z = z + 0.0
-    return tl.sum(z, 1)
 
 
 @triton.jit
@@ -162,13 +152,13 @@ def _walk(
         for i in tl.range(start, stop, num_stages=1, loop_unroll_factor=UNROLL):
             z = tl.load(body + tl.cast(i, tl.int64) * TILE + off).to(tl.float32)
             if EXTRAS:
-                raw += _sum(z, row)
+                raw += tl.sum(z * _RAW_UNIT, 1)
             m, s, st, sq = _fold(z, scale, m, s, st, sq, ENTROPY, EXTRAS)
         at = head + stop * TILE + off
         inside = (at >= 0) & (at < tl.where(part == 0, tl.minimum(head, n), n)) & there & (at != label)
         z = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
         if EXTRAS:
-            raw += _sum(z, row)
+            raw += tl.sum(z * _RAW_UNIT, 1)
         z = tl.where(inside, z, -_INF)
         if EXTRAS:
             # What comes before the label: all of m so far if this tile starts before it, and part of this tile.
@@ -210,14 +200,14 @@ def _walk_pair(
             z = tl.load(body + at + off).to(tl.float32)
             rz = tl.load(r_body + at + off).to(tl.float32)
             if EXTRAS:
-                raw += _sum(z, row)
+                raw += tl.sum(z * _RAW_UNIT, 1)
             m, s, st, sq, c, rm, rs, rc = _fold_pair(z, rz, scale, m, s, st, sq, c, rm, rs, rc, ENTROPY, EXTRAS)
         at = head + stop * TILE + off
         inside = (at >= 0) & (at < tl.where(part == 0, tl.minimum(head, n), n)) & there & (at != label)
         z = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
         rz = tl.load(ref + at, mask=inside, other=0.0).to(tl.float32)
         if EXTRAS:
-            raw += _sum(z, row)
+            raw += tl.sum(z * _RAW_UNIT, 1)
         z = tl.where(inside, z, -_INF)
         rz = tl.where(inside, rz, -_INF)
         if EXTRAS:
@@ -225,6 +215,17 @@ def _walk_pair(
             before = tl.where((part < 2) & (head + stop * TILE <= label), so_far, before)
         m, s, st, sq, c, rm, rs, rc = _fold_pair(z, rz, scale, m, s, st, sq, c, rm, rs, rc, ENTROPY, EXTRAS)
     return m, s, st, sq, raw, before, c, rm, rs, rc
+
+
+@triton.jit
+def _product(a, x):
+    """a * x, rounded before anything is added to it.
+
+    A plain product may be contracted with the addition that follows. In the butterfly of a reduction lane i would then
+    add round(a_j x_j) to the unrounded a_i x_i, and lane j the other way round: lanes end with different sums, and which
+    of them is stored is undefined. A fused multiply-add of 0 is contracted with nothing.
+    """
+    return tl.fma(a, x, tl.zeros_like(x))
 
 
 @triton.jit
@@ -236,13 +237,13 @@ def _merge(m, s, st, sq, raw, before, c, rm, rs, rc, scale, PAIR: tl.constexpr):
     r_top = tl.max(rm, 0)
     r_shift = exponent_shift(rm, tl.where(r_top == -_INF, 0.0, r_top), scale)
     ra = tl.exp2(r_shift)
-    st = tl.sum(tl.where(a == 0, 0.0, a * (st + shift * s)), 0)
+    st = tl.sum(tl.where(a == 0, 0.0, _product(a, st + shift * s)), 0)
     if PAIR:
-        c = tl.where(a == 0, 0.0, a * (c + (shift - r_shift) * s))
-        rc = tl.where(ra == 0, 0.0, ra * (rc + (r_shift - shift) * rs))
+        c = tl.where(a == 0, 0.0, _product(a, c + (shift - r_shift) * s))
+        rc = tl.where(ra == 0, 0.0, _product(ra, rc + (r_shift - shift) * rs))
     return (
-        top, tl.sum(a * s, 0), st, tl.sum(a * a * sq, 0), tl.sum(raw, 0), tl.max(before, 0), tl.sum(c, 0),
-        r_top, tl.sum(ra * rs, 0), tl.sum(rc, 0),
+        top, tl.sum(_product(a, s), 0), st, tl.sum(_product(a * a, sq), 0), tl.sum(raw, 0), tl.max(before, 0),
+        tl.sum(c, 0), r_top, tl.sum(_product(ra, rs), 0), tl.sum(rc, 0),
     )  # fmt: skip
 
 
@@ -298,7 +299,7 @@ def _finish_policy(
         _put(out, columns, tl.where(entropy < 0, 0.0, entropy), rows, 8)
     if EXTRAS:
         _put(out, columns, tl.log(sq.to(tl.float64) * f * f + e * e) - 2 * log_sum, rows, 11)
-        mean = (raw.to(tl.float64) + y.to(tl.float64)) / vocab * inverse_temperature
+        mean = (raw.to(tl.float64) * (1 / _RAW_UNIT) + y.to(tl.float64)) / vocab * inverse_temperature
         _put(out, columns, mean + broken, rows, 12)
         first = (y == top) & (before < y)
         _put(out, columns, tl.where(first, 1.0, 0.0) + broken, rows, 13)
@@ -394,7 +395,8 @@ def row_stats_kernel(
     label64 = tl.load(labels + row)
     unusable = (label64 < 0) | (label64 >= vocab)
     if (label64 == ignore_index) | unusable:
-        if not SPLIT:
+        # Each column is written by one program: that of the policy, or the combining one.
+        if not (SPLIT or of_reference):
             _fill(out, columns, tl.where(label64 == ignore_index, 0.0, float("nan")), rows, COLUMNS)
         return
     inverse_temperature = joined(inverse_high, inverse_low)
