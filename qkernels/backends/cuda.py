@@ -1,12 +1,12 @@
 """Row operations as CUDA kernels in the compiled extension (`csrc/cuda`), on the current stream of the tensor's device.
 
-As in `cpu.py` the extension sees addresses, sizes and strides. Nothing here waits for the device, so a step may be
-captured in a CUDA graph; scratch memory is torch's, and only needed where a few rows are spread over many blocks.
+As in `cpu.py` the extension sees addresses, sizes and strides. Nothing here synchronises with the device, so a step
+may be captured in a CUDA graph; scratch memory is torch's, and only needed where a few rows are split over many blocks.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from ..core.columns import check_labels
 from . import cpu
 from .cpu import CODES, address_of, extension, shape_of, view_of
 
-# Blocks that a processor should have to work on, and entries (of 16 bits) that make a block worth its while.
-_BLOCKS_PER_PROCESSOR = 4
+# Blocks that each SM should have, and the fewest entries that a piece of a split row should have.
+_BLOCKS_PER_SM = 4
 _SMALLEST_PIECE = 2048
 
 
@@ -80,8 +80,8 @@ def _processors(index: int) -> int:
 
 
 def splits_for(rows: int, vocab: int, processors: int, most: int) -> int:
-    """Over how many blocks a row is spread: 1 unless there are too few rows to keep all processors busy."""
-    wanted = _BLOCKS_PER_PROCESSOR * processors
+    """Over how many blocks a row is split: 1 unless there are too few rows to keep all SMs (`processors`) busy."""
+    wanted = _BLOCKS_PER_SM * processors
     if rows >= wanted:
         return 1
     return max(1, min(-(-wanted // max(rows, 1)), vocab // _SMALLEST_PIECE, most))
@@ -115,15 +115,15 @@ def row_stats(
         size = 2 * rows * splits * extension.CUDA_PARTIAL_BYTES
         scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
     extension.cuda_row_stats(
-        shape_of(logits),
-        view_of(logits),
-        view_of(reference),
-        address_of(labels, torch.int64),
-        ignore_index,
-        temperature,
-        columns,
-        out.data_ptr(),
-        _where(logits, rows, splits, address_of(scratch, torch.uint8)),
+        shape=shape_of(logits),
+        policy=view_of(logits),
+        reference=view_of(reference),
+        labels=address_of(labels, torch.int64),
+        ignore_index=ignore_index,
+        temperature=temperature,
+        columns=columns,
+        out=out.data_ptr(),
+        where=_where(logits, rows, splits, address_of(scratch, torch.uint8)),
     )
     return out
 
@@ -145,19 +145,19 @@ def row_grad_into(
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     reference_state = None if reference is None or reference_state is None else reference_state.contiguous()
     extension.cuda_row_grad(
-        shape_of(logits),
-        view_of(logits),
-        view_of(reference),
-        address_of(labels, torch.int64),
-        ignore_index,
-        temperature,
-        address_of(state),
-        address_of(reference_state),
-        address_of(coefficients),
-        coefficients.shape[0],
-        address_of(upstream),
-        view_of(out),
-        _where(logits, labels.numel()),
+        shape=shape_of(logits),
+        policy=view_of(logits),
+        reference=view_of(reference),
+        labels=address_of(labels, torch.int64),
+        ignore_index=ignore_index,
+        temperature=temperature,
+        state=address_of(state),
+        reference_state=address_of(reference_state),
+        coefficients=address_of(coefficients),
+        coefficient_count=coefficients.shape[0],
+        upstream=address_of(upstream),
+        out=view_of(out),
+        where=_where(logits, labels.numel()),
     )
 
 
@@ -176,4 +176,4 @@ def row_grad_(logits: Tensor, *args: Any) -> None:
 def pair_loss(logps: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.backends.ops.pair_loss`."""
     assert extension is not None
-    return cpu.run_pair_loss(extension.cuda_pair_loss, (_where(logps, 0, 1),), logps, *args)
+    return cpu.run_pair_loss(partial(extension.cuda_pair_loss, where=_where(logps, 0, 1)), logps, *args)

@@ -159,7 +159,7 @@ def joined(high, low):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) of x >= 0 in fp64, with the relative precision of x: log(u) / (u - 1) hardly depends on the rounding of u."""
+    """log(1 + x) of x >= 0 in fp64, as precise as x: log(u) / (u - 1) hardly depends on the rounding of u."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 

@@ -26,14 +26,14 @@ Aliasing. Nothing that is written is read, except the scratch buffer by the seco
 Numerics.
 - exp2((z - m) scale), never exp2(z scale - m scale): the difference of two close numbers is exact, so a common offset
   of the logits costs nothing.
-- exp is formed by the same instructions (an explicit fma) whatever else is accumulated, and in the same order for either
-  model. So cached and recomputed log-probs of the same row at the same alignment and dtype have equal bits. They may
-  differ in the last bit where a row of a tile or more has another alignment modulo 16 bytes (lanes then hold other
+- exp is formed by the same instructions (an explicit fma) whatever else is accumulated, and in the same order for
+  either model. So cached and recomputed log-probs of the same row at the same alignment and dtype have equal bits. They
+  may differ in the last bit where a row of a tile or more has another alignment modulo 16 bytes (lanes then hold other
   entries), between split rows and whole ones, and in a divergence with a reference of another dtype or alignment.
 - m starts at -inf; while it is -inf, exponents are relative to 0: logits as low as the type allows need no sentinel.
 - e comes from the unbounded t, which may be NaN; where e multiplies t, t is bounded or 0 * inf replaced by 0.
-- A NaN, a +inf or nothing but -inf: NaN in all of that model's columns, by arithmetic (exp is NaN, or the maximum is not
-  finite). Both divergences then are NaN as well. A label outside [0, V): NaN without reading the row.
+- A NaN, a +inf or nothing but -inf: NaN in all of that model's columns, by arithmetic (exp is NaN, or the maximum is
+  not finite). Both divergences then are NaN as well. A label outside [0, V): NaN without reading the row.
 - is_top1 compares the label with the largest entry, and with the largest one before it (`before_label`).
 """
 
@@ -103,8 +103,8 @@ _IS_TOP1 = tl.constexpr(COLUMNS.index("is_top1"))
 def _update_max(maximum, z, scale):
     """Running maxima [LANES] with a tile z [LANES, VEC]: the new maxima, the base of exponents, and what rescales sums.
 
-    The base is the maximum, or 0 while a lane has seen nothing but -inf; then nothing has been summed, and its factor of
-    0 does not matter.
+    The base is the maximum, or 0 while a lane has seen nothing but -inf; then nothing has been summed, and its factor
+    of 0 does not matter.
     """
     new = tl.maximum(maximum, tl.max(z, 1))
     base = tl.where(new == -_INF, 0.0, new)
@@ -251,8 +251,8 @@ def _product(a, x):
     """a * x, rounded before anything is added to it.
 
     A plain product may be contracted with the addition that follows. In the butterfly of a reduction lane i would then
-    add round(a_j x_j) to the unrounded a_i x_i, and lane j the other way round: lanes end with different sums, and which
-    of them is stored is undefined. A fused multiply-add of 0 is contracted with nothing.
+    add round(a_j x_j) to the unrounded a_i x_i, and lane j the other way round: lanes end with different sums, and
+    which of them is stored is undefined. A fused multiply-add of 0 is contracted with nothing.
     """
     return tl.fma(a, x, tl.zeros_like(x))
 
@@ -273,7 +273,7 @@ def _merge_weighted(total, exp, exponent, factor):
 
 @triton.jit
 def _merge_policy(sums, raw, before_label, scale):
-    """Sums of lanes (or pieces of a row), each relative to its own maximum, relative to the largest. `cross` is left 0."""
+    """Sums of lanes (or pieces of a row), each relative to its own maximum, relative to the largest. Not `cross`."""
     maximum, exp, exp_t, exp_sq, _ = sums
     largest, exponent, factor = _to_largest(maximum, scale)
     merged = (
@@ -411,7 +411,7 @@ def _fill(out, columns, value, rows):
         _put(out, columns, value, rows, column)
 
 
-# --- the scratch buffer of split rows, in the order of PARTIALS --------------------------------------------------------
+# --- the scratch buffer of split rows, in the order of PARTIALS -------------------------------------------------------
 
 
 @triton.jit
