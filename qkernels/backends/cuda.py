@@ -6,7 +6,10 @@ may be captured in a CUDA graph; scratch memory is torch's, and only needed wher
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from functools import lru_cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,7 +17,28 @@ from torch import Tensor
 
 from ..core.columns import check_labels
 from . import cpu
-from .cpu import CODES, address_of, extension, shape_of, view_of
+from .cpu import CODES, address_of, shape_of, view_of
+
+
+def _load() -> ModuleType | None:
+    """The compiled extension; None where it is missing.
+
+    QKERNELS_CUDA_EMULATION names a build of csrc/tests/cuda_emulation instead, which runs the kernels on CPU tensors:
+    for tests, correct and slow.
+    """
+    path = os.environ.get("QKERNELS_CUDA_EMULATION")
+    if not path:
+        return cpu.extension
+    spec = importlib.util.spec_from_file_location("_cuda_emulation", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"QKERNELS_CUDA_EMULATION must name a compiled module, got {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+extension: Any = _load()
+EMULATED = bool(getattr(extension, "CUDA_EMULATED", False))
 
 # Blocks that each SM should have, and the fewest entries that a piece of a split row should have.
 _BLOCKS_PER_SM = 4
@@ -27,6 +51,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return cpu.why_missing()
     if not extension.HAS_CUDA:
         return f"this build has no CUDA kernels: {why_not_built()}"
+    if EMULATED:
+        if device.type != "cpu":
+            return f"its kernels are emulated on the CPU in this process, the tensor is on {device}"
+        return None if dtype in CODES else f"its kernels take float32, bfloat16 and float16, got {dtype}"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels run on NVIDIA GPUs, the tensor is on {device}"
     if not torch.cuda.is_available():
@@ -59,6 +87,8 @@ def describe() -> dict[str, Any]:
     """What `qkernels.info()` says about the CUDA part of the extension."""
     if extension is None:
         return {"built": False, "reason": cpu.why_missing()}
+    if EMULATED:
+        return {"built": False, "reason": "the kernels are emulated on the CPU (QKERNELS_CUDA_EMULATION)"}
     if not extension.HAS_CUDA:
         return {"built": False, "reason": why_not_built()}
     return {
@@ -75,7 +105,10 @@ def _cannot_run(index: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _processors(index: int) -> int:
+def _processors(index: int | None) -> int:
+    """Number of SMs of a device; the emulation has none and takes that of a small GPU."""
+    if EMULATED:
+        return 16
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
@@ -89,11 +122,11 @@ def splits_for(rows: int, vocab: int, processors: int, most: int) -> int:
 
 def _where(logits: Tensor, rows: int, splits: int | None = None, scratch: int = 0) -> tuple[int, int, int, int]:
     """Device, stream, blocks per row and scratch memory of a launch."""
-    index = logits.device.index
-    stream = torch.cuda.current_stream(logits.device).cuda_stream
     if splits is None:
         splits = _splits(logits, rows)
-    return (index, stream, splits, scratch)
+    if EMULATED:
+        return (0, 0, splits, scratch)
+    return (logits.device.index, torch.cuda.current_stream(logits.device).cuda_stream, splits, scratch)
 
 
 def _splits(logits: Tensor, rows: int) -> int:
