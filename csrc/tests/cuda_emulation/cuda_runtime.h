@@ -10,7 +10,8 @@
 
 #include "emulation.h"
 
-// --- the language -----------------------------------------------------------------------------------------------------
+// --- the language
+// -----------------------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -34,7 +35,8 @@ inline void __syncthreads() { ::qk::emulation::sync_block(); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   T result;
-  qk::emulation::exchange(&value, &result, sizeof value, (threadIdx.x % qk::emulation::kWarp) ^ static_cast<unsigned>(mask));
+  qk::emulation::exchange(&value, &result, sizeof value,
+                          (threadIdx.x % qk::emulation::kWarp) ^ static_cast<unsigned>(mask));
   return result;
 }
 
@@ -48,7 +50,8 @@ T __shfl_down_sync(unsigned, T value, int offset) {
 
 inline unsigned __popc(unsigned x) { return static_cast<unsigned>(__builtin_popcount(x)); }
 
-// --- the runtime ------------------------------------------------------------------------------------------------------
+// --- the runtime
+// ------------------------------------------------------------------------------------------------------
 
 struct dim3 {
   unsigned x, y, z;
@@ -72,7 +75,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
 }
 
 template <class... Parameters, size_t... i>
-void emulated_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, std::index_sequence<i...>) {
+void emulated_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments,
+                     std::index_sequence<i...>) {
   qk::emulation::run(grid.x, block.x, [&] { kernel(*static_cast<Parameters*>(arguments[i])...); });
 }
 

@@ -1,6 +1,6 @@
 // Runs a CUDA kernel on the host: the blocks of a launch one after the other, the threads of a block as fibers of the
-// calling thread, which change places at barriers and shuffles only. In a build with ThreadSanitizer they are threads of
-// the operating system instead, so that it sees what is not ordered by a barrier.
+// calling thread, which change places at barriers and shuffles only. In a build with ThreadSanitizer they are threads
+// of the operating system instead, so that it sees what is not ordered by a barrier.
 //
 // A race that needs another schedule than the fibers' stays unseen; so that fewer do, each block begins with another
 // thread and takes the threads in another order. Nothing here knows a device's memory model, caches or limits.

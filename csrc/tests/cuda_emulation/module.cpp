@@ -1,5 +1,5 @@
-// The CUDA operations as a Python module that runs their kernels on the host: qkernels/backends/cuda.py takes it in place
-// of `qkernels._C` where QKERNELS_CUDA_EMULATION names its file. For tests: correct, and slow.
+// The CUDA operations as a Python module that runs their kernels on the host: qkernels/backends/cuda.py takes it in
+// place of `qkernels._C` where QKERNELS_CUDA_EMULATION names its file. For tests: correct, and slow.
 #include "../../bindings_cuda.h"
 #include "emulation.h"
 
