@@ -1,8 +1,8 @@
-"""The CUDA kernels on the host: csrc/tests/cuda_emulation built as a Python module, and tests over all backends run on it.
+"""The CUDA kernels on the host: csrc/tests/cuda_emulation as a Python module, and tests over all backends run on it.
 
-In a process of its own, because QKERNELS_CUDA_EMULATION is read when `qkernels` is imported. There `backend="cuda"` takes
-CPU tensors, so every test that takes a backend has cases named "cuda-cpu". What the emulation cannot see is what the
-device's compiler makes of the kernels: `test_cuda_aot.py` reads that.
+In processes of their own, because QKERNELS_CUDA_EMULATION is read when `qkernels` is imported. There `backend="cuda"`
+takes CPU tensors, so every test that takes a backend has cases named "cuda-cpu". What the emulation cannot see is what
+the device's compiler makes of the kernels: `test_cuda_aot.py` reads that.
 """
 
 from __future__ import annotations

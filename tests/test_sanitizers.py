@@ -1,8 +1,8 @@
 """The C++ core as programs of their own, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 `make sanitize` adds ThreadSanitizer. The programs hold every kernel of every instruction set (csrc/tests/test_core.cpp)
-and every CUDA kernel (csrc/tests/test_cuda.cpp, emulated on the host, no GPU needed) against long double on buffers that
-end where the data ends.
+and every CUDA kernel (csrc/tests/test_cuda.cpp, emulated on the host, no GPU needed) against long double on buffers
+that end where the data ends.
 """
 
 import os
