@@ -258,8 +258,8 @@ def source_of(variant: Variant, architecture: str) -> tuple[Any, dict[str, str],
     pointers = {"logits": variant.dtype, "reference": variant.reference or variant.dtype, "labels": "i64"}
     options = common.OPTIONS
     if variant.kernel in ("row_stats", "combine"):
-        gathers = {"REFERENCE": 0, "ENTROPY": False, "EXTRAS": False}
-        values = {**gathers, "COLUMNS": len(row_stats_kernel.COLUMNS), **flags}
+        accumulated = {"REFERENCE": 0, "ENTROPY": False, "EXTRAS": False}
+        values = {**accumulated, **flags}
         pointers |= {"out": "fp32", "partial": "fp32"}
         if variant.kernel == "combine":
             function, options = row_stats_kernel.combine_kernel, common.COMBINE

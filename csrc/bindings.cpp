@@ -1,97 +1,24 @@
-// The Python module `qkernels._C`: the operations on raw addresses. Callers (qkernels/backends/cpu.py and cuda.py)
-// have checked everything; here only the types are put right and the GIL is released.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The Python module `qkernels._C`: the operations on raw addresses. Its callers are qkernels/backends.
+#include "bindings.h"
 
-#include <tuple>
+#include <string>
+#include <vector>
 
 #include "core/columns.h"
 #include "cpu/cpu.h"
 #include "cpu/product.h"
 #include "cpu/thread_pool.h"
 #if defined(QK_CUDA)
-#include "cuda/cuda.h"
+#include "bindings_cuda.h"
 #endif
-
-namespace py = pybind11;
 
 namespace {
 
-using Address = std::uintptr_t;
-using View = std::tuple<Address, int, int64_t, int64_t>;  // data, dtype code, outer stride, inner stride
+using namespace qk::bindings;
 
-#if defined(QK_CUDA)
-using Where = std::tuple<int, Address, int, Address>;  // device, stream, splits, scratch
-
-template <class T>
-T* at(Address address);
-
-qk::cuda::Launch launch_of(const Where& where) {
-  return {std::get<0>(where), at<void>(std::get<1>(where)), std::get<2>(where), at<void>(std::get<3>(where))};
-}
-#endif
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-qk::Rows rows_of(const View& view) {
-  return {at<void>(std::get<0>(view)), static_cast<qk::DType>(std::get<1>(view)), std::get<2>(view), std::get<3>(view)};
-}
-
-qk::Shape shape_of(const std::tuple<int64_t, int64_t, int64_t>& shape) {
-  return {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)};
-}
-
-qk::StatsCall stats_call(const std::tuple<int64_t, int64_t, int64_t>& shape, const View& policy, const View& reference,
-                         Address labels, int64_t ignore_index, double temperature, uint32_t columns, Address out) {
-  return {shape_of(shape), rows_of(policy), rows_of(reference), {at<int64_t>(labels), ignore_index},
-          temperature,     columns,         at<float>(out)};
-}
-
-qk::GradCall grad_call(const std::tuple<int64_t, int64_t, int64_t>& shape, const View& policy, const View& reference,
-                       Address labels, int64_t ignore_index, double temperature, Address state, Address reference_state,
-                       Address coefficients, int coefficient_count, Address upstream, const View& out,
-                       bool out_is_zero) {
-  return {shape_of(shape),
-          rows_of(policy),
-          rows_of(reference),
-          {at<int64_t>(labels), ignore_index},
-          temperature,
-          at<float>(state),
-          at<float>(reference_state),
-          at<float>(coefficients),
-          coefficient_count,
-          at<float>(upstream),
-          rows_of(out),
-          out_is_zero};
-}
-
-qk::PairCall pair_call(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address labels,
-                       int64_t ignore_index, Address weights, Address logps, Address reference, bool per_sequence,
-                       double beta, double label_smoothing, Address loss, Address rewards, Address grad,
-                       Address tokens) {
-  return {sequences,
-          length,
-          rows,
-          at<int32_t>(offsets),
-          {at<int64_t>(labels), ignore_index},
-          at<float>(weights),
-          at<float>(logps),
-          at<float>(reference),
-          per_sequence,
-          beta,
-          label_smoothing,
-          at<float>(loss),
-          at<float>(rewards),
-          at<float>(grad),
-          at<float>(tokens)};
-}
-
-// Returns the flat index of the first bad label, or -1 when the rows were computed.
-int64_t row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
-                  int64_t ignore_index, double temperature, uint32_t columns, Address out, int threads) {
+// Returns the flat index of the first invalid label, or -1 when the rows were computed.
+int64_t row_stats(const Sizes& shape, const View& policy, const View& reference, Address labels, int64_t ignore_index,
+                  double temperature, uint32_t columns, Address out, int threads) {
   const qk::StatsCall call = stats_call(shape, policy, reference, labels, ignore_index, temperature, columns, out);
   py::gil_scoped_release release;
   const int64_t bad = qk::find_bad_label(call.labels, call.shape);
@@ -99,9 +26,9 @@ int64_t row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View
   return bad;
 }
 
-void row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
-              int64_t ignore_index, double temperature, Address state, Address reference_state, Address coefficients,
-              int coefficient_count, Address upstream, View out, bool out_is_zero, int threads) {
+void row_grad(const Sizes& shape, const View& policy, const View& reference, Address labels, int64_t ignore_index,
+              double temperature, Address state, Address reference_state, Address coefficients, int coefficient_count,
+              Address upstream, const View& out, bool out_is_zero, int threads) {
   const qk::GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, state,
                                       reference_state, coefficients, coefficient_count, upstream, out, out_is_zero);
   py::gil_scoped_release release;
@@ -133,34 +60,6 @@ void add_row_product(int64_t rows, int64_t columns, int64_t depth, Address left,
   qk::add_row_product(call, threads);
 }
 
-#if defined(QK_CUDA)
-void cuda_row_stats(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
-                    int64_t ignore_index, double temperature, uint32_t columns, Address out, Where where) {
-  const qk::StatsCall call = stats_call(shape, policy, reference, labels, ignore_index, temperature, columns, out);
-  py::gil_scoped_release release;
-  qk::cuda::row_stats(call, launch_of(where));
-}
-
-void cuda_row_grad(std::tuple<int64_t, int64_t, int64_t> shape, View policy, View reference, Address labels,
-                   int64_t ignore_index, double temperature, Address state, Address reference_state,
-                   Address coefficients, int coefficient_count, Address upstream, View out, Where where) {
-  const qk::GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, state,
-                                      reference_state, coefficients, coefficient_count, upstream, out, false);
-  py::gil_scoped_release release;
-  qk::cuda::row_grad(call, launch_of(where));
-}
-
-void cuda_pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets, Address labels,
-                    int64_t ignore_index, Address weights, Address logps, Address reference, bool per_sequence,
-                    double beta, double label_smoothing, Address loss, Address rewards, Address grad, Address tokens,
-                    Where where) {
-  const qk::PairCall call = pair_call(sequences, length, rows, offsets, labels, ignore_index, weights, logps, reference,
-                                      per_sequence, beta, label_smoothing, loss, rewards, grad, tokens);
-  py::gil_scoped_release release;
-  qk::cuda::pair_loss(call, launch_of(where));
-}
-#endif
-
 template <size_t n>
 std::vector<std::string> names(const char* const (&list)[n]) {
   return {list, list + n};
@@ -169,16 +68,24 @@ std::vector<std::string> names(const char* const (&list)[n]) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "Compiled row operations. Knows nothing of torch; see qkernels/backends/cpu.py and cuda.py.";
-  m.def("row_stats", &row_stats);
-  m.def("row_grad", &row_grad);
-  m.def("pair_loss", &pair_loss);
-  m.def("product", &product);
-  m.def("add_row_product", &add_row_product);
+  m.doc() = "Compiled row operations. Knows nothing of torch; its callers are in qkernels/backends.";
+  def_by_keyword(m, "row_stats", &row_stats, "shape", "policy", "reference", "labels", "ignore_index", "temperature",
+                 "columns", "out", "threads");
+  def_by_keyword(m, "row_grad", &row_grad, "shape", "policy", "reference", "labels", "ignore_index", "temperature",
+                 "state", "reference_state", "coefficients", "coefficient_count", "upstream", "out", "out_is_zero",
+                 "threads");
+  def_by_keyword(m, "pair_loss", &pair_loss, "sequences", "length", "rows", "offsets", "labels", "ignore_index",
+                 "weights", "logps", "reference", "per_sequence", "beta", "label_smoothing", "loss", "rewards", "grad",
+                 "tokens");
+  def_by_keyword(m, "product", &product, "rows", "columns", "depth", "left", "left_stride", "right", "right_stride",
+                 "bias", "out", "out_stride", "threads");
+  def_by_keyword(m, "add_row_product", &add_row_product, "rows", "columns", "depth", "left", "left_stride", "right",
+                 "right_stride", "out", "out_stride", "threads");
   m.def("has_product", &qk::has_product, "Whether the instruction set in use multiplies bf16 into fp32.");
   m.def("instruction_set", &qk::instruction_set, "The instruction set in use.");
-  m.def("instruction_sets", &qk::instruction_sets, "Those compiled in that this machine understands, best last.");
-  m.def("use_instruction_set", &qk::use_instruction_set, py::arg("name"), "Use another one; False if it is not there.");
+  m.def("instruction_sets", &qk::instruction_sets, "Those compiled in that this machine supports, best last.");
+  m.def("use_instruction_set", &qk::use_instruction_set, py::arg("name"),
+        "Use another one; False if it is not available.");
   m.def("use_own_threads", &qk::use_own_threads, "Never borrow an OpenMP team in this process.");
   m.def("thread_source", [] { return std::string(qk::thread_source()); });
   m.def("column_names", [] { return names(qk::kColumnNames); });
@@ -188,12 +95,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("HAS_CUDA") = true;
   m.attr("CUDA_VERSION") = QK_CUDA_VERSION;
   m.attr("CUDA_ARCHITECTURES") = QK_CUDA_ARCHITECTURES;
-  m.attr("CUDA_MAX_SPLITS") = static_cast<int>(qk::cuda::kMaxSplits);
-  m.attr("CUDA_PARTIAL_BYTES") = qk::cuda::partial_bytes();
-  m.def("cuda_unavailable", &qk::cuda::unavailable, "Why the CUDA kernels cannot run on a device; empty if they can.");
-  m.def("cuda_row_stats", &cuda_row_stats);
-  m.def("cuda_row_grad", &cuda_row_grad);
-  m.def("cuda_pair_loss", &cuda_pair_loss);
+  bind_cuda(m);
 #else
   m.attr("HAS_CUDA") = false;
 #endif

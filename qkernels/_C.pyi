@@ -11,8 +11,9 @@ CUDA_ARCHITECTURES: str
 CUDA_MAX_SPLITS: int
 CUDA_PARTIAL_BYTES: int
 
-def cuda_unavailable(device: int, /) -> str: ...
+def cuda_unavailable(device: int) -> str: ...
 def cuda_row_stats(
+    *,
     shape: _Shape,
     policy: _View,
     reference: _View,
@@ -22,9 +23,9 @@ def cuda_row_stats(
     columns: int,
     out: int,
     where: _Where,
-    /,
 ) -> None: ...
 def cuda_row_grad(
+    *,
     shape: _Shape,
     policy: _View,
     reference: _View,
@@ -38,9 +39,9 @@ def cuda_row_grad(
     upstream: int,
     out: _View,
     where: _Where,
-    /,
 ) -> None: ...
 def cuda_pair_loss(
+    *,
     sequences: int,
     length: int,
     rows: int,
@@ -58,9 +59,9 @@ def cuda_pair_loss(
     grad: int,
     tokens: int,
     where: _Where,
-    /,
 ) -> None: ...
 def row_stats(
+    *,
     shape: _Shape,
     policy: _View,
     reference: _View,
@@ -70,9 +71,9 @@ def row_stats(
     columns: int,
     out: int,
     threads: int,
-    /,
 ) -> int: ...
 def row_grad(
+    *,
     shape: _Shape,
     policy: _View,
     reference: _View,
@@ -87,9 +88,9 @@ def row_grad(
     out: _View,
     out_is_zero: bool,
     threads: int,
-    /,
 ) -> None: ...
 def pair_loss(
+    *,
     sequences: int,
     length: int,
     rows: int,
@@ -106,9 +107,9 @@ def pair_loss(
     rewards: int,
     grad: int,
     tokens: int,
-    /,
 ) -> None: ...
 def product(
+    *,
     rows: int,
     columns: int,
     depth: int,
@@ -122,6 +123,7 @@ def product(
     threads: int,
 ) -> None: ...
 def add_row_product(
+    *,
     rows: int,
     columns: int,
     depth: int,

@@ -33,6 +33,7 @@ hypothesis.settings.load_profile("qkernels")
 def pytest_configure(config):
     config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes of logits that this test runs with")
     config.addinivalue_line("markers", "only_backends(*names): the backends that promise what this test checks")
+    config.addinivalue_line("markers", "nightly: runs in the nightly run only")
     config.addinivalue_line("markers", "not_backends(*names): backends that do not promise what this test checks")
 
 

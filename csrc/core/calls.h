@@ -20,7 +20,7 @@ struct Shape {
   QK_HOST_DEVICE int64_t rows() const { return outer * inner; }
 };
 
-// Where a row begins, in elements. A launch on a device has fewer than 2^31 rows, and 64-bit division is a subroutine.
+// Offset of a row, in elements. A launch on a device has fewer than 2^31 rows, and 64-bit division is a subroutine.
 QK_HOST_DEVICE int64_t offset_of(const Rows& rows, const Shape& shape, int64_t row) {
 #if defined(__CUDA_ARCH__)
   const uint32_t inner = static_cast<uint32_t>(shape.inner), r = static_cast<uint32_t>(row);
@@ -68,8 +68,8 @@ struct GradCall {
   const float* coefficients = nullptr;     // [coefficient_count, rows]
   int coefficient_count = 1;
   const float* upstream = nullptr;  // [1], which all coefficients are multiplied by; null for 1
-  Rows out;                  // may be `policy` itself; of its dtype, or 16 bits wide for fp32 logits
-  bool out_is_zero = false;  // `out` holds zeros already: rows without a gradient need not be touched
+  Rows out;                         // may be `policy` itself; of its dtype, or 16 bits wide for fp32 logits
+  bool out_is_zero = false;         // `out` holds zeros already: rows with a zero gradient need not be written
 };
 
 struct PairCall {
@@ -86,7 +86,7 @@ struct PairCall {
   float* grad = nullptr;     // [rows]
   float* tokens = nullptr;   // [2, rows]: token rewards, reference; null when per_sequence
 
-  // First row of a sequence; its last one lies before the next one's first.
+  // First row of a sequence; its last row is the one before the next sequence's first.
   QK_HOST_DEVICE int64_t begin(int64_t sequence) const { return offsets ? offsets[sequence] : sequence * length; }
 };
 

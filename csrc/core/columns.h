@@ -44,7 +44,7 @@ enum Coefficient : int { kLabel, kP, kPLogP, kPLogQ, kQ, kCoefficientCount };
 
 constexpr const char* kCoefficientNames[kCoefficientCount] = {"label", "p", "p_logp", "p_logq", "q"};
 
-// What is gathered of each entry besides e (see softmax.h).
+// What is accumulated of each entry besides e (see softmax.h).
 enum class Gather {
   kExp,      // nothing
   kEntropy,  // e t
@@ -56,7 +56,7 @@ constexpr uint32_t bit(Column column) { return 1u << column; }
 constexpr uint32_t kReadsReference = bit(kReferenceRowMax) | bit(kReferenceLogSum) | bit(kReferenceLogps) |
                                      bit(kReferenceLogsumexp) | bit(kKlReferencePolicy) | bit(kKlPolicyReference);
 
-// Columns that walk both rows in step.
+// Columns that need both models' rows jointly, in one pass over the two.
 constexpr uint32_t kDivergences = bit(kKlReferencePolicy) | bit(kKlPolicyReference);
 
 }  // namespace qk

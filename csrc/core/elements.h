@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "macros.h"
 
@@ -67,6 +68,19 @@ QK_HOST_DEVICE U float_to_half(F x) {
 }
 
 QK_HOST_DEVICE float widen(Float16 x) { return half_to_float<float>(static_cast<uint32_t>(x.bits)); }
+
+// Calls f with a null pointer of the element type of that code.
+template <class F>
+inline void with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(static_cast<const float*>(nullptr));
+    case DType::kBFloat16: return f(static_cast<const BFloat16*>(nullptr));
+    case DType::kFloat16: return f(static_cast<const Float16*>(nullptr));
+  }
+}
+
+template <class P>
+using Pointee = std::remove_const_t<std::remove_pointer_t<P>>;
 
 template <class T>
 T narrow(float x);

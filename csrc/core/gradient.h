@@ -1,4 +1,4 @@
-// The gradient of one row: from the coefficients to the numbers that each entry is made with, and the label's entry.
+// The gradient of one row: from the coefficients to the factors of its entries, and the label's entry.
 //
 // With the coefficients a (label), b (p), c (p_logp), d (p_logq), h (q) of columns.h, z the raw logits, T the
 // temperature, t = (z - row_max) log2(e) / T, e = 2^t, log p = t ln 2 - log_sum, primes for the reference, entry j != y
@@ -6,10 +6,10 @@
 //   g_j = e (constant + slope t + reference_slope t') + q_scale e'
 //   constant = exp(-log_sum) (b - a - c log_sum + d log_sum') / T     slope           =  exp(-log_sum) c ln 2 / T
 //   q_scale  = -h exp(-log_sum') / T                                  reference_slope = -exp(-log_sum) d ln 2 / T
-// The four numbers are made once per row in double. Where only a and b are not 0 it is constant * e.
+// The four factors are computed once per row in double. Where only a and b are not 0 it is constant * e.
 //
-// The label's entry is made apart, in double from its saved log-prob: -a expm1(logp) = a (1 - p) has all its digits
-// when p -> 1. It is rounded once.
+// The label's entry is computed separately, in double from its saved log-prob: -a expm1(logp) = a (1 - p) keeps its
+// relative precision when p -> 1. It is rounded once.
 #pragma once
 
 #include <cmath>
@@ -20,16 +20,15 @@
 
 namespace qk {
 
-// What the forward kept of a row, and the row's coefficients.
+// What the forward saved of a row, and the row's coefficients.
 struct RowCoefficients {
   float row_max, reference_max;
   double log_sum, reference_log_sum, logp;
   double label, p, p_logp, p_logq, q;
 
-  // No gradient at all.
-  QK_HOST_DEVICE bool silent() const { return label == 0 && p == 0 && plain(); }
-  // Every entry but the label's is a multiple of p_j.
-  QK_HOST_DEVICE bool plain() const { return p_logp == 0 && p_logq == 0 && q == 0; }
+  QK_HOST_DEVICE bool has_zero_gradient() const { return label == 0 && p == 0 && is_multiple_of_p(); }
+  // Every entry but the label's is the same multiple of p_j.
+  QK_HOST_DEVICE bool is_multiple_of_p() const { return p_logp == 0 && p_logq == 0 && q == 0; }
 };
 
 QK_HOST_DEVICE RowCoefficients coefficients_of(const GradCall& call, int64_t row) {
@@ -56,8 +55,8 @@ QK_HOST_DEVICE RowCoefficients coefficients_of(const GradCall& call, int64_t row
 struct GradFactors {
   float constant, slope, reference_slope, q_scale;
 
-  // Whether the reference's t counts: where it may be infinite, it must not meet a coefficient of 0.
-  QK_HOST_DEVICE bool sloped() const { return reference_slope != 0; }
+  // Whether the reference's t is used: it may be infinite, and must not be multiplied by a coefficient of 0.
+  QK_HOST_DEVICE bool uses_reference_exponent() const { return reference_slope != 0; }
 };
 
 QK_HOST_DEVICE GradFactors grad_factors(const RowCoefficients& c, double temperature) {
@@ -68,8 +67,8 @@ QK_HOST_DEVICE GradFactors grad_factors(const RowCoefficients& c, double tempera
           static_cast<float>(quotient(-c.q * exp(-c.reference_log_sum), temperature))};
 }
 
-// `grad_factors().constant` of a row that is `plain`.
-QK_HOST_DEVICE float plain_factor(const RowCoefficients& c, double temperature) {
+// `grad_factors().constant` of a row whose gradient `is_multiple_of_p`.
+QK_HOST_DEVICE float multiple_of_p(const RowCoefficients& c, double temperature) {
   return static_cast<float>(quotient((c.p - c.label) * exp(-c.log_sum), temperature));
 }
 

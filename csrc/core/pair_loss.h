@@ -8,7 +8,7 @@
 
 namespace qk {
 
-// log pi - log pi_ref; 0 where both are -inf: a token that both models forbid tells nothing about the reward.
+// log pi - log pi_ref; 0 where both are -inf: a token that both models mask says nothing about the reward.
 QK_HOST_DEVICE double log_ratio(double logp, double reference) {
   return logp == reference && logp == -INFINITY ? 0 : logp - reference;
 }
@@ -30,7 +30,7 @@ QK_HOST_DEVICE PairResult pair_loss(double chosen, double rejected, double beta,
   return {-keep * log_sigmoid(x) - flipped, -beta * (keep * sigmoid(-x) - label_smoothing * sigmoid(x))};
 }
 
-// What a row counts for in its sequence's sums. Nothing else of a row of weight 0 is read.
+// The weight of a row in its sequence's sums. Nothing else of a row of weight 0 is read.
 QK_HOST_DEVICE float weight_of(const PairCall& call, int64_t row) {
   if (call.weights) return call.weights[row];
   return call.labels.data[row] == call.labels.ignore_index ? 0.0f : 1.0f;
@@ -41,8 +41,8 @@ QK_HOST_DEVICE double value_of(const PairCall& call, int64_t row) {
   return call.reference && !call.per_sequence ? log_ratio(call.logps[row], call.reference[row]) : call.logps[row];
 }
 
-// The sum of a sequence's weighted values, over every `step`-th of its rows.
-QK_HOST_DEVICE double share_of(const PairCall& call, int64_t sequence, int first, int step) {
+// The sum of a sequence's weighted values over every `step`-th of its rows.
+QK_HOST_DEVICE double partial_sum(const PairCall& call, int64_t sequence, int first, int step) {
   double total = 0;
   const int64_t end = call.begin(sequence + 1);
   for (int64_t row = call.begin(sequence) + first; row < end; row += step) {
@@ -52,15 +52,15 @@ QK_HOST_DEVICE double share_of(const PairCall& call, int64_t sequence, int first
   return total;
 }
 
-// From the whole sum to the sequence's log-ratio; its reward is stored.
-QK_HOST_DEVICE double ratio_of(const PairCall& call, int64_t sequence, double total) {
+// The sequence's log-ratio from the sum over all of its rows. Stores its reward.
+QK_HOST_DEVICE double store_reward(const PairCall& call, int64_t sequence, double total) {
   const double ratio = call.per_sequence ? log_ratio(total, call.reference[sequence]) : total;
   call.rewards[sequence] = static_cast<float>(call.beta * ratio);
   return ratio;
 }
 
-// What the same rows get: dloss/dlogps and, as tokens, their reward and the reference's log-prob.
-QK_HOST_DEVICE void put_rows(const PairCall& call, int64_t sequence, double slope, int first, int step) {
+// Stores what belongs to the same rows: dloss/dlogps and, as tokens, their reward and the reference's log-prob.
+QK_HOST_DEVICE void store_rows(const PairCall& call, int64_t sequence, double slope, int first, int step) {
   const int64_t end = call.begin(sequence + 1);
   for (int64_t row = call.begin(sequence) + first; row < end; row += step) {
     const float weight = weight_of(call, row);

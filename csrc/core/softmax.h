@@ -2,8 +2,8 @@
 //
 // With z the raw logits, T the temperature and m the running maximum of the z seen so far, let
 //   t_j = (z_j - m) log2(e) / T <= 0,     e_j = 2^t_j = exp((z_j - m) / T).
-// A row is summed in pieces, each relative to its own maximum. When the maximum moves from m to m', d = (m - m')
-// log2(e) / T, every t_j falls by -d and every e_j shrinks by 2^d:
+// A row is summed in pieces, each relative to its own maximum. When the maximum changes from m to m', let d = (m - m')
+// log2(e) / T <= 0: every t_j changes by d, every e_j is multiplied by 2^d, and the running sums are rescaled:
 //   sum e        <- 2^d sum e
 //   sum e t      <- 2^d (sum e t + d sum e)
 //   sum e^2      <- 4^d sum e^2
@@ -27,6 +27,10 @@ namespace qk {
 constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
+// The raw logits are summed in fp32 times this: a row of at most 2^30 finite logits then has a finite sum, also where
+// most of its entries are masked with the lowest number of the type. A power of two: no sum gets other digits by it.
+constexpr float kRawUnit = 0x1p-30f;
+
 // Partial sums of one model over a piece of a row, without the label.
 struct Sums {
   float max = -std::numeric_limits<float>::infinity();  // of the raw logits, the label included
@@ -34,7 +38,7 @@ struct Sums {
   double exp_t = 0;                                     // sum e t
   double exp_sq = 0;                                    // sum e^2
   double cross = 0;                                     // sum e (t - t of the other model)
-  double raw = 0;                                       // sum z, the label included
+  double raw = 0;                                       // sum z kRawUnit, the label included
   int64_t max_at = 0;                                   // start of the block in which `max` first occurs
 };
 
@@ -43,34 +47,40 @@ struct RowSums {
   Sums policy, reference;
 };
 
-// By how much t falls when a maximum moves; 0 where nothing has been summed yet.
-QK_HOST_DEVICE double exponent_shift(float from, float to, double log2e_per_temperature) {
+// d above: the change of all t when the maximum changes; 0 where nothing has been summed yet.
+QK_HOST_DEVICE double rescale_exponent(float from, float to, double log2e_per_temperature) {
   if (from == to || from == -std::numeric_limits<float>::infinity()) return 0;
   return (static_cast<double>(from) - static_cast<double>(to)) * log2e_per_temperature;
 }
 
-// Restate sums relative to a new maximum.
-QK_HOST_DEVICE void rescale(Sums& sums, double shift, double other_shift) {
-  if (shift == 0 && other_shift == 0) return;
-  const double factor = exp2(shift);
+// Rescale the running sums of one model by its own exponent and, for `cross`, the other model's.
+QK_HOST_DEVICE void rescale(Sums& sums, double exponent, double other_exponent) {
+  if (exponent == 0 && other_exponent == 0) return;
+  const double factor = exp2(exponent);
   if (factor == 0) {  // also keeps an infinite `cross` from turning 0 * inf into NaN
     if (sums.exp == sums.exp) sums.exp = sums.exp_t = sums.exp_sq = sums.cross = 0;
     return;
   }
   if (sums.exp != 0) {
-    sums.exp_t = factor * (sums.exp_t + shift * sums.exp);
-    sums.cross = factor * (sums.cross + (shift - other_shift) * sums.exp);
+    sums.exp_t = factor * (sums.exp_t + exponent * sums.exp);
+    sums.cross = factor * (sums.cross + (exponent - other_exponent) * sums.exp);
   }
   sums.exp_sq *= factor * factor;
   sums.exp *= factor;
 }
 
-// Restate the sums of a row relative to new maxima of both models.
-QK_HOST_DEVICE void restate(RowSums& sums, float policy_max, float reference_max, double log2e_per_temperature) {
-  const double shift = exponent_shift(sums.policy.max, policy_max, log2e_per_temperature);
-  const double reference_shift = exponent_shift(sums.reference.max, reference_max, log2e_per_temperature);
-  rescale(sums.policy, shift, reference_shift);
-  rescale(sums.reference, reference_shift, shift);
+// Rescale the running sums of both models from one pair of maxima to another. `max` of the sums is left as it is.
+QK_HOST_DEVICE void rescale(RowSums& sums, float policy_from, float policy_to, float reference_from, float reference_to,
+                            double log2e_per_temperature) {
+  const double exponent = rescale_exponent(policy_from, policy_to, log2e_per_temperature);
+  const double reference_exponent = rescale_exponent(reference_from, reference_to, log2e_per_temperature);
+  rescale(sums.policy, exponent, reference_exponent);
+  rescale(sums.reference, reference_exponent, exponent);
+}
+
+// Rescale the running sums of both models to new maxima.
+QK_HOST_DEVICE void rescale(RowSums& sums, float policy_max, float reference_max, double log2e_per_temperature) {
+  rescale(sums, sums.policy.max, policy_max, sums.reference.max, reference_max, log2e_per_temperature);
 }
 
 QK_HOST_DEVICE void add(Sums& a, const Sums& b) {
@@ -89,8 +99,8 @@ QK_HOST_DEVICE void add(Sums& a, const Sums& b) {
 QK_HOST_DEVICE void merge(RowSums& a, RowSums b, double log2e_per_temperature) {
   const float policy_max = fmaxf(a.policy.max, b.policy.max);
   const float reference_max = fmaxf(a.reference.max, b.reference.max);
-  restate(a, policy_max, reference_max, log2e_per_temperature);
-  restate(b, policy_max, reference_max, log2e_per_temperature);
+  rescale(a, policy_max, reference_max, log2e_per_temperature);
+  rescale(b, policy_max, reference_max, log2e_per_temperature);
   add(a.policy, b.policy);
   add(a.reference, b.reference);
 }
@@ -118,22 +128,22 @@ QK_HOST_DEVICE double weighted(double e, double x) { return e == 0 ? 0 : e * x; 
 QK_HOST_DEVICE double at_least_zero(double x) { return x < 0 ? 0 : x; }
 
 // All columns of a row from its complete sums. `values` has kColumnCount entries; `top1` is decided by the caller, who
-// can look at the row again. Columns whose sums were not gathered hold meaningless numbers.
+// can read the row again. Columns whose sums were not accumulated hold meaningless numbers.
 QK_HOST_DEVICE void finish(const RowSums& sums, float label_logit, float reference_label_logit, bool has_reference,
                            int64_t vocab, double temperature, bool top1, float* values) {
   const double log2e_per_temperature = quotient(kLog2e, temperature);
   const Completed p = complete(sums.policy, label_logit, log2e_per_temperature);
-  const double broken = p.log_sum - p.log_sum;  // NaN if there is no softmax, else 0
-  values[kRowMax] = static_cast<float>(sums.policy.max + broken);
+  const double invalid = p.log_sum - p.log_sum;  // NaN if there is no softmax, else 0
+  values[kRowMax] = static_cast<float>(sums.policy.max + invalid);
   values[kLogSum] = static_cast<float>(p.log_sum);
   values[kLogps] = static_cast<float>(p.logp);
   values[kLogsumexp] = static_cast<float>(quotient(sums.policy.max, temperature) + p.log_sum);
   const double mean_t = quotient(sums.policy.exp_t + weighted(p.e, p.t), p.exp);
   values[kEntropy] = static_cast<float>(at_least_zero(p.log_sum - kLn2 * mean_t));
   values[kLogSumSqProbs] = static_cast<float>(log(sums.policy.exp_sq + p.e * p.e) - 2 * p.log_sum);
-  values[kMeanLogits] =
-      static_cast<float>(quotient(quotient(sums.policy.raw, static_cast<double>(vocab)), temperature) + broken);
-  values[kIsTop1] = static_cast<float>((top1 ? 1.0 : 0.0) + broken);
+  values[kMeanLogits] = static_cast<float>(
+      quotient(quotient(sums.policy.raw * (1.0 / kRawUnit), static_cast<double>(vocab)), temperature) + invalid);
+  values[kIsTop1] = static_cast<float>((top1 ? 1.0 : 0.0) + invalid);
   if (!has_reference) return;
   const Completed q = complete(sums.reference, reference_label_logit, log2e_per_temperature);
   values[kReferenceRowMax] = static_cast<float>(sums.reference.max + (q.log_sum - q.log_sum));

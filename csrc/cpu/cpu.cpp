@@ -140,12 +140,12 @@ void pair_loss(const PairCall& call) {
   for (int64_t pair = 0; pair < pairs; ++pair) {
     double ratio[2];
     for (int side = 0; side < 2; ++side)
-      ratio[side] = ratio_of(call, pair + side * pairs, share_of(call, pair + side * pairs, 0, 1));
+      ratio[side] = store_reward(call, pair + side * pairs, partial_sum(call, pair + side * pairs, 0, 1));
     const PairResult result = pair_loss(ratio[0], ratio[1], call.beta, call.label_smoothing);
     loss += result.loss;
     const double slope = result.slope / static_cast<double>(pairs);
-    put_rows(call, pair, slope, 0, 1);
-    put_rows(call, pair + pairs, -slope, 0, 1);
+    store_rows(call, pair, slope, 0, 1);
+    store_rows(call, pair + pairs, -slope, 0, 1);
   }
   *call.loss = static_cast<float>(loss / static_cast<double>(pairs));
 }

@@ -6,7 +6,7 @@
 //
 // Sums are taken relative to the maximum of the blocks *before* the current one, whose own maximum is found in the
 // same pass. So no pass is made for the maximum alone (but for the first block of a segment, which has nothing before
-// it) and no term is rescaled one by one; afterwards the row's sums are restated relative to the new maximum. A block
+// it) and no term is rescaled one by one; afterwards the row's sums are rescaled to the new maximum. A block
 // that raises the maximum by more than a factor of 4 in probability is summed again relative to its own.
 //
 // Aliasing: `out` of a gradient may be the logits themselves: each vector is read before the same vector is written.
@@ -65,8 +65,8 @@ struct Copy {
   int64_t padded;
 };
 
-// Copy elements [start, start + n) of a row, without the label's if it is among them. Returns their maximum and sum,
-// the label's included.
+// Copy elements [start, start + n) of a row, without the label's if it is among them. Returns their maximum and the
+// sum of z kRawUnit, the label's included.
 struct CopyResult {
   float max = kMinusInfinity;
   double raw = 0;
@@ -90,8 +90,8 @@ CopyResult copy_block(const T* row, int64_t start, int64_t n, int64_t label, Cop
     store(copy.values + i + kLanes, v.second);
     m[0] = max_ignoring_nan_in_first(v.first, m[0]);
     m[1] = max_ignoring_nan_in_first(v.second, m[1]);
-    s[0] += v.first;
-    s[1] += v.second;
+    s[0] += v.first * kRawUnit;
+    s[1] += v.second * kRawUnit;
   }
   result.max = maximum(m);
   result.raw = total(s);
@@ -104,25 +104,12 @@ CopyResult copy_block(const T* row, int64_t start, int64_t n, int64_t label, Cop
     const float v = qk::widen(source[i]);
     at(i) = v;
     if (v > result.max) result.max = v;
-    result.raw += v;
+    result.raw += v * kRawUnit;
   }
   for (; i < copy.padded; ++i) at(i) = kMinusInfinity;
   if (label >= start && label < start + n) at(label - start) = kMinusInfinity;
   return result;
 }
-
-// Call f with a null pointer of the element type of that code.
-template <class F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(static_cast<const float*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<const BFloat16*>(nullptr));
-    case DType::kFloat16: return f(static_cast<const Float16*>(nullptr));
-  }
-}
-
-template <class P>
-using Pointee = std::remove_const_t<std::remove_pointer_t<P>>;
 
 template <bool kOwnOrder>
 CopyResult copy_block(const Rows& rows, const Shape& shape, int64_t row, int64_t start, int64_t n, int64_t label,
@@ -165,7 +152,7 @@ Sums sum_block(const T* z, int64_t n, const Shift& shift) {
       if (kGather != Gather::kExp) st[u] += e * t;
       if (kGather == Gather::kAll) {
         sq[u] += e * e;
-        raw[u] += v;
+        raw[u] += v * kRawUnit;
       }
     }
   }
@@ -203,7 +190,7 @@ RowSums sum_pair(const T* policy, const T* reference, int64_t n, const Shift& sh
       rcross[u] = add_weighted(rcross[u], re, rt - t);
       if (kGather == Gather::kAll) {
         sq[u] += e * e;
-        raw[u] += v;
+        raw[u] += v * kRawUnit;
       }
     }
   }
@@ -223,12 +210,12 @@ RowSums sum_pair(const T* policy, const T* reference, int64_t n, const Shift& sh
 }
 
 // Terms may grow to 2^kHeadroom before a block is summed again. Not for the range of fp32 but for its digits: next to a
-// term of 2^25, the rest of the row would be rounded away, and sum e t would cancel when it is restated.
+// term of 2^25, the rest of the row would be rounded away, and sum e t would cancel when it is rescaled.
 constexpr double kHeadroom = 2;
 
 // Whether sums relative to `base` are of no use for a block whose maximum is `max`.
 bool out_of_reach(float base, float max, double log2e_per_temperature) {
-  return base == kMinusInfinity ? max > base : exponent_shift(max, base, log2e_per_temperature) > kHeadroom;
+  return base == kMinusInfinity ? max > base : rescale_exponent(max, base, log2e_per_temperature) > kHeadroom;
 }
 
 // Fold the segment [begin, end) of one model's row into `sums`.
@@ -254,13 +241,13 @@ void fold_row(const Rows& rows, const StatsCall& call, int64_t row, int64_t begi
     if (copied) block.max = whole.max, block.raw = whole.raw;
     const float max = std::max(base, block.max);
     if (out_of_reach(base, max, log2e_per_temperature)) {
-      rescale(sums, exponent_shift(base, max, log2e_per_temperature), 0);
+      rescale(sums, rescale_exponent(base, max, log2e_per_temperature), 0);
       block = sum(base = max);
       if (copied) block.max = whole.max, block.raw = whole.raw;
     }
     block.max_at = start;
     add(sums, block);
-    rescale(sums, exponent_shift(base, max, log2e_per_temperature), 0);
+    rescale(sums, rescale_exponent(base, max, log2e_per_temperature), 0);
   }
 }
 
@@ -306,12 +293,6 @@ void fold_pair(const StatsCall& call, int64_t row, int64_t begin, int64_t end, R
       }
       return block;
     };
-    auto restate = [&](float from, float to, float reference_from, float reference_to) {
-      const double shift = exponent_shift(from, to, log2e_per_temperature);
-      const double reference_shift = exponent_shift(reference_from, reference_to, log2e_per_temperature);
-      rescale(sums.policy, shift, reference_shift);
-      rescale(sums.reference, reference_shift, shift);
-    };
     float base = sums.policy.max, reference_base = sums.reference.max;
     if (start == begin) {
       base = copied ? whole.max : max_of_block(policy + start, n);
@@ -325,13 +306,13 @@ void fold_pair(const StatsCall& call, int64_t row, int64_t begin, int64_t end, R
     if (far || reference_far) {
       // Each model by itself, so that its sums have the bits they have without the other model.
       const float new_base = far ? max : base, new_reference_base = reference_far ? reference_max : reference_base;
-      restate(base, new_base, reference_base, new_reference_base);
+      rescale(sums, base, new_base, reference_base, new_reference_base, log2e_per_temperature);
       block = sum(base = new_base, reference_base = new_reference_base);
     }
     block.policy.max_at = start;
     add(sums.policy, block.policy);
     add(sums.reference, block.reference);
-    restate(base, max, reference_base, reference_max);
+    rescale(sums, base, max, reference_base, reference_max, log2e_per_temperature);
   }
 }
 
@@ -419,7 +400,7 @@ void map_vectors(const P* policy, const P* reference, int64_t n, T* out, G g) {
 template <class P, class T>
 void grad_plain(const GradCall& call, const RowCoefficients& c, const P* policy, int64_t n, T* out) {
   const Shift shift(c.row_max, static_cast<float>(kLog2e / call.temperature));
-  const Exp2<kDegree<T>> scaled(plain_factor(c, call.temperature));
+  const Exp2<kDegree<T>> scaled(multiple_of_p(c, call.temperature));
   map_vectors(policy, policy, n, out, [&](Vec z, Vec) { return scaled(shift.exponent(z)); });
 }
 
@@ -431,7 +412,7 @@ void grad_full(const GradCall& call, const RowCoefficients& c, const P* policy, 
   const GradFactors f = grad_factors(c, call.temperature);
   const Vec constant = splat(f.constant), slope = splat(f.slope);
   const Vec reference_slope = splat(f.reference_slope);
-  const bool sloped = f.sloped();
+  const bool sloped = f.uses_reference_exponent();
   const Exp2<5> exp2(1), q_scaled(f.q_scale);  // whatever T is: the terms may cancel
   map_vectors(policy, reference, n, out, [&](Vec z, Vec rz) {
     const Vec t = shift.exponent(z);
@@ -454,7 +435,7 @@ void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
   T* out = const_cast<T*>(row_of<T>(call.out, call.shape, row)) + begin;
   const int64_t label = call.labels.data[row];
   const RowCoefficients c = coefficients_of(call, row);
-  if (label == call.labels.ignore_index || c.silent()) {
+  if (label == call.labels.ignore_index || c.has_zero_gradient()) {
     if (!call.out_is_zero) fill_zero(out, static_cast<size_t>(n) * sizeof(T));
     return;
   }
@@ -462,7 +443,7 @@ void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
   const float reference_label = both ? element(call.reference, call.shape, row, label) : 0;
   const T at_label = qk::narrow<T>(static_cast<float>(grad_at_label(c, both, reference_label, call.temperature)));
   const P* policy = row_of<P>(call.policy, call.shape, row) + begin;
-  if (c.plain())
+  if (c.is_multiple_of_p())
     grad_plain(call, c, policy, n, out);
   else if (!call.reference_state)
     grad_full<false>(call, c, policy, policy, n, out);

@@ -1,5 +1,6 @@
-// The operations on a GPU: what csrc/cpu/cpu.h is for the CPU. Nothing waits for the device, reads its memory from the
-// host or allocates: every call is a launch or two on the caller's stream, and may be captured in a CUDA graph.
+// The operations on a GPU: what csrc/cpu/cpu.h is for the CPU. Nothing synchronises with the device, reads its memory
+// from the host or allocates: every call is a launch or two on the caller's stream, and may be captured in a CUDA
+// graph.
 #pragma once
 
 #include <string>
@@ -9,7 +10,7 @@
 namespace qk {
 namespace cuda {
 
-// Where a call runs, and how rows are spread over blocks.
+// Where a call runs, and how rows are split over blocks.
 struct Launch {
   int device = 0;
   void* stream = nullptr;   // a cudaStream_t

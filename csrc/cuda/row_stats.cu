@@ -1,22 +1,24 @@
-// row_stats: which kernels a call needs, and the one that puts split rows together. See row_stats.cuh.
+// row_stats: which kernels a call needs, and the one that combines the pieces of split rows. See row_stats.cuh.
+#include "dispatch.h"
 #include "row_stats.cuh"
 
 namespace qk {
 namespace cuda {
 namespace {
 
-// A thread for each piece of a row; a block for each row (and model, as in the first kernel).
+// One thread per piece of a row; one block per row (and per model, as in the first kernel).
 template <bool kPair>
-__global__ void __launch_bounds__(kMaxSplits) combine_kernel(const __grid_constant__ StatsCall call, Split split,
-                                                             int models, bool of_reference, const Partial* scratch) {
+__global__ void __launch_bounds__(kMaxSplits)
+    combine_kernel(const __grid_constant__ StatsCall call, Split split, int models, bool of_reference,
+                   const PartialSums* scratch) {
   constexpr Gather kGather = Gather::kAll;
   of_reference = models == 2 ? blockIdx.x % 2 : of_reference;
   const int64_t row = blockIdx.x / static_cast<unsigned>(models);
-  if (answered(call, row)) return;
-  Partial mine;
+  if (write_ignored_or_invalid(call, row, !of_reference)) return;
+  PartialSums mine;
   const int piece = static_cast<int>(threadIdx.x);
   if (piece < split.count) mine = scratch[(row * split.count + piece) * models + of_reference * (models - 1)];
-  const Partial total = add_block<kGather, kPair, kMaxSplits>(mine, quotient(kLog2e, call.temperature));
+  const PartialSums total = add_block<kGather, kPair, kMaxSplits>(mine, quotient(kLog2e, call.temperature));
   if (threadIdx.x == 0) finish_row<columns_of(kGather, kPair)>(call, row, total, of_reference);
 }
 
@@ -24,29 +26,31 @@ template <bool kPair>
 void launch_combine(const StatsCall& call, const Launch& where, const Split& split, int models, bool of_reference) {
   if (split.count == 1) return;
   launch("row_stats", combine_kernel<kPair>, call.shape.rows() * models, kMaxSplits, where, call, split, models,
-         of_reference, static_cast<const Partial*>(where.scratch));
+         of_reference, static_cast<const PartialSums*>(where.scratch));
 }
 
-Gather gather_of(uint32_t columns) {
+// What has to be accumulated for these columns.
+Gather gather_for(uint32_t columns) {
   if (columns & (bit(kLogSumSqProbs) | bit(kMeanLogits) | bit(kIsTop1))) return Gather::kAll;
   return columns & bit(kEntropy) ? Gather::kEntropy : Gather::kExp;
 }
 
 }  // namespace
 
-int partial_bytes() { return sizeof(Partial); }
+int partial_bytes() { return sizeof(PartialSums); }
 
 void row_stats(const StatsCall& call, const Launch& where) {
   if (call.shape.rows() == 0) return;
   check_vocab(call.shape);
-  const OnDevice device(where.device);
-  const Split split = split_of(call.shape.vocab, where.splits);
-  const Gather gather = gather_of(call.columns);
+  const DeviceGuard guard(where.device);
+  const Split split = split_row(call.shape.vocab, where.splits);
+  const Gather gather = gather_for(call.columns);
   const bool two = call.reference.data && (call.columns & kReadsReference);
-  // Apart, models of two types take a launch each, and as many again where rows are split: in step they take two.
-  const bool apart = same_type(call.policy, call.reference) || split.count == 1;
-  if (two && ((call.columns & kDivergences) || !apart)) {
-    if (same_type(call.policy, call.reference) && lie_alike(call.policy, call.reference, call.shape))
+  // Separately, models of different types take a launch each, and twice as many where rows are split; jointly they take
+  // two launches then.
+  const bool separately = same_type(call.policy, call.reference) || split.count == 1;
+  if (two && ((call.columns & kDivergences) || !separately)) {
+    if (same_type(call.policy, call.reference) && same_alignment(call.policy, call.reference, call.shape))
       launch_stats_both(call, where, split, gather);
     else
       launch_stats_any(call, where, split);

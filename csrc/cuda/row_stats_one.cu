@@ -1,4 +1,4 @@
-// row_stats of rows that are walked by themselves. See row_stats.cuh.
+// row_stats of rows of one model at a time. See row_stats.cuh.
 #include "row_stats.cuh"
 
 namespace qk {

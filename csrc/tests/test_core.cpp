@@ -146,8 +146,8 @@ void check_rows(std::mt19937& random, qk::DType dtype, qk::DType reference_dtype
   std::vector<float> scaled(coefficients);
   for (float& c : scaled) c *= 4;
   const float upstream = 0.25f;
-  qk::GradCall grad{shape,        policy.rows(),           reference.rows(), {labels.data(), -100},  temperature,
-                    stats.data(), stats.data() + 3 * rows, scaled.data(),    qk::kCoefficientCount, &upstream,
+  qk::GradCall grad{shape,          policy.rows(),           reference.rows(), {labels.data(), -100}, temperature,
+                    stats.data(),   stats.data() + 3 * rows, scaled.data(),    qk::kCoefficientCount, &upstream,
                     gradient.rows()};
   qk::row_grad(grad, threads);
   qk::GradCall simple = grad;
@@ -252,8 +252,8 @@ void check_pair_loss() {
   const int64_t labels[] = {3, 1, 4, -100, 5, 9};
   const int32_t offsets[] = {0, 2, 2, 5, 6};
   float loss, rewards[4], grad[6], tokens[12];
-  qk::PairCall call{4,     6,         6,     offsets, {labels, -100}, weights, logps,
-                    reference, false, 0.5,   0.1,     &loss,          rewards, grad,  tokens};
+  qk::PairCall call{4,     6,   6,   offsets, {labels, -100}, weights, logps, reference,
+                    false, 0.5, 0.1, &loss,   rewards,        grad,    tokens};
   qk::pair_loss(call);
   // Ratios: 0.5, 0 | none | -1, (weight 0), both -inf -> 0 | 2
   const double r[] = {0.5, 0, -1, 2};

@@ -43,8 +43,8 @@ def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | No
 @lru_cache(maxsize=256)
 def _lookup(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
-        # Triton takes CPU tensors in its interpreter, for tests: only when asked by name.
-        candidates = [candidate for candidate in _MODULES if candidate != "triton" or device.type != "cpu"]
+        # "triton" and "cuda" take CPU tensors in an interpreter or emulation, for tests: only when asked by name.
+        candidates = [name for name in _MODULES if name not in ("triton", "cuda") or device.type != "cpu"]
         return next(candidate for candidate in candidates if unavailable(candidate, device, dtype) is None)
     if name not in NAMES:
         raise ValueError(f"backend {name!r} is unknown; expected one of {', '.join(NAMES)}")

@@ -103,15 +103,15 @@ def row_stats(call: RowStats) -> Tensor:
     logits, labels, reference, columns, temperature, ignore_index, _ = call
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
     bad = _C.row_stats(
-        shape_of(logits),
-        view_of(logits),
-        view_of(reference),
-        address_of(labels, torch.int64),
-        ignore_index,
-        temperature,
-        columns,
-        out.data_ptr(),
-        torch.get_num_threads(),
+        shape=shape_of(logits),
+        policy=view_of(logits),
+        reference=view_of(reference),
+        labels=address_of(labels, torch.int64),
+        ignore_index=ignore_index,
+        temperature=temperature,
+        columns=columns,
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     if bad >= 0:
         raise label_error(labels, bad, logits.shape[-1])
@@ -123,20 +123,20 @@ def _row_grad_into(out: Tensor, out_is_zero: bool, call: RowGrad) -> None:
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     reference_state = None if reference_state is None else reference_state.contiguous()
     _C.row_grad(
-        shape_of(logits),
-        view_of(logits),
-        view_of(reference),
-        address_of(labels, torch.int64),
-        ignore_index,
-        temperature,
-        address_of(state),
-        address_of(reference_state),
-        address_of(coefficients),
-        coefficients.shape[0],
-        address_of(upstream),
-        view_of(out),
-        out_is_zero,
-        torch.get_num_threads(),
+        shape=shape_of(logits),
+        policy=view_of(logits),
+        reference=view_of(reference),
+        labels=address_of(labels, torch.int64),
+        ignore_index=ignore_index,
+        temperature=temperature,
+        state=address_of(state),
+        reference_state=address_of(reference_state),
+        coefficients=address_of(coefficients),
+        coefficient_count=coefficients.shape[0],
+        upstream=address_of(upstream),
+        out=view_of(out),
+        out_is_zero=out_is_zero,
+        threads=torch.get_num_threads(),
     )
 
 
@@ -163,8 +163,8 @@ def row_grad_(call: RowGrad) -> None:
     _row_grad_into(call.logits, False, call)
 
 
-def run_pair_loss(run: Callable[..., None], where: tuple[Any, ...], call: PairLoss) -> tuple[Tensor, ...]:
-    """Call the extension's pair loss `run`, here or on a GPU."""
+def run_pair_loss(run: Callable[..., None], call: PairLoss) -> tuple[Tensor, ...]:
+    """Call the extension's pair loss `run`, for the CPU or a GPU."""
     loss, rewards, grad, tokens = call.outputs()
     logps, reference_logps, labels, weights, cu_seqlens, beta, label_smoothing, ignore_index, _ = call
     logps = logps.contiguous()
@@ -172,23 +172,22 @@ def run_pair_loss(run: Callable[..., None], where: tuple[Any, ...], call: PairLo
     weights = None if weights is None else weights.contiguous()
     offsets = None if cu_seqlens is None else cu_seqlens.int().contiguous()
     run(
-        rewards.shape[0],
-        logps.shape[1],
-        logps.numel(),
-        address_of(offsets, torch.int32),
-        address_of(labels, torch.int64),
-        ignore_index,
-        address_of(weights),
-        address_of(logps),
-        address_of(reference_logps),
-        reference_logps is not None and reference_logps.dim() == 1,
-        beta,
-        label_smoothing,
-        loss.data_ptr(),
-        rewards.data_ptr(),
-        grad.data_ptr(),
-        tokens.data_ptr() if tokens.shape[0] else 0,
-        *where,
+        sequences=rewards.shape[0],
+        length=logps.shape[1],
+        rows=logps.numel(),
+        offsets=address_of(offsets, torch.int32),
+        labels=address_of(labels, torch.int64),
+        ignore_index=ignore_index,
+        weights=address_of(weights),
+        logps=address_of(logps),
+        reference=address_of(reference_logps),
+        per_sequence=reference_logps is not None and reference_logps.dim() == 1,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        loss=loss.data_ptr(),
+        rewards=rewards.data_ptr(),
+        grad=grad.data_ptr(),
+        tokens=tokens.data_ptr() if tokens.shape[0] else 0,
     )
     return loss, rewards, grad, tokens
 
@@ -204,17 +203,17 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> No
     if left.stride(1) != 1:
         left = left.contiguous()
     _C.product(
-        out.shape[0],
-        out.shape[1],
-        left.shape[1],
-        layout.rows(left).data_ptr(),
-        left.stride(0),
-        layout.rows(right).data_ptr(),
-        right.stride(0),
-        address_of(bias),
-        out.data_ptr(),
-        out.stride(0),
-        torch.get_num_threads(),
+        rows=out.shape[0],
+        columns=out.shape[1],
+        depth=left.shape[1],
+        left=layout.rows(left).data_ptr(),
+        left_stride=left.stride(0),
+        right=layout.rows(right).data_ptr(),
+        right_stride=right.stride(0),
+        bias=address_of(bias),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        threads=torch.get_num_threads(),
     )
 
 
@@ -222,20 +221,20 @@ def add_row_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out += left^T right: bf16 `[k, n]` and `[k, m]`, fp32 `[n, m]`, last dimensions contiguous."""
     left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
     _C.add_row_product(
-        out.shape[0],
-        out.shape[1],
-        left.shape[0],
-        layout.rows(left).data_ptr(),
-        left.stride(0),
-        layout.rows(right).data_ptr(),
-        right.stride(0),
-        out.data_ptr(),
-        out.stride(0),
-        torch.get_num_threads(),
+        rows=out.shape[0],
+        columns=out.shape[1],
+        depth=left.shape[0],
+        left=layout.rows(left).data_ptr(),
+        left_stride=left.stride(0),
+        right=layout.rows(right).data_ptr(),
+        right_stride=right.stride(0),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        threads=torch.get_num_threads(),
     )
 
 
 @takes(PairLoss)
 def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.core.calls`."""
-    return run_pair_loss(_C.pair_loss, (), call)
+    return run_pair_loss(_C.pair_loss, call)

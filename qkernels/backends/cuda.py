@@ -1,12 +1,15 @@
 """Row operations as CUDA kernels in the compiled extension (`csrc/cuda`), on the current stream of the tensor's device.
 
-As in `cpu.py` the extension sees addresses, sizes and strides. Nothing here waits for the device, so a step may be
-captured in a CUDA graph; scratch memory is torch's, and only needed where a few rows are spread over many blocks.
+As in `cpu.py` the extension sees addresses, sizes and strides. Nothing here synchronises with the device, so a step
+may be captured in a CUDA graph; scratch memory is torch's, and only needed where a few rows are split over many blocks.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import importlib.util
+import os
+from functools import lru_cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,10 +18,31 @@ from torch import Tensor
 from ..core.calls import PairLoss, RowGrad, RowStats, takes
 from ..core.checks import check_labels
 from . import cpu
-from .cpu import CODES, address_of, extension, shape_of, view_of
+from .cpu import CODES, address_of, shape_of, view_of
 
-# Blocks that a processor should have to work on, and entries (of 16 bits) that make a block worth its while.
-_BLOCKS_PER_PROCESSOR = 4
+
+def _load() -> ModuleType | None:
+    """The compiled extension; None where it is missing.
+
+    QKERNELS_CUDA_EMULATION names a build of csrc/tests/cuda_emulation instead, which runs the kernels on CPU tensors:
+    for tests, correct and slow.
+    """
+    path = os.environ.get("QKERNELS_CUDA_EMULATION")
+    if not path:
+        return cpu.extension
+    spec = importlib.util.spec_from_file_location("_cuda_emulation", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"QKERNELS_CUDA_EMULATION must name a compiled module, got {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+extension: Any = _load()
+EMULATED = bool(getattr(extension, "CUDA_EMULATED", False))
+
+# Blocks that each SM should have, and the fewest entries that a piece of a split row should have.
+_BLOCKS_PER_SM = 4
 _SMALLEST_PIECE = 2048
 
 
@@ -28,6 +52,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return cpu.why_missing()
     if not extension.HAS_CUDA:
         return f"this build has no CUDA kernels: {why_not_built()}"
+    if EMULATED:
+        if device.type != "cpu":
+            return f"its kernels are emulated on the CPU in this process, the tensor is on {device}"
+        return None if dtype in CODES else f"its kernels take float32, bfloat16 and float16, got {dtype}"
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels run on NVIDIA GPUs, the tensor is on {device}"
     if not torch.cuda.is_available():
@@ -60,6 +88,8 @@ def describe() -> dict[str, Any]:
     """What `qkernels.info()` says about the CUDA part of the extension."""
     if extension is None:
         return {"built": False, "reason": cpu.why_missing()}
+    if EMULATED:
+        return {"built": False, "reason": "the kernels are emulated on the CPU (QKERNELS_CUDA_EMULATION)"}
     if not extension.HAS_CUDA:
         return {"built": False, "reason": why_not_built()}
     return {
@@ -76,13 +106,16 @@ def _cannot_run(index: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _processors(index: int) -> int:
+def _processors(index: int | None) -> int:
+    """Number of SMs of a device; the emulation has none and takes that of a small GPU."""
+    if EMULATED:
+        return 16
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def splits_for(rows: int, vocab: int, processors: int, most: int) -> int:
-    """Over how many blocks a row is spread: 1 unless there are too few rows to keep all processors busy."""
-    wanted = _BLOCKS_PER_PROCESSOR * processors
+    """Over how many blocks a row is split: 1 unless there are too few rows to keep all SMs (`processors`) busy."""
+    wanted = _BLOCKS_PER_SM * processors
     if rows >= wanted:
         return 1
     return max(1, min(-(-wanted // max(rows, 1)), vocab // _SMALLEST_PIECE, most))
@@ -90,11 +123,11 @@ def splits_for(rows: int, vocab: int, processors: int, most: int) -> int:
 
 def _where(logits: Tensor, rows: int, splits: int | None = None, scratch: int = 0) -> tuple[int, int, int, int]:
     """Device, stream, blocks per row and scratch memory of a launch."""
-    index = logits.device.index
-    stream = torch.cuda.current_stream(logits.device).cuda_stream
     if splits is None:
         splits = _splits(logits, rows)
-    return (index, stream, splits, scratch)
+    if EMULATED:
+        return (0, 0, splits, scratch)
+    return (logits.device.index, torch.cuda.current_stream(logits.device).cuda_stream, splits, scratch)
 
 
 def _splits(logits: Tensor, rows: int) -> int:
@@ -116,15 +149,15 @@ def row_stats(call: RowStats) -> Tensor:
         size = 2 * rows * splits * extension.CUDA_PARTIAL_BYTES
         scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
     extension.cuda_row_stats(
-        shape_of(logits),
-        view_of(logits),
-        view_of(reference),
-        address_of(labels, torch.int64),
-        ignore_index,
-        temperature,
-        columns,
-        out.data_ptr(),
-        _where(logits, rows, splits, address_of(scratch, torch.uint8)),
+        shape=shape_of(logits),
+        policy=view_of(logits),
+        reference=view_of(reference),
+        labels=address_of(labels, torch.int64),
+        ignore_index=ignore_index,
+        temperature=temperature,
+        columns=columns,
+        out=out.data_ptr(),
+        where=_where(logits, rows, splits, address_of(scratch, torch.uint8)),
     )
     return out
 
@@ -137,19 +170,19 @@ def row_grad_into(out: Tensor, call: RowGrad) -> None:
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     reference_state = None if reference is None or reference_state is None else reference_state.contiguous()
     extension.cuda_row_grad(
-        shape_of(logits),
-        view_of(logits),
-        view_of(reference),
-        address_of(labels, torch.int64),
-        ignore_index,
-        temperature,
-        address_of(state),
-        address_of(reference_state),
-        address_of(coefficients),
-        coefficients.shape[0],
-        address_of(upstream),
-        view_of(out),
-        _where(logits, labels.numel()),
+        shape=shape_of(logits),
+        policy=view_of(logits),
+        reference=view_of(reference),
+        labels=address_of(labels, torch.int64),
+        ignore_index=ignore_index,
+        temperature=temperature,
+        state=address_of(state),
+        reference_state=address_of(reference_state),
+        coefficients=address_of(coefficients),
+        coefficient_count=coefficients.shape[0],
+        upstream=address_of(upstream),
+        out=view_of(out),
+        where=_where(logits, labels.numel()),
     )
 
 
@@ -171,4 +204,4 @@ def row_grad_(call: RowGrad) -> None:
 def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.core.calls`."""
     assert extension is not None
-    return cpu.run_pair_loss(extension.cuda_pair_loss, (_where(call.logps, 0, 1),), call)
+    return cpu.run_pair_loss(partial(extension.cuda_pair_loss, where=_where(call.logps, 0, 1)), call)

@@ -45,7 +45,8 @@ class _Model:
         self.logsumexp = self.max / temperature + self.log_sum
         self.log_probs = self.shifted - self.log_sum
         self.probs = self.log_probs.exp()
-        self.mean = (raw / temperature).mean(-1, keepdim=True)
+        # Summed in units of 2^30: rows masked with the lowest number of the type have a finite sum as well.
+        self.mean = (raw * 2.0**-30).mean(-1, keepdim=True) * (2.0**30 / temperature)
         at_max = raw == self.max
         earlier = torch.arange(raw.shape[-1], device=raw.device) < labels
         self.top1 = at_max.gather(-1, labels) & ~(at_max & earlier).any(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """The machine code of the CUDA kernels, compiled without a GPU: spills, stack, registers, narrow loads (known bug 30).
 
-What the kernels compute is tested in `csrc/tests/test_cuda_walk.cpp` (by `test_sanitizers.py`), and on a GPU by every
-test that takes a backend.
+What the kernels compute is tested in `csrc/tests/test_cuda.cpp` (by `test_sanitizers.py`) and `test_cuda_emulation.py`,
+and on a GPU by every test that takes a backend.
 """
 
 from __future__ import annotations

@@ -199,6 +199,19 @@ def test_huge_logits_do_not_overflow(backend, dtype):
     assert bool(grad.isfinite().all())
 
 
+@pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)  # in fp64 the truth itself overflows
+@pytest.mark.parametrize("vocab", [517, 6200])
+def test_the_mean_of_logits_that_are_masked_with_the_lowest_number_is_finite(backend, dtype, vocab):
+    """Their sum is outside of the type's range, their mean is not."""
+    rows = make_rows((4,), vocab, dtype, backend.device)
+    rows.labels = torch.tensor([0, 1, vocab - 1, vocab // 2], device=backend.device)
+    rows.logits[0, 1::3] = torch.finfo(dtype).min / 2
+    rows.logits[1, 2:] = torch.finfo(dtype).min / 2
+    rows.logits[2, : vocab // 2] = torch.finfo(dtype).min / 2
+    check_outputs(backend, rows, ("mean_logits",))
+    check_outputs(backend, rows, ("logps", "mean_logits", "kl_policy_reference"))
+
+
 def test_entropy_of_a_uniform_row_is_log_vocab_and_divergences_of_equal_rows_are_zero(backend, dtype):
     logits = torch.full((2, 1003), 1.5, dtype=dtype, device=backend.device)
     labels = torch.zeros(2, dtype=torch.int64, device=backend.device)

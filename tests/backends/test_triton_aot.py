@@ -5,6 +5,8 @@ Spills, stack, narrow loads (known bug 30) and recompilation (known bug 22) are 
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -101,6 +103,41 @@ def test_amd_compiles(name):
     facts = kernel_report.facts(VARIANTS[name], kernel_report.AMD)
     assert facts.spills == 0 and facts.registers <= 128
     assert set(facts.loop.loads) == {16}
+
+
+# --- reductions -------------------------------------------------------------------------------------------------------
+
+# What makes one value of the two halves that a 64-bit shuffle consists of, and changes none.
+_MOVES = ("mov.", "cvt.u64.u32", "cvt.u32.u64", "shl.b64", "or.b64")
+
+
+def reduction_steps(ptx: str) -> list[str]:
+    """The instructions that combine what came from another lane of the warp with a lane's own value."""
+    shuffled, steps = set(), []
+    for line in ptx.splitlines():
+        statement = line.split("//")[0].strip()
+        registers = re.findall(r"%\w+", statement)
+        if statement.startswith("shfl.sync"):
+            shuffled.add(registers[0])
+        elif shuffled.intersection(registers[1:]):
+            if statement.startswith(_MOVES):
+                shuffled.add(registers[0])
+            else:
+                steps.append(statement)
+    return steps
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_all_lanes_of_a_reduction_hold_the_same_bits(name, architecture):
+    """Every lane stores the result to one shared word, and PTX does not say whose value stays.
+
+    x_i + x_j has the same bits in lanes i and j, and so has their maximum. A product that is contracted with the
+    addition, a_i s_i + round(a_j s_j), has not.
+    """
+    steps = reduction_steps(kernel_report.compiled(VARIANTS[name], architecture).asm["ptx"])
+    assert VARIANTS[name].kernel == "row_grad" or len(steps) >= 14, "no reduction was found"
+    assert [step for step in steps if not step.startswith(("add.", "max."))] == []
 
 
 # --- compile keys -----------------------------------------------------------------------------------------------------

@@ -274,7 +274,8 @@ def test_bellman_and_implicit_returns_differ_by_the_first_value(backend, dtype, 
 
 
 def test_packed_and_dense_agree(backend, dtype):
-    batch = make_pairs(3, 9, 50, dtype, backend.device)
+    """Rows of 48 elements have the same alignment modulo 16 bytes wherever they stand, as equal bits on a GPU need."""
+    batch = make_pairs(3, 9, 48, dtype, backend.device)
     dense = token_mdp(batch.logits, batch.labels, **mdp_inputs(batch, backend))
     for keep_ignored in (True, False):
         packed = pack(batch, keep_ignored=keep_ignored)

@@ -1,8 +1,8 @@
-"""The C++ core as a program of its own, under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""The C++ core as programs of their own, under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 `make sanitize` adds ThreadSanitizer. The programs hold every kernel of every instruction set (csrc/tests/test_core.cpp)
-and what each thread of a CUDA block does (csrc/tests/test_cuda_walk.cpp, one thread after the other, no GPU needed)
-against long double on buffers that end where the data ends.
+and every CUDA kernel (csrc/tests/test_cuda.cpp, emulated on the host, no GPU needed) against long double on buffers
+that end where the data ends.
 """
 
 import os
@@ -28,7 +28,7 @@ def test_core_under_sanitizers(tmp_path: Path) -> None:
             pytest.skip("the compiler has no AddressSanitizer runtime")
         assert built.returncode == 0, built.stdout + built.stderr
         assert "warning:" not in built.stdout, built.stdout
-    for program in ("test_core", "test_cuda_walk"):
+    for program in ("test_core", "test_cuda"):
         run = subprocess.run([str(tmp_path / program)], capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         assert " 0 failures" in run.stdout

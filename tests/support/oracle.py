@@ -428,13 +428,14 @@ def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
 
 
 # Objectives whose slope is a difference of terms that can nearly cancel (ipo and sppo_hard close to their target,
-# apo_down, discopop), or that saturates through sigma' = sigma (1 - sigma) (apo_zero): there the slope keeps the
-# rounding of its terms. Values: the size of those terms.
+# apo_down, nca_pair, discopop), or that saturates through sigma' = sigma (1 - sigma) (apo_zero): there the slope keeps
+# the rounding of its terms. Values: the size of those terms.
 SLOPE_CANCELS = {
     "ipo": lambda o: 1 / o.beta,
     "sppo_hard": lambda o: 1 / o.beta,
     "apo_zero": lambda o: o.beta,
     "apo_down": lambda o: o.beta,
+    "nca_pair": lambda o: o.beta,
     "discopop": lambda o: o.beta / o.discopop_tau,
 }
 

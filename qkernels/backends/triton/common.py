@@ -1,20 +1,20 @@
-"""What the Triton kernels share: where a row lies, how it is cut into tiles, and accurate scalar functions.
+"""What the Triton kernels share: the address of a row, how it is divided into tiles, and accurate scalar functions.
 
-Walking a row. A row of n elements is cut into a head that ends at the first 16-byte line computed from its *address*,
-whole tiles of LANES x VEC elements, and a tail. Whole tiles need no mask and are read and written 16 bytes at a time
-whatever V, the strides and the base address are; hints never depend on what an argument is divisible by. The tile
-that holds the label is treated like head and tail, element by element, so that the loop over whole tiles never
-compares an element with the label. In order, a row is
+Tiling. A row of n elements is divided into a head that ends at the first multiple of 16 bytes, computed from the row's
+*address*, whole tiles of LANES x VEC elements, and a tail. Whole tiles need no mask and take 128-bit loads and stores
+whatever V, the strides and the base address are; hints never depend on what an argument is divisible by. The tile that
+holds the label takes the boundary path of head and tail, with a mask per element, so that the loop over whole tiles
+never compares an element with the label. In order, a row is
 
     part 0   tile -1 (the head; left out where it is empty)
     part 1   tiles 0 .. L-1 whole, then tile L, which holds the label (the tail's tile if it lies there)
     part 2   tiles L+1 .. whole, then the tail (nothing left of it if part 1 had it)
 
-which one loop over parts does, with one copy of the code for whole tiles and one for the others.
+which one loop over parts handles, with one copy of the code for whole tiles and one for the boundary path.
 
-Scalars. Numbers that fp32 would round (1 / temperature, beta) travel as two fp32 parameters and are put together in
-fp64. Everything that happens once per row happens in fp64: it costs nothing beside the row, and log(1 + x) or 1 - p
-keep their digits. `tl.log` and `tl.exp` of fp32 do not: lg2.approx is off by 2^-22 near 1.
+Scalars. Numbers that fp32 would round (1 / temperature, beta) are passed as two fp32 parameters and added in fp64.
+Everything that happens once per row happens in fp64: it costs nothing beside the row, and log(1 + x) or 1 - p keep
+their relative precision. `tl.log` and `tl.exp` of fp32 do not: lg2.approx is off by 2^-22 near 1.
 """
 
 # No `from __future__ import annotations` in kernel files: Triton reads the annotations of a kernel's parameters.
@@ -32,7 +32,7 @@ from ...core.checks import check_labels as check_labels
 
 WARPS = 4
 WARP_SIZE = 64 if torch.version.hip else 32
-# fp fusion is on by default up to triton 3.9 and off later: what the tables in docs/kernels.md show was compiled so.
+# fp fusion is on by default up to triton 3.9 and off later; the tables in docs/kernels.md are of code compiled with it.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 COMBINE = {"num_warps": 1, "enable_fp_fusion": True}
@@ -60,7 +60,7 @@ def vector_length(*tensors: Tensor) -> int:
 
 
 def same_alignment(a: Tensor, b: Tensor, vector: int) -> bool:
-    """Whether each row of `a` lies as many elements past a line of `vector` elements as the same row of `b`."""
+    """Whether each row of `a` has the same alignment, modulo `vector` elements, as the same row of `b`."""
     bases = [tensor.data_ptr() // tensor.element_size() for tensor in (a, b)]
     strides = [(a.stride(dim), b.stride(dim)) for dim in range(2) if a.shape[dim] > 1]
     return all((x - y) % vector == 0 for x, y in [tuple(bases), *strides])
@@ -84,15 +84,14 @@ def on_device_of(tensor: Tensor):
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; the interpreter has none and takes a small GPU's."""
+    """Number of SMs; the interpreter has none and takes that of a small GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 def splits_for(rows: int, vocab: int, tile: int, device: torch.device) -> int:
-    """Over how many programs a row is spread: 1 unless there are fewer than 4 rows per processor.
+    """Over how many programs a row is split: 1 unless there are fewer than 4 rows per SM.
 
-    Then enough programs for 8 per processor, of at least 4 tiles each, and no more than the combining program reads at
-    once.
+    Then enough programs for 8 per SM, of at least 4 tiles each, and no more than the combining program reads at once.
     """
     count = processors(device)
     if rows >= 4 * count:
@@ -104,11 +103,11 @@ MAX_SPLITS = 64
 
 
 def span_of(vocab: int, splits: int, vector: int) -> int:
-    """Elements per program of a split row; a multiple of the vector, so that all pieces lie alike in memory."""
+    """Elements per program of a split row; a multiple of the vector, so that all pieces have the same alignment."""
     return -(-vocab // (splits * vector)) * vector
 
 
-# --- where things lie -------------------------------------------------------------------------------------------------
+# --- addresses and tiles ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -119,7 +118,7 @@ def row_of(pointer, row, inner, outer_stride, inner_stride):
 
 @triton.jit
 def head_of(pointer, VEC: tl.constexpr):
-    """How many elements lie before the first line of VEC elements. `%` is that of C: operands are not negative."""
+    """Elements before the first multiple of VEC elements. `%` is that of C: operands are not negative."""
     size: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
     lead = (pointer.to(tl.int64) // size) % VEC
     return ((VEC - lead) % VEC).to(tl.int32)
@@ -138,16 +137,16 @@ def whole_tiles(n, head, TILE: tl.constexpr):
 
 @triton.jit
 def label_tile(label, head, tiles, TILE: tl.constexpr):
-    """The tile that holds the label, or the first or last one where it lies outside of them."""
+    """The tile that holds the label, or the first or last one where none does."""
     return tl.minimum(tl.maximum(label - head, 0) // TILE, tiles)
 
 
 @triton.jit
-def part_bounds(part, at_label, tiles):
+def part_bounds(part, of_label, tiles):
     """`(start, stop, is_there)` of a part: whole tiles [start, stop), then tile `stop` with a mask if it is there."""
-    start = tl.where(part == 2, at_label + 1, tl.where(part == 1, 0, -1))
-    stop = tl.where(part == 2, tiles, tl.where(part == 1, at_label, -1))
-    return start, stop, (part != 2) | (at_label < tiles)
+    start = tl.where(part == 2, of_label + 1, tl.where(part == 1, 0, -1))
+    stop = tl.where(part == 2, tiles, tl.where(part == 1, of_label, -1))
+    return start, stop, (part != 2) | (of_label < tiles)
 
 
 # --- fp64 scalars -----------------------------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def joined(high, low):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) of x >= 0 in fp64, to the last digits of x: log(u) / (u - 1) hardly depends on the rounding of u."""
+    """log(1 + x) of x >= 0 in fp64, as precise as x: log(u) / (u - 1) hardly depends on the rounding of u."""
     u = 1.0 + x
     return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
 
@@ -179,6 +178,6 @@ def weighted(e, x):
 
 
 @triton.jit
-def exponent_shift(old, new, scale):
-    """By how much exponents relative to `old` fall when the maximum becomes `new`; 0 where nothing was summed yet."""
+def rescale_exponent(old, new, scale):
+    """The change of exponents relative to `old` when the maximum becomes `new`; 0 where nothing was summed yet."""
     return tl.where((old == -_INF) | (old == new), 0.0, (old - new) * scale)

@@ -7,8 +7,8 @@ r_l) and eps the label smoothing:
     slope = dloss/dr_w = -beta ((1 - eps) sigma(-x) - eps sigma(x)) / pairs = -dloss/dr_l
 
 Programs. One per pair writes its rewards, gradients and tokens. Program 0 sums all pairs a second time, several at
-once, for the mean of the losses: a second read of a few bytes per token by one program takes the place of atomics, of a
-second launch and of a counter that someone would have to reset.
+once, for the mean of the losses: a second read of a few bytes per token by one program replaces atomics, a second
+launch, or a counter that has to be reset.
 
 Memory traffic. Per token the weight (4 bytes; the label's 8 where there are no weights) and the log-probs of both
 models are read, twice by the pair's program and once by program 0, and 12 bytes written. Log-probs of rows of weight 0
@@ -37,24 +37,24 @@ OPTIONS = {**common.OPTIONS, "num_warps": 8}  # with 4, some forms of it spill: 
 
 @triton.jit
 def _log_ratio(logp, reference):
-    """log pi - log pi_ref; 0 where both are -inf: a token that both models forbid tells nothing about the reward."""
+    """log pi - log pi_ref; 0 where both are -inf: a token that both models mask says nothing about the reward."""
     return tl.where((logp == -_INF) & (reference == -_INF), 0.0, logp - reference)
 
 
 @triton.jit
 def _weights(weights, labels, ignore_index, at, there, WEIGHTED: tl.constexpr):
-    """What some tokens count for, in fp64."""
+    """The weights of some tokens, in fp64."""
     if WEIGHTED:
         return tl.load(weights + at, mask=there, other=0.0).to(tl.float64)
     return (there & (tl.load(labels + at, mask=there, other=0) != ignore_index)).to(tl.float64)
 
 
 @triton.jit
-def _values(logps, reference, at, counts, REFERENCE: tl.constexpr):
-    """Their log-ratios in fp64, 0 where they do not count; log-probs where the reference comes per sequence."""
-    value = tl.load(logps + at, mask=counts, other=0.0).to(tl.float64)
+def _values(logps, reference, at, has_weight, REFERENCE: tl.constexpr):
+    """Their log-ratios in fp64, 0 where the weight is 0; log-probs where the reference is given per sequence."""
+    value = tl.load(logps + at, mask=has_weight, other=0.0).to(tl.float64)
     if REFERENCE == 1:
-        value = _log_ratio(value, tl.load(reference + at, mask=counts, other=0.0).to(tl.float64))
+        value = _log_ratio(value, tl.load(reference + at, mask=has_weight, other=0.0).to(tl.float64))
     return value
 
 
@@ -202,15 +202,15 @@ def _store_rows(
     for start in range(begin, end, BLOCK):
         at = start + offset
         w = _weights(weights, labels, ignore_index, at, at < end, WEIGHTED)
-        counts = w != 0
-        tl.store(grad + at, tl.where(counts, slope * w, 0.0).to(tl.float32), mask=at < end)
+        has_weight = w != 0
+        tl.store(grad + at, tl.where(has_weight, slope * w, 0.0).to(tl.float32), mask=at < end)
         if REFERENCE != 2:
             # In fp32, as torch would: whatever computes a token's reward, it has the same bits.
-            reward = beta * _values(logps, reference, at, counts, REFERENCE).to(tl.float32)
+            reward = beta * _values(logps, reference, at, has_weight, REFERENCE).to(tl.float32)
             tl.store(tokens + at, reward, mask=at < end)
             of_reference = tl.zeros([BLOCK], tl.float32)
             if REFERENCE == 1:
-                of_reference = tl.load(reference + at, mask=counts, other=0.0)
+                of_reference = tl.load(reference + at, mask=has_weight, other=0.0)
             tl.store(tokens + rows + at, of_reference, mask=at < end)
 
 

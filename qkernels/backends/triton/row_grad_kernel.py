@@ -1,4 +1,4 @@
-"""`row_grad`: dL/dlogits from the logits, what the forward kept of each row, and up to five coefficients per row.
+"""`row_grad`: dL/dlogits from the logits, what the forward saved of each row, and up to five coefficients per row.
 
 Maths. With the coefficients a (label), b (p), c (p_logp), d (p_logq), h (q) of `rows.COEFFICIENTS`, entry j of a row is
 
@@ -11,16 +11,16 @@ With t = (z - row_max) log2(e) / T, e = 2^t, log p = t ln 2 - log_sum and primes
     constant = exp(-log_sum) (b - a - c log_sum + d log_sum') / T     slope   =  exp(-log_sum) c ln 2 / T
     q_scale  = -h exp(-log_sum') / T                                  r_slope = -exp(-log_sum) d ln 2 / T
 
-whose four numbers are made once per row in fp64. Where only `logps` is differentiated it is constant * e.
+whose four factors are computed once per row in fp64. Where only `logps` is differentiated it is constant * e.
 
-The label's entry is made apart, in fp64 from its saved log-prob: -a expm1(logp) = a (1 - p) with all digits when
-p -> 1, and rounded once. The tile that holds the label is never one of the whole tiles, so its entry is put in its
-place before that tile is stored: no second store, and no order of stores to rely on.
+The label's entry is computed separately, in fp64 from its saved log-prob: -a expm1(logp) = a (1 - p) keeps its relative
+precision when p -> 1, and is rounded once. The tile that holds the label is never one of the whole tiles, so its entry
+is put in its place before that tile is stored: no second store, and no order of stores to rely on.
 
 Memory traffic. Each logit (and each of the reference's, if c, d or h can need it) is read once, each gradient written
-once. Ignored rows and rows whose coefficients are all 0 are written 0 without being read. Tiles begin where the lines
-of `out` do, so all stores of whole tiles are of 16 bytes. Loads are too if the logits' rows lie like those of `out`
-(in place always, and for contiguous logits), else as narrow as the elements.
+once. Ignored rows and rows whose coefficients are all 0 are set to 0 without being read. Tiles begin at multiples of 16
+bytes of `out`, so all stores of whole tiles are 128 bits wide. Loads are too if the logits' rows have the alignment of
+those of `out` modulo 16 bytes (in place always, and for contiguous logits), else they are as narrow as the elements.
 
 Aliasing. `out` may be the logits: a tile is read by the threads that write it, before they write it, and no tile
 overlaps another. State, coefficients, labels and the reference are not written; `functional` refuses a reference in
@@ -30,7 +30,7 @@ Numerics. e of an entry below the smallest normal number is 0. -inf logits have 
 factor is; -inf of the reference only matters where r_slope is not 0. NaN in the state makes the row NaN, and so does a
 label outside [0, V).
 
-Few rows are split over programs; pieces of a row do not depend on each other.
+Few rows are split over programs; the pieces of a row do not depend on each other.
 """
 
 import torch
@@ -55,7 +55,8 @@ from .common import (
 )
 
 _LN2 = tl.constexpr(0.69314718055994530942)
-# Tiles per trip of the loop over whole tiles, by whether there is a reference: four 16-byte loads under way per thread.
+# Tiles per iteration of the loop over whole tiles, by whether there is a reference: four 128-bit loads in flight per
+# thread.
 UNROLL = {False: 4, True: 2}
 
 
@@ -63,7 +64,7 @@ UNROLL = {False: 4, True: 2}
 def _entries(
     z, rz, scale, row_max, r_max, constant, slope, r_slope, q_scale, FULL: tl.constexpr, WITH_REFERENCE: tl.constexpr
 ):
-    """Gradient of a tile z [LANES, VEC], the label's entry not yet right."""
+    """Gradient of a tile z [LANES, VEC], but for the label's entry."""
     t = (z - row_max) * scale
     e = tl.exp2(t)
     if not FULL:
@@ -125,8 +126,8 @@ def row_grad_kernel(
     FULL: tl.constexpr,  # five coefficients
     SCALED: tl.constexpr,
     WITH_REFERENCE: tl.constexpr,
-    ALIGNED: tl.constexpr,  # the logits' rows lie like those of `out`
-    R_ALIGNED: tl.constexpr,  # the reference's do
+    ALIGNED: tl.constexpr,  # the logits' rows have the alignment of those of `out`
+    R_ALIGNED: tl.constexpr,  # the reference's rows have
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -142,16 +143,16 @@ def row_grad_kernel(
     label64 = tl.load(labels + row)
     scaled_by = tl.load(upstream).to(tl.float64) if SCALED else 1.0
     of_label = tl.load(coefficients + row).to(tl.float64) * scaled_by
-    silent = (label64 == ignore_index) | (of_label == 0)
+    zero = (label64 == ignore_index) | (of_label == 0)
     if FULL:
         of_p = tl.load(coefficients + rows + row).to(tl.float64) * scaled_by
         of_logp = tl.load(coefficients + 2 * rows + row).to(tl.float64) * scaled_by
         of_logq = tl.load(coefficients + 3 * rows + row).to(tl.float64) * scaled_by
         of_q = tl.load(coefficients + 4 * rows + row).to(tl.float64) * scaled_by
         others = (of_p == 0) & (of_logp == 0) & (of_logq == 0) & (of_q == 0)
-        silent = (label64 == ignore_index) | ((of_label == 0) & others)
-    if silent | (label64 < 0) | (label64 >= vocab):
-        _fill_row(out_row, n, tl.where(silent, 0.0, float("nan")), LANES, VEC)
+        zero = (label64 == ignore_index) | ((of_label == 0) & others)
+    if zero | (label64 < 0) | (label64 >= vocab):
+        _fill_row(out_row, n, tl.where(zero, 0.0, float("nan")), LANES, VEC)
         return
 
     inverse_temperature = joined(inverse_high, inverse_low)
@@ -161,7 +162,7 @@ def row_grad_kernel(
     logp = tl.load(state + 2 * rows + row).to(tl.float64)
     p = tl.exp(logp)
     p_scale = tl.exp(-log_sum) * inverse_temperature
-    at_label = -of_label * expm1(logp)  # label (1 - p), with all digits when p -> 1
+    at_label = -of_label * expm1(logp)  # label (1 - p), with its relative precision when p -> 1
     constant = -of_label
     slope = 0.0
     r_slope = 0.0
@@ -191,7 +192,7 @@ def row_grad_kernel(
     head = head_of(out_row, VEC)
     tiles = whole_tiles(n, head, TILE)
     in_tile = label_tile(label, head, tiles, TILE)
-    # The hint has to stand where the pointer is made; Triton loses it on the way into a helper.
+    # The hint has to be given where the pointer is computed; Triton loses it on the way into a helper.
     body = tl.multiple_of(out_row + head, 16)
     z_body = tl.multiple_of(z_row + head, 16) if ALIGNED else z_row + head
     r_body = tl.multiple_of(r_row + head, 16) if R_ALIGNED else r_row + head

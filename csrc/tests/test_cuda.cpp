@@ -1,9 +1,9 @@
-// The walk of the CUDA kernels without a GPU: what each thread of a block does (csrc/cuda/walk.h, pair_walk.h) runs
-// here one thread after the other, blocks and split rows are put together in the order of the device, and the results
-// are held against long double. Rows begin and end where their memory does, so that the address sanitizer sees a step
-// too far.
+// The CUDA kernels without a GPU: compiled for the host and run by the emulation in cuda_emulation/, with their own
+// launches, shuffles and shared memory, and held against long double. Rows and scratch memory begin and end where their
+// memory does, so that the address sanitizer sees an access beyond it; with the thread sanitizer the threads of a block
+// are threads of the operating system, so that it sees what no barrier orders.
 //
-// What is not seen here: the wiring in the .cu files (shuffles, shared memory, launches) and the device's own exp2.
+// What is not seen here: what the device's compiler makes of the kernels, and its own exp2.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,8 +11,10 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/pair_walk.h"
-#include "../cuda/walk.h"
+#include "../core/columns.h"
+#include "../cuda/cuda.h"
+#include "../cuda/dispatch.h"
+#include "cuda_emulation/emulation.h"
 
 using namespace qk;
 using namespace qk::cuda;
@@ -36,12 +38,12 @@ void expect_close(long double got, long double want, double tolerance, double si
 
 int width(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// One row of n elements that begins `offset` bytes past a 16-byte line and ends where its memory ends.
+// One row of n elements that begins `offset` bytes past a multiple of 16 and ends where its memory ends.
 class Row {
  public:
   Row(DType dtype, int n, int offset) : dtype_(dtype), n_(n) {
     const size_t bytes = static_cast<size_t>(n * width(dtype));
-    // malloc gives 16-byte lines; a size of offset + bytes ends with the row.
+    // malloc aligns to 16 bytes; a size of offset + bytes ends with the row.
     memory_ = static_cast<char*>(std::malloc(static_cast<size_t>(offset) + bytes));
     data_ = memory_ + offset;
   }
@@ -71,7 +73,7 @@ class Row {
   Rows rows() const { return {data_, dtype_, n_, n_}; }
   DType dtype() const { return dtype_; }
   int size() const { return n_; }
-  int past_line() const { return static_cast<int>(reinterpret_cast<uintptr_t>(data_) & 15); }
+  int past_16() const { return static_cast<int>(reinterpret_cast<uintptr_t>(data_) & 15); }
   bool operator==(const Row& other) const {
     for (int i = 0; i < n_; ++i)
       if (get(i) != other.get(i)) return false;
@@ -86,111 +88,19 @@ class Row {
   char* data_;
 };
 
-template <class F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(BFloat16{});
-    case DType::kFloat16: return f(Float16{});
-  }
+// --- calls ----------------------------------------------------------------------------------------------------------
+
+void row_stats(const StatsCall& call, int splits) {
+  // Of two models at most. Allocated by itself, so that it ends where its memory ends; aligned as malloc aligns.
+  const size_t bytes = static_cast<size_t>(2 * call.shape.rows() * splits * partial_bytes());
+  void* scratch = splits > 1 ? std::malloc(bytes) : nullptr;
+  qk::cuda::row_stats(call, {0, nullptr, splits, scratch});
+  std::free(scratch);
 }
 
-// --- the block ------------------------------------------------------------------------------------------------------
+void row_grad(const GradCall& call, int splits) { qk::cuda::row_grad(call, {0, nullptr, splits, nullptr}); }
 
-// As add_block in kernels.cuh: restate to the maximum of the block, a tree within each warp, warps in order.
-Partial add_block(std::vector<Partial> threads, double log2e_per_temperature) {
-  Partial total;
-  for (const Partial& p : threads) {
-    total.sums.policy.max = std::fmax(total.sums.policy.max, p.sums.policy.max);
-    total.sums.reference.max = std::fmax(total.sums.reference.max, p.sums.reference.max);
-    total.before = std::fmax(total.before, p.before);
-  }
-  for (Partial& p : threads) restate(p.sums, total.sums.policy.max, total.sums.reference.max, log2e_per_temperature);
-  for (size_t warp = 0; warp < threads.size(); warp += 32) {
-    for (size_t offset = 16; offset; offset /= 2)
-      for (size_t lane = 0; lane < offset; ++lane) {
-        add(threads[warp + lane].sums.policy, threads[warp + lane + offset].sums.policy);
-        add(threads[warp + lane].sums.reference, threads[warp + lane + offset].sums.reference);
-      }
-    add(total.sums.policy, threads[warp].sums.policy);
-    add(total.sums.reference, threads[warp].sums.reference);
-  }
-  return total;
-}
-
-// As row_stats_kernel and combine_kernel, on rows of one call with a single row. `any`: the kernel for all types.
-template <Gather kGather, bool kPair>
-void stats_of(const StatsCall& call, int splits, bool any, bool of_reference) {
-  const double log2e_per_temperature = kLog2e / call.temperature;
-  const float scale = static_cast<float>(log2e_per_temperature);
-  const Split split = split_of(call.shape.vocab, splits);
-  std::vector<Partial> pieces(splits == 1 ? 1 : 64);
-  for (int piece = 0; piece < split.count; ++piece) {
-    const int start = split.start(piece), n = split.length(piece, call.shape.vocab);
-    const int label = static_cast<int>(call.labels.data[0]) - start;
-    std::vector<Partial> threads(kThreads);
-    for (int thread = 0; thread < kThreads; ++thread) {
-      LaneRow lane;
-      const Rows& first = of_reference ? call.reference : call.policy;
-      if (any) {
-        auto row = [&](const Rows& rows) {
-          return AnyRow{static_cast<const char*>(rows.data) + start * width(rows.dtype), rows.dtype};
-        };
-        walk_row<kGather, kPair>(row(first), kPair ? row(call.reference) : row(first), n, label, scale, thread, lane);
-      } else {
-        with_type(first.dtype, [&](auto t) {
-          using T = decltype(t);
-          const AlignedRow<T> policy = {static_cast<const T*>(first.data) + start};
-          const AlignedRow<T> reference = {kPair ? static_cast<const T*>(call.reference.data) + start : nullptr};
-          walk_row<kGather, kPair>(policy, reference, n, label, scale, thread, lane);
-        });
-      }
-      threads[static_cast<size_t>(thread)] = partial_of(lane, log2e_per_temperature);
-    }
-    pieces[static_cast<size_t>(piece)] = add_block(threads, log2e_per_temperature);
-  }
-  const Partial total = splits == 1 ? pieces[0] : add_block(pieces, log2e_per_temperature);
-  finish_row<columns_of(kGather, kPair)>(call, 0, total, of_reference);
-}
-
-// As row_grad_kernel. `any`: the kernel for all types, where it need not be.
-template <Form kForm>
-void grad_of(const GradCall& call, int splits, bool any = false) {
-  any = any || !in_lines(call, kForm == Form::kPair);
-  const Split split = split_of(call.shape.vocab, splits);
-  const RowGrad r = row_grad_of(call, 0);
-  const bool with_reference = kForm == Form::kPair && call.reference_state;
-  for (int piece = 0; piece < split.count; ++piece) {
-    const int start = split.start(piece), n = split.length(piece, call.shape.vocab);
-    const int label = static_cast<int>(call.labels.data[0]) - start;
-    auto byte = [&](const Rows& rows) { return static_cast<char*>(rows.data) + start * width(rows.dtype); };
-    for (int thread = kThreads - 1; thread >= 0; --thread) {  // in any order
-      if (!r.computed)
-        walk_fill(AnyOut{byte(call.out), call.out.dtype}, n, r.fill, thread);
-      else if (any)
-        walk_grad<kForm>(AnyRow{byte(call.policy), call.policy.dtype},
-                         AnyRow{with_reference ? byte(call.reference) : nullptr, call.reference.dtype}, with_reference,
-                         AnyOut{byte(call.out), call.out.dtype}, n, label, r, thread);
-      else
-        with_type(call.out.dtype, [&](auto t) {
-          using G = decltype(t);
-          auto walk = [&](auto u) {
-            using T = decltype(u);
-            using Lines = AlignedRow<T, sizeof(T) < sizeof(G) ? 1 : sizeof(T) / sizeof(G)>;
-            walk_grad<kForm>(Lines{reinterpret_cast<const T*>(byte(call.policy))},
-                             Lines{with_reference ? reinterpret_cast<const T*>(byte(call.reference)) : nullptr},
-                             with_reference, AlignedOut<G>{reinterpret_cast<G*>(byte(call.out))}, n, label, r, thread);
-          };
-          if (call.policy.dtype == DType::kFloat32)
-            walk(float{});
-          else
-            walk(G{});
-        });
-    }
-  }
-}
-
-// --- the truth ------------------------------------------------------------------------------------------------------
+// --- reference values ------------------------------------------------------------------------------------------------
 
 struct Softmax {
   std::vector<long double> p, logp;
@@ -212,7 +122,7 @@ constexpr uint32_t kEverything = (1u << kColumnCount) - 1;
 struct Case {
   int vocab;
   DType dtype, reference_dtype;
-  int offset, reference_offset;  // bytes past a 16-byte line
+  int offset, reference_offset;  // bytes past a multiple of 16
   int label;
   double temperature = 1, scale = 3, common = 0;
   int masked = 0;  // so many first entries are -inf, in both models; the label is not
@@ -245,9 +155,9 @@ void check_case(std::mt19937& random, const Case& c) {
   float stats[kColumnCount], few[kColumnCount];
   for (float& x : stats) x = 777;
   StatsCall call{{1, 1, c.vocab}, policy.rows(), reference.rows(), {&label, -100}, c.temperature, kEverything, stats};
-  const bool alike = c.dtype == c.reference_dtype && policy.past_line() == reference.past_line();
+  const bool alike = c.dtype == c.reference_dtype && policy.past_16() == reference.past_16();
   const std::string name = c.name();
-  stats_of<Gather::kAll, true>(call, c.splits, !alike, false);
+  row_stats(call, c.splits);
 
   const Softmax p(policy, c.temperature), q(reference, c.temperature);
   long double entropy = 0, forward = 0, backward = 0, squares = 0, mean = 0, size = 0, kl_size = 0;
@@ -278,35 +188,30 @@ void check_case(std::mt19937& random, const Case& c) {
   expect_close(stats[kMeanLogits], mean / c.vocab, 3e-7, static_cast<double>(size / c.vocab), name + ": mean_logits");
   expect(stats[kIsTop1] == (first == c.label ? 1 : 0), name + ": is_top1");
 
-  // Whatever else is gathered, and for either model: the same bits where rows lie alike.
-  auto single = [&](uint32_t columns, bool of_reference) {
+  // Whatever else is accumulated, and for either model: the same bits where rows have the same alignment.
+  auto single = [&](uint32_t columns) {
     call.columns = columns;
     call.out = few;
-    if (columns & bit(kMeanLogits))
-      stats_of<Gather::kAll, false>(call, c.splits, false, of_reference);
-    else if (columns & bit(kEntropy))
-      stats_of<Gather::kEntropy, false>(call, c.splits, false, of_reference);
-    else
-      stats_of<Gather::kExp, false>(call, c.splits, false, of_reference);
+    row_stats(call, c.splits);
   };
-  single(bit(kLogps) | bit(kEntropy), false);
+  single(bit(kLogps) | bit(kEntropy));
   const float with_entropy = few[0];
   expect_close(few[1], entropy, 1e-6, 0, name + ": entropy alone");
-  single(bit(kLogps) | bit(kMeanLogits) | bit(kIsTop1), false);
+  single(bit(kLogps) | bit(kMeanLogits) | bit(kIsTop1));
   const float with_all = few[0];
   expect(few[2] == stats[kIsTop1], name + ": is_top1 of one model");
-  single(bit(kRowMax) | bit(kLogSum) | bit(kLogps), false);
-  expect(few[2] == with_entropy && few[2] == with_all, name + ": the same bits whatever is gathered");
+  single(bit(kRowMax) | bit(kLogSum) | bit(kLogps));
+  expect(few[2] == with_entropy && few[2] == with_all, name + ": the same bits whatever is accumulated");
   expect_close(few[2], p.logp[y], 2e-6, 0, name + ": logps alone");
   if (alike) expect(few[2] == stats[kLogps], name + ": the same bits beside the reference");
-  single(bit(kReferenceLogps), true);
+  single(bit(kReferenceLogps));
   expect_close(few[0], q.logp[y], 2e-6, 0, name + ": reference_logps alone");
   if (alike) expect(few[0] == stats[kReferenceLogps], name + ": cached and live reference");
 
-  // Gradients: plain and full, new and in place, from logits that lie otherwise.
+  // Gradients: of the label alone and full, new and in place, from logits of another alignment.
   float coefficients[kCoefficientCount];
   for (float& x : coefficients) x = normal(random);
-  float scaled[kCoefficientCount];  // as the kernel gets them, with a factor that makes up for it
+  float scaled[kCoefficientCount];  // as the kernel gets them, with a factor that undoes it
   for (int k = 0; k < kCoefficientCount; ++k) scaled[k] = 4 * coefficients[k];
   const float upstream = 0.25f;
   GradCall grad{{1, 1, c.vocab},
@@ -350,40 +255,36 @@ void check_case(std::mt19937& random, const Case& c) {
     if (form < 2) g.reference_state = nullptr;
     Row fast(policy), any(c.dtype, c.vocab, (c.offset + 2 * width(c.dtype)) % 16);
     g.out = g.policy = fast.rows();
-    auto run = [&] {
-      if (form == 0) grad_of<Form::kPlain>(g, c.splits);
-      if (form == 1) grad_of<Form::kFull>(g, c.splits);
-      if (form == 2) grad_of<Form::kPair>(g, c.splits);
-    };
-    expect(in_lines(g, form == 2) == (form < 2 || alike), name + ": which kernel");
-    run();
+    expect(is_vectorizable(g, form == 2) == (form < 2 || alike), name + ": which kernel");
+    row_grad(g, c.splits);
     check_grad(fast, form, "gradient in place");
     g.policy = policy.rows();
     g.out = any.rows();
-    grad_of<Form::kPair>(g, c.splits, true);
-    check_grad(any, form, "gradient into other lines");
+    row_grad(g, c.splits);
+    check_grad(any, form, "gradient of another alignment");
     expect(any == fast, name + ": a new gradient equals the one in place");
     if (c.dtype != DType::kFloat32) continue;
     // From fp32 logits to 16 bits: the fp32 gradient rounded once, whatever it is made with.
     for (const DType narrow : {DType::kBFloat16, DType::kFloat16})
-      for (const int elements : {0, 1, 4}) {  // by which logits and gradients lie differently; by half a line is alike
+      for (const int elements : {0, 1, 4}) {  // difference in alignment; half a vector is none
         const int offset = (c.offset / 2 + 2 * elements) % 16;
         Row rounded(narrow, c.vocab, offset), expected(narrow, c.vocab, 0);
         for (int j = 0; j < c.vocab; ++j) expected.set(j, fast.get(j));
         g.out = rounded.rows();
-        expect(in_lines(g, form == 2) == (elements != 1 && (form < 2 || alike)), name + ": which kernel narrows");
-        run();
+        expect(is_vectorizable(g, form == 2) == (elements != 1 && (form < 2 || alike)),
+               name + ": which kernel narrows");
+        row_grad(g, c.splits);
         check_grad(rounded, form, "gradient rounded to 16 bits");
         expect(rounded == expected, name + ": rounded once");
       }
   }
-  // Rows that are ignored, silent, or have a label outside of the vocabulary.
+  // Rows whose label is ignored or outside of the vocabulary.
   Row out(c.dtype, c.vocab, c.offset);
   for (const int64_t bad : {int64_t{-100}, int64_t{c.vocab}, int64_t{-1}}) {
     GradCall g = grad;
     g.labels.data = &bad;
     g.out = out.rows();
-    grad_of<Form::kPair>(g, c.splits, true);
+    row_grad(g, c.splits);
     bool good = true;
     for (int j = 0; j < c.vocab; ++j) good = good && (bad == -100 ? out.get(j) == 0 : std::isnan(out.get(j)));
     expect(good, name + ": a row that is filled");
@@ -402,14 +303,14 @@ void check_special_rows() {
       if (bad != -inf) row.set(where == 0 ? 1 : where == 1 ? 2600 : 4000, bad);
       float out[kColumnCount];
       StatsCall call{{1, 1, n}, row.rows(), reference.rows(), {&label, -100}, 1, kEverything, out};
-      stats_of<Gather::kAll, true>(call, 1, false, false);
+      row_stats(call, 1);
       for (int column = 0; column < kColumnCount; ++column) {
         const bool of_reference = column == kReferenceRowMax || column == kReferenceLogSum ||
                                   column == kReferenceLogps || column == kReferenceLogsumexp;
-        expect(std::isnan(out[column]) != of_reference, std::string("broken row: ") + kColumnNames[column]);
+        expect(std::isnan(out[column]) != of_reference, std::string("invalid row: ") + kColumnNames[column]);
       }
     }
-  // A token that the reference alone forbids: infinite; one that both forbid: nothing.
+  // A token that the reference alone masks: infinite; one that both mask: nothing.
   for (const bool both : {false, true}) {
     const int n = 3000;
     Row row(DType::kFloat32, n, 4), reference(DType::kFloat32, n, 4);
@@ -419,11 +320,11 @@ void check_special_rows() {
     const int64_t label = 7;
     float out[kColumnCount];
     StatsCall call{{1, 1, n}, row.rows(), reference.rows(), {&label, -100}, 1, kEverything, out};
-    stats_of<Gather::kAll, true>(call, 3, false, false);
-    expect(both ? out[kKlPolicyReference] == 0 : out[kKlPolicyReference] == inf, "a token that the reference forbids");
+    row_stats(call, 3);
+    expect(both ? out[kKlPolicyReference] == 0 : out[kKlPolicyReference] == inf, "a token that the reference masks");
     expect(std::fabs(out[kKlReferencePolicy]) < 1e-3, "the other divergence stays finite");
   }
-  // Masked by a finite number in one model alone, wherever a thread meets it: as far from infinite as that number.
+  // Masked by a finite number in one model alone, in any iteration: a divergence of that size, not infinite.
   for (const int first : {0, 9000, 30000})
     for (const bool of_policy : {false, true})
       for (const double temperature : {0.9, 1.3}) {
@@ -434,7 +335,7 @@ void check_special_rows() {
         const int64_t label = 20000;
         float out[kColumnCount];
         StatsCall call{{1, 1, n}, row.rows(), reference.rows(), {&label, -100}, temperature, kEverything, out};
-        stats_of<Gather::kAll, true>(call, 1, false, false);
+        row_stats(call, 1);
         const Softmax p(row, temperature), q(reference, temperature);
         const Softmax &free = of_policy ? q : p, &other = of_policy ? p : q;
         long double want = 0;
@@ -446,44 +347,74 @@ void check_special_rows() {
       }
 }
 
-// --- pair loss ------------------------------------------------------------------------------------------------------
+// --- who writes what ------------------------------------------------------------------------------------------------
 
-// As pair_loss_kernel.
-void run_pair_loss(const PairCall& call) {
-  const int64_t pairs = call.sequences / 2;
-  const int group = group_of(call.sequences), half = kPairThreads / 2;
-  std::vector<double> shared(kPairThreads), loss(kPairThreads);
-  auto tree = [&](std::vector<double>& x, int width_of) {
-    for (int w = width_of / 2; w; w /= 2)
-      for (int t = 0; t < kPairThreads; ++t)
-        if (t % width_of < w) x[static_cast<size_t>(t)] += x[static_cast<size_t>(t + w)];
-  };
-  for (int64_t first = 0; first < pairs; first += half / group) {
-    for (int t = 0; t < kPairThreads; ++t) {
-      const int64_t s = sequence_of(pairs, first, t, group);
-      shared[static_cast<size_t>(t)] = s < 0 ? 0 : share_of(call, s, t % group, group);
-    }
-    tree(shared, group);
-    for (int t = 0; t < kPairThreads; t += group) {
-      const int64_t s = sequence_of(pairs, first, t, group);
-      if (s >= 0) shared[static_cast<size_t>(t)] = ratio_of(call, s, shared[static_cast<size_t>(t)]);
-    }
-    for (int t = 0; t < half; t += group) {
-      if (sequence_of(pairs, first, t, group) < 0) continue;
-      const PairResult r = qk::pair_loss(shared[static_cast<size_t>(t)], shared[static_cast<size_t>(t + half)],
-                                         call.beta, call.label_smoothing);
-      loss[static_cast<size_t>(t)] += r.loss;
-      shared[static_cast<size_t>(t)] = r.slope / static_cast<double>(pairs);
-    }
-    for (int t = 0; t < kPairThreads; ++t) {
-      const int64_t s = sequence_of(pairs, first, t, group);
-      const double slope = shared[static_cast<size_t>(t % half - t % group)];
-      if (s >= 0) put_rows(call, s, t < half ? slope : -slope, t % group, group);
-    }
+// Runs each block of a call by itself: `touched()` says which outputs differ from before, and each must be written by
+// one block. Blocks run at the same time on a device: the same value twice is a race all the same.
+template <class Run, class Touched>
+void check_writers(int blocks, const Run& run, const Touched& touched, const std::string& name) {
+  std::vector<int> writers;
+  for (int block = 0; block < blocks; ++block) {
+    emulation::run_only(block);
+    run();
+    const std::vector<bool> now = touched();
+    writers.resize(now.size());
+    for (size_t i = 0; i < now.size(); ++i) writers[i] += now[i];
   }
-  tree(loss, kPairThreads);
-  *call.loss = static_cast<float>(loss[0] / static_cast<double>(pairs));
+  emulation::run_only(-1);
+  for (size_t i = 0; i < writers.size(); ++i)
+    expect(writers[i] == 1, name + ": output " + std::to_string(i) + " has " + std::to_string(writers[i]) + " writers");
 }
+
+void check_one_writer() {
+  constexpr int kRows = 4, kVocab = 70;
+  constexpr float kUntouched = 776;  // a number of all types
+  const int64_t labels[kRows] = {3, -100, kVocab, -1};
+  for (const DType other : {DType::kBFloat16, DType::kFloat32})
+    for (const int splits : {1, 3}) {
+      Row policy(DType::kBFloat16, kRows * kVocab, 0), reference(other, kRows * kVocab, 0);
+      for (int i = 0; i < kRows * kVocab; ++i) policy.set(i, 0.1f * static_cast<float>(i % 7)), reference.set(i, 1);
+      const auto rows = [&](const Row& row) { return Rows{row.rows().data, row.dtype(), 0, kVocab}; };
+      const uint32_t state = bit(kRowMax) | bit(kLogSum) | bit(kLogps), both = state | state << 3;
+      const std::string name =
+          "splits " + std::to_string(splits) + " types 1/" + std::to_string(static_cast<int>(other));
+      for (const uint32_t columns : {state, both, bit(kReferenceLogps), kEverything}) {
+        std::vector<float> out(static_cast<size_t>(kRows * __builtin_popcount(columns)));
+        const StatsCall call{{1, kRows, kVocab}, rows(policy), rows(reference), {labels, -100}, 1, columns, out.data()};
+        check_writers(
+            2 * kRows * splits,
+            [&] {
+              out.assign(out.size(), kUntouched);
+              row_stats(call, splits);
+            },
+            [&] {
+              std::vector<bool> touched;
+              for (const float x : out) touched.push_back(x != kUntouched);
+              return touched;
+            },
+            "row_stats, columns " + std::to_string(columns) + ", " + name);
+      }
+      std::vector<float> saved(3 * kRows, 0.5f), coefficients(kCoefficientCount * kRows, 1);
+      Row out(DType::kBFloat16, kRows * kVocab, 0);
+      const GradCall call{{1, kRows, kVocab}, rows(policy), rows(reference),     {labels, -100},    1,
+                          saved.data(),       saved.data(), coefficients.data(), kCoefficientCount, nullptr,
+                          rows(out),          false};
+      check_writers(
+          kRows * splits,
+          [&] {
+            for (int i = 0; i < out.size(); ++i) out.set(i, kUntouched);
+            row_grad(call, splits);
+          },
+          [&] {
+            std::vector<bool> touched;
+            for (int i = 0; i < out.size(); ++i) touched.push_back(out.get(i) != kUntouched);
+            return touched;
+          },
+          "row_grad, " + name);
+    }
+}
+
+// --- pair loss ------------------------------------------------------------------------------------------------------
 
 void check_pair_loss(std::mt19937& random, int pairs, int length, bool packed, bool per_sequence, double smoothing) {
   std::normal_distribution<float> normal(-3, 1);
@@ -516,7 +447,7 @@ void check_pair_loss(std::mt19937& random, int pairs, int length, bool packed, b
                       rewards.data(),
                       grad.data(),
                       per_sequence ? nullptr : tokens.data()};
-  run_pair_loss(call);
+  qk::cuda::pair_loss(call, {});
   const std::string name = "pair loss of " + std::to_string(pairs) + " pairs of " + std::to_string(length);
   std::vector<double> sums;
   for (int s = 0; s < sequences; ++s) {
@@ -548,21 +479,27 @@ void check_pair_loss(std::mt19937& random, int pairs, int length, bool packed, b
   expect_close(loss, want, 1e-6, 0, name + ": loss");
 }
 
-}  // namespace
+// One of each kind: threads of the operating system under a sanitizer are slow.
+void check_a_few(std::mt19937& random) {
+  check_case(random, {1003, DType::kBFloat16, DType::kBFloat16, 6, 6, 500});
+  check_case(random, {9001, DType::kFloat32, DType::kFloat16, 4, 4, 8192, 0.7, 3, 0, 900, 3});
+  check_case(random, {4100, DType::kFloat32, DType::kFloat32, 8, 8, 4, 1, 3, 0, 0, 2});
+  check_pair_loss(random, 5, 33, true, false, 0.1);
+  check_pair_loss(random, 300, 3, false, true, 0);
+}
 
-int main() {
-  std::mt19937 random(1);
+void check_everything(std::mt19937& random) {
   const DType types[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   auto label_of = [&](int vocab) { return static_cast<int>(random() % static_cast<unsigned>(vocab)); };
   for (const DType dtype : types) {
     const int step = width(dtype);
-    // Each alignment with short rows, alike and apart.
+    // Each alignment with short rows, of both models the same and another.
     for (int offset = 0; offset < 16; offset += step)
       for (const int vocab : {1, 2, 7, 8, 9, 15, 16, 17, 23, 24, 31, 33, 40, 47, 48, 64, 65, 1003}) {
         check_case(random, {vocab, dtype, dtype, offset, offset, label_of(vocab)});
         check_case(random, {vocab, dtype, dtype, offset, (offset + 3 * step) % 16, label_of(vocab), 0.7});
       }
-    // The label in every part of a row: head, trips, the incomplete trip, tail.
+    // The label in every part of a row: head, complete iterations, the incomplete one, tail.
     for (const int label : {0, 1, 5, 6, 7, 8, 1021, 2047, 4095, 8189, 8192, 8195, 16384, 16390, 20001, 20008, 20010})
       check_case(random, {20011, dtype, dtype, 4, 4, label});
     for (const int vocab : {2048, 4096, 4097, 8192, 8200, 5000, 33001})
@@ -574,7 +511,7 @@ int main() {
     for (const int splits : {2, 3, 7, 64})
       check_case(random, {33003, dtype, dtype, 4, 4, label_of(33003), 1, 3, 0, 9000, splits});
     check_case(random, {70, dtype, dtype, 4, 12, 69, 1, 3, 0, 0, 64});
-    check_case(random, {20000, dtype, dtype, 0, 0, 17, 1, 200});          // restated again and again
+    check_case(random, {20000, dtype, dtype, 0, 0, 17, 1, 200});          // rescaled again and again
     check_case(random, {9000, dtype, dtype, 0, 0, 8999, 1, 3, 0, 8999});  // a single token is left
   }
   check_case(random, {5003, DType::kFloat32, DType::kFloat32, 4, 4, 99, 0.7, 3, 1048576});
@@ -584,6 +521,17 @@ int main() {
     for (const int length : {1, 33, 200})
       for (const bool packed : {false, true})
         check_pair_loss(random, pairs, length, packed, pairs % 2 == 0, packed ? 0.1 : 0);
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 random(1);
+  check_one_writer();
+  if (QK_EMULATION_THREADS)
+    check_a_few(random);
+  else
+    check_everything(random);
   std::printf("%ld checks, %d failures\n", checks, failures);
   return failures ? 1 : 0;
 }

@@ -1,7 +1,7 @@
-// A thread's piece of a row: 16-byte lines, the numbers in them, and the few instructions that the host lacks.
+// How a thread loads and stores a row: 128-bit vectors, the elements in them, and the few device instructions that need
+// a counterpart on the host.
 //
-// Everything here compiles for the host too, where csrc/tests/test_cuda_walk.cpp runs what the threads of a block do,
-// one thread after the other.
+// Everything here also compiles for the host, where the emulation in csrc/tests/cuda_emulation runs the kernels.
 #pragma once
 
 #include <cmath>
@@ -30,34 +30,32 @@ QK_HOST_DEVICE float exp2_approx(float t) {
 #endif
 }
 
-struct alignas(16) Line {
+struct alignas(16) Vector128 {
   uint32_t word[4];
 };
 
-QK_HOST_DEVICE bool on_line(const void* address) { return (reinterpret_cast<uintptr_t>(address) & 15) == 0; }
-
 #if !defined(__CUDA_ARCH__)
-// A device would fault.
-inline void check_line(const void* address) {
-  if (!on_line(address)) abort();
+// A device faults on a misaligned 128-bit access.
+inline void check_alignment(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) & 15) abort();
 }
 #endif
 
-// For data that is read once: first in line to leave the caches.
-QK_HOST_DEVICE Line load_streaming(const void* address) {
+// For data that is read once: evicted first from the caches.
+QK_HOST_DEVICE Vector128 load_streaming(const void* address) {
 #if defined(__CUDA_ARCH__)
   const uint4 v = __ldcs(static_cast<const uint4*>(address));
   return {{v.x, v.y, v.z, v.w}};
 #else
-  check_line(address);
-  Line line;
-  memcpy(&line, address, sizeof line);
-  return line;
+  check_alignment(address);
+  Vector128 vector;
+  memcpy(&vector, address, sizeof vector);
+  return vector;
 #endif
 }
 
-// For lines that two threads read. Never through the read-only cache: the kernel may write to the same tensor.
-QK_HOST_DEVICE Line load_line(const void* address) {
+// For vectors that two threads read. Never through the read-only cache: the kernel may write to the same tensor.
+QK_HOST_DEVICE Vector128 load_cached(const void* address) {
 #if defined(__CUDA_ARCH__)
   const uint4 v = *static_cast<const uint4*>(address);
   return {{v.x, v.y, v.z, v.w}};
@@ -66,35 +64,35 @@ QK_HOST_DEVICE Line load_line(const void* address) {
 #endif
 }
 
-QK_HOST_DEVICE void store_streaming(void* address, const Line& line) {
+QK_HOST_DEVICE void store_streaming(void* address, const Vector128& vector) {
 #if defined(__CUDA_ARCH__)
-  __stcs(static_cast<uint4*>(address), make_uint4(line.word[0], line.word[1], line.word[2], line.word[3]));
+  __stcs(static_cast<uint4*>(address), make_uint4(vector.word[0], vector.word[1], vector.word[2], vector.word[3]));
 #else
-  check_line(address);
-  memcpy(address, &line, sizeof line);
+  check_alignment(address);
+  memcpy(address, &vector, sizeof vector);
 #endif
 }
 
-// --- elements in words ----------------------------------------------------------------------------------------------
+// --- elements of a vector -------------------------------------------------------------------------------------------
 
-// Element i of a line (a constant once loops are unrolled).
+// Element i of a vector, as fp32; i is a constant once loops are unrolled.
 template <class T>
-QK_HOST_DEVICE float lane(const Line& line, int i);
+QK_HOST_DEVICE float element_of(const Vector128& vector, int i);
 
 template <>
-QK_HOST_DEVICE float lane<float>(const Line& line, int i) {
-  return float_of(line.word[i]);
+QK_HOST_DEVICE float element_of<float>(const Vector128& vector, int i) {
+  return float_of(vector.word[i]);
 }
 
 template <>
-QK_HOST_DEVICE float lane<BFloat16>(const Line& line, int i) {
-  const uint32_t word = line.word[i / 2];
+QK_HOST_DEVICE float element_of<BFloat16>(const Vector128& vector, int i) {
+  const uint32_t word = vector.word[i / 2];
   return float_of(i % 2 ? word & 0xffff0000u : word << 16);
 }
 
 template <>
-QK_HOST_DEVICE float lane<Float16>(const Line& line, int i) {
-  const uint32_t word = line.word[i / 2];
+QK_HOST_DEVICE float element_of<Float16>(const Vector128& vector, int i) {
+  const uint32_t word = vector.word[i / 2];
 #if defined(__CUDA_ARCH__)
   float x;
   if (i % 2)
@@ -107,9 +105,9 @@ QK_HOST_DEVICE float lane<Float16>(const Line& line, int i) {
 #endif
 }
 
-// Larger of the elements of two words, element by element; the other one where one is NaN.
+// The maximum of two words, element by element; of a NaN and a number, the number.
 template <class T>
-QK_HOST_DEVICE uint32_t larger(uint32_t a, uint32_t b) {
+QK_HOST_DEVICE uint32_t max_of_words(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
   uint32_t word;
   if (sizeof(T) == 4)
@@ -121,19 +119,19 @@ QK_HOST_DEVICE uint32_t larger(uint32_t a, uint32_t b) {
   return word;
 #else
   if (sizeof(T) == 4) return bits_of(fmaxf(float_of(a), float_of(b)));
-  const Line x = {{a}}, y = {{b}};
+  const Vector128 x = {{a}}, y = {{b}};
   uint32_t word = 0;
   for (int i = 0; i < 2; ++i) {
-    const bool keep = !(lane<T>(y, i) > lane<T>(x, i)) && lane<T>(x, i) == lane<T>(x, i);
+    const bool keep = !(element_of<T>(y, i) > element_of<T>(x, i)) && element_of<T>(x, i) == element_of<T>(x, i);
     word |= (keep ? a : b) & (i ? 0xffff0000u : 0xffffu);
   }
   return word;
 #endif
 }
 
-// Two fp32 numbers rounded to 16 bits, or one as it is, as a word.
+// Two fp32 numbers, each rounded to 16 bits, in one word.
 template <class T>
-QK_HOST_DEVICE uint32_t packed(float low, float high) {
+QK_HOST_DEVICE uint32_t pack(float low, float high) {
 #if defined(__CUDA_ARCH__)
   uint32_t word;
   if (std::is_same<T, BFloat16>::value)
@@ -150,7 +148,7 @@ template <class T>
 QK_HOST_DEVICE void store_element(T* to, float x) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == 2)
-    to->bits = static_cast<uint16_t>(packed<T>(x, 0.0f));
+    to->bits = static_cast<uint16_t>(pack<T>(x, 0.0f));
   else
     *to = x;
 #else
@@ -159,7 +157,7 @@ QK_HOST_DEVICE void store_element(T* to, float x) {
 }
 
 // (high : low) shifted right by 0 or 16 bits.
-QK_HOST_DEVICE uint32_t shifted_down(uint32_t low, uint32_t high, uint32_t bits) {
+QK_HOST_DEVICE uint32_t funnel_shift_right(uint32_t low, uint32_t high, uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __funnelshift_r(low, high, bits);
 #else
@@ -182,45 +180,45 @@ struct MinusInfinity<Float16> {
   static constexpr uint32_t word = 0xfc00fc00u;
 };
 
-// --- what a thread holds of a row at once ---------------------------------------------------------------------------
+// --- tiles: what a thread holds of a row in one iteration -----------------------------------------------------------
 
-// Four lines, not yet widened: vectors of kLines lines each.
-template <class T, int kLines>
-struct Packed {
-  static constexpr int kPerLine = 16 / sizeof(T);
-  static constexpr int kVectors = 4 / kLines, kVector = kLines * kPerLine, kCount = kVectors * kVector;
-  Line line[4];
+// Four 128-bit loads, not yet widened to fp32. kLoads of them make up one vector of kVector elements.
+template <class T, int kLoads>
+struct PackedTile {
+  static constexpr int kPerLoad = 16 / sizeof(T);
+  static constexpr int kVectors = 4 / kLoads, kVector = kLoads * kPerLoad, kCount = kVectors * kVector;
+  Vector128 load[4];
 
-  QK_HOST_DEVICE float operator[](int i) const { return lane<T>(line[i / kPerLine], i % kPerLine); }
+  QK_HOST_DEVICE float operator[](int i) const { return element_of<T>(load[i / kPerLoad], i % kPerLoad); }
 
   QK_HOST_DEVICE float max() const {
     uint32_t top[4];
     QK_UNROLL
     for (int w = 0; w < 4; ++w) {
-      top[w] = larger<T>(line[0].word[w], line[1].word[w]);
-      top[w] = larger<T>(top[w], larger<T>(line[2].word[w], line[3].word[w]));
+      top[w] = max_of_words<T>(load[0].word[w], load[1].word[w]);
+      top[w] = max_of_words<T>(top[w], max_of_words<T>(load[2].word[w], load[3].word[w]));
     }
-    const Line rest = {{larger<T>(larger<T>(top[0], top[1]), larger<T>(top[2], top[3]))}};
-    return sizeof(T) == 4 ? lane<T>(rest, 0) : fmaxf(lane<T>(rest, 0), lane<T>(rest, 1));
+    const Vector128 rest = {{max_of_words<T>(max_of_words<T>(top[0], top[1]), max_of_words<T>(top[2], top[3]))}};
+    return sizeof(T) == 4 ? element_of<T>(rest, 0) : fmaxf(element_of<T>(rest, 0), element_of<T>(rest, 1));
   }
 
-  // Take an element out.
-  QK_HOST_DEVICE void remove(int i) {
+  // Set an element to -inf: it then adds nothing to any sum.
+  QK_HOST_DEVICE void mask(int i) {
     constexpr int kPerWord = 4 / sizeof(T);
-    uint32_t& word = line[i / kPerLine].word[i % kPerLine / kPerWord];
-    const uint32_t mask = kPerWord == 1 ? ~0u : i % 2 ? 0xffff0000u : 0xffffu;
-    word = (word & ~mask) | (MinusInfinity<T>::word & mask);
+    uint32_t& word = load[i / kPerLoad].word[i % kPerLoad / kPerWord];
+    const uint32_t bits = kPerWord == 1 ? ~0u : i % 2 ? 0xffff0000u : 0xffffu;
+    word = (word & ~bits) | (MinusInfinity<T>::word & bits);
   }
 
-  QK_HOST_DEVICE void remove_vector(int u) {
+  QK_HOST_DEVICE void mask_vector(int u) {
     QK_UNROLL
-    for (int w = 0; w < 4 * kLines; ++w) line[u * kLines + w / 4].word[w % 4] = MinusInfinity<T>::word;
+    for (int w = 0; w < 4 * kLoads; ++w) load[u * kLoads + w / 4].word[w % 4] = MinusInfinity<T>::word;
   }
 };
 
-// The same as numbers, whatever type they came in.
+// The same as fp32 numbers, of logits of any type.
 template <int kVectors_, int kVector_>
-struct Widened {
+struct WidenedTile {
   static constexpr int kVectors = kVectors_, kVector = kVector_, kCount = kVectors * kVector;
   float z[kCount];
 
@@ -233,9 +231,9 @@ struct Widened {
     return top;
   }
 
-  QK_HOST_DEVICE void remove(int i) { z[i] = -kInfinity; }
+  QK_HOST_DEVICE void mask(int i) { z[i] = -kInfinity; }
 
-  QK_HOST_DEVICE void remove_vector(int u) {
+  QK_HOST_DEVICE void mask_vector(int u) {
     QK_UNROLL
     for (int i = 0; i < kVector; ++i) z[u * kVector + i] = -kInfinity;
   }
@@ -243,12 +241,12 @@ struct Widened {
 
 // --- rows -----------------------------------------------------------------------------------------------------------
 
-// A row whose vectors are lines of its own: a load for each line. Two lines are the vector where results of half the
-// width are to fill one.
-template <class T, int kLines = 1>
+// A row whose vectors begin at multiples of 16 bytes. A vector takes two loads where the gradient is half as wide as
+// the logits: its 128-bit store then needs the elements of both.
+template <class T, int kLoads = 1>
 struct AlignedRow {
-  using Tile = Packed<T, kLines>;
-  static constexpr bool kInside = false;
+  using Tile = PackedTile<T, kLoads>;
+  static constexpr int kMargin = 0;  // elements between the vectors and either end of the row
   const T* data;
 
   QK_HOST_DEVICE int size() const { return sizeof(T); }
@@ -261,17 +259,16 @@ struct AlignedRow {
   }
   QK_HOST_DEVICE void read_vector(Tile& tile, int u, int64_t at) const {
     QK_UNROLL
-    for (int l = 0; l < kLines; ++l) tile.line[u * kLines + l] = load_streaming(data + at + l * Tile::kPerLine);
+    for (int l = 0; l < kLoads; ++l) tile.load[u * kLoads + l] = load_streaming(data + at + l * Tile::kPerLoad);
   }
 };
 
-// A row that may lie anywhere relative to the lines that cut it, and of any type. A vector of 8 elements that begins
-// within a line is put together from that line and the next one (which the neighbouring thread needs as well), so
-// loads are of 16 bytes all the same. Lines may reach 14 bytes past either end of the vector: callers keep as far
-// from the ends of the row.
+// A row of any type and any alignment. A vector of 8 elements that does not begin at a multiple of 16 bytes is
+// assembled from the aligned 128-bit vectors that contain it (the last of which the neighbouring thread needs as well),
+// so all loads are aligned 128-bit loads. They may reach 14 bytes past either end of the vector: hence the margin.
 struct AnyRow {
-  using Tile = Widened<2, 8>;
-  static constexpr bool kInside = true;
+  using Tile = WidenedTile<2, 8>;
+  static constexpr int kMargin = 8;
   const void* data;
   DType dtype;
 
@@ -317,22 +314,22 @@ struct AnyRow {
   }
 
  private:
-  // n words that begin at any even address.
+  // n words from any even address on.
   template <int n>
   QK_HOST_DEVICE static void words_of(const char* address, uint32_t* out) {
     const uint32_t past = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(address) & 15);
-    const char* line = address - past;
+    const char* aligned = address - past;
     uint32_t all[n + 4];
     QK_UNROLL
     for (int i = 0; i < n; i += 4) {
-      const Line l = load_line(line + 4 * i);
+      const Vector128 v = load_cached(aligned + 4 * i);
       QK_UNROLL
-      for (int w = 0; w < 4; ++w) all[i + w] = l.word[w];
+      for (int w = 0; w < 4; ++w) all[i + w] = v.word[w];
     }
     if (past) {
-      const Line l = load_line(line + 4 * n);
+      const Vector128 v = load_cached(aligned + 4 * n);
       QK_UNROLL
-      for (int w = 0; w < 4; ++w) all[n + w] = l.word[w];
+      for (int w = 0; w < 4; ++w) all[n + w] = v.word[w];
     } else {
       QK_UNROLL
       for (int w = 0; w < 4; ++w) all[n + w] = 0;
@@ -343,27 +340,20 @@ struct AnyRow {
     QK_UNROLL
     for (int i = 0; i < n + 1; ++i) one[i] = past & 4 ? two[i + 1] : two[i];
     QK_UNROLL
-    for (int i = 0; i < n; ++i) out[i] = shifted_down(one[i], one[i + 1], (past & 2) * 8);
+    for (int i = 0; i < n; ++i) out[i] = funnel_shift_right(one[i], one[i + 1], (past & 2) * 8);
   }
 
   QK_HOST_DEVICE void widen_words(const uint32_t* words, float* z) const {
-    const Line line = {{words[0], words[1], words[2], words[3]}};
+    const Vector128 vector = {{words[0], words[1], words[2], words[3]}};
     if (dtype == DType::kBFloat16) {
       QK_UNROLL
-      for (int i = 0; i < 8; ++i) z[i] = lane<BFloat16>(line, i);
+      for (int i = 0; i < 8; ++i) z[i] = element_of<BFloat16>(vector, i);
     } else {
       QK_UNROLL
-      for (int i = 0; i < 8; ++i) z[i] = lane<Float16>(line, i);
+      for (int i = 0; i < 8; ++i) z[i] = element_of<Float16>(vector, i);
     }
   }
 };
-
-template <class T>
-constexpr DType dtype_of() {
-  return std::is_same<T, float>::value      ? DType::kFloat32
-         : std::is_same<T, BFloat16>::value ? DType::kBFloat16
-                                            : DType::kFloat16;
-}
 
 }  // namespace cuda
 }  // namespace qk

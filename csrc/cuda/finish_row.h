@@ -1,0 +1,59 @@
+// From the complete sums of a row to its columns.
+#pragma once
+
+#include "online_softmax.h"
+
+namespace qk {
+namespace cuda {
+
+// The columns that these sums suffice for. A kernel computes no others.
+constexpr uint32_t columns_of(Gather gather, bool pair) {
+  const uint32_t always = bit(kRowMax) | bit(kLogSum) | bit(kLogps) | bit(kLogsumexp);
+  const uint32_t entropy = gather == Gather::kExp ? 0 : bit(kEntropy);
+  const uint32_t all = gather == Gather::kAll ? bit(kLogSumSqProbs) | bit(kMeanLogits) | bit(kIsTop1) : 0;
+  return always | entropy | all | (pair ? kReadsReference : 0);
+}
+
+// The index of a column in the output: the number of columns before it that were asked for.
+QK_HOST_DEVICE int slot_of(uint32_t columns, int column) {
+  const uint32_t before = columns & ((1u << column) - 1);
+#if defined(__CUDA_ARCH__)
+  return __popc(before);
+#else
+  return __builtin_popcount(before);
+#endif
+}
+
+// Stores the row's columns among `kColumns` from its complete sums, from which the label is still left out.
+// `of_reference`: the sums are the reference's, accumulated on their own, and so are the columns.
+template <uint32_t kColumns>
+QK_HOST_DEVICE void finish_row(const StatsCall& call, int64_t row, PartialSums total, bool of_reference) {
+  constexpr bool kPair = (kColumns & kDivergences) != 0;
+  const int64_t label = call.labels.data[row];
+  const float z = element(of_reference ? call.reference : call.policy, call.shape, row, label);
+  const float rz = kPair ? element(call.reference, call.shape, row, label) : 0;
+  RowSums of_label;
+  of_label.policy.max = z;
+  of_label.reference.max = rz;
+  const bool top1 = z >= total.sums.policy.max && total.max_before_label < z;
+  merge(total.sums, of_label, quotient(kLog2e, call.temperature));
+  float values[kColumnCount];
+  finish(total.sums, z, rz, kPair, call.shape.vocab, call.temperature, top1, values);
+  const int64_t rows = call.shape.rows();
+  auto put = [&](int column, float value) {
+    if (call.columns >> column & 1) call.out[slot_of(call.columns, column) * rows + row] = value;
+  };
+  if (of_reference) {
+    put(kReferenceRowMax, values[kRowMax]);
+    put(kReferenceLogSum, values[kLogSum]);
+    put(kReferenceLogps, values[kLogps]);
+    put(kReferenceLogsumexp, values[kLogsumexp]);
+    return;
+  }
+  QK_UNROLL
+  for (int column = 0; column < kColumnCount; ++column)
+    if (kColumns >> column & 1) put(column, values[column]);
+}
+
+}  // namespace cuda
+}  // namespace qk

@@ -1,0 +1,130 @@
+"""The CUDA kernels on the host: csrc/tests/cuda_emulation as a Python module, and tests over all backends run on it.
+
+In processes of their own, because QKERNELS_CUDA_EMULATION is read when `qkernels` is imported. There `backend="cuda"`
+takes CPU tensors, so every test that takes a backend has cases named "cuda-cpu". What the emulation cannot see is what
+the device's compiler makes of the kernels: `test_cuda_aot.py` reads that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qkernels
+
+TESTS = next(folder for folder in Path(__file__).resolve().parents if (folder / "conftest.py").exists())
+SOURCES = TESTS.parent / "csrc"
+
+# Every kernel, split rows, all alignments, rows that are not read, one pass of each operation through autograd.
+ORDINARY = {
+    "test_rows.py": (
+        "test_all_outputs_in_one_pass",
+        "test_gradients_of_all_outputs_combined",
+        "test_rows_that_rise_or_fall",
+        "test_reference_logits_of_another_dtype",
+        "masked_with_the_lowest_number",
+        "test_first_of_equal",
+        "test_any_base_alignment",
+        "test_gradient_into_a_given_tensor",
+        "test_any_layout",
+    ),
+    "test_autograd.py": ("test_in_place_gradient", "test_retain_graph", "test_logps_in_a_loss"),
+    "test_objectives.py": (
+        "test_dense_and_packed_are_the_same",
+        "test_per_token_reference",
+        "test_per_sequence_reference",
+    ),
+    "test_known_bugs.py": (
+        "test_columns_past_the_vocabulary",
+        "test_a_row_may_begin_with_minus_infinity",
+        "not_read",
+        "test_a_label_outside_the_vocabulary",
+        "test_packed_and_dense_batches_agree",
+        "test_with_equal_models",
+        "test_a_broken_row",
+    ),
+    "test_determinism.py": ("bits_from_run_to_run", "test_a_row_does_not_depend_on_its_neighbours"),
+}
+NIGHTLY = (*ORDINARY, "test_mdp.py", "test_ops.py", "test_errors.py", "test_mutations.py", "test_edges.py")
+
+
+@pytest.fixture(scope="module")
+def module() -> Path:
+    """The emulation as a Python module; built anew where its sources have changed."""
+    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    if missing or not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
+        pytest.skip(f"needs a C++ compiler, cmake and ninja; missing: {missing or 'compiler'}")
+    if not SOURCES.is_dir():
+        pytest.skip("csrc/ lies in the source tree only")
+    build = TESTS.parent / "build" / "cuda_emulation"
+    build.mkdir(parents=True, exist_ok=True)
+    configure = ["cmake", "-S", str(SOURCES), "-B", str(build), "-G", "Ninja", "-DQK_CUDA_EMULATION=ON"]
+    configure += ["-DCMAKE_BUILD_TYPE=None", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    with (build / "lock").open("w") as lock:  # tests may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", str(build), "--target", "_cuda_emulation"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "warning:" not in done.stdout, done.stdout
+    (path,) = build.glob("_cuda_emulation*.so")
+    return path
+
+
+def run(module: Path, code: list[str]) -> subprocess.CompletedProcess[str]:
+    """A Python process with the emulation, of the package that is tested here."""
+    path = os.pathsep.join([str(Path(qkernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "QKERNELS_CUDA_EMULATION": str(module)}
+    return subprocess.run(
+        [sys.executable, *code], env=environment, cwd=TESTS.parent, capture_output=True, text=True, check=False
+    )
+
+
+def run_tests(module: Path, files: tuple[str, ...], expression: str, *options: str) -> int:
+    """Runs tests of these files; how many passed."""
+    found = [str(next(TESTS.rglob(name))) for name in files if next(TESTS.rglob(name), None)]
+    done = run(module, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", expression, *options, *found])
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed, done.stdout[-2000:]
+    return int(passed[1])
+
+
+def test_every_kernel(module):
+    names = " or ".join(name for file in ORDINARY.values() for name in file)
+    assert run_tests(module, tuple(ORDINARY), f"cuda-cpu and ({names})", "-m", "not nightly") > 200
+
+
+@pytest.mark.nightly
+def test_everything_that_takes_a_backend(module):
+    assert run_tests(module, NIGHTLY, "cuda-cpu") > 1500
+
+
+def test_it_is_there_for_tests_only(module):
+    """Asked for by name it runs; "auto" never picks it, and another device is refused."""
+    done = run(
+        module,
+        [
+            "-c",
+            "import torch; from qkernels import backends, info; from qkernels.backends import cuda;"
+            "cpu = torch.zeros(1);"
+            "assert backends.resolve('cuda', cpu) == 'cuda' and backends.resolve('auto', cpu) != 'cuda';"
+            "assert 'emulated' in cuda.unavailable(torch.device('cuda', 0), torch.float32);"
+            "assert 'got torch.float64' in cuda.unavailable(torch.device('cpu'), torch.float64);"
+            "assert cuda.describe()['built'] is False and 'emulated' in cuda.describe()['reason']; info()",
+        ],
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_file_that_is_no_module_is_an_error(tmp_path):
+    done = run(tmp_path / "nothing.txt", ["-c", "import qkernels.backends.cuda"])
+    assert done.returncode != 0 and "QKERNELS_CUDA_EMULATION must name a compiled module" in done.stderr
