@@ -55,9 +55,7 @@ def _smaller(value: Any, default: Any) -> Iterator[Any]:
             if 0 <= candidate < value:
                 yield candidate
     elif isinstance(value, float):
-        for candidate in (1.0, value / 10, round(value, 1)):
-            if candidate != value and abs(candidate) <= abs(value):
-                yield candidate
+        yield 1.0
     elif isinstance(value, dict):
         for key in value:
             yield {k: v for k, v in value.items() if k != key}
