@@ -11,8 +11,8 @@ and the scores move by a few roundings in the same way (`Noise`). Nothing here i
 
 Formulas that diverge: exp(-r) of the forward KL's link, of the alpha divergence's, and DiscoPOP's exp(-x) for tau > 1
 leave fp32 at exponents of 88. An implementation may stop them anywhere from 80 on. So each loss is evaluated twice,
-with exponents up to 80 and up to 600; where the two differ, the result may be anything between them, and the
-gradient anything but NaN.
+with exponents up to 80 and up to 705; where the two differ, the result may be anything between them, and the
+gradient anything but NaN. Where both sides of a pair are beyond, so may the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-LOW, HIGH = 80.0, 600.0  # exponents; see above
+LOW, HIGH = 80.0, 705.0  # exponents; see above
 HUGE = 1e37  # results of this size may be inf in fp32
 
 
@@ -83,6 +83,16 @@ def link(r: Tensor, o: Settings, limit: float) -> Tensor:
     if o.f_divergence == "alpha_divergence" and a != 1:
         return torch.expm1(((a - 1) * r).clamp_max(limit)) / (a - 1)
     return r
+
+
+def _exponents(r: Tensor, error: Tensor, o: Settings) -> Tensor:
+    """The largest exponent in the link of ratios r, which may err."""
+    if o.f_divergence == "forward_kl":
+        return error - r
+    if o.f_divergence == "alpha_divergence":
+        a = o.f_alpha_divergence_coef - 1
+        return a * r + abs(a) * error
+    return torch.full_like(r, -torch.inf)
 
 
 def _over(total: Tensor, count: Tensor) -> Tensor:
@@ -245,8 +255,12 @@ def evaluate(
     beyond = (high != low).any(0) | (high[0].abs() > HUGE)
     for k, slope in slopes.items():
         beyond |= (slope != slopes_low[k]).any(0) | (slope.abs() > HUGE).any(0)
+    # With both sides beyond, their difference may be anything.
+    unknown = (_exponents(features["r_w"], errors["r_w"], o) > LOW) & (_exponents(features["r_l"], errors["r_l"], o) > LOW)
     if any(name in COUPLED for name in names):
+        unknown = unknown | beyond.any()
         beyond = beyond.any().expand(beyond.shape)
+    loss_errors = torch.where(unknown, torch.inf, loss_errors.nan_to_num(nan=0.0, posinf=torch.inf))
     for k in slopes:
         slope_errors[k] = torch.where(beyond, torch.inf, slope_errors[k])
     first = {k: v[0] for k, v in slopes.items()}

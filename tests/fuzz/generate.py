@@ -68,7 +68,8 @@ def _lengths(r: random.Random, limit: int) -> list[int]:
 
 
 def _loss(r: random.Random, case: Case) -> None:
-    names = r.sample(formulas.NAMES, 2) if r.random() < 0.2 else [r.choice(formulas.NAMES)]
+    normalised = ("ipo", "sigmoid_norm", "simpo")  # twice: they alone divide by numbers of tokens
+    names = r.sample(formulas.NAMES, 2) if r.random() < 0.2 else [r.choice(formulas.NAMES + normalised)]
     if r.random() < 0.2:
         names = ["sigmoid"]
     case["loss"] = names
@@ -77,8 +78,8 @@ def _loss(r: random.Random, case: Case) -> None:
     if r.random() < 0.35:
         case["label_smoothing"] = r.choice([0.0, 0.01, 0.1, 0.3, 0.49])
     kwargs: dict[str, Any] = {}
-    if r.random() < 0.3:
-        kwargs["ld_alpha"] = r.choice([0, 0.0, 0.3, 0.5, 1.0, 1])
+    if r.random() < 0.4:
+        kwargs["ld_alpha"] = r.choice([0, 0.0, 0.0, 0.3, 0.5, 1.0, 1])
     if r.random() < 0.15:
         kwargs["use_weighting"] = True
     if r.random() < 0.3:
