@@ -109,7 +109,7 @@ def compare(actual: Tensor, expected: Tensor, allowed: Tensor | float, what: str
     at = f" at {list(index)}" if index else ""
     raise Mismatch(
         what,
-        f"{a[index].item():.9g}{at}, expected {e[index].item():.9g} within {allowed[index].item():.3g}"
+        f"{a[index].item():.13g}{at}, expected {e[index].item():.13g} within {allowed[index].item():.3g}"
         f" ({int((~fine).sum())} of {fine.numel()} wrong)",
     )
 

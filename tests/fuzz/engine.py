@@ -52,7 +52,7 @@ def _smaller(value: Any, default: Any) -> Iterator[Any]:
         return
     if isinstance(value, int):
         for candidate in (default if isinstance(default, int) else 1, 1, value // 2, value - 1):
-            if 0 <= candidate < value:
+            if 1 <= candidate < value:
                 yield candidate
     elif isinstance(value, float):
         yield 1.0

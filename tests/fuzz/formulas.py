@@ -69,8 +69,8 @@ SLOPE_SIZE = {"nca_pair": 1.0, "apo_zero": 1.0, "apo_down": 2.0, "exo_pair": 1.0
 
 
 def nls(x: Tensor) -> Tensor:
-    """-log sigma(x)."""
-    return softplus(-x)
+    """-log sigma(x); torch's softplus would be off by 2e-9 from its default threshold of 20 on."""
+    return softplus(-x, threshold=700.0)
 
 
 def link(r: Tensor, o: Settings, limit: float) -> Tensor:
@@ -79,7 +79,7 @@ def link(r: Tensor, o: Settings, limit: float) -> Tensor:
     if o.f_divergence == "forward_kl":
         return -torch.expm1((-r).clamp_max(limit))
     if o.f_divergence == "js_divergence":
-        return math.log(2.0) - softplus(-r)
+        return math.log(2.0) - nls(r)
     if o.f_divergence == "alpha_divergence" and a != 1:
         return torch.expm1(((a - 1) * r).clamp_max(limit)) / (a - 1)
     return r
