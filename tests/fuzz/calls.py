@@ -100,7 +100,7 @@ def compare(actual: Tensor, expected: Tensor, allowed: Tensor | float, what: str
     fine |= (a == e) | (a.isnan() & e.isnan())
     fine |= allowed.isinf() & ~a.isnan()
     near = e.abs() + allowed > top * (1 - 2.0**-8)
-    fine |= near & (a.abs() >= top * (1 - 2.0**-7)) & (a.sign() == e.sign())
+    fine |= near & (a.abs() >= top * (1 - 2.0**-7)) & ((a.sign() == e.sign()) | (allowed >= e.abs()))
     if where is not None:
         fine |= ~where
     if bool(fine.all()):
@@ -867,8 +867,14 @@ class Heads:
                 if name != "hidden":
                     continue
                 where = ~broken.unsqueeze(-1).expand(expected.shape)
+            if bool(off.isinf().any()):  # a loss beyond fp32: anything but NaN
+                if s["scale"] <= 1e3:
+                    compare(leaf.grad, expected, torch.inf, what, where)
+                continue
+            if bool((total > formulas.HUGE).any()):
+                continue  # sums of terms past fp32's range: inf - inf
             compare(leaf.grad, expected, allowed, what, where)
-            if where is None and products != torch.float64 and expected.numel() > 3 and not bool(off.isinf().any()):
+            if where is None and products != torch.float64 and expected.numel() > 3:
                 norm = float(expected.square().sum())
                 if 1e-30 < norm < 1e30 and bool(leaf.grad.isfinite().all()):
                     # Roundings of single entries of dL/dlogits average out, an error of scale does not.
@@ -1053,8 +1059,8 @@ def plan_linear(case: Case, backend: str) -> None:
         return torch.empty_like(value, device="meta").requires_grad_(value.requires_grad)
 
     given = {key: meta(value) for key, value in arguments.items()}
-    if given["plan"] != "auto" or given["max_chunk_bytes"] is None:
-        return  # free memory differs from device to device
+    if given["plan"] != "auto" or given["max_chunk_bytes"] is None or s.dtype == torch.float16:
+        return  # free memory, and the size of what fp16 is widened to, differ from device to device
     other = qk.plan_linear(meta(heads.leaves["hidden"]), meta(heads.leaves["weight"]), meta(batch.labels), **given)
     check(other.name == plan.name and other.rows == plan.rows, "plan", f"{other.name} on the meta device, {plan.name}")
 
