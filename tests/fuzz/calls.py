@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -258,7 +259,9 @@ class Rows:
     size: from hidden states, what rounding of the logits themselves goes by, at least 1.
     """
 
-    def __init__(self, s: Setup, z: Tensor, z_ref: Tensor | None, labels: Tensor, temperature: float, size: float | None = None):
+    def __init__(
+        self, s: Setup, z: Tensor, z_ref: Tensor | None, labels: Tensor, temperature: float, size: float | None = None
+    ):
         self.s, self.temperature = s, temperature
         self.linear, self.size = size is not None, size or 1.0
         self.labels = labels.cpu()
@@ -680,7 +683,11 @@ class Preference:
             "token_logps": ("logps", rows.stats["logps"].reshape(-1), None),
             "logsumexp": ("logsumexp", rows.stats["logsumexp"].reshape(-1), None),
             "reference_token_logps": (None, self.tokens, 2 * s.unit * self.tokens.abs()),
-            "token_rewards": (None, beta * self.ratio, beta * self.ratio_error + 8 * s.unit * (beta * self.ratio).abs()),
+            "token_rewards": (
+                None,
+                beta * self.ratio,
+                beta * self.ratio_error + 8 * s.unit * (beta * self.ratio).abs(),
+            ),
         }
         if self.request.reference == "live":
             per_token["reference_token_logps"] = ("reference_logps", self.tokens, None)
@@ -757,7 +764,10 @@ class Heads:
         bias = rand(vocab) if s["bias"] else None
         other = s["reference_hidden"] or size
         if other == size:
-            r_hidden, r_weight = 0.95 * hidden + 0.2 * scale * rand(*shape, size), weight + 0.1 * scale * rand(vocab, size)
+            r_hidden, r_weight = (
+                0.95 * hidden + 0.2 * scale * rand(*shape, size),
+                weight + 0.1 * scale * rand(vocab, size),
+            )
         else:
             r_hidden, r_weight = scale * rand(*shape, other), scale * other**-0.5 * rand(vocab, other)
         r_bias = None if bias is None else bias + 0.1 * rand(vocab)
@@ -808,7 +818,7 @@ class Heads:
             sums = sums if bias is None else sums + bias.abs()
             if sums.numel():
                 largest = max(largest, self.logit_scale * float(sums.max()) / 4)
-        return largest / self.s["temperature"] if self.s["temperature"] < 1 else max(1.0, largest / self.s["temperature"])
+        return max(1.0, largest / self.s["temperature"])
 
     def check_gradients(
         self, grad: Tensor, terms: oracle.Terms, size: float, times: int, broken: Tensor | None = None
@@ -897,7 +907,11 @@ def _bytes_for(s: Setup, heads: Heads, live: bool, names: dict[str, str]) -> int
     if live:
         r_hidden, r_weight, r_bias = heads.reference
         r_flat = r_hidden.reshape(-1, r_hidden.shape[-1])[:rows]
-        kwargs = {"reference_hidden": torch.cat([r_flat, r_flat]), "reference_weight": r_weight, "reference_bias": r_bias}
+        kwargs = {
+            "reference_hidden": torch.cat([r_flat, r_flat]),
+            "reference_weight": r_weight,
+            "reference_bias": r_bias,
+        }
     number = doubled.shape[0]
     plan = qk.plan_linear(
         doubled, heads.weight, torch.zeros(number, dtype=torch.int64, device=s.device),
@@ -1107,7 +1121,7 @@ def token_mdp(case: Case, backend: str) -> None:
     following, e_following = torch.zeros(valid.numel(), dtype=torch.float64), torch.zeros(valid.numel())
     contaminated = rows.broken.reshape(-1).clone()
     places = valid.reshape(-1).nonzero().view(-1).tolist()
-    for here, there in zip(places, places[1:], strict=False):
+    for here, there in itertools.pairwise(places):
         if sequence[here] == sequence[there]:
             following[here], e_following[here] = lse.reshape(-1)[there], e_lse.reshape(-1)[there]
             contaminated[here] |= bool(rows.broken.reshape(-1)[there])

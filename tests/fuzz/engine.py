@@ -48,7 +48,7 @@ def run(case: Case, backend: str) -> Failure | None:
 
 def _smaller(value: Any, default: Any) -> Iterator[Any]:
     """Simpler values than this one, the simplest first."""
-    if isinstance(value, bool) or isinstance(value, str) or value is None:
+    if isinstance(value, (bool, str)) or value is None:
         return
     if isinstance(value, int):
         for candidate in (default if isinstance(default, int) else 1, 1, value // 2, value - 1):

@@ -256,7 +256,9 @@ def evaluate(
     for k, slope in slopes.items():
         beyond |= (slope != slopes_low[k]).any(0) | (slope.abs() > HUGE).any(0)
     # With both sides beyond, their difference may be anything.
-    unknown = (_exponents(features["r_w"], errors["r_w"], o) > LOW) & (_exponents(features["r_l"], errors["r_l"], o) > LOW)
+    unknown = (_exponents(features["r_w"], errors["r_w"], o) > LOW) & (
+        _exponents(features["r_l"], errors["r_l"], o) > LOW
+    )
     if any(name in COUPLED for name in names):
         unknown = unknown | beyond.any()
         beyond = beyond.any().expand(beyond.shape)

@@ -54,7 +54,7 @@ OTHER_ARGUMENTS = {
 def _vocab(r: random.Random, rows: int, small: bool) -> int:
     """Mostly small; sometimes of many vectors; rarely as large as those of today's models."""
     kind = r.random()
-    if kind < 0.75 or small and kind < 0.97:
+    if kind < 0.75 or (small and kind < 0.97):
         return r.choice([1, 2, 3, 5, 7, 8, 11, 16, 17, 31, 33, 40])
     if kind < 0.95 or small:
         return r.randint(41, 1300)

@@ -1,7 +1,7 @@
 """Malformed arguments: each has to raise an error of the promised kind whose message names the argument.
 
-A case of this kind has a `seed` alone: it picks the function, the argument, and one of the values that are wrong for it.
-Without a seed of its own, `all_wrong_calls` lists every combination.
+A case of this kind has a `seed` alone, which picks the function, the argument, and one of the values that are wrong
+for it. `all_wrong_calls` lists every combination.
 """
 
 from __future__ import annotations
@@ -92,10 +92,12 @@ def _weights(name: str) -> list[Any]:
 
 
 WRONG: dict[str, list[Any]] = {
-    **{n: _logits(n) for n in ("logits", "policy_logits", "reference_logits", "hidden", "policy_hidden", "reference_hidden")},
+    **{n: _logits(n) for n in ("logits", "policy_logits", "reference_logits")},
+    **{n: _logits(n) for n in ("hidden", "policy_hidden", "reference_hidden")},
     **{n: _weights(n) for n in ("weight", "lm_head_weight", "reference_weight")},
     **{
-        n: [3.0, "x", torch.zeros(V + 1), torch.zeros(V, 1), torch.zeros(V, dtype=torch.int64), torch.zeros(V, device="meta")]
+        n: [3.0, "x", torch.zeros(V + 1), torch.zeros(V, 1), torch.zeros(V, dtype=torch.int64),
+            torch.zeros(V, device="meta")]
         for n in ("bias", "lm_head_bias", "reference_bias")
     },
     "labels": [
@@ -116,7 +118,8 @@ WRONG: dict[str, list[Any]] = {
     "loss_weights": [[1.0, 2.0], [math.nan], [math.inf], [], ["a"], 3.0, [None], "a"],
     "label_smoothing": [-0.1, 1.0, 2, math.nan, math.inf, "a", None, [0.1], torch.ones(2)],
     "loss_kwargs": [
-        {"nope": 1}, {"ld_alpha": -0.1}, {"ld_alpha": 1.5}, {"ld_alpha": math.nan}, {"ld_alpha": "a"}, {"f_divergence": "x"},
+        {"nope": 1}, {"ld_alpha": -0.1}, {"ld_alpha": 1.5}, {"ld_alpha": math.nan}, {"ld_alpha": "a"},
+        {"f_divergence": "x"},
         {"f_divergence": None}, {"f_alpha_divergence_coef": 0.5}, {"use_weighting": 1}, {"use_weighting": None},
         {"discopop_tau": 1.0}, {"f_divergence": "alpha", "f_alpha_divergence_coef": math.nan},
         {"f_divergence": "alpha", "f_alpha_divergence_coef": "a"}, 3, "ld_alpha", [1], {3: 4},
@@ -127,8 +130,8 @@ WRONG: dict[str, list[Any]] = {
     ],
     "reduction": ["median", None, 3, "", ["mean"]],
     "reference_logps": [
-        1.0, -3, True, "x", [0.0], torch.zeros(3), torch.zeros(2, 5), torch.zeros(()), torch.zeros(2, 4, dtype=torch.int64),
-        torch.zeros(2, 4, device="meta"), torch.zeros(2, 4, 1), math.nan,
+        1.0, -3, True, "x", [0.0], torch.zeros(3), torch.zeros(2, 5), torch.zeros(()),
+        torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, device="meta"), torch.zeros(2, 4, 1), math.nan,
     ],
     "inplace_backward": [1, None, "yes", 0.0],
     "backend": ["nope", "", None, 3, "CPU", ["cpu"]],
@@ -138,7 +141,8 @@ WRONG: dict[str, list[Any]] = {
     "detached": [["nope"], ["kl_policy_reference"], "logps", 3, [3]],
     "cu_seqlens": [
         3, [0, 4, 8], torch.tensor([0, 4, 7], dtype=torch.int32), torch.tensor([1, 4, 8], dtype=torch.int32),
-        torch.tensor([0, 9, 8], dtype=torch.int32), torch.tensor([0, 4, 4, 8], dtype=torch.int32), torch.tensor([0.0, 4, 8]),
+        torch.tensor([0, 9, 8], dtype=torch.int32), torch.tensor([0, 4, 4, 8], dtype=torch.int32),
+        torch.tensor([0.0, 4, 8]),
         torch.tensor([0, 4, 8], dtype=torch.int16), torch.tensor([[0, 4, 8]], dtype=torch.int32),
         torch.tensor(8, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
         torch.tensor([0, -4, 8], dtype=torch.int32), torch.tensor([0, 4, 8], dtype=torch.int32, device="meta"),
@@ -149,28 +153,13 @@ WRONG: dict[str, list[Any]] = {
 WRONG_COUNT = [9, 7, -1, 1.5, "x", True, [1, 2], torch.tensor([8, 8])]
 WRONG_COUNTS = [8, [4], [4, 5], [5, 4], [4, 4, 4], [-1, 9], [4.0, 4], ["x", 4], "x", [True, 4], 1.5, torch.tensor(8)]
 
-# Values that are right for one function though wrong for others.
-FINE = {
-    ("token_mdp", "reference_logps"): lambda w: False,
-    ("shift_labels", "labels"): lambda w: isinstance(w, torch.Tensor)
-    and w.dtype == torch.int64 and w.dim() > 0 and w.layout == torch.strided,  # any ids of any shape
-    ("plan_linear", "labels"): lambda w: False,
-}  # fmt: skip
-
 
 def _fine(function: str, argument: str, wrong: Any) -> bool:
-    """Whether the value is a right one for this function after all."""
-    judge = FINE.get((function, argument))
-    if judge is not None and judge(wrong):
-        return True
-    if argument == "backend" and wrong == "CPU":
-        return False
-    linear = "hidden" in "".join(inspect.signature(FUNCTIONS[function]).parameters)
-    rows = ("token_logps", "token_stats", "token_mdp", "linear_token_logps", "linear_token_stats")
-    if function in rows and argument in ("reference_logits", "reference_hidden") and isinstance(wrong, torch.Tensor):
-        return False
-    del linear
-    return False
+    """Whether the value is a right one for this function after all: `shift_labels` takes ids of any shape and value."""
+    dense = isinstance(wrong, torch.Tensor) and wrong.layout == torch.strided
+    return (
+        function == "shift_labels" and argument == "labels" and dense and wrong.dtype == torch.int64 and wrong.dim() > 0
+    )
 
 
 def all_wrong_calls() -> list[tuple[str, str, int]]:
