@@ -265,7 +265,7 @@ def evaluate(
     loss_errors = torch.where(unknown, torch.inf, loss_errors.nan_to_num(nan=0.0, posinf=torch.inf))
     for k in slopes:
         slope_errors[k] = torch.where(beyond, torch.inf, slope_errors[k])
-    first = {k: v[0] for k, v in slopes.items()}
+    first = {k: v[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for k, v in slopes.items()}
     return Truth(high[0], low[0], loss_errors, first, slope_errors)
 
 
