@@ -32,15 +32,15 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 
 
-def base(function: str, packed: bool = False) -> dict[str, Any]:
-    """Arguments of a valid call."""
+def base(function: str, packed: bool = False, vocab: int = V, size: int = H) -> dict[str, Any]:
+    """Arguments of a valid call: two sequences of four rows, logits of `vocab` or hidden states of `size` entries."""
     g = _generator()
     rows = (8,) if packed else (2, 4)
-    labels = torch.randint(0, V, rows, generator=g)
+    labels = torch.randint(0, vocab, rows, generator=g)
     ends = torch.tensor([0, 4, 8], dtype=torch.int32)
-    logits, reference = (torch.randn(*rows, V, generator=g) for _ in range(2))
-    hidden, reference_hidden = (torch.randn(*rows, H, generator=g) for _ in range(2))
-    weight, reference_weight = (torch.randn(V, H, generator=g) for _ in range(2))
+    logits, reference = (torch.randn(*rows, vocab, generator=g) for _ in range(2))
+    hidden, reference_hidden = (torch.randn(*rows, size, generator=g) for _ in range(2))
+    weight, reference_weight = (torch.randn(vocab, size, generator=g) for _ in range(2))
     common: dict[str, Any] = {"labels": labels}
     if function in ("token_logps", "token_stats", "token_mdp"):
         common["logits"] = logits
