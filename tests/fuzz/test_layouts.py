@@ -160,8 +160,6 @@ def arguments(function: str, argument: str, dtype: torch.dtype) -> dict[str, Any
     if argument == "valid_rows":
         of_sequences = function in ("fused_linear_token_dpo", "plan_linear")
         given["valid_rows"] = torch.tensor([4, 4]) if of_sequences else torch.tensor(8)
-    if argument == "labels":
-        given["labels"][..., -1] = -100
     return {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in given.items()
