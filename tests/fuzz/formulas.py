@@ -27,6 +27,7 @@ from torch.nn.functional import softplus
 
 LOW, HIGH = 80.0, 705.0  # exponents; see above
 HUGE = 1e37  # results of this size may be inf in fp32
+TINY = 2.0**-126  # the smallest normal number of fp32: below it results may be 0
 
 
 @dataclass
@@ -245,10 +246,10 @@ def evaluate(
     high, size, slopes, slope_size = run(HIGH)
     low, _, slopes_low, _ = run(LOW)
     relative = 16 * unit + importance_error
-    loss_errors = (high - high[0]).abs().amax(0) + relative * size.amax(0) + 2.0**-140
+    loss_errors = (high - high[0]).abs().amax(0) + relative * size.amax(0) + TINY
     slope_errors = {}
     for k, slope in slopes.items():
-        error = (slope - slope[0]).abs().amax(0) + relative * _largest(slope_size[k], slope) + 2.0**-140
+        error = (slope - slope[0]).abs().amax(0) + relative * _largest(slope_size[k], slope) + TINY
         error = error + 16 * unit * _floor(k, names, factors, features, o, importance * upstream.abs())
         slope_errors[k] = error + _ties(k, slope[0], names, moved, errors)
     # Where the two limits differ, or fp32 ends, slopes are not judged.
