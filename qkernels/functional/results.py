@@ -61,7 +61,8 @@ class Outputs(NamedTuple):
             has_reference: whether it was given.
 
         Raises:
-            TypeError: not a sequence of names. ValueError: an unknown name; a reference that is missing, or that no output reads.
+            TypeError: not a sequence of names.
+            ValueError: an unknown name; a reference that is missing, or that no output reads.
         """
         outputs = checks.names(outputs, "outputs")
         unknown = [name for name in outputs if name not in TokenStats._fields]
