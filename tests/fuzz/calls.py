@@ -308,6 +308,11 @@ class Rows:
         # What float64 autograd itself rounds away: a probability of 1 - 1e-18 is 1 there.
         own = sum((g.abs() for g in upstream.values()), torch.zeros(())).unsqueeze(-1) * 2.0**-50 / self.temperature
         terms = oracle.Terms(terms.size, terms.unsure + own)
+        if self.linear:
+            # Probabilities carry three roundings of their exponent, all of one sign where they come from the same sum:
+            # in a product with the weight they do not average out.
+            exponents = (self.z / self.temperature).log_softmax(-1).abs().clamp_max(104.0)
+            terms = oracle.Terms(terms.size, terms.unsure + 3 * self.s.unit * exponents * terms.size)
         if errors is not None:
             extra = oracle.gradient_terms(self.z, self.labels, errors, self.z_ref, **how).size
             terms = oracle.Terms(terms.size, terms.unsure + extra.nan_to_num(nan=torch.inf))
