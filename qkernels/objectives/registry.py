@@ -170,7 +170,7 @@ class LossSpec:
                     f"loss_type {_label(term)} must return one loss per pair, shape {expected}; got {tuple(loss.shape)}"
                 )
             if pair_weights is not None:
-                loss = loss * pair_weights
+                loss = torch.where(pair_weights == 0, 0.0, loss * pair_weights)  # the loss may be inf
             loss = loss if weight == 1.0 else loss * weight
             total = loss if total is None else total + loss
         assert total is not None

@@ -101,14 +101,19 @@ def _over(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(count > 0, total / count.clamp_min(1e-300), torch.zeros_like(total))
 
 
+def _moved(x: Tensor, share: Tensor | float) -> Tensor:
+    """x moved up by a share of its size: in the direction in which a feature of that sign pattern moves."""
+    return x + x.detach().abs() * share
+
+
 def losses(name: str, f: dict[str, Tensor], o: Settings, limit: float = HIGH, noise: Noise | None = None):
     """The loss of each pair and the size of its terms, `[..., B]` both."""
     q = noise or Noise()
     beta, eps, one = o.beta, o.label_smoothing, 1 + q.one
-    s_w, s_l = link(f["r_w"], o, limit) * (1 + q.w), link(f["r_l"], o, limit) * (1 + q.l)
+    s_w, s_l = _moved(link(f["r_w"], o, limit), q.w), _moved(link(f["r_l"], o, limit), q.l)
     if o.f_divergence != "reverse_kl":  # differences with a constant of about 1
         s_w, s_l = s_w + q.w, s_l + q.l
-    r_w, r_l = f["r_w"] * (1 + q.w), f["r_l"] * (1 + q.l)
+    r_w, r_l = _moved(f["r_w"], q.w), _moved(f["r_l"], q.l)
     x = beta * (s_w - s_l)
 
     def signed(x: Tensor, scale: float = 1.0):
@@ -154,10 +159,10 @@ def losses(name: str, f: dict[str, Tensor], o: Settings, limit: float = HIGH, no
         return logistic + exponential, logistic + exponential + nls(x) * torch.sigmoid(m)
     if name in NEEDS_KL:
         alpha, k_w = (1.0, f["k_w"]) if name == "tdpo1" else (o.alpha, f["k_w"].detach())
-        y = nls(x - beta * alpha * (f["k_l"] * (1 + q.l) - k_w * (1 + q.w)))
+        y = nls(x - beta * alpha * (f["k_l"] - k_w))
         return y, y
     if name == "simpo":
-        mean_w, mean_l = _over(f["logp_w"] * (1 + q.w), f["n_w"]), _over(f["logp_l"] * (1 + q.l), f["n_l"])
+        mean_w, mean_l = _over(_moved(f["logp_w"], q.w), f["n_w"]), _over(_moved(f["logp_l"], q.l), f["n_l"])
         y = nls(beta * (mean_w - mean_l) - o.gamma * one)
         return y, y
     if name == "sft":
@@ -165,7 +170,7 @@ def losses(name: str, f: dict[str, Tensor], o: Settings, limit: float = HIGH, no
         y = -f["full_w"] * f["n_w"].shape[-1] / torch.where(tokens > 0, tokens, 1.0)
         return y, y.abs()
     if name == "aot":
-        policy, reference = f["logp_w"] * (1 + q.w) - f["logp_l"] * (1 + q.l), f["ref_w"] - f["ref_l"]
+        policy, reference = _moved(f["logp_w"], q.w) - _moved(f["logp_l"], q.l), f["ref_w"] - f["ref_l"]
         return signed(beta * (policy.sort(-1).values - reference.sort(-1).values))
     if name == "aot_unpaired":
         return signed(beta * (r_w.sort(-1).values - r_l.sort(-1).values))

@@ -155,7 +155,8 @@ def draw(seed: int, number: int, backend: str) -> Case:
     case["equal"] = r.random() < 0.08
     case["scale"] = r.choice([3.0, 3.0, 3.0, 0.0, 0.1, 30.0, 1e3, 1e6, 1e30])
     case["temperature"] = r.choice([1.0, 1.0, 0.7, 2.0, 0.05])
-    case["grad"] = r.random() < 0.9
+    case["grad"] = r.random() < 0.93
+    case["mode"] = r.choice(["no_grad", "inference_mode"]) if r.random() < 0.06 else None
     case["twice"] = r.random() < 0.15
     case["inplace"] = r.random() < 0.25
     case["upstream"] = r.choice(["one", "random"])
