@@ -57,6 +57,8 @@ def _lookup(name: str, device: torch.device, dtype: torch.dtype) -> str:
 @constant_when_compiled  # torch.compile need not look inside: the answer depends on nothing else
 def resolve_for(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The same for a tensor that does not exist yet."""
+    if not isinstance(name, str):
+        raise ValueError(f"backend {name!r} is unknown; expected one of {', '.join(NAMES)}")
     return _lookup(name, device, dtype)
 
 

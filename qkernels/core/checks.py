@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor(value: Any, name: str) -> Tensor:
-    """`value`, if it is a tensor."""
+    """`value`, if it is a tensor with strides (not a sparse one)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     return value
 
 
@@ -125,6 +128,13 @@ def _on_the_host(value: Any, name: str) -> None:
 def _described(value: Any) -> str:
     name = type(value).__name__
     return f"{name} of shape {_shape(value)}" if isinstance(value, Tensor) else f"{name} {value!r}"
+
+
+def names(value: Any, name: str) -> tuple[Any, ...]:
+    """A sequence of names, and not one string, whose letters would be taken for them."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of names, got {_described(value)}")
+    return tuple(value)
 
 
 def ignore_index(value: Any) -> int:

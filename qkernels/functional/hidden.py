@@ -121,6 +121,7 @@ def linear_token_stats(
 
 def _carrying(outputs: tuple[str, ...], detached: Sequence[str]) -> tuple[str, ...]:
     """The outputs that carry a gradient."""
+    detached = checks.names(detached, "detached")
     unknown = [name for name in detached if name not in outputs]
     if unknown:
         raise ValueError(f"detached names {unknown}, which are not among the outputs {list(outputs)}")

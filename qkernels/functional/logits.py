@@ -52,6 +52,8 @@ def shift_labels(
             raise ValueError(f"mask must have the shape of labels, {tuple(labels.shape)}, got {tuple(mask.shape)}")
         checks.same_device(mask, "mask", labels, "labels")
         labels = labels.masked_fill(mask == 0, ignore_index)
+    if labels.shape[-1] == 0:  # there is no last row to be padded
+        return labels.clone()
     shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     if cu_seqlens is not None:
         cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)

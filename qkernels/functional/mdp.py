@@ -12,6 +12,7 @@ The implicit reward is the Bellman reward shaped by the potential V (10), so ove
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,9 @@ def token_mdp_from_logps(
         cu_seqlens: `[2B + 1]`, boundaries of a packed batch.
     """
     shape = logps.shape
-    as_rows = (lambda x: x.unsqueeze(0)) if logps.dim() == 1 else (lambda x: x.reshape(-1, shape[-1]))
+    as_rows = (
+        (lambda x: x.unsqueeze(0)) if logps.dim() == 1 else (lambda x: x.reshape(math.prod(shape[:-1]), shape[-1]))
+    )
     valid = as_rows(valid)
     sequences = Sequences.of(valid, cu_seqlens)
     advantage, value = beta * as_rows(logps), beta * as_rows(logsumexp)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import checks
 from ..core.columns import BIT, NEEDS_REFERENCE, bits
 from ..head.plan import LinearPlan
 
@@ -60,11 +61,10 @@ class Outputs(NamedTuple):
             has_reference: whether it was given.
 
         Raises:
-            TypeError: a string. ValueError: an unknown name; a reference that is missing, or that no output reads.
+            TypeError: not a sequence of names.
+            ValueError: an unknown name; a reference that is missing, or that no output reads.
         """
-        if isinstance(outputs, str):
-            raise TypeError(f"outputs must be a sequence of names, got the string {outputs!r}")
-        outputs = tuple(outputs)
+        outputs = checks.names(outputs, "outputs")
         unknown = [name for name in outputs if name not in TokenStats._fields]
         if unknown or not outputs:
             got = ", ".join(map(repr, unknown)) or "none"

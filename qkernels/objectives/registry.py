@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -169,7 +170,7 @@ class LossSpec:
                     f"loss_type {_label(term)} must return one loss per pair, shape {expected}; got {tuple(loss.shape)}"
                 )
             if pair_weights is not None:
-                loss = loss * pair_weights
+                loss = torch.where(pair_weights == 0, 0.0, loss * pair_weights)  # the loss may be inf
             loss = loss if weight == 1.0 else loss * weight
             total = loss if total is None else total + loss
         assert total is not None
@@ -252,9 +253,19 @@ def resolve(
         TypeError: an argument of the wrong type.
     """
     # The common case costs nothing the second time: a loss is called once a step, and a step may be short.
+    label_smoothing = _number(label_smoothing, "label_smoothing")
+    if loss_kwargs is not None and not isinstance(loss_kwargs, Mapping):
+        raise TypeError(f"loss_kwargs must be a mapping of option names to values, got {type(loss_kwargs).__name__}")
     if type(loss_type) is str and loss_weights is None and not loss_kwargs and not torch.compiler.is_compiling():
         return _resolve_name(loss_type, label_smoothing)
     return _resolve(loss_type, loss_weights, label_smoothing, loss_kwargs)
+
+
+def _number(value: Any, name: str) -> Any:
+    """`value`, if it is a number and not a bool."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return value
 
 
 @lru_cache(maxsize=256)
@@ -276,10 +287,12 @@ def _resolve(
     objectives = [_as_objective(entry) for entry in entries]
     if loss_weights is None:
         weights = [1.0] * len(objectives)
+    elif isinstance(loss_weights, str) or not isinstance(loss_weights, Collection):
+        raise TypeError(f"loss_weights must be a sequence of numbers, got {type(loss_weights).__name__}")
     elif len(loss_weights) != len(objectives):
         raise ValueError(f"loss_weights has {len(loss_weights)} entries for {len(objectives)} loss types")
     else:
-        weights = [float(weight) for weight in loss_weights]
+        weights = [float(_number(weight, f"loss_weights[{i}]")) for i, weight in enumerate(loss_weights)]
         if not all(-math.inf < weight < math.inf for weight in weights):
             raise ValueError(f"loss_weights must be finite, got {weights}")
     names = ", ".join(_label(term) for term in objectives)
@@ -298,7 +311,7 @@ def _resolve(
     scored = any(term.scored for term in objectives)
     own = {key for term in objectives for key in term.options}
     allowed = own | set(_SHARED_OPTIONS) | (set(_LINK_OPTIONS) if scored else set())
-    unknown = sorted(set(kwargs) - allowed)
+    unknown = sorted(set(kwargs) - allowed, key=str)
     if unknown:
         raise ValueError(f"loss_kwargs {unknown} unknown to loss_type {names}; known: {sorted(allowed)}")
     missing = sorted(
@@ -316,12 +329,15 @@ def _resolve(
         raise ValueError(f"loss_kwargs['f_divergence'] is {f_divergence!r}; expected one of {F_DIVERGENCES}")
     if "f_alpha_divergence_coef" in kwargs and f_divergence != "alpha_divergence":
         raise ValueError(f"loss_kwargs['f_alpha_divergence_coef'] has no meaning for f_divergence {f_divergence!r}")
-    alpha = float(kwargs.pop("f_alpha_divergence_coef", 0.5))
+    name = "loss_kwargs['f_alpha_divergence_coef']"
+    alpha = float(_number(kwargs.pop("f_alpha_divergence_coef", 0.5), name))
+    if not math.isfinite(alpha):
+        raise ValueError(f"{name} must be finite, got {alpha}")
     ld_alpha = kwargs.pop("ld_alpha", None)
-    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
+    if ld_alpha is not None and not 0 <= _number(ld_alpha, "loss_kwargs['ld_alpha']") <= 1:
         raise ValueError(f"loss_kwargs['ld_alpha'] must lie in [0, 1], got {ld_alpha}")
-    if kwargs.get("discopop_tau", 1.0) <= 0:
-        raise ValueError(f"loss_kwargs['discopop_tau'] must be positive, got {kwargs['discopop_tau']}")
+    if not 0 < _number(kwargs.get("discopop_tau", 1.0), "loss_kwargs['discopop_tau']") < math.inf:
+        raise ValueError(f"loss_kwargs['discopop_tau'] must be positive and finite, got {kwargs['discopop_tau']}")
     use_weighting = kwargs.pop("use_weighting", False)
     if not isinstance(use_weighting, bool):
         raise TypeError(f"loss_kwargs['use_weighting'] must be a bool, got {type(use_weighting).__name__}")

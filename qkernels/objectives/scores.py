@@ -20,6 +20,11 @@ F_DIVERGENCE_ALIASES = {"js": "js_divergence", "alpha": "alpha_divergence"}
 _MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 700.0}
 
 
+def expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1, with the slope exp(x): torch's expm1 takes it from its result, which is -1 in fp32 for x < -17."""
+    return torch.where(x > -1, torch.expm1(x), torch.exp(x.clamp_max(0.0)) - 1)
+
+
 def finite_exp(exp: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """exp(x), or expm1(x), and exp(c) (1 + log(1 + x - c)) past the exponent c near which it would overflow.
 
@@ -60,12 +65,12 @@ class PairScores:
     def _link(self, log_ratios: Tensor) -> Tensor:
         """s = f'(pi/pi_ref) as a function of the log-ratio r."""
         if self.f_divergence == "forward_kl":
-            return -finite_exp(torch.expm1, -log_ratios)
+            return -finite_exp(expm1, -log_ratios)
         if self.f_divergence == "js_divergence":
             return math.log(2.0) + logsigmoid(log_ratios)
         if self.f_divergence == "alpha_divergence" and abs(self.f_alpha_divergence_coef - 1) >= 1e-6:
             slope = self.f_alpha_divergence_coef - 1
-            return finite_exp(torch.expm1, slope * log_ratios) / slope
+            return finite_exp(expm1, slope * log_ratios) / slope
         return log_ratios  # reverse KL; also the limit of the alpha divergence at 1
 
     @property
