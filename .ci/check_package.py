@@ -72,8 +72,8 @@ def check(scratch: Path) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/test_data.py",
-        "tests/test_import.py",
+        "tests/apps/test_data.py",
+        "tests/repo/test_import.py",
         cwd=unpacked,
     )
     print(f"{sdist.name} and {wheel.name} are complete")
