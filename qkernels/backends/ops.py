@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.calls import PairLoss, RowGrad, RowStats
 from ..core.columns import stats_dtype
-from ..core.operations import Operation
+from ..core.operations import Operation, Traits
 from . import get
 
 _library = torch.library.Library("qkernels", "DEF")
@@ -47,7 +47,9 @@ def _pair_loss(call: PairLoss) -> tuple[Any, ...]:
 
 row_stats = Operation(_library, "row_stats", RowStats, "Tensor", run=_row_stats, fake=_row_stats_fake)
 row_grad = Operation(_library, "row_grad", RowGrad, "Tensor", run=_row_grad, fake=_row_grad_fake)
-row_grad_ = Operation(_library, "row_grad_", RowGrad, "()", run=_row_grad_, fake=lambda call: None, mutates="logits")
+row_grad_ = Operation(
+    _library, "row_grad_", RowGrad, "()", run=_row_grad_, fake=lambda call: None, traits=Traits(mutates="logits")
+)
 pair_loss = Operation(
     _library, "pair_loss", PairLoss, "(Tensor, Tensor, Tensor, Tensor)", run=_pair_loss, fake=PairLoss.outputs
 )

@@ -26,6 +26,22 @@ _TYPES = {
 Call = TypeVar("Call", bound=tuple[Any, ...])
 
 
+class Traits(NamedTuple):
+    """What the NamedTuple of an operation does not say by itself.
+
+    mutates: name of a tensor that the operation writes to.
+    symbolic: names of ints that torch.compile may keep symbolic.
+    left_out: names of fields that compiled code does not have; the op runs with None.
+    """
+
+    mutates: str = ""
+    symbolic: Collection[str] = ()
+    left_out: Collection[str] = ()
+
+
+_NONE = Traits()
+
+
 class _Leaf(NamedTuple):
     """An argument in a schema: where it lies in the NamedTuple, its name, its type, and whether it may be None."""
 
@@ -41,19 +57,19 @@ class _Leaf(NamedTuple):
         return f"{kind}{'?' if self.optional else ''} {self.name}{self.default}"
 
 
-def _leaves(arguments: Any, left_out: Collection[str], symbolic: Collection[str]) -> list[_Leaf]:
+def _leaves(arguments: Any, traits: Traits) -> list[_Leaf]:
     found: list[_Leaf] = []
     for i, (name, annotation) in enumerate(get_type_hints(arguments).items()):
-        if name in left_out:
+        if name in traits.left_out:
             continue
         options = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
         optional, kind = types.NoneType in options, options[0]
         if hasattr(kind, "_fields"):
-            for leaf in _leaves(kind, left_out, symbolic):
+            for leaf in _leaves(kind, traits):
                 inner = f"{name}_{leaf.name}" if optional else leaf.name
                 found.append(leaf._replace(path=(i, *leaf.path), name=inner, optional=optional or leaf.optional))
             continue
-        written = "SymInt" if name in symbolic else _TYPES[kind]
+        written = "SymInt" if name in traits.symbolic else _TYPES[kind]
         default = "=None" if arguments._field_defaults.get(name, ...) is None else ""
         found.append(_Leaf((i,), name, written, optional, default))
     return found
@@ -84,25 +100,22 @@ class Operation(Generic[Call]):
         returns: as torch.library writes it.
         run: what it does.
         fake: what it returns for tensors without values.
-        mutates: name of a tensor that it writes to.
-        symbolic: names of ints that torch.compile may keep symbolic.
-        left_out: names of fields that compiled code does not have; the op runs with None.
+        traits: see there.
     """
 
     def __init__(
         self, library: torch.library.Library, name: str, arguments: type[Call], returns: str, *,
-        run: Callable[[Call], Any], fake: Callable[[Call], Any], mutates: str = "", symbolic: Collection[str] = (),
-        left_out: Collection[str] = (),
+        run: Callable[[Call], Any], fake: Callable[[Call], Any], traits: Traits = _NONE,
     ):  # fmt: skip
         self.run = run
-        leaves = _leaves(arguments, left_out, symbolic)
+        leaves = _leaves(arguments, traits)
         self._paths = tuple(leaf.path for leaf in leaves)
-        self.schema = f"{name}({', '.join(leaf.written(mutates) for leaf in leaves)}) -> {returns}"
+        self.schema = f"{name}({', '.join(leaf.written(traits.mutates) for leaf in leaves)}) -> {returns}"
         missing = [None] * len(leaves)
 
         def call_of(values: tuple[Any, ...]) -> Call:
             # torch leaves out trailing arguments that have their default.
-            result: Call = _assemble(arguments, left_out, [*values, *missing[len(values) :]])
+            result: Call = _assemble(arguments, traits.left_out, [*values, *missing[len(values) :]])
             return result
 
         library.define(self.schema)

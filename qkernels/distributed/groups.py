@@ -219,7 +219,7 @@ class Ranks:
         if isinstance(error, Exception) and self._every_call():  # else the others may not be listening
             for name in self._waiting:
                 with contextlib.suppress(Exception):  # a group that cannot send must not hide the reason
-                    _exchange(self.groups[name], name, 0, 0, {}, f"{type(error).__name__}: {error}")
+                    _exchange(self.groups[name], name, 0, 0, {}, error=f"{type(error).__name__}: {error}")
 
     def _every_call(self) -> bool:
         return self.device.type == "cpu" or checks.asked_to_check()

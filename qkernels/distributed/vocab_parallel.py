@@ -211,7 +211,14 @@ def agree(
     widths = [part.width for part in parts]
     group = ranks.groups["tp_group"]
     first = sum(widths[: groups.rank_of(group)])
-    shard = Shard(group, first, width, sum(widths), max(widths), min(part.free for part in parts))
+    shard = Shard(
+        group=group,
+        first=first,
+        width=width,
+        vocab=sum(widths),
+        widest=max(widths),
+        free=min(part.free for part in parts),
+    )
     try:
         checks.check_labels(labels, shard.vocab, ignore_index)
     except IndexError as error:

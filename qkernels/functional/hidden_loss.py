@@ -155,7 +155,15 @@ class HiddenLossRequest(NamedTuple):
         if self.outputs:
             read = (*self.outputs, *(("reference_logps",) if has_model else ()))
             columns |= Outputs.of(read, "reference_hidden", has_model).columns
-        return HiddenLoss(inputs, loss, batch, tensors.reference, counts, columns, plan=None)
+        return HiddenLoss(
+            inputs=inputs,
+            loss=loss,
+            batch=batch,
+            reference=tensors.reference,
+            counts=counts,
+            columns=columns,
+            plan=None,
+        )
 
     def _plan(self, work: HiddenLoss) -> HiddenLoss:
         inputs, counts = work.inputs, work.counts.known
@@ -270,18 +278,8 @@ class HiddenLoss(NamedTuple):
         """The columns of all rows by name, and the gradients that a chunk's own loss has told."""
         inputs = self.inputs
         columns = columns_with_state(self.columns, inputs.reference is not None)
-        assert inputs.valid is not None
-        pairs = PairChunks(
-            self.batch,
-            self.reference,
-            self.loss,
-            self.counts,
-            valid=inputs.valid,
-            chunk_rows=plan.chunk_rows,
-            columns=columns,
-            backend=inputs.backend,
-        )
         call = inputs.call(columns, plan.chunk_rows)
+        pairs = PairChunks(call, self.batch, self.reference, self.loss, counts=self.counts)
         needs = inputs.needs()  # now: inside a backward nothing does
 
         def run() -> tuple[Tensor, Gradients]:

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from ..core.columns import column_names
 from ..core.sequences import Sequences
+from ..head.call import HeadCall
 from ..head.chunks import Selection
 from . import preference, valid_rows
 from .preference import Batch, Loss, Reference
@@ -30,26 +31,20 @@ class PairChunks:
     A loss known token by token or sequence by sequence differs in steps 1, 2 and 4 only.
 
     Args:
+        call: the pass: its chunk size, columns, backend and the indices of the valid rows.
         batch: all rows.
         reference: its cached log-probs.
         loss: what a pair loses.
         counts: the numbers of valid rows, known to the host.
-        valid: `[M]`, the indices of the valid rows.
-        chunk_rows: rows that fit a chunk.
-        columns: the columns of a chunk.
-        backend: name of the one that computes the default objective.
     """
 
-    def __init__(
-        self, batch: Batch, reference: Reference, loss: Loss, counts: Counts, *, valid: Tensor, chunk_rows: int,
-        columns: int, backend: str,
-    ):  # fmt: skip
-        assert counts.known is not None
+    def __init__(self, call: HeadCall, batch: Batch, reference: Reference, loss: Loss, *, counts: Counts):
+        assert counts.known is not None and call.valid is not None
         self.batch, self.reference, self.loss = batch, reference, loss
-        self.names, self.backend = column_names(columns), backend
+        self.names, self.backend = column_names(call.config.columns), call.config.backend
         self.half = len(counts.known) // 2
-        self.groups = groups_of(counts.known, chunk_rows)
-        self.selections = self._selections(counts.known, valid)
+        self.groups = groups_of(counts.known, call.config.chunk_rows)
+        self.selections = self._selections(counts.known, call.valid)
         # Where sequences begin among the valid rows, on the device: numbers copied there would make the host
         # synchronise. The numbers that the caller has given may be wrong, but the chunks are cut accordingly.
         lengths = valid_rows.sums(batch) if counts.unchecked is None else counts.unchecked

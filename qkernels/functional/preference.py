@@ -203,7 +203,15 @@ class Batch(NamedTuple):
         valid = labels != ignore_index
         base = valid.to(dtype)
         if token_weights is None and spec.ld_alpha is None:
-            return Batch(labels, valid, base, base, sequences, cu_seqlens, ignore_index)
+            return Batch(
+                labels=labels,
+                used=valid,
+                weights=base,
+                base_weights=base,
+                sequences=sequences,
+                cu_seqlens=cu_seqlens,
+                ignore_index=ignore_index,
+            )
         if token_weights is not None:
             base = torch.where(valid, token_weights.to(dtype), 0.0)
             valid = base != 0
@@ -216,7 +224,15 @@ class Batch(NamedTuple):
         # WPO and SFT average over all tokens, also those that LD-DPO gives no weight.
         used = (base if spec.use_weighting or not spec.discounted else weights) != 0
         labels = labels.masked_fill(~used, ignore_index)
-        return Batch(labels, used, weights, base, sequences, cu_seqlens, ignore_index)
+        return Batch(
+            labels=labels,
+            used=used,
+            weights=weights,
+            base_weights=base,
+            sequences=sequences,
+            cu_seqlens=cu_seqlens,
+            ignore_index=ignore_index,
+        )
 
 
 class Reference(NamedTuple):
@@ -307,13 +323,13 @@ def assemble(
     chosen_rewards, rejected_rewards = rewards.chunk(2)
     token_rewards, reference_tokens = per_token or (None, None)
     return TokenDPOOutput(
-        loss,
-        chosen_rewards,
-        rejected_rewards,
-        _shaped(_constant(stats["logps"]), shape),
-        None if reference_tokens is None else _shaped(reference_tokens, shape),
-        None if token_rewards is None else _shaped(token_rewards, shape),
-        _shaped(_constant(stats["logsumexp"]), shape),
+        loss=loss,
+        chosen_rewards=chosen_rewards,
+        rejected_rewards=rejected_rewards,
+        token_logps=_shaped(_constant(stats["logps"]), shape),
+        reference_token_logps=None if reference_tokens is None else _shaped(reference_tokens, shape),
+        token_rewards=None if token_rewards is None else _shaped(token_rewards, shape),
+        logsumexp=_shaped(_constant(stats["logsumexp"]), shape),
     )
 
 
@@ -337,7 +353,8 @@ def loss_gradient(
     leaves: dict[str, Tensor] = {name: stats[name].detach().requires_grad_() for name in loss.carrying}
     with torch.enable_grad():
         summed = loss._replace(reduction="sum")
-        total = loss_and_rewards({**stats, **leaves}, batch, reference, summed, backend, batch.labels.shape).loss
+        shape = batch.labels.shape
+        total = loss_and_rewards({**stats, **leaves}, batch, reference, summed, backend, shape=shape).loss
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
 

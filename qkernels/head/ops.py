@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.checks import check_labels
 from ..core.columns import stats_dtype
-from ..core.operations import Operation
+from ..core.operations import Operation, Traits
 from . import chunks
 from .call import HeadCall
 from .chunks import saved_dtype
@@ -66,17 +66,17 @@ def _gradients_fake(given: GradientsCall) -> tuple[Tensor, ...]:
     )
 
 
-_SYMBOLIC, _LEFT_OUT = ("chunk_rows", "valid_rows"), ("shard", "valid")
+_TRAITS = Traits(symbolic=("chunk_rows", "valid_rows"), left_out=("shard", "valid"))
 linear_stats = Operation(
     _library, "linear_stats", HeadCall, "Tensor",
-    run=lambda call: chunks.stats(_checked(call)), fake=_stats_fake, symbolic=_SYMBOLIC, left_out=_LEFT_OUT,
+    run=lambda call: chunks.stats(_checked(call)), fake=_stats_fake, traits=_TRAITS,
 )  # fmt: skip
 linear_unit_gradient = Operation(
     _library, "linear_unit_gradient", HeadCall, "(Tensor, Tensor)",
     run=lambda call: chunks.unit_gradient(_checked(call)), fake=_unit_gradient_fake,
-    symbolic=_SYMBOLIC, left_out=_LEFT_OUT,
+    traits=_TRAITS,
 )  # fmt: skip
 linear_gradients = Operation(
     _library, "linear_gradients", GradientsCall, "(Tensor, Tensor, Tensor)",
-    run=_gradients, fake=_gradients_fake, symbolic=_SYMBOLIC, left_out=_LEFT_OUT,
+    run=_gradients, fake=_gradients_fake, traits=_TRAITS,
 )  # fmt: skip

@@ -148,7 +148,8 @@ class Work(NamedTuple):
         # A chunk's hidden states as they come and as the GEMM packs them, their gradient, and the part of the head that
         # is widened at a time.
         size = rows * hidden * (2 * dtype.itemsize + products.itemsize)
-        size += block_bytes(device, dtype, vocab, hidden, rows, name != "frozen_head" and needs[1] and chunks > 1)
+        sums = name != "frozen_head" and needs[1] and chunks > 1
+        size += block_bytes(device, dtype, vocab, hidden, rows=rows, sums=sums)
         if self.reference is not None:
             size += rows * self.reference.hidden.shape[1] * self.reference_dtype.itemsize
         # Heads that are not in the GEMMs' dtype (autocast) are cast once.

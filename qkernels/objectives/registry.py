@@ -81,9 +81,17 @@ def objective(
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         OBJECTIVES[function.__name__] = Objective(
-            function.__name__, function, _options(function), smoothing, scored, needs_kl, reference_free, separable,
-            discounted, fused,
-        )  # fmt: skip
+            name=function.__name__,
+            function=function,
+            options=_options(function),
+            smoothing=smoothing,
+            scored=scored,
+            needs_kl=needs_kl,
+            reference_free=reference_free,
+            separable=separable,
+            discounted=discounted,
+            fused=fused,
+        )
         _resolve_name.cache_clear()
         return function
 
@@ -323,6 +331,16 @@ def _resolve(
     if missing:
         raise ValueError(f"loss_type {names} needs loss_kwargs {missing}")
 
+    shared = _shared_options(kwargs)
+    terms = tuple(
+        (term, weight, {key: kwargs[key] for key in term.options if key in kwargs})
+        for term, weight in zip(objectives, weights, strict=True)
+    )
+    return LossSpec(terms, label_smoothing, **shared)
+
+
+def _shared_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the options that act on weights or scores, whatever the objective, off `loss_kwargs`, checked."""
     f_divergence = kwargs.pop("f_divergence", "reverse_kl")
     f_divergence = F_DIVERGENCE_ALIASES.get(f_divergence, f_divergence)
     if f_divergence not in F_DIVERGENCES:
@@ -341,8 +359,9 @@ def _resolve(
     use_weighting = kwargs.pop("use_weighting", False)
     if not isinstance(use_weighting, bool):
         raise TypeError(f"loss_kwargs['use_weighting'] must be a bool, got {type(use_weighting).__name__}")
-    terms = tuple(
-        (term, weight, {key: kwargs[key] for key in term.options if key in kwargs})
-        for term, weight in zip(objectives, weights, strict=True)
-    )
-    return LossSpec(terms, label_smoothing, f_divergence, alpha, ld_alpha, use_weighting)
+    return {
+        "f_divergence": f_divergence,
+        "f_alpha_divergence_coef": alpha,
+        "ld_alpha": ld_alpha,
+        "use_weighting": use_weighting,
+    }

@@ -146,3 +146,49 @@ def test_too_many_layers_are_found(tmp_path):
     assert problems(root) == [
         f"{MOST_LAYERS + 1} layers, of which 'a{MOST_LAYERS}' is the highest; at most {MOST_LAYERS}"
     ]
+
+
+MOST_PARAMETERS, MOST_POSITIONAL, MOST_LINES = 8, 5, 60
+
+
+def long_lists(root: Path, public: set[str]) -> list[str]:
+    """Functions of the engine with too many parameters or lines, and calls with too many positional arguments.
+
+    Public functions have the parameters that their users need, Triton kernels those of a launch, and
+    `save_for_backward` takes tensors alone.
+    """
+    found = []
+    for path in sorted(path for layer in LAYERS for path in (root / layer).rglob("*.py")):
+        where, kernels = path.relative_to(root.parent), "triton" in path.parts
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and len(node.args) > MOST_POSITIONAL and not kernels:
+                name = ast.unparse(node.func)
+                if name != "ctx.save_for_backward":
+                    found.append(f"{where}:{node.lineno}: {name} is handed {len(node.args)} positional arguments")
+            if isinstance(node, ast.FunctionDef) and "triton.jit" not in map(ast.unparse, node.decorator_list):
+                arguments = node.args
+                number = len([*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs])
+                if number > MOST_PARAMETERS and node.name not in public:
+                    found.append(f"{where}:{node.lineno}: {node.name} takes {number} parameters")
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+                if lines > MOST_LINES:
+                    found.append(f"{where}:{node.lineno}: {node.name} has {lines} lines")
+    return found
+
+
+def test_argument_lists_and_bodies_of_the_engine_are_short():
+    assert long_lists(ROOT, set(qkernels.__all__)) == []
+
+
+def test_long_lists_are_found(tmp_path):
+    (tmp_path / "qkernels/core").mkdir(parents=True)
+    many = ", ".join(f"a{i}" for i in range(9))
+    body = "\n".join(["    pass"] * 61)
+    (tmp_path / "qkernels/core/x.py").write_text(f"def f({many}):\n{body}\n\n\nf({many})\n")
+    assert [line.split(": ")[1] for line in long_lists(tmp_path / "qkernels", set())] == [
+        "f takes 9 parameters",
+        "f has 61 lines",
+        "f is handed 9 positional arguments",
+    ]
+    assert len(long_lists(tmp_path / "qkernels", {"f"})) == 2
