@@ -34,7 +34,8 @@ class HeadStats(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, carrying: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
-        call = call._replace(policy=Model(hidden, weight, bias))
+        if call.policy.hidden is not hidden:  # inside torch.compile
+            call = call._replace(policy=Model(hidden, weight, bias))
         stats = ops.linear_stats.as_op(call) if torch.compiler.is_compiling() else chunks.stats(call)
         columns = call.config.columns
         with_kl = columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
@@ -68,7 +69,8 @@ class FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, call: HeadCall) -> tuple[Tensor, ...]:
-        call = call._replace(policy=call.policy._replace(hidden=hidden))
+        if call.policy.hidden is not hidden:  # inside torch.compile
+            call = call._replace(policy=call.policy._replace(hidden=hidden))
         compiling = torch.compiler.is_compiling()
         stats, unit = ops.linear_unit_gradient.as_op(call) if compiling else chunks.unit_gradient(call)
         ctx.save_for_backward(unit, call.labels == call.config.ignore_index, call.valid)

@@ -60,7 +60,8 @@ class RowStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: calls.RowStats, how: Backward) -> tuple[Tensor, ...]:
-        call = call._replace(logits=logits)
+        if call.logits is not logits:  # inside torch.compile
+            call = call._replace(logits=logits)
         stats = row_stats(call, how.shard)
         with_kl = call.columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
         (kept,) = saveable(ctx, call.reference if with_kl else None)
@@ -126,20 +127,6 @@ class PairTerms(NamedTuple):
     beta: float
     label_smoothing: float
 
-    def call(self, logps: Tensor, labels: Tensor, ignore_index: int, backend: str) -> calls.PairLoss:
-        """The operation's arguments."""
-        return calls.PairLoss(
-            logps=logps,
-            reference_logps=self.reference_logps,
-            labels=labels,
-            weights=self.weights,
-            cu_seqlens=self.cu_seqlens,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-            ignore_index=ignore_index,
-            backend=backend,
-        )
-
 
 class DefaultLoss(torch.autograd.Function):
     """`logits [S, T, V] -> loss [], rewards [2B], stats [K, S, T], tokens [2, S, T]` of the default objective.
@@ -152,12 +139,26 @@ class DefaultLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, rows: calls.RowStats, terms: PairTerms, inplace: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = rows._replace(logits=logits)
+        if rows.logits is not logits:  # inside torch.compile
+            rows = rows._replace(logits=logits)
         stats = ops.row_stats(rows)
-        if rows.reference is not None:
-            terms = terms._replace(reference_logps=stats[column_index(rows.columns, "reference_logps")])
         logps = stats[column_index(rows.columns, "logps")]
-        loss, rewards, grad, tokens = ops.pair_loss(terms.call(logps, rows.labels, rows.ignore_index, rows.backend))
+        reference = terms.reference_logps
+        if rows.reference is not None:
+            reference = stats[column_index(rows.columns, "reference_logps")]
+        loss, rewards, grad, tokens = ops.pair_loss(
+            calls.PairLoss(
+                logps=logps,
+                reference_logps=reference,
+                labels=rows.labels,
+                weights=terms.weights,
+                cu_seqlens=terms.cu_seqlens,
+                beta=terms.beta,
+                label_smoothing=terms.label_smoothing,
+                ignore_index=rows.ignore_index,
+                backend=rows.backend,
+            )
+        )
         ctx.save_for_backward(logits, rows.labels, stats, grad)
         ctx.how, ctx.options = Backward(inplace, ("logps",)), rows[4:]
         ctx.mark_non_differentiable(rewards, stats, tokens)
@@ -191,7 +192,9 @@ class PairLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logps: Tensor, call: calls.PairLoss) -> tuple[Tensor, Tensor, Tensor]:
-        loss, rewards, grad, tokens = ops.pair_loss(call._replace(logps=logps))
+        if call.logps is not logps:  # inside torch.compile
+            call = call._replace(logps=logps)
+        loss, rewards, grad, tokens = ops.pair_loss(call)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(rewards, tokens)
         ctx.set_materialize_grads(False)

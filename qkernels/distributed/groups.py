@@ -304,6 +304,13 @@ _FSDP = (
 )
 
 
+def any_dtensor(*values: Any) -> bool:
+    """Whether one of the values is a DTensor."""
+    # None can exist before its module has been imported, and importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(value, module.DTensor) for value in values)
+
+
 def to_local(tp_group: Any, **tensors: tuple[Any, int | None]) -> tuple[Any, str, list[Any]]:
     """Local tensors for DTensors; other values as they are.
 
@@ -319,10 +326,9 @@ def to_local(tp_group: Any, **tensors: tuple[Any, int | None]) -> tuple[Any, str
         TypeError: a DTensor that is neither whole on every rank nor split in the vocabulary over one mesh dimension.
         ValueError: DTensors split over different groups, or a whole one with a `tp_group`.
     """
-    # No DTensor can exist before its module has been imported, and importing it takes a second.
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None or not any(isinstance(value, module.DTensor) for value, _ in tensors.values()):
+    if not any_dtensor(*(value for value, _ in tensors.values())):
         return tp_group, "", [value for value, _ in tensors.values()]
+    module = sys.modules["torch.distributed.tensor"]
     group, hint, local = tp_group, "", []
     for name, (value, dim) in tensors.items():
         if not isinstance(value, module.DTensor):

@@ -201,6 +201,9 @@ class HeadRequest(NamedTuple):
 
     def local(self) -> HeadRequest:
         """The same with local tensors in place of DTensors."""
+        tensors = (self.hidden, self.weight, self.bias, self.labels)
+        if not groups.any_dtensor(*tensors, self.reference_hidden, self.reference_weight, self.reference_bias):
+            return self
         hidden_name, weight_name, bias_name = self.names
         group, hint, local = groups.to_local(
             self.tp_group,

@@ -281,7 +281,7 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
     )
     rows = rows._replace(labels=batch.labels)
     if fused:
-        return _fused_loss(rows, preference.pair_terms(batch, inputs.reference.given, loss))
+        return _fused_loss(rows, preference.pair_terms(batch, inputs.reference, loss))
     stats = rows.stats(loss.columns(has_model), loss.carrying)
     return preference.loss_and_rewards(stats, batch, inputs.reference, loss, rows.backend, shape=rows.shape)
 

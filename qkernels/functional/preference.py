@@ -13,6 +13,7 @@ from ..autograd import FiniteGradients
 from ..autograd.logits import PairLoss, PairTerms
 from ..backends import ops
 from ..core import checks
+from ..core.calls import PairLoss as PairLossCall
 from ..core.columns import BIT
 from ..core.sequences import Sequences, Shard, log_ratios
 from ..objectives import LossSpec, LossType, PairScores
@@ -284,8 +285,7 @@ def loss_and_rewards(
     spec, beta, reduction = loss
     logps, tokens = stats["logps"], stats.get("reference_logps")
     if loss.is_fused and batch.sequences.shard is None:
-        terms = pair_terms(batch, reference.given if tokens is None else tokens, loss)
-        total, rewards, both = PairLoss.apply(logps, terms.call(logps, batch.labels, batch.ignore_index, backend))
+        total, rewards, both = PairLoss.apply(logps, _pair_call(stats, batch, reference, loss, backend))
         per_token = both.unbind(0)
     else:
         if tokens is None and reference.sequence_sums is None:  # 0 in rows that are not used
@@ -299,14 +299,29 @@ def loss_and_rewards(
     return assemble(total, rewards, stats, per_token, shape)
 
 
-def pair_terms(batch: Batch, reference_logps: Tensor | None, loss: Loss) -> PairTerms:
-    """What the operation `pair_loss` takes besides the policy's log-probs."""
+def pair_terms(batch: Batch, reference: Reference, loss: Loss) -> PairTerms:
+    """What the operation `pair_loss` takes besides rows."""
     return PairTerms(
-        reference_logps=reference_logps,
+        reference_logps=reference.given,
         weights=batch.weights,
         cu_seqlens=batch.cu_seqlens,
         beta=loss.beta,
         label_smoothing=loss.spec.label_smoothing,
+    )
+
+
+def _pair_call(stats: dict[str, Tensor], batch: Batch, reference: Reference, loss: Loss, backend: str) -> PairLossCall:
+    """The arguments of the operation `pair_loss`."""
+    return PairLossCall(
+        logps=stats["logps"],
+        reference_logps=stats.get("reference_logps", reference.given),
+        labels=batch.labels,
+        weights=batch.weights,
+        cu_seqlens=batch.cu_seqlens,
+        beta=loss.beta,
+        label_smoothing=loss.spec.label_smoothing,
+        ignore_index=batch.ignore_index,
+        backend=backend,
     )
 
 
@@ -346,9 +361,7 @@ def loss_gradient(
 ) -> dict[str, Tensor]:
     """d(sum of the pairs' losses) / d(column), for the columns that a loss differentiates. Arguments as above."""
     if loss.spec.is_default:
-        terms = pair_terms(batch, stats.get("reference_logps", reference.given), loss)
-        call = terms.call(stats["logps"], batch.labels, batch.ignore_index, backend)
-        of_mean: Tensor = ops.pair_loss(call)[2]
+        of_mean: Tensor = ops.pair_loss(_pair_call(stats, batch, reference, loss, backend))[2]
         return {"logps": of_mean * (batch.sequences.number // 2)}
     leaves: dict[str, Tensor] = {name: stats[name].detach().requires_grad_() for name in loss.carrying}
     with torch.enable_grad():

@@ -106,6 +106,8 @@ class RowsRequest(NamedTuple):
 
     def local(self) -> RowsRequest:
         """The same with local tensors in place of DTensors."""
+        if not groups.any_dtensor(self.logits, self.reference_logits, self.labels):
+            return self
         group, hint, (logits, reference, labels) = groups.to_local(
             self.tp_group,
             **{self.name: (self.logits, -1), "reference_logits": (self.reference_logits, -1)},
