@@ -15,6 +15,7 @@ transformers.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -33,6 +34,13 @@ ROLES = {
     "observation": "tool",
 }
 _FIELDS = ("prompt", "chosen", "rejected", "conversations", "system")
+# First bytes of what data sets also come in.
+_OTHER_KINDS = {
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\x1f\x8b": "a file compressed with gzip",
+    b"PK\x03\x04": "a zip archive",
+}
 _CONSTANTS = {True: "true", False: "false", None: "null"}
 
 
@@ -113,7 +121,12 @@ def as_preferences(records: Iterable[Any]) -> list[Preference]:
 
     Raises:
         DataError: a record that cannot be used, by its number from 0.
+        TypeError: a path instead of records.
     """
+    if isinstance(records, (str, PathLike)):
+        raise TypeError(
+            f"expected preference records, got the path {os.fspath(records)!r}: read_preferences(path).pairs reads it"
+        )
     pairs = []
     for number, record in enumerate(records):
         try:
@@ -132,6 +145,9 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}: expected a JSON or JSONL file, found a folder") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    for start, kind in _OTHER_KINDS.items():
+        if raw.startswith(start):
+            raise DataError(f"{path}: expected JSON or JSON lines, found {kind}; convert it first")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

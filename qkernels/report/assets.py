@@ -67,8 +67,6 @@ details .turn { margin-top: .5em; }
 .answer + .answer { border-top: 1px dashed var(--line); }
 .side { padding-top: 4px; font-variant-numeric: tabular-nums; line-height: 1.3; }
 .side .name { display: block; font-size: .8rem; color: var(--soft); }
-.answer.chosen .side b { color: var(--chosen); }
-.answer.rejected .side b { color: var(--rejected); }
 .tokens { line-height: 2; }
 .t { padding: .17em .02em; border-radius: .28em; cursor: default; -webkit-box-decoration-break: clone;
   box-decoration-break: clone; unicode-bidi: isolate; }

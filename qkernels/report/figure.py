@@ -17,7 +17,6 @@ from .page import Token, number, visible
 
 # The reports' colours (light).
 _ORANGE, _BLUE, _INK, _SOFT, _LINE = "#f6993f", "#6fb1f2", "#1c1f24", "#5d6470", "#e4e1db"
-_NAMES = {"chosen": "#1a6dc2", "rejected": "#c8650a"}
 
 # Sizes in points.
 _TEXT, _SMALL, _TITLE = 11.0, 9.0, 12.0
@@ -141,11 +140,10 @@ def _shade(reward: float, scale: float) -> tuple[float, float, float]:
 
 
 def _draw_answer(axes, content: Content, name: str, placed: list[_Placed], top: float) -> None:
-    color = _NAMES.get(name, _INK)
     axes.text(_MARGIN, top + _LINE_HEIGHT / 2, visible(name), fontsize=_SMALL, color=_SOFT, va="center", family=_FONTS,
               parse_math=False)  # fmt: skip
     axes.text(_MARGIN, top + _LINE_HEIGHT / 2 + 13, number(content.rewards[name], 3, True), fontsize=_TEXT,
-              color=color, va="center", weight="bold")  # fmt: skip
+              color=_INK, va="center", weight="bold")  # fmt: skip
     for box in placed:
         x, y = _MARGIN + _SIDE + box.x, top + _LINE_HEIGHT * (box.line + 0.5)
         if box.token.reward == box.token.reward and abs(box.token.reward) > 0.02 * content.scale:

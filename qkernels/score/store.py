@@ -110,7 +110,9 @@ class Results:
         if lock.is_held():
             raise ScoreError(f"--out {out}: {lock.holder()} is writing to it; wait for its end, or choose another one")
         if resume:
-            if not (out / SETTINGS).is_file() and not is_blank(out):
+            if (out / SETTINGS).is_file():
+                read_settings(out)
+            elif not is_blank(out):
                 raise ScoreError(f"--out {out}: no run to resume there; the folder has no {SETTINGS}")
             return
         if not overwrite:

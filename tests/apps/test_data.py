@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qkernels.data import DataError, Message, Preference, read_preferences
+from qkernels.data import DataError, Message, Preference, as_preferences, read_preferences
 
 QUESTION, BETTER, WORSE = "Where is Lima?", "In Peru.", "In Spain."
 EXPECTED = Preference((Message("user", QUESTION),), BETTER, WORSE)
@@ -148,6 +148,9 @@ BAD_FILES = {
     "cut.json": (b'[{"prompt": "a"', "line 1, column 16: not valid JSON"),
     "latin.json": ('[{"prompt":\n"é"}]'.encode("latin-1"), "line 2: expected UTF-8 text, found byte 0xe9"),
     "utf16.json": ("[]".encode("utf-16"), "line 1: expected UTF-8 text, found byte 0xff"),
+    "p.parquet": (b"PAR1\x15\x04", "expected JSON or JSON lines, found a Parquet file; convert it first"),
+    "p.arrow": (b"ARROW1\0\0", "found an Arrow file"),
+    "p.jsonl.gz": (b"\x1f\x8b\x08", "found a file compressed with gzip"),
     "object.json": (b'{"data": []}', "expected an array of records, found an object with the fields 'data'"),
     "number.json": (b"17", "expected an array of records, found the number 17"),
     "none.json": (b"[]", "expected at least 1 preference pair, found 0"),
@@ -166,6 +169,12 @@ def test_a_bad_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         read_preferences(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_a_path_is_no_record(tmp_path: Path) -> None:
+    for path in ("f.json", tmp_path / "f.json"):
+        with pytest.raises(TypeError, match=r"got the path '.*f\.json': read_preferences\(path\)\.pairs reads it"):
+            as_preferences(path)
 
 
 def test_a_missing_or_unreadable_file_is_refused(tmp_path: Path) -> None:

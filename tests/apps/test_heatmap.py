@@ -125,6 +125,8 @@ def test_the_picture(tmp_path: Path) -> None:
     (axes,) = figure.axes
     texts = [text.get_text() for text in axes.texts]
     assert "Tell me about Peru." in texts and "+0.530" in texts and "−0.720" in texts and "Lima" in texts
+    # Colour is the sign of a token's reward; an answer's own number, which may have either sign, is in the text's.
+    assert {text.get_color() for text in axes.texts if text.get_text() in ("+0.530", "−0.720")} == {"#1c1f24"}
     boxes = [patch.get_facecolor()[:3] for patch in axes.patches if isinstance(patch, FancyBboxPatch)]
     for full in ((246, 153, 63), (111, 177, 242)):  # of " Os" and " Lima"
         assert sum(box == pytest.approx([c / 255 for c in full], abs=0.01) for box in boxes) == 1

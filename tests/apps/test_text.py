@@ -1,0 +1,63 @@
+"""Printable text, lengths of sequences, and that the modules which share them do not import each other."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qkernels
+from qkernels.text.characters import PrintableError, first_line, printable, visible
+from qkernels.text.lengths import batches_by_length, kept_lengths
+
+ROOT = Path(qkernels.__file__).resolve().parents[1]
+
+
+def test_every_character_is_printable_afterwards() -> None:
+    """All of Unicode: what has a shape stays, the rest is spelt out, and nothing but a line end ends a line."""
+    for code in range(sys.maxunicode + 1):
+        character = chr(code)
+        shown = printable(character)
+        assert shown.isprintable() and len(shown.splitlines()) == 1
+        assert shown == (character if character.isprintable() else visible(character))
+    assert printable("a\n\tb \x1b[m") == "a↵⇥b ␛[m"
+    assert printable("a\n\tb", keep=" \n") == "a\n⇥b"
+    assert printable("a b", keep="") == "a␣b"
+
+
+def test_an_error_is_printable() -> None:
+    class Refusal(PrintableError, ValueError):
+        pass
+
+    with pytest.raises(ValueError) as error:
+        raise Refusal("field \x1b]0;x\x07 of\nthe data")
+    assert str(error.value) == "field ␛]0;x␇ of↵the data"
+    assert first_line(ValueError("one\ntwo")) == "one" and first_line(KeyError()) == "KeyError"
+
+
+def test_a_cut_keeps_the_answer_first() -> None:
+    assert kept_lengths(10, 100) == (90, 10) and kept_lengths(90, 100) == (25, 75) and kept_lengths(500, 8) == (2, 6)
+    assert list(batches_by_length([3, 9, 3, 3], 9)) == [[1], [0, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("qkernels.text.lengths, qkernels.text.characters", "qkernels.score"),
+        ("qkernels.demo, qkernels.demo.encode", "qkernels.score"),
+        ("qkernels.preference_classifier", "qkernels.score"),
+        ("qkernels.monitor", "qkernels.integrations"),
+        ("qkernels.score", "qkernels.demo"),
+    ],
+)
+def test_who_imports_whom(module: str, absent: str) -> None:
+    if "demo" in module:
+        pytest.importorskip("transformers")
+    code = f"import sys, {module}; print([name for name in sys.modules if name.startswith({absent!r})])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done
