@@ -19,18 +19,15 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import hf_models
 from processes import Ranks
 from qkernels.integrations.transformers import (
-    HeadCall,
     batch_labels,
     compute_token_logps,
     compute_token_stats,
     head_parameters,
     hidden_states,
-    install,
-    run,
-    tap_of,
-    uninstall,
     unwrap,
 )
+from qkernels.integrations.transformers.hook import hook_of, install, run, uninstall
+from qkernels.integrations.transformers.requests import HeadCall, StatsRequest
 
 
 def from_logits(model, batch, labels=None):
@@ -61,7 +58,7 @@ def check(model, batch=None, tolerance=1e-5):
         if one is not None:
             scale = max(1.0, float(other.abs().max()))
             torch.testing.assert_close(one / scale, other / scale, atol=10 * tolerance, rtol=0)
-    assert "forward" not in unwrap(model).__dict__ or tap_of(unwrap(model)).installed
+    assert "forward" not in unwrap(model).__dict__ or hook_of(unwrap(model)).installed
 
 
 # --- families ------------------------------------------------------------------------------------------------------
@@ -387,19 +384,21 @@ def test_installed_head():
     """As trainers use it: the keyword stays, copies have a head of their own, and it can be taken away."""
     model, batch = hf_models.model(), hf_models.batch()
     expected = compute_token_logps(model, batch)
-    install(model, lambda self, *args, **kwargs: tap_of(self).forward(*args, **kwargs))
-    labels = batch_labels(batch)
-    assert torch.equal(model(**batch, labels=labels, qkernels=HeadCall(["logps"]))["logps"], expected)
+    install(model, lambda self, *args, **kwargs: hook_of(self).forward(*args, **kwargs))
+    labels, logps = batch_labels(batch), StatsRequest(("logps",))
+    assert torch.equal(model(**batch, labels=labels, qkernels=HeadCall(logps)).stats.logps, expected)
     assert torch.equal(compute_token_logps(model, batch), expected)
     assert model(**batch).logits.shape == (3, 12, hf_models.VOCAB)
     assert model.generate(batch["input_ids"][:1], max_new_tokens=2, do_sample=False).shape == (1, 14)
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.lm_head.weight.mul_(1.5)
-    assert not torch.equal(run(other, batch, HeadCall(["logps"]), labels)["logps"], expected)
+    assert not torch.equal(run(other, batch, logps, labels).stats.logps, expected)
     assert torch.equal(compute_token_logps(model, batch), expected)
+    replaced = model.lm_head
     model.set_output_embeddings(nn.Linear(32, hf_models.VOCAB, bias=False))
     assert torch.equal(compute_token_logps(model, batch), from_logits(model, batch))
+    assert "forward" not in replaced.__dict__
     uninstall(model)
     assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
 

@@ -32,11 +32,11 @@ from trl.trainer import dpo_trainer, utils
 import hf_models
 from processes import Ranks
 from qkernels.integrations import trl as integration
-from qkernels.integrations.token_dpo_trainer import TokenPreferenceCollator
 from qkernels.integrations.transformers import compute_token_logps, head_parameters, hidden_states
 from qkernels.integrations.trl import (
     TokenDPOConfig,
     TokenDPOTrainer,
+    TokenPreferenceCollator,
     add_token_head,
     patch_trl,
     require_trl,
@@ -497,6 +497,10 @@ def test_results_of_every_step(tmp_path):
     rewards = (first.token_weights * first.token_rewards).sum(1)
     torch.testing.assert_close(torch.cat([first.chosen_rewards, first.rejected_rewards]), rewards)
     torch.testing.assert_close(first.token_rewards, 0.1 * (first.logps - first.reference_logps))
+    batch = next(iter(trainer.get_train_dataloader()))
+    logits = hf_models.model()(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits
+    expected = torch.where(scored, logits.logsumexp(-1), 0.0)
+    torch.testing.assert_close(first.logsumexp, expected, atol=1e-5, rtol=1e-5)
     assert numbers(trainer)[0]["rewards/chosen"] == pytest.approx(float(first.chosen_rewards.mean()), rel=1e-5)
     packed = train(Watching, tmp_path, steps=1, padding_free=True, evaluate=False)
     last = seen[-1]

@@ -1,0 +1,136 @@
+"""Patches of TRL that are undone exactly, and `patch_trl`, which gives TRL's own trainers this package's heads."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from .head import add_token_head
+from .version import require_trl
+
+
+class Patch:
+    """Attributes replaced until `undo`; as a context manager, until the end of the block."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def set(self, holder: Any, name: str, value: Any) -> None:
+        """Let `holder.name` be `value`.
+
+        Raises:
+            AttributeError: there is no such attribute to replace.
+        """
+        self._before.append((holder, name, getattr(holder, name)))
+        setattr(holder, name, value)
+
+    def undo(self) -> None:
+        """Put everything back, last first."""
+        while self._before:
+            setattr(*self._before.pop())
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+
+class _NoAdapter:
+    """A class without instances."""
+
+
+def allow_adapter_on_head(patch: Patch, dpo_trainer: ModuleType) -> None:
+    """Let TRL's DPOTrainer take LoRA on the head.
+
+    Stands for `isinstance(model.get_output_embeddings(), BaseTunerLayer)` in `DPOTrainer.__init__` (TRL 1.16.0,
+    trl/trainer/dpo_trainer.py:835), which raises because TRL's own head ignores the adapter. This package's does not.
+    """
+    if hasattr(dpo_trainer, "BaseTunerLayer"):  # only where PEFT is installed
+        patch.set(dpo_trainer, "BaseTunerLayer", _NoAdapter)
+
+
+# --- patch_trl -----------------------------------------------------------------------------------------------------
+
+# Modules whose trainers only log the entropy.
+_LOG_ENTROPY = ("trl.trainer.dpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.sft_trainer")
+
+_active: _TRLPatch | None = None
+
+
+class _TRLPatch(Patch):
+    """The patch of `patch_trl`. Leaving the block of a second one, made while the first is in force, undoes nothing.
+
+    heads: the functions that replace TRL's `add_fused_lm_head`.
+    original: TRL's own.
+    """
+
+    def __init__(self, owner: bool = True) -> None:
+        super().__init__()
+        self.owner = owner
+        self.original: Any = None
+        self.heads: list[Callable[..., None]] = []
+
+    def __exit__(self, *exception: object) -> None:
+        if self.owner:
+            unpatch_trl()
+
+
+def _users_of_the_head(function: Any) -> Iterator[ModuleType]:
+    """TRL's modules that have imported a function under TRL's name for its head."""
+    for name, module in list(sys.modules.items()):
+        known = name.startswith("trl.") and isinstance(module, ModuleType)
+        if known and vars(module).get("add_fused_lm_head") is function:
+            yield module
+
+
+def patch_trl(*, max_chunk_bytes: int | None = None, backend: str = "auto") -> Patch:
+    """Give TRL's trainers this package's heads: every trainer made from now on that would use TRL's fused head.
+
+    Their losses, metrics and options stay TRL's; the per-token log-probs (and entropy, ...) come from here. LoRA on the
+    head, which TRL's DPOTrainer refuses, becomes possible in it. Trainers of modules that are imported later are
+    patched as well. Calling it again changes nothing.
+
+    Args:
+        max_chunk_bytes, backend: as in `qkernels.linear_token_stats`.
+
+    Returns:
+        A context manager: `with patch_trl(): trainer = DPOTrainer(...)` patches for the block. Models keep the head
+        that they have got, as they do with TRL's.
+
+    Raises:
+        ImportError: as `require_trl`.
+    """
+    global _active
+    if _active is not None:
+        return _TRLPatch(owner=False)
+    dpo_trainer = require_trl()
+    patch = _TRLPatch()
+    patch.original = vars(sys.modules["trl.trainer.utils"])["add_fused_lm_head"]
+    for module in _users_of_the_head(patch.original):
+        head = functools.partial(
+            add_token_head,
+            detach_entropy=module.__name__ in _LOG_ENTROPY,
+            max_chunk_bytes=max_chunk_bytes,
+            backend=backend,
+        )
+        patch.heads.append(head)
+        patch.set(module, "add_fused_lm_head", head)
+    allow_adapter_on_head(patch, dpo_trainer)
+    _active = patch
+    return patch
+
+
+def unpatch_trl() -> None:
+    """Undo `patch_trl`, also in modules that were imported meanwhile; does nothing if it is not in force."""
+    global _active
+    if _active is None:
+        return
+    patch, _active = _active, None
+    patch.undo()
+    for head in patch.heads:
+        for module in _users_of_the_head(head):
+            vars(module)["add_fused_lm_head"] = patch.original
