@@ -78,11 +78,11 @@ def link(r: Tensor, o: Settings, limit: float) -> Tensor:
     """s = f(r) of the f-divergence."""
     a = o.f_alpha_divergence_coef
     if o.f_divergence == "forward_kl":
-        return -torch.expm1((-r).clamp_max(limit))
+        return 1 - torch.exp((-r).clamp_max(limit))  # not expm1, whose slope torch takes from its result
     if o.f_divergence == "js_divergence":
         return math.log(2.0) - nls(r)
     if o.f_divergence == "alpha_divergence" and a != 1:
-        return torch.expm1(((a - 1) * r).clamp_max(limit)) / (a - 1)
+        return (torch.exp(((a - 1) * r).clamp_max(limit)) - 1) / (a - 1)
     return r
 
 
