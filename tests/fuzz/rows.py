@@ -81,6 +81,10 @@ class Rows:
         # What float64 autograd itself rounds away: a probability of 1 - 1e-18 is 1 there.
         own = sum((g.abs() for g in upstream.values()), torch.zeros(())).unsqueeze(-1) * 2.0**-50 / self.temperature
         terms = oracle.Terms(terms.size, terms.unsure + own)
+        # A probability of almost 1 that is not the label's keeps the absolute precision of the log-sum-exp.
+        coarse = sum((upstream[k].abs() for k in ("entropy", "kl_policy_reference") if k in upstream), torch.zeros(()))
+        own = 4 * self.s.unit / self.temperature * coarse.unsqueeze(-1) * (self.z / self.temperature).softmax(-1)
+        terms = oracle.Terms(terms.size, terms.unsure + own)
         if self.linear:
             # Probabilities carry three roundings of their exponent, all of one sign where they come from the same sum:
             # in a product with the weight they do not average out.
