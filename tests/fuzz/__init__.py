@@ -9,6 +9,7 @@ is how a failing case shrinks, and how the one line repeats it that is printed: 
 - `generate`: seed and number -> case.
 - `tensors`: case -> tensors, in every memory layout.
 - `formulas`: preference losses in float64, with the error that fp32 arithmetic may have.
+- `setup`, `rows`, `losses`, `heads`: what a case says; truth and allowed errors of rows, of a loss, and past a head.
 - `calls`: one case of each public function, run and compared.
 - `wrong_calls`: malformed arguments, which have to raise an error that names them.
 - `engine`: runs cases, shrinks those that fail.

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fuzz import calls, wrong_calls
-from fuzz.calls import DEFAULTS, Case
 from fuzz.generate import draw
+from fuzz.setup import DEFAULTS, Case, Mismatch
 
 
 @dataclass
@@ -39,7 +39,7 @@ def run(case: Case, backend: str) -> Failure | None:
             wrong_calls.run(case, backend)
         else:
             calls.run(case, backend)
-    except calls.Mismatch as error:
+    except Mismatch as error:
         return Failure(case, f"{case['call']}: {error.what}", str(error))
     except Exception as error:
         return Failure(case, f"{case['call']}: raised {type(error).__name__}", f"{type(error).__name__}: {error}")

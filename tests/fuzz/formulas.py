@@ -27,6 +27,7 @@ from torch.nn.functional import softplus
 
 LOW, HIGH = 80.0, 705.0  # exponents; see above
 HUGE = 1e37  # results of this size may be inf in fp32
+SLOPE = 1e28  # slopes of this size may stop: the package keeps them within 1e30
 TINY = 2.0**-126  # the smallest normal number of fp32: below it results may be 0
 
 
@@ -78,11 +79,11 @@ def link(r: Tensor, o: Settings, limit: float) -> Tensor:
     """s = f(r) of the f-divergence."""
     a = o.f_alpha_divergence_coef
     if o.f_divergence == "forward_kl":
-        return -torch.expm1((-r).clamp_max(limit))
+        return 1 - torch.exp((-r).clamp_max(limit))  # not expm1, whose slope torch takes from its result
     if o.f_divergence == "js_divergence":
         return math.log(2.0) - nls(r)
     if o.f_divergence == "alpha_divergence" and a != 1:
-        return torch.expm1(((a - 1) * r).clamp_max(limit)) / (a - 1)
+        return (torch.exp(((a - 1) * r).clamp_max(limit)) - 1) / (a - 1)
     return r
 
 
@@ -238,7 +239,9 @@ def evaluate(
         slopes = {k: torch.zeros_like(v) for k, v in leaves.items() if k in DIFFERENTIATED}
         for name, factor in zip(names, factors, strict=True):
             value, terms = losses(name, leaves, o, limit, noise)
-            value, terms = value * factor * importance, terms.detach() * abs(factor) * importance
+            # A WPO factor of 0 leaves 0 even of a loss past float64.
+            value = torch.where(importance == 0, 0.0, value * factor * importance)
+            terms = torch.where(importance == 0, 0.0, terms.detach() * abs(factor) * importance)
             parts = [leaves[k] for k in slopes]
             found = torch.autograd.grad((value * upstream).sum(), parts, allow_unused=True)
             for k, g in zip(slopes, found, strict=True):
@@ -260,7 +263,7 @@ def evaluate(
     # Where the two limits differ, or fp32 ends, slopes are not judged.
     beyond = (high != low).any(0) | (high[0].abs() > HUGE)
     for k, slope in slopes.items():
-        beyond |= (slope != slopes_low[k]).any(0) | (slope.abs() > HUGE).any(0)
+        beyond |= (slope != slopes_low[k]).any(0) | (slope.abs() > SLOPE).any(0)
     # With both sides beyond, their difference may be anything.
     unknown = (_exponents(features["r_w"], errors["r_w"], o) > LOW) & (
         _exponents(features["r_l"], errors["r_l"], o) > LOW
@@ -268,6 +271,7 @@ def evaluate(
     if any(name in COUPLED for name in names):
         unknown = unknown | beyond.any()
         beyond = beyond.any().expand(beyond.shape)
+    unknown = unknown | ((importance < TINY) & beyond)
     loss_errors = torch.where(unknown, torch.inf, loss_errors.nan_to_num(nan=0.0, posinf=torch.inf))
     for k in slopes:
         slope_errors[k] = torch.where(beyond, torch.inf, slope_errors[k])

@@ -7,7 +7,7 @@ from typing import Any
 
 import oracle
 from fuzz import formulas
-from fuzz.calls import DEFAULTS, Case
+from fuzz.setup import DEFAULTS, Case
 from fuzz.tensors import LAYOUTS, ROW_LAYOUTS
 
 # How often each function is called; the losses have the most options.

@@ -14,7 +14,7 @@ import torch
 
 import oracle
 import qkernels
-from fuzz import calls, engine, formulas, generate, tensors, wrong_calls
+from fuzz import calls, engine, formulas, generate, setup, tensors, wrong_calls
 from qkernels import backends
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_cases_are_plain_and_the_same_every_time():
 def test_every_function_and_option_is_drawn():
     drawn = [generate.draw(11, number, "torch") for number in range(3000)]
     assert {case["call"] for case in drawn} == {*calls.CALLS, "wrong_call"}
-    for key in calls.DEFAULTS:
+    for key in setup.DEFAULTS:
         assert any(key in case for case in drawn), f"no case says {key}"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import qkernels as qk
-from fuzz.calls import Case, Mismatch
+from fuzz.setup import Case, Mismatch
 
 PROMISED = (ValueError, TypeError, IndexError, RuntimeError)
 V, H = 7, 4
