@@ -71,10 +71,13 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """For the quick run, files without a quick case are not even imported."""
-    if config.option.markexpr.startswith("quick") and collection_path.name.startswith("test_"):
-        return True if "mark.quick" not in collection_path.read_text(encoding="utf-8") else None
-    return None
+    """For the quick run, files and folders without a quick case are not even imported."""
+    if not config.option.markexpr.startswith("quick") or not (
+        collection_path.is_dir() or collection_path.suffix == ".py"
+    ):
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("mark.quick" in path.read_text(encoding="utf-8") for path in files) else True
 
 
 def pytest_collection_modifyitems(items):

@@ -43,14 +43,15 @@ def _results(module: Any, name: str, *places: int) -> Callable[[pytest.MonkeyPat
 
 
 def _written(owner: Any, name: str, place: int) -> Callable[[pytest.MonkeyPatch], None]:
-    """Scale what an operation writes into the argument at this place."""
+    """Scale what an operation writes into the argument at this place, or into the first field of a call given whole."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
         real = getattr(owner, name)
 
         def wrong(*args: Any) -> Any:
             result = real(*args)
-            args[place].mul_(SLIGHTLY)
+            target = args[place]
+            (target if isinstance(target, torch.Tensor) else target[0]).mul_(SLIGHTLY)
             return result
 
         patch.setattr(owner, name, wrong)
