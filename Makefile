@@ -3,24 +3,29 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= demo_output
 ARGS   ?=
+# Processes that run tests side by side; TESTS: which files or folders.
+JOBS   ?= auto
+TESTS  ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.tools
 
-.PHONY: help setup demo test bench lint ruff clang-format types architecture docs package sanitize clean
+.PHONY: help setup demo quick test nightly bench lint ruff clang-format types architecture docs package sanitize clean
 
 help:
 	@echo "make setup     everything that tests and checks need, in $(VENV)"
 	@echo "make demo      train a small model with token-level DPO and write a report to $(OUT)/"
 	@echo "               (again: make demo ARGS=--overwrite)"
-	@echo "make test      run the test suite"
+	@echo "make quick     the tests of kernels, losses and messages that take seconds"
+	@echo "make test      the tests that have to pass before a merge;  make nightly: every test, and more fuzzing"
+	@echo "               (of one layer: make test TESTS=tests/head)"
 	@echo "make bench     compare with eager torch, torch.compile and installed peers"
 	@echo "make package   build the sdist and the wheel, install them in a fresh environment and use them"
 	@echo "make lint      ruff, clang-format, mypy, the architecture test (pre-commit runs the same)"
 	@echo "make docs      the documentation site, in build/site; a broken link or a missing public name fails"
 	@echo "make sanitize  the C++ core under sanitizers"
-	@echo "ARGS='...' is passed on to demo, test and bench"
+	@echo "ARGS='...' is passed on to demo, the tests and bench"
 
 # torch comes first and pinned, so that nothing else pulls in another build of it.
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
@@ -32,8 +37,16 @@ $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 demo: $(READY)
 	$(BIN)/qkernels demo --out $(OUT) $(ARGS)
 
+quick: $(READY)
+	$(BIN)/pytest -q -m "quick and not nightly" $(TESTS) $(ARGS)
+
+# Each process takes the next file, so that what the tests of a file share is made once.
 test: $(READY)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile -m "not nightly" $(TESTS) $(ARGS)
+
+nightly: $(READY)
+	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile $(TESTS) $(ARGS)
+	$(BIN)/pytest -q tests/fuzz --fuzz-cases 5000 $(ARGS)
 
 bench: $(READY)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)

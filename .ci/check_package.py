@@ -65,17 +65,8 @@ def check(scratch: Path) -> None:
     run(fresh, "-m", "qkernels", "--version", cwd=scratch)
     # Every module of the tests finds its helpers in the source distribution, and some of them run there.
     run(fresh, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests", cwd=unpacked, quiet=True)
-    run(
-        fresh,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/apps/test_data.py",
-        "tests/repo/test_import.py",
-        cwd=unpacked,
-    )
+    some = ("tests/apps/test_data.py", "tests/repo/test_import.py")
+    run(fresh, "-m", "pytest", "-q", "-p", "no:cacheprovider", *some, cwd=unpacked)
     print(f"{sdist.name} and {wheel.name} are complete")
 
 

@@ -3,6 +3,8 @@
 A test that takes `backend` runs once for each entry of the registry in `qkernels.backends` on each device where that
 backend says it can run, so a backend added there is tested unasked. A test that takes `backend` and `dtype` runs once
 for each pair that the backend accepts; `@pytest.mark.dtypes(torch.float32, ...)` narrows the dtypes.
+
+`tiers.py` says which cases run when: `make quick`, `make test` (all that are not marked `nightly`), `make nightly`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import hypothesis
 import pytest
 import torch
 
+import tiers
 from runnable import DTYPES, runnable_backends
 
 # `bench`, after everything else: the installed package stays the one that is tested.
@@ -30,11 +33,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qkernels")
 
 
+MARKERS = (
+    "dtypes(*dtypes): the dtypes of logits that this test runs with",
+    "only_backends(*names): the backends that promise what this test checks",
+    "not_backends(*names): backends that do not promise what this test checks",
+    "every_dtype: the torch backend's 16-bit cases are more than a cast here, so they are not left to the nightly run",
+    "quick: runs in `make quick`",
+    "quick_cases(**values): the cases whose parameters have one of these values run in `make quick`",
+    "nightly: runs in `make nightly` only",
+    "nightly_except(**values): the cases whose parameters have none of these values run in `make nightly` only",
+)
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "dtypes(*dtypes): the dtypes of logits that this test runs with")
-    config.addinivalue_line("markers", "only_backends(*names): the backends that promise what this test checks")
-    config.addinivalue_line("markers", "nightly: runs in the nightly run only")
-    config.addinivalue_line("markers", "not_backends(*names): backends that do not promise what this test checks")
+    for line in MARKERS:
+        config.addinivalue_line("markers", line)
 
 
 def pytest_generate_tests(metafunc):
@@ -57,6 +70,26 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("backend, dtype", pairs or [pytest.param(None, None, marks=missing)], ids=ids)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """For the quick run, files and folders without a quick case are not even imported."""
+    if not config.option.markexpr.startswith("quick") or not (
+        collection_path.is_dir() or collection_path.suffix == ".py"
+    ):
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("mark.quick" in path.read_text(encoding="utf-8") for path in files) else True
+
+
+def pytest_collection_modifyitems(items):
+    """Which tier each case belongs to: `quick`, `nightly`, or neither."""
+    for item in items:
+        values = (getattr(item, "callspec", None) and item.callspec.params) or {}
+        if tiers.is_nightly(item, values):
+            item.add_marker("nightly")
+        elif tiers.is_quick(item, values):
+            item.add_marker("quick")
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_threads(request):
     """Each test draws the same numbers whatever ran before it, and leaves torch's thread count as it was.
@@ -76,4 +109,5 @@ def _seed_and_threads(request):
 @pytest.fixture(autouse=True, scope="module")
 def _forget_compiled_graphs():
     yield
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch._dynamo.reset()

@@ -1,3 +1,6 @@
 """Fixtures of the applications' tests."""
 
-from score_runs import folders, models  # noqa: F401
+import importlib.util
+
+if importlib.util.find_spec("transformers") and importlib.util.find_spec("tokenizers"):
+    from score_runs import folders, models  # noqa: F401

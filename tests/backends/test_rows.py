@@ -24,6 +24,8 @@ from comparisons import (
 )
 from qkernels import token_logps, token_stats
 
+pytestmark = pytest.mark.every_dtype
+
 VOCABS = (1, 2, 7, 17, 1003, 2048, 2049, 4097, 32001)
 ROWS = (2, 4)
 
@@ -35,12 +37,14 @@ def rows_for(vocab: int, temperature: float) -> tuple[int, ...]:
 # --- values and gradients over vocabulary, dtype, temperature ---------------------------------------------------------
 
 
+@pytest.mark.quick_cases(vocab=(7, 2049, 4097), temperature=(0.7,))
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_logps_match_the_truth(backend, dtype, vocab, temperature):
     check_logps(backend, make_rows(rows_for(vocab, temperature), vocab, dtype, backend.device, temperature=temperature))
 
 
+@pytest.mark.quick_cases(vocab=(17, 2049), temperature=(0.7,))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_all_outputs_in_one_pass_match_the_truth(backend, dtype, vocab, temperature):
@@ -63,6 +67,7 @@ def test_every_pair_of_outputs_matches_the_truth(backend, dtype):
         check_outputs(backend, rows, names[::-1])
 
 
+@pytest.mark.quick_cases(vocab=(7, 2049, 4097), temperature=(0.7,))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_gradient_of_logps_matches_the_truth(backend, dtype, vocab, temperature):
@@ -70,6 +75,7 @@ def test_gradient_of_logps_matches_the_truth(backend, dtype, vocab, temperature)
     check_gradient(backend, rows, random_upstream(rows, ("logps",)))
 
 
+@pytest.mark.quick_cases(vocab=(17, 2049), temperature=(0.7,))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_gradients_of_all_outputs_combined_match_the_truth(backend, dtype, vocab, temperature):
@@ -180,6 +186,7 @@ def test_extreme_temperatures(backend, dtype, temperature):
     check_gradient(backend, rows, random_upstream(rows, oracle.WITH_GRADIENT))
 
 
+@pytest.mark.quick
 def test_huge_logits_do_not_overflow(backend, dtype):
     """Differences of logits beyond any exponent: probabilities 0 and 1, divergences as large as the logits."""
     huge = 60000.0 if dtype == torch.float16 else 1e30
@@ -247,6 +254,7 @@ def test_row_stride_above_vocabulary(backend, dtype, vocab, extra):
     check_layout(backend, rows)
 
 
+@pytest.mark.quick_cases(offset=(3,))
 @pytest.mark.parametrize("offset", range(1, 8))
 def test_any_base_alignment(backend, dtype, offset):
     rows = make_rows((2, 2), 259, dtype, backend.device)
@@ -255,6 +263,7 @@ def test_any_base_alignment(backend, dtype, offset):
     check_layout(backend, rows)
 
 
+@pytest.mark.quick
 def test_slices_of_a_batch(backend, dtype):
     big = make_rows((4, 6), 133, dtype, backend.device)
     for part in (
@@ -318,6 +327,7 @@ def test_no_rows(backend, dtype):
     assert logits.grad.shape == (2, 0, 11)
 
 
+@pytest.mark.quick_cases(vocab=(515,))
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 515, 2049, 4100])

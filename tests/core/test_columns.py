@@ -8,6 +8,7 @@ from qkernels.core.coefficients import COEFFICIENTS
 from qkernels.core.columns import BIT, COLUMNS
 
 
+@pytest.mark.quick
 def test_columns_have_one_order_in_python_and_cpp():
     """csrc/core/columns.h repeats the order of qkernels/core/columns.py."""
     compiled = pytest.importorskip("qkernels._C", reason="the compiled extension is missing")

@@ -13,6 +13,8 @@ from assertions import refuses
 from cases import IGNORE, normal
 from qkernels import fused_token_dpo, objectives, shift_labels, token_logps, token_mdp, token_stats
 
+pytestmark = pytest.mark.quick
+
 V, T, S = 11, 5, 4
 
 

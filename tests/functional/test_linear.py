@@ -21,6 +21,8 @@ from qkernels import (
     token_stats,
 )
 
+pytestmark = pytest.mark.every_dtype
+
 EXACT = torch.float64
 PLAIN = (torch.float32, torch.bfloat16)
 # What trains, and the plan that belongs to it: hidden states alone, the head alone, both, the bias alone.
@@ -35,6 +37,7 @@ SHAPES = {
 # --- per-token numbers ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick_cases(trains=("hwb",), shape=("softcap",))
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("trains", ["h", "hwb"])
 @pytest.mark.parametrize("outputs", [("logps",), ("entropy", "is_top1"), oracle.STATS], ids=["logps", "entropy", "all"])
@@ -141,6 +144,7 @@ WAYS = {
 }
 
 
+@pytest.mark.quick_cases(way=("smoothed, any upstream", "softcap, scale, temperature", "MPO"))
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_with_every_option(backend, dtype, plan, way):
@@ -169,6 +173,7 @@ def test_every_plan_with_weights_and_cached_references(backend, dtype, plan):
     check_linear_preference(backend, packed, live_reference=False, reference_logps=tokens.flatten(), **how)
 
 
+@pytest.mark.quick_cases(trains=("w", "b"))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("trains", TRAINS)
 def test_whatever_trains(backend, dtype, trains):

@@ -13,6 +13,8 @@ from assertions import refuses
 from cases import IGNORE, normal
 from qkernels import fused_linear_token_dpo, linear_token_logps, linear_token_stats, plan_linear
 
+pytestmark = pytest.mark.quick
+
 V, H, T, S = 11, 6, 5, 4
 
 

@@ -78,6 +78,7 @@ def mdp_of(tree: Tree, backend, dtype):
 EXACT = (torch.float32, torch.float64)
 
 
+@pytest.mark.quick
 @pytest.mark.dtypes(*EXACT)
 @pytest.mark.parametrize("beta", BETAS)
 def test_logits_are_q_values(backend, dtype, beta):
@@ -92,6 +93,7 @@ def test_logits_are_q_values(backend, dtype, beta):
     assert bool((mdp.A <= 0).all())
 
 
+@pytest.mark.quick
 @pytest.mark.dtypes(*EXACT)
 @pytest.mark.parametrize("beta", BETAS)
 def test_bellman_rewards_recover_the_rewards(backend, dtype, beta):

@@ -47,6 +47,7 @@ def plan_of(batch: HeadBatch, trains: str, **options) -> LinearPlan:
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "trains, options, name, products",
     [
@@ -109,6 +110,7 @@ def test_a_pair_that_fits_no_chunk_is_recomputed():
     )
 
 
+@pytest.mark.quick
 def test_the_reason_is_told():
     for options, words in (
         ({}, "every pair fits"),

@@ -16,6 +16,7 @@ BOTH = (torch.float32, torch.float64)
 FULL = Case("packed", "per token", weighted=True, label_smoothing=0.2)
 
 
+@pytest.mark.quick
 @pytest.mark.dtypes(*BOTH)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pair_loss_is_the_objective(backend, dtype, case):

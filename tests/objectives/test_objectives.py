@@ -41,6 +41,9 @@ CASES = {
     "simpo": Options(beta=2.0),
     "rspo": Options(),
 }
+# One that is fused, one that reads divergences, one that couples pairs: what runs with every backend in every dtype.
+# `test_formulas.py` has each formula by itself.
+END_TO_END = ("sigmoid", "tdpo2", "rspo")
 # Functions of scores s = f(r), for which an f-divergence has a meaning.
 SCORED = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop", "tdpo1", "tdpo2", "rspo")
 
@@ -60,11 +63,14 @@ def test_every_objective_has_a_case_here():
     assert set(objectives.OBJECTIVES) == set(CASES)
 
 
+@pytest.mark.nightly_except(dtype=PLAIN)
+@pytest.mark.quick_cases(name=END_TO_END, dtype=(torch.float32,))
 @pytest.mark.parametrize("name", CASES)
 def test_objective_matches_its_formula(backend, dtype, name):
     check_preference(backend, batch_for(dtype, backend.device), name, options=CASES[name])
 
 
+@pytest.mark.nightly_except(name=END_TO_END)
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("name", CASES)
@@ -75,6 +81,7 @@ def test_reductions(backend, dtype, name, reduction):
     )
 
 
+@pytest.mark.nightly_except(name=END_TO_END)
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("name", CASES)
 def test_dense_and_packed_are_the_same_data(backend, dtype, name):
@@ -90,6 +97,7 @@ def test_dense_and_packed_are_the_same_data(backend, dtype, name):
         assert_within(grad, dense_grad[keep], allowed, "packed gradient")
 
 
+@pytest.mark.nightly_except(dtype=(torch.float32,))
 @pytest.mark.parametrize("eps", [0.0, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_label_smoothing_is_cdpo(backend, dtype, eps, reduction):
@@ -104,6 +112,7 @@ def test_label_smoothing_of_the_other_objectives(backend, dtype, name, eps):
     check_preference(backend, batch_for(dtype, backend.device), name, options=Options(label_smoothing=eps))
 
 
+@pytest.mark.nightly_except(name=("sigmoid", "nca_pair"))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("beta", [0.01, 1.0, 5.0])
 @pytest.mark.parametrize("name", ["sigmoid", "bco_pair", "apo_down", "nca_pair", "tdpo1"])
@@ -111,6 +120,7 @@ def test_any_beta(backend, dtype, name, beta):
     check_preference(backend, batch_for(dtype, backend.device), name, options=Options(beta=beta))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "robust", "nca_pair", "bco_pair", "apo_zero", "apo_down",
                                   "aot", "tdpo1", "simpo", "rspo"])  # fmt: skip
@@ -124,6 +134,7 @@ def test_huge_margins_do_not_overflow(backend, name, sign):
     check_preference(backend, batch, name, options=Options(beta=5.0))
 
 
+@pytest.mark.nightly_except(name=("sigmoid", "ipo"))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "js", "js_divergence", "alpha", "alpha_divergence"])
 @pytest.mark.parametrize("name", SCORED)
@@ -155,6 +166,7 @@ def test_alpha_divergence_near_one_is_reverse_kl(backend):
         assert_within(near, plain.double(), 1e-4, f"alpha {coefficient}")
 
 
+@pytest.mark.nightly_except(name=("sigmoid", "sigmoid_norm", "aot", "sft"))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("name", ["sigmoid", "ipo", "sigmoid_norm", "aot", "tdpo1", "simpo", "sft"])
@@ -237,6 +249,7 @@ def test_wpo_does_not_depend_on_the_last_bit_of_ld_alpha(backend):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.quick_cases(weights=(None,))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("weights", [None, [0.8, 0.2, 1.0], [1.0, 0.0, -0.5]])
 @pytest.mark.parametrize("packed", [False, True])
@@ -325,6 +338,7 @@ def test_pair_scores_are_sums_over_sequences(backend):
     assert scores.chosen_kl is None and scores.rejected_kl is None
 
 
+@pytest.mark.nightly_except(packed=(False,))
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"hinge"}))
 @pytest.mark.parametrize("packed", [False, True])
 def test_training_can_start_from_the_reference(backend, name, packed):
@@ -363,6 +377,7 @@ def test_a_gradient_step_raises_the_margin(backend):
 # --- references -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly_except(dtype=PLAIN)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "aot", "bco_pair", "sft"])
 def test_per_token_reference_logps(backend, dtype, name, packed):
@@ -373,6 +388,7 @@ def test_per_token_reference_logps(backend, dtype, name, packed):
     check_preference(backend, batch, name, options=CASES[name], live_reference=False, reference_logps=cached)
 
 
+@pytest.mark.nightly_except(dtype=PLAIN)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "aot", "bco_pair", "sft"])
 def test_per_sequence_reference_logps(backend, dtype, name, packed):
@@ -386,6 +402,7 @@ def test_per_sequence_reference_logps(backend, dtype, name, packed):
     )
 
 
+@pytest.mark.nightly_except(name=("sigmoid", "ipo", "aot", "simpo", "sft"))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"tdpo1", "tdpo2"}))
@@ -450,6 +467,8 @@ def fractional_weights(labels: torch.Tensor) -> torch.Tensor:
     return weights.to(labels.device)
 
 
+@pytest.mark.quick_cases(name=("sigmoid", "aot"))
+@pytest.mark.nightly_except(name=("sigmoid", "sigmoid_norm", "aot", "tdpo2", "sft"))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CASES)
@@ -497,6 +516,7 @@ def test_temperature_divides_both_models(backend, dtype):
         check_preference(backend, batch, "sigmoid", temperature=temperature, live_reference=False, reference_logps=0.0)
 
 
+@pytest.mark.quick_cases(packed=(False,))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["sigmoid", "tdpo1", "ipo"])

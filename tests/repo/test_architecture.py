@@ -16,6 +16,8 @@ import pytest
 
 import qkernels
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(qkernels.__file__).parent
 # The engine, lowest first. `_version.py` holds one string and stands below everything.
 LAYERS = ("_version", "core", "backends", "distributed", "objectives", "head", "autograd", "functional")

@@ -121,6 +121,7 @@ SIGNATURES = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_public_signature(name):
     signature = inspect.signature(getattr(qkernels, name))
@@ -131,6 +132,7 @@ def test_public_signature(name):
     assert str(bare) == f"({SIGNATURES[name]})"
 
 
+@pytest.mark.quick
 def test_public_names():
     for name in qkernels.__all__:
         assert getattr(qkernels, name) is not None
@@ -138,6 +140,7 @@ def test_public_names():
     assert {"objectives", "reference", "TokenStats", "TokenDPOOutput", "TokenMDP"} <= set(qkernels.__all__)
 
 
+@pytest.mark.quick
 def test_fields_of_the_results():
     assert qkernels.TokenDPOOutput._fields == (
         "loss", "chosen_rewards", "rejected_rewards", "token_logps", "reference_token_logps", "token_rewards",

@@ -12,6 +12,7 @@ from torch import Tensor
 from assertions import EPS32, SMALLEST, assert_within
 from cases import IGNORE, generator
 from qkernels.backends import ops
+from qkernels.core.calls import PairLoss
 from qkernels.objectives import OBJECTIVES, PairScores
 
 LAYOUTS = ("dense", "packed")
@@ -127,7 +128,8 @@ def check_fused_default(backend, dtype: torch.dtype, case: Case, formula=OBJECTI
     given = inputs(case, dtype)
     truth = expected(case, given, formula)
     here = {name: None if value is None else value.to(backend.device) for name, value in given.items()}
-    actual = Outputs(*ops.pair_loss(*here.values(), case.beta, case.label_smoothing, IGNORE, backend.name))
+    how = {"beta": case.beta, "label_smoothing": case.label_smoothing, "ignore_index": IGNORE, "backend": backend.name}
+    actual = Outputs(*ops.pair_loss(PairLoss(**here, **how)))
     eps = EPS32 if dtype == torch.float32 else 2.0**-50  # of float64 sums the order shows too
     for name in ("loss", "rewards", "grad", "tokens"):
         value, exact = getattr(actual, name), getattr(truth, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ def _home(name: str) -> str:
     return "cuda" if name in ("cuda", "triton") else "cpu"
 
 
+@functools.cache
 def runnable_backends() -> list[Backend]:
     """Every registered backend on every device where it can take fp32 logits."""
     devices = [torch.device("cpu")] + ([torch.device("cuda", 0)] if torch.cuda.is_available() else [])
