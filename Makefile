@@ -6,23 +6,27 @@ ARGS   ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY  := $(VENV)/.ready
+TOOLS  := $(VENV)/.tools
 
-.PHONY: help demo test bench lint types package sanitize clean
+.PHONY: help setup demo test bench lint ruff clang-format types architecture docs package sanitize clean
 
 help:
+	@echo "make setup     everything that tests and checks need, in $(VENV)"
 	@echo "make demo      train a small model with token-level DPO and write a report to $(OUT)/"
 	@echo "               (again: make demo ARGS=--overwrite)"
 	@echo "make test      run the test suite"
 	@echo "make bench     compare with eager torch, torch.compile and installed peers"
-	@echo "make lint      ruff;  make types: mypy;  make sanitize: C++ core under sanitizers"
 	@echo "make package   build the sdist and the wheel, install them in a fresh environment and use them"
+	@echo "make lint      ruff, clang-format, mypy, the architecture test (pre-commit runs the same)"
+	@echo "make docs      the documentation site, in build/site; a broken link or a missing public name fails"
+	@echo "make sanitize  the C++ core under sanitizers"
 	@echo "ARGS='...' is passed on to demo, test and bench"
 
 # torch comes first and pinned, so that nothing else pulls in another build of it.
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[demo,test,trl]'
+	$(PIP) -e '.[demo,test,trl,docs]'
 	@touch $(READY)
 
 demo: $(READY)
@@ -34,17 +38,34 @@ test: $(READY)
 bench: $(READY)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)
 
-lint: $(READY)
-	$(PIP) ruff
+setup: $(READY) $(TOOLS)
+
+$(TOOLS): pyproject.toml constraints.txt | $(READY)
+	$(PIP) ruff mypy clang-format pre-commit
+	@touch $(TOOLS)
+
+lint: ruff clang-format types architecture
+
+ruff: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
-	$(PIP) mypy
+clang-format: $(TOOLS)
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.c*')
+
+types: $(TOOLS)
 	$(BIN)/mypy
 
 package: $(READY)
 	$(BIN)/python .ci/check_package.py
+
+architecture: $(READY)
+	$(BIN)/pytest -q tests/repo/test_architecture.py
+
+# -E reads every page again, -W makes a warning an error.
+docs: $(READY)
+	$(BIN)/sphinx-build -E -W --keep-going -q -c docs . build/site
+	@echo "build/site/index.html"
 
 sanitize: $(READY)
 	for kind in address,undefined thread; do \
