@@ -20,7 +20,7 @@ def release_notes(tag: str, version_file: str, changelog: str) -> str:
     if version is None:
         raise ValueError("qkernels/_version.py has no __version__")
     if tag != f"v{version[1]}":
-        raise ValueError(f"the tag is {tag} and the version in qkernels/_version.py is {version[1]}; expected v{version[1]}")
+        raise ValueError(f"the tag is {tag}; expected v{version[1]}, the version in qkernels/_version.py")
     section = re.search(
         rf"^## {re.escape(version[1])} \((\d{{4}}-\d\d-\d\d)\)\n(.*?)(?=^## |\Z)", changelog, re.DOTALL | re.MULTILINE
     )

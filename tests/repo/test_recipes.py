@@ -36,9 +36,8 @@ def code(title: str) -> list[str]:
 # --- add an objective -------------------------------------------------------------------------------------------------
 
 
-def test_recipe_of_an_objective(monkeypatch):
+def test_recipe_of_an_objective():
     """The function is written into a copy of formulas.py's namespace; the example then uses its name as `loss_type`."""
-    monkeypatch.setattr(objectives.registry, "OBJECTIVES", objectives.OBJECTIVES)
     before = dict(objectives.OBJECTIVES)
     function, example = code("Add an objective")
     try:
@@ -60,8 +59,8 @@ def test_recipe_of_an_objective(monkeypatch):
 
 # --- add a per-token output -------------------------------------------------------------------------------------------
 
-# What only the backward reads has no field in the results and no definition of its own in the oracle. What is computed of
-# both models alike is looked for under the policy's name.
+# What only the backward reads has no field in the results and no definition of its own in the oracle. What is computed
+# of both models alike is looked for under the policy's name.
 STATE = ("row_max", "log_sum")
 OUTPUTS = [name for name in COLUMNS if name not in STATE and not name.startswith("reference_")]
 
@@ -162,7 +161,7 @@ def test_recipe_of_a_backend_from_hidden_states(recipe_backend):
 
 def test_recipe_of_a_backend_says_why_not(recipe_backend):
     assert backends.get(recipe_backend).unavailable(torch.device("cpu"), torch.bfloat16) is None
-    with pytest.raises(ValueError, match="double.*the tensor is on meta"):
+    with pytest.raises(ValueError, match=r"double.*the tensor is on meta"):
         qkernels.token_logps(
             torch.empty(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"), backend=recipe_backend
         )
