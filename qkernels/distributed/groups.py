@@ -53,11 +53,11 @@ class SumOverRanks(torch.autograd.Function):
     sum, and counts once."""
 
     @staticmethod
-    def forward(ctx, values: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
         return sum_over_ranks(values, group)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
