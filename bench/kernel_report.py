@@ -1,7 +1,8 @@
 """What the GPU kernels became: registers, spills, load widths and instructions, read from their machine code.
 
     python -m bench.kernel_report                          print the table
-    python -m bench.kernel_report --write docs/kernels.md  put it between the markers of that file
+    python -m bench.kernel_report --write                  write it to bench/results/machine-code.md, the estimates to
+                                                           docs/kernels.md between the markers
 
 Needs no GPU. Every variant of the Triton kernels is compiled ahead of time, for NVIDIA and for AMD, where triton is
 installed; the CUDA kernels (csrc/cuda) are compiled to cubins where there is an nvcc. Machine code for NVIDIA is read
@@ -31,6 +32,7 @@ ROWS, VOCAB = 8192, 128256
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
 BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
+DETAILS, PAGE = Path("bench/results/machine-code.md"), Path("docs/kernels.md")
 
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -532,7 +534,7 @@ def table(architectures: Sequence[str], variants: Sequence[Variant]) -> str:
 
 
 def report(architectures: Sequence[str] = (*ARCHITECTURES, AMD)) -> str:
-    """Table and how to read it: of the kernels that can be compiled here."""
+    """The table of all kernels that can be compiled here, and how to read it."""
     variants, compilers = [], []
     if unavailable("CUDA") is None:
         variants += CUDA_VARIANTS
@@ -545,12 +547,22 @@ def report(architectures: Sequence[str] = (*ARCHITECTURES, AMD)) -> str:
         variants += VARIANTS
         compilers.append(f"triton {triton.__version__}")
     return (
-        f"Compiled with {' and '.join(compilers)}. Loads, stores, EX2 and instructions are those of one trip of the"
-        " main loop of one thread. The estimate is for N = 8192 rows of V = 128256 on an H200 (4.3 TB/s; 132 x 128"
+        "# Machine code of the GPU kernels\n\nWritten by `python -m bench.kernel_report --write`.\n\n"
+        f"Compiled with {' and '.join(compilers)}. Loads, stores, EX2 and instructions are those of one iteration of"
+        " the main loop of one thread. The estimate is for N = 8192 rows of V = 128256 on an H200 (4.3 TB/s; 132 x 128"
         " lane-instructions per clock at 1.8 GHz) from the machine code for sm_90: whichever takes longer, moving the"
         " bytes or issuing the main loop's instructions. It is not a measurement, and leaves out what a row costs"
-        " besides: the tiles that go element by element, and the end.\n\n" + table(architectures, variants) + "\n\n"
-        f"The same estimates beside what the kernels were written to reach (N = {ROWS}, V = {VOCAB}, bf16, an H200;"
+        " besides: the tiles that go element by element, and the end. Of the kernels for any types and alignments the"
+        " loop holds the loads for each type, and not all of its instructions are executed.\n\n"
+        + table(architectures, variants)
+        + "\n"
+    )
+
+
+def summary() -> str:
+    """The estimates beside the aims."""
+    return (
+        f"Estimates beside what the kernels were written to reach (N = {ROWS}, V = {VOCAB}, bf16, an H200;"
         " 'copy': the same bytes at 4.3 TB/s). The launch of a kernel and the first bytes take microseconds, which"
         " decide for 16 rows and are not in them. Times, host overhead of a launch (aim: 80 us for the whole loss on a"
         " tiny input) and other packages (aim: 1.3 x TRL's Triton kernel) can only be measured: not measured yet.\n\n"
@@ -569,7 +581,7 @@ def write(path: Path, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="update the marked section of this file")
+    parser.add_argument("--write", action="store_true", help=f"write {DETAILS} and the marked section of {PAGE}")
     parser.add_argument("--targets", nargs="+", default=[*ARCHITECTURES, AMD], help="sm_80, sm_90, sm_100, gfx942 ...")
     options = parser.parse_args()
     reasons = {compiler: unavailable(compiler) for compiler in ("CUDA", "Triton")}
@@ -578,11 +590,11 @@ def main() -> int:
             print(f"nothing about the {compiler} kernels: {reason}", file=sys.stderr)
     if all(reasons.values()):
         return 1
-    text = report(options.targets)
     if options.write:
-        write(options.write, text)
+        DETAILS.write_text(report(options.targets), encoding="utf-8")
+        write(PAGE, summary())
     else:
-        print(text)
+        print(report(options.targets), summary(), sep="\n")
     return 0
 
 

@@ -18,7 +18,7 @@ import torch
 from ..core.compile import constant_when_compiled
 
 # Name -> module, in the order in which "auto" tries them. CUDA before Triton is an estimate from their machine code
-# (the table in docs/kernels.md), not a measurement: to change it, change the order of the lines.
+# (bench/results/machine-code.md), not a measurement: to change it, change the order of the lines.
 _MODULES: dict[str, str] = {
     "cuda": "qkernels.backends.cuda",
     "triton": "qkernels.backends.triton",

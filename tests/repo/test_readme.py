@@ -1,4 +1,4 @@
-"""The examples of the README and of docs/linear.md run as printed."""
+"""The examples of the README and of the guides from logits and from hidden states run as printed."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "linear.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "logits.md", ROOT / "docs" / "linear.md"]
 EXAMPLES = [
     e for page in PAGES for e in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 ]

@@ -1,4 +1,4 @@
-"""What a release needs: a complete sdist, a tag that agrees with version and changelog, workflows without errors."""
+"""What a release needs: a tag that agrees with version and changelog, workflows and templates that hold together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,22 +31,6 @@ TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
 
 VERSION = '__version__ = "1.2.0"'
 CHANGELOG = "# Changelog\n\n## 1.2.0 (2026-01-31)\n\n- New.\n\n## 1.1.0 (2025-01-01)\n\n- Old.\n"
-
-
-def test_sdist_has_every_source(tmp_path):
-    """What `pip install` of the sdist compiles is in it, and so are the tests."""
-    pytest.importorskip("setuptools", minversion="77", reason="setuptools is too old to read pyproject.toml")
-    products = (".git", ".venv", "build", "dist", "*.so", "_build.json", "__pycache__", "*.egg-info", ".*_cache")
-    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(*products), symlinks=True)
-    subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=copy, check=True, capture_output=True, text=True)
-    listed = set((copy / "qkernels.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines())
-    needed = {
-        path.relative_to(copy).as_posix()
-        for folder in ("csrc", "qkernels", "tests", "docs")
-        for path in (copy / folder).rglob("*")
-        if path.is_file()
-    } | {"constraints.txt", "Makefile", "pyproject.toml", "setup.py", "CONTRIBUTING.md"}
-    assert not needed - listed
 
 
 def test_release_notes_are_the_section_of_the_version():

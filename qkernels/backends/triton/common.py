@@ -32,7 +32,7 @@ from ...core.checks import check_labels as check_labels
 
 WARPS = 4
 WARP_SIZE = 64 if torch.version.hip else 32
-# fp fusion is on by default up to triton 3.9 and off later; the tables in docs/kernels.md are of code compiled with it.
+# fp fusion is on by default up to triton 3.9 and off later; bench/results/machine-code.md was compiled with it.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 COMBINE = {"num_warps": 1, "enable_fp_fusion": True}
