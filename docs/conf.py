@@ -31,6 +31,10 @@ python_use_unqualified_type_names = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
+highlight_language = "none"  # of blocks that name no language
+pygments_style = "friendly"
+pygments_dark_style = "monokai"
+
 html_theme = "furo"
 html_title = "qkernels"
 html_static_path = ["static"]

@@ -33,6 +33,16 @@ from ..functional.hidden import linear_token_dpo, linear_token_stats
 from ..functional.logits import shift_labels
 from ..functional.results import TokenStats
 
+__all__ = [
+    "HeadParameters",
+    "batch_labels",
+    "compute_token_logps",
+    "compute_token_stats",
+    "head_parameters",
+    "hidden_states",
+    "unwrap",
+]
+
 
 class HeadParameters(NamedTuple):
     """The head of a causal language model: logits = softcap * tanh(logit_scale * (hidden weight^T + bias) / softcap).
