@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import qkernels
+from runnable import HAS_COMPILER
 
 TESTS = next(folder for folder in Path(__file__).resolve().parents if (folder / "conftest.py").exists())
 SOURCES = TESTS.parent / "csrc"
@@ -53,7 +54,7 @@ def module() -> Path:
     """The emulation as a Python module; built anew where its sources have changed."""
     pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
     missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
-    if missing or not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
+    if missing or not (os.environ.get("CXX") or HAS_COMPILER):
         pytest.skip(f"needs a C++ compiler, cmake and ninja; missing: {missing or 'compiler'}")
     if not SOURCES.is_dir():
         pytest.skip("csrc/ lies in the source tree only")
