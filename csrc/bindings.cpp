@@ -53,9 +53,16 @@ qk::Operand operand_of(const Operand& operand) {
 
 void gemm(int64_t rows, int64_t columns, int64_t depth, Operand left, Operand right, Address bias, Address out,
           int out_type, int64_t out_stride, bool accumulate, int threads) {
-  const qk::GemmCall call{rows,          columns,    depth,      operand_of(left),
-                          operand_of(right), at<float>(bias), at<void>(out), out_stride,
-                          static_cast<qk::DType>(out_type), accumulate};
+  const qk::GemmCall call{rows,
+                          columns,
+                          depth,
+                          operand_of(left),
+                          operand_of(right),
+                          at<float>(bias),
+                          at<void>(out),
+                          out_stride,
+                          static_cast<qk::DType>(out_type),
+                          accumulate};
   py::gil_scoped_release release;
   qk::gemm(call, threads);
 }

@@ -54,7 +54,8 @@ inline void transpose(uint32_t (&tile)[16][16]) {
 inline void interleave(const BFloat16* even, const BFloat16* odd, int64_t count, uint32_t* pairs) {
   const __mmask16 here = static_cast<__mmask16>((1u << count) - 1);
   __m512i both = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, even));
-  if (odd) both = _mm512_or_si512(both, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, odd)), 16));
+  if (odd)
+    both = _mm512_or_si512(both, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(here, odd)), 16));
   _mm512_storeu_si512(pairs, both);
 }
 

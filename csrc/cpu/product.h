@@ -4,8 +4,8 @@
 //     dX       = G W                 the right one has them along its columns; the depth is V
 //     dW      (+)= G^T X             both have them along rows and columns of the result; the depth is the chunk
 //
-// torch rounds the product of two bf16 matrices to bf16 on a CPU (an error of 3e-2 in a log-prob, where a token's reward
-// is 1e-2); these kernels keep the fp32 in which the processor has accumulated it anyway.
+// torch rounds the product of two bf16 matrices to bf16 on a CPU (an error of 3e-2 in a log-prob, where a token's
+// reward is 1e-2); these kernels keep the fp32 in which the processor has accumulated it anyway.
 #pragma once
 
 #include <cstdint>

@@ -6,9 +6,9 @@
 // whatever the strides and alignment of the matrices are, and what lies beyond an edge is 0.
 //
 // The operand of more panels is *owned*: a task packs a batch of its panels, which stays in the L2 cache, and no other
-// task reads it. The other operand is *shared*: all threads pack it once, as a whole or, where it is large (the weight in
-// dX), some groups of the depth at a time. A task multiplies its batch with a few shared panels at a time; the sums of
-// that region wait in a buffer from slab to slab, and in `out` from group to group.
+// task reads it. The other operand is *shared*: all threads pack it once, as a whole or, where it is large (the weight
+// in dX), some groups of the depth at a time. A task multiplies its batch with a few shared panels at a time; the sums
+// of that region wait in a buffer from slab to slab, and in `out` from group to group.
 //
 //     panel   32 rows of the left or columns of the right operand: two tiles for each step of 32 along the depth
 //     slab    so much of the depth that a panel and the one it meets fit the L1 cache
@@ -42,16 +42,16 @@ constexpr int64_t kStep = 32;                         // bf16 entries of a tile'
 constexpr int64_t kTileElements = kTile * kStep;      // 1 KiB
 constexpr int64_t kStepElements = 2 * kTileElements;  // of a panel
 
-// Measured on a Xeon with 48 KiB of L1 and 2 MiB of L2 cache, one core, both panels in the L2 cache before: 1700 GFLOP/s
-// with slabs of 256 to 320, 1500 with 512, 1370 with 1024.
-constexpr int64_t kSlabSteps = 10;                       // two panels: 40 KiB
-constexpr int64_t kWholeSteps = 48;                      // a depth up to this is one group
-constexpr int64_t kGroupSteps = 20;                      // of a larger one
-constexpr int64_t kBatch = 8;                            // panels of the owned operand: up to 768 KiB
-constexpr int64_t kTogether = 8;                         // panels of the shared operand in a region, if there is one group
-constexpr int64_t kRegion = 256;                         // blocks of a region if there are several groups: 1 MiB
-constexpr int64_t kSharedElements = 8 * 1024 * 1024;     // of the shared operand packed at a time: 16 MiB
-constexpr int64_t kStreamedBytes = 4 * 1024 * 1024;      // a larger result bypasses the caches on its way to memory
+// Measured on a Xeon with 48 KiB of L1 and 2 MiB of L2 cache, one core, both panels in the L2 cache before: 1700
+// GFLOP/s with slabs of 256 to 320, 1500 with 512, 1370 with 1024.
+constexpr int64_t kSlabSteps = 10;                   // of two panels: 40 KiB
+constexpr int64_t kWholeSteps = 48;                  // a depth up to this is one group,
+constexpr int64_t kGroupSteps = 20;                  // a larger one several of these
+constexpr int64_t kBatch = 8;                        // panels: up to 768 KiB
+constexpr int64_t kTogether = 8;                     // shared panels that a batch meets at a time
+constexpr int64_t kGroupedBatch = 4;                 // the same if there are several groups, so that the sums of a
+constexpr int64_t kGroupedTogether = 64;             // region, up to 1 MiB, stay in the L2 cache from one to the next
+constexpr int64_t kStreamedBytes = 4 * 1024 * 1024;  // a larger result bypasses the caches on its way to memory
 
 #if defined(QK_EMULATE_AMX)
 
@@ -186,7 +186,7 @@ class Workspaces {
 // operand's tile has an entry in each row, the right one's a pair along the depth.
 void pack_tile(const Operand& operand, bool is_left, int64_t first, int64_t size, int64_t k, int64_t depth,
                BFloat16* to) {
-  uint32_t(&tile)[16][16] = *reinterpret_cast<uint32_t(*)[16][16]>(to);
+  uint32_t (&tile)[16][16] = *reinterpret_cast<uint32_t (*)[16][16]>(to);
   const int64_t count = std::clamp<int64_t>(size - first, 0, kTile), here = std::min(depth - k, kStep);
   const int64_t filled = operand.depth_first ? (here + 1) / 2 : count;  // rows
   if (count == 0 || filled < kTile) std::memset(tile, 0, sizeof tile);
@@ -214,8 +214,8 @@ struct Packing {
 };
 
 // Steps [first, last) from depth `k` on of the panels [begin, begin + packing.panels) of an operand.
-void pack(const Operand& operand, bool is_left, int64_t size, int64_t depth, int64_t k, int64_t begin, int64_t end, int64_t first,
-          int64_t last, const Packing& packing, int64_t base, BFloat16* packed) {
+void pack(const Operand& operand, bool is_left, int64_t size, int64_t depth, int64_t k, int64_t begin, int64_t end,
+          int64_t first, int64_t last, const Packing& packing, int64_t base, BFloat16* packed) {
   auto one = [&](int64_t panel, int64_t step) {
     BFloat16* to = packed + packing.at(panel - base, step);
     for (int64_t half = 0; half < 2; ++half)
@@ -223,8 +223,16 @@ void pack(const Operand& operand, bool is_left, int64_t size, int64_t depth, int
                 to + half * kTileElements);
   };
   if (operand.depth_first) {  // either way the matrix is read row by row
-    for (int64_t step = first; step < last; ++step)
+    const int64_t bytes = (std::min(end * kPanel, size) - begin * kPanel) * static_cast<int64_t>(sizeof(BFloat16));
+    for (int64_t step = first; step < last; ++step) {
+      // Short pieces of rows that lie far apart: the processor does not see the next ones coming.
+      const int64_t next = k + (step + 1) * kStep, rows = step + 1 < last ? std::min(kStep, depth - next) : 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        const char* row = reinterpret_cast<const char*>(operand.data + (next + i) * operand.stride + begin * kPanel);
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
+      }
       for (int64_t panel = begin; panel < end; ++panel) one(panel, step);
+    }
   } else {
     for (int64_t panel = begin; panel < end; ++panel)
       for (int64_t step = first; step < last; ++step) one(panel, step);
@@ -344,10 +352,14 @@ void QK_GEMM(const GemmCall& call, int threads) {
   auto steps_of = [&](int64_t group) { return std::clamp<int64_t>(all_steps - group * group_steps, 0, group_steps); };
   const int64_t slab = divide_up(group_steps, divide_up(group_steps, kSlabSteps));
   const int64_t group_elements = shared_panels * group_steps * kStepElements;
-  const int64_t at_a_time = std::clamp<int64_t>(kSharedElements / group_elements, 1, groups);
+  // Groups whose shared operand is packed at a time: enough that the way of the sums to memory and back, 8 bytes each,
+  // costs no more than the operands' way to the processor, 2 bytes each.
+  const int64_t worthwhile = 4 * call.rows * call.columns / (call.rows + call.columns);
+  const int64_t at_a_time = std::clamp<int64_t>(worthwhile / (group_steps * kStep), 1, groups);
   // A region: a batch and some panels of the shared operand.
-  const int64_t batch = std::clamp<int64_t>(divide_up(owned_panels, 2 * threads), 1, kBatch);
-  const int64_t together = std::min(shared_panels, groups == 1 ? kTogether : kRegion / batch);
+  const int64_t together = std::min(shared_panels, groups == 1 ? kTogether : kGroupedTogether);
+  const int64_t batch =
+      std::clamp<int64_t>(divide_up(owned_panels, 2 * threads), 1, groups == 1 ? kBatch : kGroupedBatch);
   const int64_t batch_elements = batch * group_steps * kStepElements;
   const int64_t stride = (owns_left ? together : batch) * kPanel + 16;  // spreads rows over the sets of the cache
 
@@ -363,7 +375,7 @@ void QK_GEMM(const GemmCall& call, int threads) {
     waiting = buffer.get();
     waiting_stride = call.columns;
   }
-  const bool stream = !call.accumulate && at_a_time == groups && call.rows * call.columns * 4 >= kStreamedBytes;
+  const bool stream = at_a_time == groups && call.rows * call.columns * 4 >= kStreamedBytes;
 
   for (int64_t begin = 0; begin < groups; begin += at_a_time) {
     const int64_t end = std::min(groups, begin + at_a_time);
@@ -420,10 +432,12 @@ void QK_GEMM(const GemmCall& call, int threads) {
                 const BFloat16* const my_panel = mine + my_packing.at(o, step);
                 const int64_t i = (owns_left ? o : s) * kPanel, j = (owns_left ? s : o) * kPanel;
                 const bool two_left = rows - i > kTile, two_right = columns - j > kTile;
-                (two_left ? two_right ? multiply_block<2, 2> : multiply_block<2, 1>
-                          : two_right ? multiply_block<1, 2> : multiply_block<1, 1>)(
-                    tiles, owns_left ? my_panel : their_panel, owns_left ? their_panel : my_panel, here,
-                    resume || group > begin || step > 0, sums + i * stride + j, stride, next, lines);
+                (two_left    ? two_right ? multiply_block<2, 2> : multiply_block<2, 1>
+                 : two_right ? multiply_block<1, 2>
+                             : multiply_block<1, 1>)(tiles, owns_left ? my_panel : their_panel,
+                                                     owns_left ? their_panel : my_panel, here,
+                                                     resume || group > begin || step > 0, sums + i * stride + j, stride,
+                                                     next, lines);
               }
               // While these rows are in the L1 cache.
               if (!owns_left && group + 1 == end && step + slab >= steps)

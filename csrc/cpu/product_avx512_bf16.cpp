@@ -8,8 +8,8 @@
 // of a panel's earlier k wait in a buffer of its own and meet `out` once.
 //
 // The sum over rows (dW) has its k along the rows of both matrices: pairs are made of two rows. There `right`, the
-// hidden states, is packed once per call, and `left`, as large as the logits, a group of tiles and a block of k at a time;
-// sums wait in `out`.
+// hidden states, is packed once per call, and `left`, as large as the logits, a group of tiles and a block of k at a
+// time; sums wait in `out`.
 //
 // Order: for each entry k ascends in pairs, pairs of a block in the accumulator, blocks after each other into the same
 // accumulator. No entry's sum depends on where the tile begins. VDPBF16PS rounds to nearest and takes subnormals for 0.
@@ -81,7 +81,8 @@ void pack_left(const GemmCall& call, int64_t tile, int64_t tiles, uint32_t* pack
       for (int64_t pair = 0; pair < here; ++pair) {
         const int64_t k = 2 * (block * kPairs + pair);
         uint32_t value = 0;
-        if (row < call.rows) std::memcpy(&value, call.left.data + row * call.left.stride + k, k + 1 < call.depth ? 4 : 2);
+        if (row < call.rows)
+          std::memcpy(&value, call.left.data + row * call.left.stride + k, k + 1 < call.depth ? 4 : 2);
         to[pair * kRows + i] = value;
       }
     }
@@ -190,8 +191,7 @@ void add_row_product(const GemmCall& call, int threads) {
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t first = column + half * 16;
       pack_rows(call.right.data + block * kDepth * call.right.stride + std::min(first, call.columns), call.right.stride,
-                call.columns - first, 16, depth_of(block), kColumns,
-                right.get() + i * kPairs * kColumns + half * 16);
+                call.columns - first, 16, depth_of(block), kColumns, right.get() + i * kPairs * kColumns + half * 16);
     }
   });
   // Tiles of a group fit the L2 cache together: each panel meets all of them.
@@ -204,7 +204,8 @@ void add_row_product(const GemmCall& call, int threads) {
       const int64_t pairs = blocks_of(depth_of(block), 2);
       for (int64_t tile = begin; tile < end; ++tile)
         pack_rows(call.left.data + block * kDepth * call.left.stride + tile * kRows, call.left.stride,
-                  call.rows - tile * kRows, kRows, depth_of(block), kRows, left.get() + (tile - begin) * kPairs * kRows);
+                  call.rows - tile * kRows, kRows, depth_of(block), kRows,
+                  left.get() + (tile - begin) * kPairs * kRows);
       for (int64_t panel = 0; panel < panels; ++panel)
         for (int64_t tile = begin; tile < end; ++tile) {
           copy_tile(call, tile * kRows, panel * kColumns, sums, false);
