@@ -8,19 +8,20 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.tools
 
-.PHONY: help setup demo test bench lint ruff clang-format types architecture docs package sanitize clean
+.PHONY: help setup demo test matrix bench lint ruff clang-format types architecture docs package sanitize clean
 
 help:
 	@echo "make setup     everything that tests and checks need, in $(VENV)"
 	@echo "make demo      train a small model with token-level DPO and write a report to $(OUT)/"
 	@echo "               (again: make demo ARGS=--overwrite)"
 	@echo "make test      run the test suite"
+	@echo "make matrix    tests of the linear paths as other processors and thread counts run them"
 	@echo "make bench     compare with eager torch, torch.compile and installed peers"
 	@echo "make package   build the sdist and the wheel, install them in a fresh environment and use them"
 	@echo "make lint      ruff, clang-format, mypy, the architecture test (pre-commit runs the same)"
 	@echo "make docs      the documentation site, in build/site; a broken link or a missing public name fails"
 	@echo "make sanitize  the C++ core under sanitizers"
-	@echo "ARGS='...' is passed on to demo, test and bench"
+	@echo "ARGS='...' is passed on to demo, test, matrix and bench"
 
 # torch comes first and pinned, so that nothing else pulls in another build of it.
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
@@ -34,6 +35,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest $(ARGS)
+
+matrix: $(READY)
+	$(BIN)/python .ci/matrix.py $(ARGS)
 
 bench: $(READY)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)

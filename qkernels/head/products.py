@@ -65,9 +65,33 @@ def logits_product(device: torch.device, dtype: torch.dtype) -> str:
         return f"torch, {str(dtype)[6:]}"
     if device.type != "cpu":
         return "torch, 16-bit inputs, fp32 result"
-    if dtype == torch.bfloat16 and cpu.has_product():
-        return f"{_KERNELS[cpu.gemm_kernel('logits')]} kernel, fp32 result"
+    if dtype == torch.bfloat16 and (kernel := cpu.gemm_kernel("logits")):
+        return f"{_KERNELS[kernel]} kernel, fp32 result"
     return "torch, inputs widened to fp32 block by block"
+
+
+def gradient_products(device: torch.device, dtype: torch.dtype) -> str:
+    """How dX and dW come about, in words; for `info()`."""
+    if _widens(device, dtype):
+        return logits_product(device, dtype)
+    usual = f"torch, {str(dtype)[6:]}"
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return usual
+    kernels = {name: cpu.gemm_kernel(name) for name in ("dX", "dW", "dW of a chunk")}
+    words = {name: f"{_KERNELS[kernel]} kernel" if kernel else usual for name, kernel in kernels.items()}
+    if words["dX"] == words["dW"] == words["dW of a chunk"]:
+        return words["dX"]
+    return "; ".join(f"{name}: {how}" for name, how in words.items())
+
+
+def why_this_kernel() -> str:
+    """Why the GEMMs of bf16 matrices run on a CPU as they do; for `info()`."""
+    facts = cpu.describe()
+    if not facts["available"]:
+        return "the compiled extension is missing"
+    if (amx := facts["amx"]) == "available":
+        return f"instruction set {facts['instruction_set']}"
+    return f"instruction set {facts['instruction_set']}; AMX: {amx}"
 
 
 def _own_gemm(name: str, operand: Tensor) -> bool:

@@ -99,7 +99,8 @@ import torch, qkernels
 facts = qkernels.info()
 print(facts["native_extension"]["instruction_set"])
 print(facts["native_extension"]["amx"])
-print(facts["hidden_states"]["cpu bf16"])
+print(facts["hidden_states"]["cpu bf16 logits"])
+print(facts["hidden_states"]["cpu bf16 because"])
 torch.manual_seed(0)
 h, w, y = torch.randn(2, 9, 70).bfloat16(), torch.randn(50, 70).bfloat16(), torch.randint(50, (2, 9))
 logps = qkernels.linear_token_logps(h, w, y)
@@ -111,9 +112,10 @@ print(float((logps - exact).abs().max()))
     assert run.returncode == 0, run.stderr
     if run.stdout.startswith("no seccomp"):
         pytest.skip("this system has no seccomp filters")
-    name, amx, kernel, error = run.stdout.splitlines()
+    name, amx, kernel, why, error = run.stdout.splitlines()
     assert name == [other for other in _C.instruction_sets() if other != "amx_bf16"][-1]
     assert "AMX" not in kernel
     if not _C.amx_unavailable():
         assert amx == "the operating system refuses it (arch_prctl: Operation not permitted)"
+        assert amx in why
     assert float(error) < 5e-5  # logits of 30: eps32 of a few hundred

@@ -245,7 +245,7 @@ def test_errors_of_sums_are_seen(kernel, monkeypatch, spoil):
         check_sum(left, right, start)
 
 
-# --- gradients of the inputs and of the weight from one chunk, rounded once to bf16 -------------------------------------
+# --- gradients of the inputs and of the weight from one chunk, rounded once to bf16 -----------------------------------
 
 
 def check_rounded(name: str, left, right, stride: int = 0) -> torch.Tensor:
