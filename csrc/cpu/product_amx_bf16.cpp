@@ -8,7 +8,7 @@
 // The operand of more panels is *owned*: a task packs a batch of its panels, which stays in the L2 cache, and no other
 // task reads it. The other operand is *shared*: all threads pack it once, as a whole or, where it is large (the weight
 // in dX), some groups of the depth at a time. A task multiplies its batch with a few shared panels at a time; the sums
-// of that region wait in a buffer from slab to slab, and in `out` from group to group.
+// of that region wait in a buffer from slab to slab, and in `out` from one packing of the shared operand to the next.
 //
 //     panel   32 rows of the left or columns of the right operand: two tiles for each step of 32 along the depth
 //     slab    so much of the depth that a panel and the one it meets fit the L1 cache
@@ -182,12 +182,19 @@ class Workspaces {
   std::vector<BFloat16*> free_;
 };
 
+// An operand, its size and depth, and the side of the GEMM it is on.
+struct Side {
+  Operand operand;
+  int64_t size, depth, panels;
+  bool is_left;
+};
+
 // One tile of an operand: 16 entries of its size from `first`, 32 of the depth from `k`; 0 beyond the edges. The left
 // operand's tile has an entry in each row, the right one's a pair along the depth.
-void pack_tile(const Operand& operand, bool is_left, int64_t first, int64_t size, int64_t k, int64_t depth,
-               BFloat16* to) {
+void pack_tile(const Side& side, int64_t first, int64_t k, BFloat16* to) {
+  const Operand& operand = side.operand;
   uint32_t (&tile)[16][16] = *reinterpret_cast<uint32_t (*)[16][16]>(to);
-  const int64_t count = std::clamp<int64_t>(size - first, 0, kTile), here = std::min(depth - k, kStep);
+  const int64_t count = std::clamp<int64_t>(side.size - first, 0, kTile), here = std::min(side.depth - k, kStep);
   const int64_t filled = operand.depth_first ? (here + 1) / 2 : count;  // rows
   if (count == 0 || filled < kTile) std::memset(tile, 0, sizeof tile);
   if (count == 0) return;
@@ -199,10 +206,10 @@ void pack_tile(const Operand& operand, bool is_left, int64_t first, int64_t size
     const BFloat16* from = operand.data + first * operand.stride + k;
     for (int64_t i = 0; i < count; ++i, from += operand.stride) copy_row(from, here, tile[i]);
   }
-  if (operand.depth_first == is_left) transpose(tile);
+  if (operand.depth_first == side.is_left) transpose(tile);
 }
 
-// Where a packed step of a panel is. Within a group of the depth: `together` panels at a time, their slabs in order.
+// Where the steps of packed panels are, within a group of the depth: `together` panels at a time, their slabs in order.
 struct Packing {
   int64_t panels, together, steps, slab;
 
@@ -213,29 +220,32 @@ struct Packing {
   }
 };
 
-// Steps [first, last) from depth `k` on of the panels [begin, begin + packing.panels) of an operand.
-void pack(const Operand& operand, bool is_left, int64_t size, int64_t depth, int64_t k, int64_t begin, int64_t end,
-          int64_t first, int64_t last, const Packing& packing, int64_t base, BFloat16* packed) {
+struct Range {
+  int64_t begin, end;
+};
+
+// Packs `panels` of a side, the first of which is panel 0 of the packing less `origin`, and `steps` of the group that
+// begins at depth `k`.
+void pack(const Side& side, int64_t k, Range panels, Range steps, const Packing& packing, int64_t origin,
+          BFloat16* packed) {
   auto one = [&](int64_t panel, int64_t step) {
-    BFloat16* to = packed + packing.at(panel - base, step);
+    BFloat16* to = packed + packing.at(panel - origin, step);
     for (int64_t half = 0; half < 2; ++half)
-      pack_tile(operand, is_left, panel * kPanel + half * kTile, size, k + step * kStep, depth,
-                to + half * kTileElements);
+      pack_tile(side, panel * kPanel + half * kTile, k + step * kStep, to + half * kTileElements);
   };
-  if (operand.depth_first) {  // either way the matrix is read row by row
-    const int64_t bytes = (std::min(end * kPanel, size) - begin * kPanel) * static_cast<int64_t>(sizeof(BFloat16));
-    for (int64_t step = first; step < last; ++step) {
-      // Short pieces of rows that lie far apart: the processor does not see the next ones coming.
-      const int64_t next = k + (step + 1) * kStep, rows = step + 1 < last ? std::min(kStep, depth - next) : 0;
-      for (int64_t i = 0; i < rows; ++i) {
-        const char* row = reinterpret_cast<const char*>(operand.data + (next + i) * operand.stride + begin * kPanel);
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 3);
-      }
-      for (int64_t panel = begin; panel < end; ++panel) one(panel, step);
-    }
-  } else {
-    for (int64_t panel = begin; panel < end; ++panel)
-      for (int64_t step = first; step < last; ++step) one(panel, step);
+  if (!side.operand.depth_first) {  // either way the matrix is read row by row
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+      for (int64_t step = steps.begin; step < steps.end; ++step) one(panel, step);
+    return;
+  }
+  const int64_t first = panels.begin * kPanel, count = std::min(panels.end * kPanel, side.size) - first;
+  for (int64_t step = steps.begin; step < steps.end; ++step) {
+    // Short pieces of rows that are far apart: the processor does not see the next ones coming.
+    const int64_t next = k + (step + 1) * kStep, rows = step + 1 < steps.end ? std::min(kStep, side.depth - next) : 0;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t at = 0; at < count; at += kStep)
+        __builtin_prefetch(side.operand.data + (next + i) * side.operand.stride + first + at, 0, 3);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) one(panel, step);
   }
 }
 
@@ -319,137 +329,183 @@ void fill_empty_sum(const GemmCall& call) {
     }
 }
 
-// A row of the result: bias added, rounded to the result's type.
-void write_row(const GemmCall& call, int64_t row, int64_t column, int64_t count, float* sums, bool stream) {
-  if (call.bias)
-    for (int64_t j = 0; j < count; ++j) sums[j] += call.bias[column + j];
-  const int64_t at = row * call.out_stride + column;
-  if (call.out_type == DType::kBFloat16)
-    copy_out(sums, count, static_cast<BFloat16*>(call.out) + at, stream);
-  else
-    copy_out(sums, count, static_cast<float*>(call.out) + at, stream);
-}
+// One call: how the work is divided, and the parts of it. See the top of the file for the words.
+class Gemm {
+ public:
+  Gemm(const GemmCall& call, int threads)
+      : call_(call), threads_(std::max(threads, 1)), all_steps_(divide_up(call.depth, kStep)) {
+    const Side left{call.left, call.rows, call.depth, divide_up(call.rows, kPanel), true};
+    const Side right{call.right, call.columns, call.depth, divide_up(call.columns, kPanel), false};
+    owns_left_ = left.panels >= right.panels;
+    owned_ = owns_left_ ? left : right;
+    shared_ = owns_left_ ? right : left;
+
+    groups_ = all_steps_ <= kWholeSteps ? 1 : divide_up(all_steps_, kGroupSteps);
+    group_steps_ = divide_up(all_steps_, groups_);
+    slab_ = divide_up(group_steps_, divide_up(group_steps_, kSlabSteps));
+    // Groups whose shared operand is packed at a time: enough that the way of the sums to memory and back, 8 bytes
+    // each, costs no more than the operands' way to the processor, 2 bytes each.
+    const int64_t worthwhile = 4 * call.rows * call.columns / (call.rows + call.columns);
+    at_a_time_ = std::clamp<int64_t>(worthwhile / (group_steps_ * kStep), 1, groups_);
+    together_ = std::min(shared_.panels, groups_ == 1 ? kTogether : kGroupedTogether);
+    batch_ = std::clamp<int64_t>(divide_up(owned_.panels, 2 * threads_), 1, groups_ == 1 ? kBatch : kGroupedBatch);
+    sums_stride_ = (owns_left_ ? together_ : batch_) * kPanel + 16;  // spreads rows over the sets of the cache
+    stream_ = at_a_time_ == groups_ && call.rows * call.columns * 4 >= kStreamedBytes;
+
+    waiting_ = static_cast<float*>(call.out);
+    waiting_stride_ = call.out_stride;
+    if (call.out_type == DType::kBFloat16 && at_a_time_ < groups_) {
+      waiting_buffer_ = make_buffer<float>(call.rows * call.columns);
+      waiting_ = waiting_buffer_.get();
+      waiting_stride_ = call.columns;
+    }
+    packed_ = make_buffer<BFloat16>(at_a_time_ * group_elements());
+  }
+
+  void run() {
+    Workspaces workspaces(threads_, batch_elements() + 2 * (owns_left_ ? batch_ : together_) * kPanel * sums_stride_);
+    for (int64_t begin = 0; begin < groups_; begin += at_a_time_) {
+      const Range groups{begin, std::min(groups_, begin + at_a_time_)};
+      pack_shared(groups);
+      parallel_for(divide_up(owned_.panels, batch_), threads_, [&](int64_t task) {
+        BFloat16* const workspace = workspaces.take();
+        multiply_batch(groups, {task * batch_, std::min(owned_.panels, (task + 1) * batch_)}, workspace);
+        workspaces.give_back(workspace);
+      });
+    }
+  }
+
+ private:
+  // Rows and columns of the result that a batch and some shared panels make.
+  struct Region {
+    int64_t row, column, rows, columns;
+  };
+
+  int64_t group_elements() const { return shared_.panels * group_steps_ * kStepElements; }
+  int64_t batch_elements() const { return batch_ * group_steps_ * kStepElements; }
+  int64_t depth_of(int64_t group) const { return group * group_steps_ * kStep; }
+  int64_t steps_of(int64_t group) const {
+    return std::clamp<int64_t>(all_steps_ - group * group_steps_, 0, group_steps_);
+  }
+  Packing shared_packing(int64_t group) const { return {shared_.panels, together_, steps_of(group), slab_}; }
+
+  // A task for each step of the depth where that runs along the rows of the matrix, for each panel elsewhere.
+  void pack_shared(Range groups) {
+    const bool by_step = shared_.operand.depth_first;
+    const int64_t parts = by_step ? group_steps_ : shared_.panels;
+    parallel_for((groups.end - groups.begin) * parts, threads_, [&](int64_t i) {
+      const int64_t group = groups.begin + i / parts, part = i % parts, steps = steps_of(group);
+      if (by_step && part >= steps) return;
+      const Range one{part, part + 1};
+      pack(shared_, depth_of(group), by_step ? Range{0, shared_.panels} : one, by_step ? one : Range{0, steps},
+           shared_packing(group), 0, packed_.get() + (group - groups.begin) * group_elements());
+    });
+  }
+
+  void multiply_batch(Range groups, Range panels, BFloat16* workspace) {
+    float* const sums = reinterpret_cast<float*>(workspace + batch_elements());
+    const int64_t count = panels.end - panels.begin;
+    int64_t packed_group = -1;
+    Tiles tiles;
+    for (int64_t other = 0; other < shared_.panels; other += together_) {
+      const int64_t others = std::min(together_, shared_.panels - other);
+      Region region{panels.begin * kPanel, other * kPanel, count * kPanel, others * kPanel};
+      if (!owns_left_) region = {region.column, region.row, region.columns, region.rows};
+      region.rows = std::min(region.rows, call_.rows - region.row);
+      region.columns = std::min(region.columns, call_.columns - region.column);
+      if (resumes(groups))
+        for (int64_t i = 0; i < region.rows; ++i)
+          std::memcpy(sums + i * sums_stride_, waiting_ + (region.row + i) * waiting_stride_ + region.column,
+                      static_cast<size_t>(region.columns) * sizeof(float));
+      for (int64_t group = groups.begin; group < groups.end; ++group) {
+        const int64_t steps = steps_of(group);
+        const Packing packing{count, kBatch, steps, slab_};
+        if (packed_group != group) pack(owned_, depth_of(group), panels, {0, steps}, packing, panels.begin, workspace);
+        packed_group = group;
+        for (int64_t step = 0; step < steps; step += slab_) {
+          const bool is_first = group == groups.begin && step == 0;
+          const bool is_last = group + 1 == groups.end && step + slab_ >= steps;
+          for (int64_t s = 0; s < others; ++s) {
+            const BFloat16* theirs =
+                packed_.get() + (group - groups.begin) * group_elements() + shared_packing(group).at(other + s, step);
+            multiply_strip(tiles, region, s, count, workspace, packing, theirs, step, !is_first || resumes(groups),
+                           sums);
+            // While these rows are in the L1 cache.
+            if (is_last && !owns_left_)
+              write(region, {s * kPanel, std::min(region.rows, (s + 1) * kPanel)}, groups.end == groups_, sums);
+          }
+        }
+      }
+      if (owns_left_) write(region, {0, region.rows}, groups.end == groups_, sums);
+    }
+#if defined(__AVX512F__)
+    if (stream_) _mm_sfence();  // streamed results are weakly ordered
+#endif
+  }
+
+  // A slab of one shared panel, number `s` of its region, times that of each panel of the batch.
+  void multiply_strip(Tiles& tiles, const Region& region, int64_t s, int64_t count, const BFloat16* batch,
+                      const Packing& packing, const BFloat16* theirs, int64_t step, bool resume, float* sums) {
+    const int64_t steps = std::min(slab_, packing.steps - step);
+    // The next shared panel, as a rule, comes to the L2 cache meanwhile, a part with each panel of the batch.
+    const char* next = reinterpret_cast<const char*>(theirs + steps * kStepElements);
+    const int64_t lines = divide_up(2 * kStepElements / 64, count);
+    for (int64_t o = 0; o < count; ++o, next += lines * steps * 64) {
+      const BFloat16* const mine = batch + packing.at(o, step);
+      const int64_t i = (owns_left_ ? o : s) * kPanel, j = (owns_left_ ? s : o) * kPanel;
+      const bool two_left = region.rows - i > kTile, two_right = region.columns - j > kTile;
+      const auto multiply = two_left    ? two_right ? multiply_block<2, 2> : multiply_block<2, 1>
+                            : two_right ? multiply_block<1, 2>
+                                        : multiply_block<1, 1>;
+      multiply(tiles, owns_left_ ? mine : theirs, owns_left_ ? theirs : mine, steps, resume,
+               sums + i * sums_stride_ + j, sums_stride_, next, lines);
+    }
+  }
+
+  bool resumes(Range groups) const { return groups.begin > 0 || call_.accumulate; }
+
+  // Sums of some rows of a region, to the result or to where they wait.
+  void write(const Region& region, Range rows, bool is_result, float* sums) const {
+    for (int64_t i = rows.begin; i < rows.end; ++i) {
+      float* const row = sums + i * sums_stride_;
+      if (!is_result) {
+        copy_out(row, region.columns, waiting_ + (region.row + i) * waiting_stride_ + region.column, false);
+        continue;
+      }
+      if (call_.bias)
+        for (int64_t j = 0; j < region.columns; ++j) row[j] += call_.bias[region.column + j];
+      const int64_t at = (region.row + i) * call_.out_stride + region.column;
+      if (call_.out_type == DType::kBFloat16)
+        copy_out(row, region.columns, static_cast<BFloat16*>(call_.out) + at, stream_);
+      else
+        copy_out(row, region.columns, static_cast<float*>(call_.out) + at, stream_);
+    }
+  }
+
+  const GemmCall& call_;
+  const int threads_;
+  const int64_t all_steps_;  // of the depth
+  bool owns_left_;
+  Side owned_, shared_;
+  int64_t groups_, group_steps_, slab_;     // groups of the depth, of about equal length, and slabs of these
+  int64_t at_a_time_;                       // groups
+  int64_t batch_, together_, sums_stride_;  // a region: panels of the owned and the shared operand
+  bool stream_;
+  // Where sums wait until the next groups have been packed: in `out`, or in a buffer where that is bf16.
+  float* waiting_;
+  int64_t waiting_stride_;
+  Buffer<float> waiting_buffer_;
+  Buffer<BFloat16> packed_;
+};
 
 }  // namespace
 
 void QK_GEMM(const GemmCall& call, int threads) {
   if (call.rows == 0 || call.columns == 0) return;
-  if (call.depth == 0) {
-    if (!call.accumulate) fill_empty_sum(call);
-    return;
-  }
-  threads = std::max(threads, 1);
-  const int64_t row_panels = divide_up(call.rows, kPanel), column_panels = divide_up(call.columns, kPanel);
-  const bool owns_left = row_panels >= column_panels;
-  const Operand &owned = owns_left ? call.left : call.right, &shared = owns_left ? call.right : call.left;
-  const int64_t owned_size = owns_left ? call.rows : call.columns, shared_size = owns_left ? call.columns : call.rows;
-  const int64_t owned_panels = std::max(row_panels, column_panels), shared_panels = std::min(row_panels, column_panels);
-
-  // Groups of the depth, of about equal length, and slabs of these.
-  const int64_t all_steps = divide_up(call.depth, kStep);
-  const int64_t groups = all_steps <= kWholeSteps ? 1 : divide_up(all_steps, kGroupSteps);
-  const int64_t group_steps = divide_up(all_steps, groups);
-  auto steps_of = [&](int64_t group) { return std::clamp<int64_t>(all_steps - group * group_steps, 0, group_steps); };
-  const int64_t slab = divide_up(group_steps, divide_up(group_steps, kSlabSteps));
-  const int64_t group_elements = shared_panels * group_steps * kStepElements;
-  // Groups whose shared operand is packed at a time: enough that the way of the sums to memory and back, 8 bytes each,
-  // costs no more than the operands' way to the processor, 2 bytes each.
-  const int64_t worthwhile = 4 * call.rows * call.columns / (call.rows + call.columns);
-  const int64_t at_a_time = std::clamp<int64_t>(worthwhile / (group_steps * kStep), 1, groups);
-  // A region: a batch and some panels of the shared operand.
-  const int64_t together = std::min(shared_panels, groups == 1 ? kTogether : kGroupedTogether);
-  const int64_t batch =
-      std::clamp<int64_t>(divide_up(owned_panels, 2 * threads), 1, groups == 1 ? kBatch : kGroupedBatch);
-  const int64_t batch_elements = batch * group_steps * kStepElements;
-  const int64_t stride = (owns_left ? together : batch) * kPanel + 16;  // spreads rows over the sets of the cache
-
-  const Buffer<BFloat16> packed = make_buffer<BFloat16>(at_a_time * group_elements);
-  Workspaces workspaces(threads, batch_elements + 2 * (owns_left ? batch : together) * kPanel * stride);
-
-  // Sums wait in `out` until the next groups have been packed, or in a buffer where that is bf16.
-  float* waiting = static_cast<float*>(call.out);
-  int64_t waiting_stride = call.out_stride;
-  Buffer<float> buffer;
-  if (call.out_type == DType::kBFloat16 && at_a_time < groups) {
-    buffer = make_buffer<float>(call.rows * call.columns);
-    waiting = buffer.get();
-    waiting_stride = call.columns;
-  }
-  const bool stream = at_a_time == groups && call.rows * call.columns * 4 >= kStreamedBytes;
-
-  for (int64_t begin = 0; begin < groups; begin += at_a_time) {
-    const int64_t end = std::min(groups, begin + at_a_time);
-    auto packing_of = [&](int64_t group) { return Packing{shared_panels, together, steps_of(group), slab}; };
-    // A task for each step of the depth where that runs along the rows of the matrix, for each panel elsewhere.
-    const bool by_step = shared.depth_first;
-    const int64_t parts = by_step ? group_steps : shared_panels;
-    parallel_for((end - begin) * parts, threads, [&](int64_t i) {
-      const int64_t group = begin + i / parts, part = i % parts, steps = steps_of(group);
-      if (by_step && part >= steps) return;
-      pack(shared, !owns_left, shared_size, call.depth, group * group_steps * kStep, by_step ? 0 : part,
-           by_step ? shared_panels : part + 1, by_step ? part : 0, by_step ? part + 1 : steps, packing_of(group), 0,
-           packed.get() + (group - begin) * group_elements);
-    });
-
-    const bool resume = begin > 0 || call.accumulate, is_last = end == groups;
-    parallel_for(divide_up(owned_panels, batch), threads, [&](int64_t task) {
-      const int64_t first = task * batch, count = std::min(batch, owned_panels - first);
-      BFloat16* const mine = workspaces.take();
-      float* const sums = reinterpret_cast<float*>(mine + batch_elements);
-      int64_t packed_group = -1;
-      Tiles tiles;
-      for (int64_t other = 0; other < shared_panels; other += together) {
-        const int64_t others = std::min(together, shared_panels - other);
-        const int64_t row = (owns_left ? first : other) * kPanel, column = (owns_left ? other : first) * kPanel;
-        const int64_t rows = std::min((owns_left ? count : others) * kPanel, call.rows - row);
-        const int64_t columns = std::min((owns_left ? others : count) * kPanel, call.columns - column);
-        if (resume)
-          for (int64_t i = 0; i < rows; ++i)
-            std::memcpy(sums + i * stride, waiting + (row + i) * waiting_stride + column,
-                        static_cast<size_t>(columns) * sizeof(float));
-        auto write_rows = [&](int64_t i, int64_t last) {
-          for (; i < last; ++i)
-            if (is_last)
-              write_row(call, row + i, column, columns, sums + i * stride, stream);
-            else
-              copy_out(sums + i * stride, columns, waiting + (row + i) * waiting_stride + column, false);
-        };
-        for (int64_t group = begin; group < end; ++group) {
-          const int64_t steps = steps_of(group);
-          const Packing my_packing{count, kBatch, steps, slab}, their_packing = packing_of(group);
-          if (packed_group != group)
-            pack(owned, owns_left, owned_size, call.depth, group * group_steps * kStep, first, first + count, 0, steps,
-                 my_packing, first, mine);
-          packed_group = group;
-          const BFloat16* const theirs = packed.get() + (group - begin) * group_elements;
-          for (int64_t step = 0; step < steps; step += slab) {
-            const int64_t here = std::min(slab, steps - step);
-            const int64_t lines = divide_up(kStepElements * 2 / 64, count);
-            for (int64_t s = 0; s < others; ++s) {
-              const BFloat16* const their_panel = theirs + their_packing.at(other + s, step);
-              const char* next = reinterpret_cast<const char*>(their_panel + here * kStepElements);
-              for (int64_t o = 0; o < count; ++o, next += lines * here * 64) {
-                const BFloat16* const my_panel = mine + my_packing.at(o, step);
-                const int64_t i = (owns_left ? o : s) * kPanel, j = (owns_left ? s : o) * kPanel;
-                const bool two_left = rows - i > kTile, two_right = columns - j > kTile;
-                (two_left    ? two_right ? multiply_block<2, 2> : multiply_block<2, 1>
-                 : two_right ? multiply_block<1, 2>
-                             : multiply_block<1, 1>)(tiles, owns_left ? my_panel : their_panel,
-                                                     owns_left ? their_panel : my_panel, here,
-                                                     resume || group > begin || step > 0, sums + i * stride + j, stride,
-                                                     next, lines);
-              }
-              // While these rows are in the L1 cache.
-              if (!owns_left && group + 1 == end && step + slab >= steps)
-                write_rows(s * kPanel, std::min(rows, (s + 1) * kPanel));
-            }
-          }
-        }
-        if (owns_left) write_rows(0, rows);
-      }
-      workspaces.give_back(mine);
-    });
-  }
+  if (call.depth > 0)
+    Gemm(call, threads).run();
+  else if (!call.accumulate)
+    fill_empty_sum(call);
 }
 
 }  // namespace qk
