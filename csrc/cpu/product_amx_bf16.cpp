@@ -5,14 +5,15 @@
 // layout of their tiles, one after the other in the order in which the loop reads them: loads run from end to end
 // whatever the strides and alignment of the matrices are, and what lies beyond an edge is 0.
 //
-// The operand of more panels is *owned*: a task packs a batch of its panels, which stays in the L2 cache, and no other
-// task reads it. The other operand is *shared*: all threads pack it once, as a whole or, where it is large (the weight
-// in dX), some groups of the depth at a time. A task multiplies its batch with a few shared panels at a time; the sums
-// of that region wait in a buffer from slab to slab, and in `out` from one packing of the shared operand to the next.
-//
 //     panel   32 rows of the left or columns of the right operand: two tiles for each step of 32 along the depth
-//     slab    so much of the depth that a panel and the one it meets fit the L1 cache
-//     group   so much of the depth that a batch fits the L2 cache
+//     slab    so much of the depth that two panels fit the L1 cache
+//     region  panels of both operands whose sums stay in the L2 cache from slab to slab
+//
+// Where the result is large (logits, dW), the operand of fewer panels, the hidden states, is *shared*: all threads pack
+// it once, as a whole. Tasks divide the other one: each packs a batch of its panels, which stays in the L2 cache, and
+// multiplies it with a few shared panels at a time. Where the depth is large (dX, over the vocabulary), each task has a
+// region of the result and packs both operands slab by slab: as many times as there are regions beside one another, but
+// into its own L2 cache, and no thread waits for another.
 //
 // Numerics: of the 32 terms of a step the instruction adds the even and the odd ones in fp32, each in order, then both,
 // then the result to the sum; steps follow one another. Nothing else is ever added (a bias comes last), so that no
@@ -45,12 +46,13 @@ constexpr int64_t kStepElements = 2 * kTileElements;  // of a panel
 // Measured on a Xeon with 48 KiB of L1 and 2 MiB of L2 cache, one core, both panels in the L2 cache before: 1700
 // GFLOP/s with slabs of 256 to 320, 1500 with 512, 1370 with 1024.
 constexpr int64_t kSlabSteps = 10;                   // of two panels: 40 KiB
-constexpr int64_t kWholeSteps = 48;                  // a depth up to this is one group,
-constexpr int64_t kGroupSteps = 20;                  // a larger one several of these
+constexpr int64_t kWholeSteps = 48;                  // a batch is packed for a depth up to this at once,
+constexpr int64_t kGroupSteps = 20;                  // for a larger one in groups of these
 constexpr int64_t kBatch = 8;                        // panels: up to 768 KiB
 constexpr int64_t kTogether = 8;                     // shared panels that a batch meets at a time
 constexpr int64_t kGroupedBatch = 4;                 // the same if there are several groups, so that the sums of a
 constexpr int64_t kGroupedTogether = 64;             // region, up to 1 MiB, stay in the L2 cache from one to the next
+constexpr int64_t kRegionBlocks = 256;               // of a task that packs both operands: 1 MiB of sums
 constexpr int64_t kStreamedBytes = 4 * 1024 * 1024;  // a larger result bypasses the caches on its way to memory
 
 #if defined(QK_EMULATE_AMX)
@@ -233,14 +235,20 @@ void pack(const Side& side, int64_t k, Range panels, Range steps, const Packing&
     for (int64_t half = 0; half < 2; ++half)
       pack_tile(side, panel * kPanel + half * kTile, k + step * kStep, to + half * kTileElements);
   };
+  // Pieces of rows that are far apart: the processor does not see the next ones coming.
   if (!side.operand.depth_first) {  // either way the matrix is read row by row
-    for (int64_t panel = panels.begin; panel < panels.end; ++panel)
+    const int64_t from = k + steps.begin * kStep, to = std::min(k + steps.end * kStep, side.depth);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const int64_t next = (panel + 1) * kPanel, end = panel + 1 < panels.end ? std::min(next + kPanel, side.size) : 0;
+      for (int64_t row = next; row < end; ++row)
+        for (int64_t at = from; at < to; at += kStep)
+          __builtin_prefetch(side.operand.data + row * side.operand.stride + at, 0, 3);
       for (int64_t step = steps.begin; step < steps.end; ++step) one(panel, step);
+    }
     return;
   }
   const int64_t first = panels.begin * kPanel, count = std::min(panels.end * kPanel, side.size) - first;
   for (int64_t step = steps.begin; step < steps.end; ++step) {
-    // Short pieces of rows that are far apart: the processor does not see the next ones coming.
     const int64_t next = k + (step + 1) * kStep, rows = step + 1 < steps.end ? std::min(kStep, side.depth - next) : 0;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t at = 0; at < count; at += kStep)
@@ -333,145 +341,181 @@ void fill_empty_sum(const GemmCall& call) {
 class Gemm {
  public:
   Gemm(const GemmCall& call, int threads)
-      : call_(call), threads_(std::max(threads, 1)), all_steps_(divide_up(call.depth, kStep)) {
-    const Side left{call.left, call.rows, call.depth, divide_up(call.rows, kPanel), true};
-    const Side right{call.right, call.columns, call.depth, divide_up(call.columns, kPanel), false};
-    owns_left_ = left.panels >= right.panels;
-    owned_ = owns_left_ ? left : right;
-    shared_ = owns_left_ ? right : left;
-
-    groups_ = all_steps_ <= kWholeSteps ? 1 : divide_up(all_steps_, kGroupSteps);
-    group_steps_ = divide_up(all_steps_, groups_);
-    slab_ = divide_up(group_steps_, divide_up(group_steps_, kSlabSteps));
-    // Groups whose shared operand is packed at a time: enough that the way of the sums to memory and back, 8 bytes
-    // each, costs no more than the operands' way to the processor, 2 bytes each.
-    const int64_t worthwhile = 4 * call.rows * call.columns / (call.rows + call.columns);
-    at_a_time_ = std::clamp<int64_t>(worthwhile / (group_steps_ * kStep), 1, groups_);
-    together_ = std::min(shared_.panels, groups_ == 1 ? kTogether : kGroupedTogether);
-    batch_ = std::clamp<int64_t>(divide_up(owned_.panels, 2 * threads_), 1, groups_ == 1 ? kBatch : kGroupedBatch);
-    sums_stride_ = (owns_left_ ? together_ : batch_) * kPanel + 16;  // spreads rows over the sets of the cache
-    stream_ = at_a_time_ == groups_ && call.rows * call.columns * 4 >= kStreamedBytes;
-
-    waiting_ = static_cast<float*>(call.out);
-    waiting_stride_ = call.out_stride;
-    if (call.out_type == DType::kBFloat16 && at_a_time_ < groups_) {
-      waiting_buffer_ = make_buffer<float>(call.rows * call.columns);
-      waiting_ = waiting_buffer_.get();
-      waiting_stride_ = call.columns;
-    }
-    packed_ = make_buffer<BFloat16>(at_a_time_ * group_elements());
-  }
+      : call_(call),
+        threads_(std::max(threads, 1)),
+        left_{call.left, call.rows, call.depth, divide_up(call.rows, kPanel), true},
+        right_{call.right, call.columns, call.depth, divide_up(call.columns, kPanel), false},
+        steps_(divide_up(call.depth, kStep)),
+        stream_(call.rows * call.columns * 4 >= kStreamedBytes) {}
 
   void run() {
-    Workspaces workspaces(threads_, batch_elements() + 2 * (owns_left_ ? batch_ : together_) * kPanel * sums_stride_);
-    for (int64_t begin = 0; begin < groups_; begin += at_a_time_) {
-      const Range groups{begin, std::min(groups_, begin + at_a_time_)};
-      pack_shared(groups);
-      parallel_for(divide_up(owned_.panels, batch_), threads_, [&](int64_t task) {
-        BFloat16* const workspace = workspaces.take();
-        multiply_batch(groups, {task * batch_, std::min(owned_.panels, (task + 1) * batch_)}, workspace);
-        workspaces.give_back(workspace);
-      });
-    }
+    // Sums that go to memory and back cost 8 bytes each, entries of operands 2: beyond this depth the result is small.
+    const int64_t deep = 4 * call_.rows * call_.columns / (call_.rows + call_.columns);
+    if (call_.depth > std::max(deep, kWholeSteps * kStep))
+      run_by_regions();
+    else
+      run_by_batches();
   }
 
  private:
-  // Rows and columns of the result that a batch and some shared panels make.
+  // Rows and columns of the result.
   struct Region {
     int64_t row, column, rows, columns;
   };
 
-  int64_t group_elements() const { return shared_.panels * group_steps_ * kStepElements; }
-  int64_t batch_elements() const { return batch_ * group_steps_ * kStepElements; }
-  int64_t depth_of(int64_t group) const { return group * group_steps_ * kStep; }
-  int64_t steps_of(int64_t group) const {
-    return std::clamp<int64_t>(all_steps_ - group * group_steps_, 0, group_steps_);
+  Region region_of(Range rows, Range columns) const {
+    const int64_t row = rows.begin * kPanel, column = columns.begin * kPanel;
+    return {row, column, std::min(rows.end * kPanel, call_.rows) - row,
+            std::min(columns.end * kPanel, call_.columns) - column};
   }
-  Packing shared_packing(int64_t group) const { return {shared_.panels, together_, steps_of(group), slab_}; }
 
-  // A task for each step of the depth where that runs along the rows of the matrix, for each panel elsewhere.
-  void pack_shared(Range groups) {
-    const bool by_step = shared_.operand.depth_first;
-    const int64_t parts = by_step ? group_steps_ : shared_.panels;
-    parallel_for((groups.end - groups.begin) * parts, threads_, [&](int64_t i) {
-      const int64_t group = groups.begin + i / parts, part = i % parts, steps = steps_of(group);
-      if (by_step && part >= steps) return;
-      const Range one{part, part + 1};
-      pack(shared_, depth_of(group), by_step ? Range{0, shared_.panels} : one, by_step ? one : Range{0, steps},
-           shared_packing(group), 0, packed_.get() + (group - groups.begin) * group_elements());
+  // Each task has a region of the result and packs both operands, a slab at a time.
+  void run_by_regions() {
+    int64_t rows = left_.panels, columns = right_.panels;
+    auto tasks = [&] { return divide_up(left_.panels, rows) * divide_up(right_.panels, columns); };
+    while (rows * columns > kRegionBlocks || (tasks() < 2 * threads_ && rows * columns > 16))
+      (rows >= columns ? rows : columns) = divide_up(std::max(rows, columns), 2);
+    const int64_t left_elements = rows * kSlabSteps * kStepElements,
+                  right_elements = columns * kSlabSteps * kStepElements;
+    const int64_t stride = columns * kPanel + 16;
+    Workspaces workspaces(threads_, left_elements + right_elements + 2 * rows * kPanel * stride);
+    const int64_t across = divide_up(right_.panels, columns);
+    parallel_for(tasks(), threads_, [&](int64_t task) {
+      BFloat16* const left = workspaces.take();
+      BFloat16* const right = left + left_elements;
+      const int64_t row = task / across * rows, column = task % across * columns;
+      const Range height{row, std::min(left_.panels, row + rows)};
+      const Range width{column, std::min(right_.panels, column + columns)};
+      multiply_region(height, width, left, right, reinterpret_cast<float*>(right + right_elements), stride);
+      workspaces.give_back(left);
     });
   }
 
-  void multiply_batch(Range groups, Range panels, BFloat16* workspace) {
-    float* const sums = reinterpret_cast<float*>(workspace + batch_elements());
+  void multiply_region(Range rows, Range columns, BFloat16* left, BFloat16* right, float* sums, int64_t stride) {
+    const Region region = region_of(rows, columns);
+    Tiles tiles;
+    if (call_.accumulate) read(region, sums, stride);
+    for (int64_t step = 0; step < steps_; step += kSlabSteps) {
+      const int64_t steps = std::min(kSlabSteps, steps_ - step);
+      const Packing down{rows.end - rows.begin, rows.end - rows.begin, steps, steps};
+      const Packing across{columns.end - columns.begin, columns.end - columns.begin, steps, steps};
+      pack(left_, step * kStep, rows, {0, steps}, down, rows.begin, left);
+      pack(right_, step * kStep, columns, {0, steps}, across, columns.begin, right);
+      for (int64_t i = 0; i < down.panels; ++i)
+        for (int64_t j = 0; j < across.panels; ++j)
+          multiply(tiles, region, i * kPanel, j * kPanel, left + down.at(i, 0), right + across.at(j, 0), steps,
+                   step > 0 || call_.accumulate, sums, stride, left, 0);
+    }
+    write(region, {0, region.rows}, sums, stride);
+    finish_streams();
+  }
+
+  // Tasks pack batches of the operand of more panels; the other one is packed before, for all of them.
+  void run_by_batches() {
+    owns_left_ = left_.panels >= right_.panels;
+    const Side& shared = owns_left_ ? right_ : left_;
+    const int64_t owned_panels = std::max(left_.panels, right_.panels);
+    groups_ = steps_ <= kWholeSteps ? 1 : divide_up(steps_, kGroupSteps);
+    group_steps_ = divide_up(steps_, groups_);
+    slab_ = divide_up(group_steps_, divide_up(group_steps_, kSlabSteps));
+    together_ = std::min(shared.panels, groups_ == 1 ? kTogether : kGroupedTogether);
+    const int64_t batch =
+        std::clamp<int64_t>(divide_up(owned_panels, 2 * threads_), 1, groups_ == 1 ? kBatch : kGroupedBatch);
+    const int64_t batch_elements = batch * group_steps_ * kStepElements;
+    const int64_t stride = (owns_left_ ? together_ : batch) * kPanel + 16;  // spreads rows over the sets of the cache
+    packed_ = make_buffer<BFloat16>(shared.panels * groups_ * group_steps_ * kStepElements);
+    pack_shared(shared);
+    Workspaces workspaces(threads_, batch_elements + 2 * (owns_left_ ? batch : together_) * kPanel * stride);
+    parallel_for(divide_up(owned_panels, batch), threads_, [&](int64_t task) {
+      BFloat16* const workspace = workspaces.take();
+      multiply_batch({task * batch, std::min(owned_panels, (task + 1) * batch)}, workspace,
+                     reinterpret_cast<float*>(workspace + batch_elements), stride);
+      workspaces.give_back(workspace);
+    });
+  }
+
+  int64_t steps_of(int64_t group) const { return std::clamp<int64_t>(steps_ - group * group_steps_, 0, group_steps_); }
+
+  // A task for each step of the depth where that runs along the rows of the matrix, for each panel elsewhere.
+  void pack_shared(const Side& shared) {
+    const bool by_step = shared.operand.depth_first;
+    const int64_t parts = by_step ? group_steps_ : shared.panels;
+    parallel_for(groups_ * parts, threads_, [&](int64_t i) {
+      const int64_t group = i / parts, part = i % parts, steps = steps_of(group);
+      if (by_step && part >= steps) return;
+      const Range one{part, part + 1};
+      pack(shared, group * group_steps_ * kStep, by_step ? Range{0, shared.panels} : one,
+           by_step ? one : Range{0, steps}, {shared.panels, together_, steps, slab_}, 0, group_of(shared, group));
+    });
+  }
+
+  BFloat16* group_of(const Side& shared, int64_t group) const {
+    return packed_.get() + group * shared.panels * group_steps_ * kStepElements;
+  }
+
+  void multiply_batch(Range panels, BFloat16* batch, float* sums, int64_t stride) {
+    const Side &owned = owns_left_ ? left_ : right_, &shared = owns_left_ ? right_ : left_;
     const int64_t count = panels.end - panels.begin;
     int64_t packed_group = -1;
     Tiles tiles;
-    for (int64_t other = 0; other < shared_.panels; other += together_) {
-      const int64_t others = std::min(together_, shared_.panels - other);
-      Region region{panels.begin * kPanel, other * kPanel, count * kPanel, others * kPanel};
-      if (!owns_left_) region = {region.column, region.row, region.columns, region.rows};
-      region.rows = std::min(region.rows, call_.rows - region.row);
-      region.columns = std::min(region.columns, call_.columns - region.column);
-      if (resumes(groups))
-        for (int64_t i = 0; i < region.rows; ++i)
-          std::memcpy(sums + i * sums_stride_, waiting_ + (region.row + i) * waiting_stride_ + region.column,
-                      static_cast<size_t>(region.columns) * sizeof(float));
-      for (int64_t group = groups.begin; group < groups.end; ++group) {
+    for (int64_t other = 0; other < shared.panels; other += together_) {
+      const Range others{other, std::min(shared.panels, other + together_)};
+      const Region region = owns_left_ ? region_of(panels, others) : region_of(others, panels);
+      if (call_.accumulate) read(region, sums, stride);
+      for (int64_t group = 0; group < groups_; ++group) {
         const int64_t steps = steps_of(group);
-        const Packing packing{count, kBatch, steps, slab_};
-        if (packed_group != group) pack(owned_, depth_of(group), panels, {0, steps}, packing, panels.begin, workspace);
+        const Packing mine{count, kBatch, steps, slab_}, theirs{shared.panels, together_, steps, slab_};
+        if (packed_group != group)
+          pack(owned, group * group_steps_ * kStep, panels, {0, steps}, mine, panels.begin, batch);
         packed_group = group;
         for (int64_t step = 0; step < steps; step += slab_) {
-          const bool is_first = group == groups.begin && step == 0;
-          const bool is_last = group + 1 == groups.end && step + slab_ >= steps;
-          for (int64_t s = 0; s < others; ++s) {
-            const BFloat16* theirs =
-                packed_.get() + (group - groups.begin) * group_elements() + shared_packing(group).at(other + s, step);
-            multiply_strip(tiles, region, s, count, workspace, packing, theirs, step, !is_first || resumes(groups),
-                           sums);
+          const int64_t here = std::min(slab_, steps - step);
+          const bool resume = group > 0 || step > 0 || call_.accumulate;
+          for (int64_t s = 0; s < others.end - other; ++s) {
+            const BFloat16* const panel = group_of(shared, group) + theirs.at(other + s, step);
+            // The next shared panel, as a rule, comes to the L2 cache meanwhile, a part with each panel of the batch.
+            const int64_t lines = divide_up(2 * kStepElements / 64, count);
+            for (int64_t o = 0; o < count; ++o) {
+              const BFloat16 *const my_panel = batch + mine.at(o, step), *next = panel + here * kStepElements;
+              multiply(tiles, region, (owns_left_ ? o : s) * kPanel, (owns_left_ ? s : o) * kPanel,
+                       owns_left_ ? my_panel : panel, owns_left_ ? panel : my_panel, here, resume, sums, stride,
+                       next + o * lines * here * kStep, lines);
+            }
             // While these rows are in the L1 cache.
-            if (is_last && !owns_left_)
-              write(region, {s * kPanel, std::min(region.rows, (s + 1) * kPanel)}, groups.end == groups_, sums);
+            if (!owns_left_ && group + 1 == groups_ && step + slab_ >= steps)
+              write(region, {s * kPanel, std::min(region.rows, (s + 1) * kPanel)}, sums, stride);
           }
         }
       }
-      if (owns_left_) write(region, {0, region.rows}, groups.end == groups_, sums);
+      if (owns_left_) write(region, {0, region.rows}, sums, stride);
     }
-#if defined(__AVX512F__)
-    if (stream_) _mm_sfence();  // streamed results are weakly ordered
-#endif
+    finish_streams();
   }
 
-  // A slab of one shared panel, number `s` of its region, times that of each panel of the batch.
-  void multiply_strip(Tiles& tiles, const Region& region, int64_t s, int64_t count, const BFloat16* batch,
-                      const Packing& packing, const BFloat16* theirs, int64_t step, bool resume, float* sums) {
-    const int64_t steps = std::min(slab_, packing.steps - step);
-    // The next shared panel, as a rule, comes to the L2 cache meanwhile, a part with each panel of the batch.
-    const char* next = reinterpret_cast<const char*>(theirs + steps * kStepElements);
-    const int64_t lines = divide_up(2 * kStepElements / 64, count);
-    for (int64_t o = 0; o < count; ++o, next += lines * steps * 64) {
-      const BFloat16* const mine = batch + packing.at(o, step);
-      const int64_t i = (owns_left_ ? o : s) * kPanel, j = (owns_left_ ? s : o) * kPanel;
-      const bool two_left = region.rows - i > kTile, two_right = region.columns - j > kTile;
-      const auto multiply = two_left    ? two_right ? multiply_block<2, 2> : multiply_block<2, 1>
-                            : two_right ? multiply_block<1, 2>
-                                        : multiply_block<1, 1>;
-      multiply(tiles, owns_left_ ? mine : theirs, owns_left_ ? theirs : mine, steps, resume,
-               sums + i * sums_stride_ + j, sums_stride_, next, lines);
-    }
+  // The block at (row, column) of a region.
+  void multiply(Tiles& tiles, const Region& region, int64_t row, int64_t column, const BFloat16* left,
+                const BFloat16* right, int64_t steps, bool resume, float* sums, int64_t stride, const BFloat16* next,
+                int64_t lines) const {
+    const bool two_left = region.rows - row > kTile, two_right = region.columns - column > kTile;
+    const auto kernel = two_left    ? two_right ? multiply_block<2, 2> : multiply_block<2, 1>
+                        : two_right ? multiply_block<1, 2>
+                                    : multiply_block<1, 1>;
+    kernel(tiles, left, right, steps, resume, sums + row * stride + column, stride, reinterpret_cast<const char*>(next),
+           lines);
   }
 
-  bool resumes(Range groups) const { return groups.begin > 0 || call_.accumulate; }
+  // What the sums of a region begin with.
+  void read(const Region& region, float* sums, int64_t stride) const {
+    for (int64_t i = 0; i < region.rows; ++i)
+      std::memcpy(sums + i * stride,
+                  static_cast<const float*>(call_.out) + (region.row + i) * call_.out_stride + region.column,
+                  static_cast<size_t>(region.columns) * sizeof(float));
+  }
 
-  // Sums of some rows of a region, to the result or to where they wait.
-  void write(const Region& region, Range rows, bool is_result, float* sums) const {
+  // Some rows of a region: bias added, rounded to the result's type.
+  void write(const Region& region, Range rows, float* sums, int64_t stride) const {
     for (int64_t i = rows.begin; i < rows.end; ++i) {
-      float* const row = sums + i * sums_stride_;
-      if (!is_result) {
-        copy_out(row, region.columns, waiting_ + (region.row + i) * waiting_stride_ + region.column, false);
-        continue;
-      }
+      float* const row = sums + i * stride;
       if (call_.bias)
         for (int64_t j = 0; j < region.columns; ++j) row[j] += call_.bias[region.column + j];
       const int64_t at = (region.row + i) * call_.out_stride + region.column;
@@ -482,20 +526,22 @@ class Gemm {
     }
   }
 
+  void finish_streams() const {
+#if defined(__AVX512F__)
+    if (stream_) _mm_sfence();  // they are weakly ordered
+#endif
+  }
+
   const GemmCall& call_;
   const int threads_;
-  const int64_t all_steps_;  // of the depth
-  bool owns_left_;
-  Side owned_, shared_;
-  int64_t groups_, group_steps_, slab_;     // groups of the depth, of about equal length, and slabs of these
-  int64_t at_a_time_;                       // groups
-  int64_t batch_, together_, sums_stride_;  // a region: panels of the owned and the shared operand
-  bool stream_;
-  // Where sums wait until the next groups have been packed: in `out`, or in a buffer where that is bf16.
-  float* waiting_;
-  int64_t waiting_stride_;
-  Buffer<float> waiting_buffer_;
-  Buffer<BFloat16> packed_;
+  const Side left_, right_;
+  const int64_t steps_;  // of the depth
+  const bool stream_;
+  // By batches:
+  bool owns_left_ = false;                           // whether batches are of the left operand
+  int64_t groups_ = 0, group_steps_ = 0, slab_ = 0;  // groups of the depth, of about equal length, and slabs of these
+  int64_t together_ = 0;                             // panels of the shared operand in a region
+  Buffer<BFloat16> packed_;                          // the shared operand
 };
 
 }  // namespace

@@ -42,11 +42,14 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: int, rows: int, sums: bool) -> int:
-    """Memory for what is widened at a time: rows of the weight, and with `sums` also columns of `rows` of gradients."""
+    """Memory for what a GEMM widens (rows of the weight, with `sums` also columns of `rows` of gradients) or packs."""
     if device.type != "cpu" or dtype in (torch.float32, torch.float64):
         return 0
     if dtype == torch.bfloat16 and cpu.has_product():
-        return 0
+        if cpu.gemm_kernel("dX") is None:
+            return 0
+        # dX: sums and packed parts of both operands, 2 MiB for each thread at most.
+        return torch.get_num_threads() * 2**21
     block = min(vocab, _BLOCK)
     widened = block * hidden
     if sums and not _widens(device, dtype):
