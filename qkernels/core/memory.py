@@ -1,4 +1,4 @@
-"""Memory: how much is free, and large CPU tensors on fresh pages."""
+"""Memory: how much is free, large CPU tensors on fresh pages, and scratch buffers that stay from call to call."""
 
 from __future__ import annotations
 
@@ -42,6 +42,38 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
     """`torch.empty`, on fresh huge pages where the tensor is large and on the CPU."""
     zeros = fresh_zeros(shape, dtype, device)
     return torch.empty(shape, dtype=dtype, device=device) if zeros is None else zeros
+
+
+# Scratch buffers on the CPU that no call uses at the moment, by address: one-dimensional bytes.
+_scratch: dict[int, Tensor] = {}
+_SCRATCH_BYTES = 256 * 2**20
+
+
+def take_scratch(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`empty`, on the pages of an earlier call's scratch buffer where one is large enough.
+
+    Pages that are new to the process are zeroed by the system when they are first written: 15 ms for 128 MiB on a
+    2-core Xeon, half of the time of the GEMM that fills them.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type == "cpu" and size >= _LARGE:
+        for address in sorted(_scratch, key=lambda key: kept.numel() if (kept := _scratch.get(key)) is not None else 0):
+            kept = _scratch.get(address)
+            if kept is None or kept.numel() < size:
+                continue
+            if (taken := _scratch.pop(address, None)) is not None:  # None: another thread has it
+                return taken[:size].view(dtype).view(shape)
+    return empty(shape, dtype, device)
+
+
+def give_back_scratch(buffer: Tensor) -> None:
+    """Keep a buffer of `take_scratch`, of which nothing is in use any more, for later calls: at most 256 MiB of them."""
+    storage = buffer.untyped_storage()
+    if buffer.device.type != "cpu" or not _LARGE <= storage.nbytes() <= _SCRATCH_BYTES:
+        return
+    _scratch[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
+    while sum(kept.numel() for kept in list(_scratch.values())) > _SCRATCH_BYTES:
+        _scratch.pop(next(iter(_scratch)), None)  # the one kept longest
 
 
 @constant_when_compiled  # what is free while tracing stands for later
