@@ -67,7 +67,7 @@ def take_scratch(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device
 
 
 def give_back_scratch(buffer: Tensor) -> None:
-    """Keep a buffer of `take_scratch`, of which nothing is in use any more, for later calls: at most 256 MiB of them."""
+    """Keep a buffer of `take_scratch` for later calls, once nothing of it is in use: 256 MiB of them at most."""
     storage = buffer.untyped_storage()
     if buffer.device.type != "cpu" or not _LARGE <= storage.nbytes() <= _SCRATCH_BYTES:
         return
