@@ -6,6 +6,7 @@ import contextlib
 import math
 import mmap
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -66,14 +67,21 @@ def take_scratch(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device
     return empty(shape, dtype, device)
 
 
-def give_back_scratch(buffer: Tensor) -> None:
-    """Keep a buffer of `take_scratch` for later calls, once nothing of it is in use: 256 MiB of them at most."""
-    storage = buffer.untyped_storage()
-    if buffer.device.type != "cpu" or not _LARGE <= storage.nbytes() <= _SCRATCH_BYTES:
+def give_back_scratch(buffers: Iterable[Tensor]) -> None:
+    """Keep a call's buffers of `take_scratch` in place of earlier ones, as many in order as fit 256 MiB together.
+
+    Nothing of them may be in use any more.
+    """
+    storages = [buffer.untyped_storage() for buffer in buffers if buffer.device.type == "cpu"]
+    storages = [storage for storage in storages if storage.nbytes() >= _LARGE]
+    if not storages:
         return
-    _scratch[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
-    while sum(kept.numel() for kept in list(_scratch.values())) > _SCRATCH_BYTES:
-        _scratch.pop(next(iter(_scratch)), None)  # the one kept longest
+    _scratch.clear()
+    room = _SCRATCH_BYTES
+    for storage in storages:
+        if storage.nbytes() <= room:
+            room -= storage.nbytes()
+            _scratch[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 @constant_when_compiled  # what is free while tracing stands for later

@@ -96,8 +96,7 @@ class Pass:
         return torch.zeros(self.call.config.columns.bit_count(), labels.shape[0], dtype=self.wide, device=labels.device)
 
     def __del__(self) -> None:
-        for buffer in self._buffers.values():
-            give_back_scratch(buffer)
+        give_back_scratch(self._buffers.values())
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         """`[rows, V]`, the same memory for every chunk: allocated once, for the largest of them."""

@@ -30,25 +30,33 @@ def test_a_buffer_is_used_again_and_shared_by_nobody():
     memory._scratch.clear()
     first = memory.take_scratch((4, ELEMENTS), torch.float32, CPU)
     address = first.data_ptr()
-    memory.give_back_scratch(first)
+    memory.give_back_scratch([first])
     again = memory.take_scratch((2, ELEMENTS), torch.bfloat16, CPU)
     assert again.data_ptr() == address and again.shape == (2, ELEMENTS) and again.dtype == torch.bfloat16
     other = memory.take_scratch((4, ELEMENTS), torch.float32, CPU)
     assert other.data_ptr() != address
-    memory.give_back_scratch(again)
+    memory.give_back_scratch([again])
     assert memory.take_scratch((4, ELEMENTS), torch.float32, CPU).data_ptr() == address
 
 
 def test_small_and_very_large_buffers_are_not_kept():
     memory._scratch.clear()
-    memory.give_back_scratch(memory.take_scratch((10,), torch.float32, CPU))
-    memory.give_back_scratch(memory.take_scratch((memory._SCRATCH_BYTES + 1,), torch.uint8, CPU))
+    memory.give_back_scratch([memory.take_scratch((10,), torch.float32, CPU)])
+    memory.give_back_scratch([memory.take_scratch((memory._SCRATCH_BYTES + 1,), torch.uint8, CPU)])
     assert not memory._scratch
-    for _ in range(3):
-        buffers = [memory.take_scratch((3 * ELEMENTS,), torch.float32, CPU) for _ in range(4)]
-        for buffer in buffers:
-            memory.give_back_scratch(buffer)
-    assert 0 < sum(kept.numel() for kept in memory._scratch.values()) <= memory._SCRATCH_BYTES
+
+
+def test_calls_of_other_sizes_come_to_reuse_all_their_buffers():
+    memory._scratch.clear()
+    large, small = (5 * ELEMENTS,), (2 * ELEMENTS,)
+    memory.give_back_scratch([memory.take_scratch((4 * ELEMENTS,), torch.float32, CPU)])
+    for _ in range(2):
+        buffers = [memory.take_scratch(shape, torch.float32, CPU) for shape in (large, small)]
+        addresses = [buffer.data_ptr() for buffer in buffers]
+        memory.give_back_scratch(buffers)
+        del buffers
+        assert 0 < sum(kept.numel() for kept in memory._scratch.values()) <= memory._SCRATCH_BYTES
+    assert addresses == [memory.take_scratch(shape, torch.float32, CPU).data_ptr() for shape in (large, small)]
 
 
 def test_what_earlier_calls_have_left_is_not_seen():
