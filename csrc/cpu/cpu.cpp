@@ -90,6 +90,15 @@ std::atomic<const InstructionSet*>& current() {
   return chosen;
 }
 
+// VDPBF16PS serves the logits and sums of dW; tiles serve everything but sums in bf16.
+bool serves(const InstructionSet& set, bool left_depth_first, bool right_depth_first, DType out_type, bool accumulate) {
+  const bool fp32 = out_type == DType::kFloat32;
+  if (!set.gemm) return false;
+  if (set.gemm == gemm_avx512_bf16)
+    return fp32 && left_depth_first == right_depth_first && left_depth_first == accumulate;
+  return fp32 || (out_type == DType::kBFloat16 && !accumulate);
+}
+
 // Rows of a small vocabulary are handed out several at a time: an index should be worth some 10 microseconds.
 constexpr int64_t kGrain = 64 * kBlock;
 
@@ -177,17 +186,16 @@ void pair_loss(const PairCall& call) {
   *call.loss = static_cast<float>(loss / static_cast<double>(pairs));
 }
 
-void gemm(const GemmCall& call, int threads) { current().load()->gemm(call, threads); }
+void gemm(const GemmCall& call, int threads) {
+  const InstructionSet& set = *current();
+  // Another thread may have changed the instruction set since the caller asked; the emulated tiles serve everything.
+  const bool served = serves(set, call.left.depth_first, call.right.depth_first, call.out_type, call.accumulate);
+  (served ? set.gemm : gemm_amx_emulated)(call, threads);
+}
 
 std::string gemm_kernel(bool left_depth_first, bool right_depth_first, DType out_type, bool accumulate) {
   const InstructionSet& set = *current();
-  const bool fp32 = out_type == DType::kFloat32;
-  if (!set.gemm) return "";
-  // VDPBF16PS serves the logits and sums of dW; tiles serve everything but sums in bf16.
-  const bool served = set.gemm == gemm_avx512_bf16
-                          ? fp32 && left_depth_first == right_depth_first && left_depth_first == accumulate
-                          : fp32 || (out_type == DType::kBFloat16 && !accumulate);
-  return served ? set.name : "";
+  return serves(set, left_depth_first, right_depth_first, out_type, accumulate) ? set.name : "";
 }
 
 int64_t gemm_depth_group() { return current().load()->depth_group; }
