@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.tools
 
-.PHONY: help setup demo quick test nightly bench lint ruff clang-format types architecture docs package sanitize clean
+.PHONY: help setup demo quick test nightly matrix bench lint ruff clang-format types architecture docs package sanitize clean
 
 help:
 	@echo "make setup     everything that tests and checks need, in $(VENV)"
@@ -20,12 +20,13 @@ help:
 	@echo "make quick     the tests of kernels, losses and messages that take seconds"
 	@echo "make test      the tests that have to pass before a merge;  make nightly: every test, and more fuzzing"
 	@echo "               (of one layer: make test TESTS=tests/head)"
+	@echo "make matrix    tests of the linear paths as other processors and thread counts run them"
 	@echo "make bench     compare with eager torch, torch.compile and installed peers"
 	@echo "make package   build the sdist and the wheel, install them in a fresh environment and use them"
 	@echo "make lint      ruff, clang-format, mypy, the architecture test (pre-commit runs the same)"
 	@echo "make docs      the documentation site, in build/site; a broken link or a missing public name fails"
 	@echo "make sanitize  the C++ core under sanitizers"
-	@echo "ARGS='...' is passed on to demo, the tests and bench"
+	@echo "ARGS='...' is passed on to demo, the tests, matrix and bench"
 
 # torch comes first and pinned, so that nothing else pulls in another build of it.
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
@@ -47,6 +48,9 @@ test: $(READY)
 nightly: $(READY)
 	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile $(TESTS) $(ARGS)
 	$(BIN)/pytest -q tests/fuzz --fuzz-cases 5000 $(ARGS)
+
+matrix: $(READY)
+	$(BIN)/python .ci/matrix.py $(ARGS)
 
 bench: $(READY)
 	$(BIN)/pytest bench/ --benchmark-only $(ARGS)

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/columns.h"
+#include "cpu/amx.h"
 #include "cpu/cpu.h"
 #include "cpu/product.h"
 #include "cpu/thread_pool.h"
@@ -44,20 +45,30 @@ void pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets,
   qk::pair_loss(call);
 }
 
-void product(int64_t rows, int64_t columns, int64_t depth, Address left, int64_t left_stride, Address right,
-             int64_t right_stride, Address bias, Address out, int64_t out_stride, int threads) {
-  qk::ProductCall call{rows,        columns,      depth,           at<qk::BFloat16>(left), at<qk::BFloat16>(right),
-                       left_stride, right_stride, at<float>(bias), at<float>(out),         out_stride};
-  py::gil_scoped_release release;
-  qk::product(call, threads);
+using Operand = std::tuple<Address, int64_t, bool>;  // data, stride, whether the depth comes first
+
+qk::Operand operand_of(const Operand& operand) {
+  return {at<qk::BFloat16>(std::get<0>(operand)), std::get<1>(operand), std::get<2>(operand)};
 }
 
-void add_row_product(int64_t rows, int64_t columns, int64_t depth, Address left, int64_t left_stride, Address right,
-                     int64_t right_stride, Address out, int64_t out_stride, int threads) {
-  qk::ProductCall call{rows,        columns,      depth,   at<qk::BFloat16>(left), at<qk::BFloat16>(right),
-                       left_stride, right_stride, nullptr, at<float>(out),         out_stride};
+void gemm(int64_t rows, int64_t columns, int64_t depth, Operand left, Operand right, Address bias, Address out,
+          int out_type, int64_t out_stride, bool accumulate, int threads) {
+  const qk::GemmCall call{rows,
+                          columns,
+                          depth,
+                          operand_of(left),
+                          operand_of(right),
+                          at<float>(bias),
+                          at<void>(out),
+                          out_stride,
+                          static_cast<qk::DType>(out_type),
+                          accumulate};
   py::gil_scoped_release release;
-  qk::add_row_product(call, threads);
+  qk::gemm(call, threads);
+}
+
+std::string gemm_kernel(bool left_depth_first, bool right_depth_first, int out_type, bool accumulate) {
+  return qk::gemm_kernel(left_depth_first, right_depth_first, static_cast<qk::DType>(out_type), accumulate);
 }
 
 template <size_t n>
@@ -77,11 +88,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def_by_keyword(m, "pair_loss", &pair_loss, "sequences", "length", "rows", "offsets", "labels", "ignore_index",
                  "weights", "logps", "reference", "per_sequence", "beta", "label_smoothing", "loss", "rewards", "grad",
                  "tokens");
-  def_by_keyword(m, "product", &product, "rows", "columns", "depth", "left", "left_stride", "right", "right_stride",
-                 "bias", "out", "out_stride", "threads");
-  def_by_keyword(m, "add_row_product", &add_row_product, "rows", "columns", "depth", "left", "left_stride", "right",
-                 "right_stride", "out", "out_stride", "threads");
-  m.def("has_product", &qk::has_product, "Whether the instruction set in use multiplies bf16 into fp32.");
+  def_by_keyword(m, "gemm", &gemm, "rows", "columns", "depth", "left", "right", "bias", "out", "out_type", "out_stride",
+                 "accumulate", "threads");
+  m.def("gemm_kernel", &gemm_kernel, py::arg("left_depth_first"), py::arg("right_depth_first"), py::arg("out_type"),
+        py::arg("accumulate"), "The kernel of the instruction set in use for such a GEMM of bf16; empty if none.");
+  m.def("gemm_depth_group", &qk::gemm_depth_group, "Terms that are added to one another before they meet the sum.");
+  m.def("amx_unavailable", &qk::amx_unavailable, "Why AMX cannot be used; empty if it can.");
   m.def("instruction_set", &qk::instruction_set, "The instruction set in use.");
   m.def("instruction_sets", &qk::instruction_sets, "Those compiled in that this machine supports, best last.");
   m.def("use_instruction_set", &qk::use_instruction_set, py::arg("name"),

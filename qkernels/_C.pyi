@@ -108,34 +108,23 @@ def pair_loss(
     grad: int,
     tokens: int,
 ) -> None: ...
-def product(
+def gemm(
     *,
     rows: int,
     columns: int,
     depth: int,
-    left: int,
-    left_stride: int,
-    right: int,
-    right_stride: int,
+    left: tuple[int, int, bool],
+    right: tuple[int, int, bool],
     bias: int,
     out: int,
+    out_type: int,
     out_stride: int,
+    accumulate: bool,
     threads: int,
 ) -> None: ...
-def add_row_product(
-    *,
-    rows: int,
-    columns: int,
-    depth: int,
-    left: int,
-    left_stride: int,
-    right: int,
-    right_stride: int,
-    out: int,
-    out_stride: int,
-    threads: int,
-) -> None: ...
-def has_product() -> bool: ...
+def gemm_kernel(left_depth_first: bool, right_depth_first: bool, out_type: int, accumulate: bool) -> str: ...
+def gemm_depth_group() -> int: ...
+def amx_unavailable() -> str: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> bool: ...

@@ -9,6 +9,7 @@ for each pair that the backend accepts; `@pytest.mark.dtypes(torch.float32, ...)
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,10 @@ MARKERS = (
 def pytest_configure(config):
     for line in MARKERS:
         config.addinivalue_line("markers", line)
+    if wanted := os.environ.get("QKERNELS_TEST_INSTRUCTION_SET"):  # `make matrix`
+        from qkernels import _C
+
+        assert _C.use_instruction_set(wanted), f"this machine has no {wanted}"
 
 
 def pytest_generate_tests(metafunc):
@@ -95,12 +100,14 @@ def _seed_and_threads(request):
     """Each test draws the same numbers whatever ran before it, and leaves torch's thread count as it was.
 
     The kernels run on 3 threads, which divides nothing evenly; torch itself on one, because its threads wait for each
-    other in busy loops and a machine with other work on it would spend minutes there.
+    other in busy loops and a machine with other work on it would spend minutes there. QKERNELS_TEST_THREADS=N runs both
+    on N (`make matrix`).
     """
     threads = torch.get_num_threads()
     callspec = getattr(request.node, "callspec", None)
     backend = callspec.params.get("backend") if callspec else None
-    torch.set_num_threads(1 if backend is None or backend.name == "torch" else 3)
+    usual = 1 if backend is None or backend.name == "torch" else 3
+    torch.set_num_threads(int(os.environ.get("QKERNELS_TEST_THREADS", usual)))
     torch.manual_seed(20240412)
     yield
     torch.set_num_threads(threads)

@@ -9,6 +9,7 @@
 #endif
 
 #include "../core/pair_loss.h"
+#include "amx.h"
 #include "product.h"
 #include "row_kernels.h"
 #include "thread_pool.h"
@@ -23,8 +24,10 @@ const RowKernels* avx512_kernels() { return nullptr; }
 #endif
 #if defined(QK_NO_AVX512_BF16)
 const RowKernels* avx512_bf16_kernels() { return nullptr; }
-void product_avx512_bf16(const ProductCall&, int) {}
-void add_row_product_avx512_bf16(const ProductCall&, int) {}
+void gemm_avx512_bf16(const GemmCall&, int) {}
+#endif
+#if defined(QK_NO_AMX)
+void gemm_amx_bf16(const GemmCall&, int) {}
 #endif
 
 namespace {
@@ -50,17 +53,50 @@ bool machine_has(const char* name) {
   return set == "baseline";
 }
 
+// The kernels of an instruction set.
+struct InstructionSet {
+  const char* name;
+  const RowKernels* rows;
+  void (*gemm)(const GemmCall&, int);  // of bf16 matrices, or null
+  int64_t depth_group;                 // see gemm_depth_group
+};
+
+InstructionSet rows_only(const RowKernels* rows) { return {rows ? rows->name : "", rows, nullptr, 1}; }
+
 // Compiled in and understood by this machine, best last.
-std::vector<const RowKernels*> usable() {
-  std::vector<const RowKernels*> sets;
-  for (const RowKernels* set : {baseline_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()})
-    if (set && machine_has(set->name)) sets.push_back(set);
+const std::vector<InstructionSet>& usable() {
+  static const std::vector<InstructionSet> sets = [] {
+    std::vector<InstructionSet> found;
+    for (const RowKernels* rows : {baseline_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()})
+      if (rows && machine_has(rows->name)) found.push_back(rows_only(rows));
+    if (found.back().name == std::string("avx512_bf16")) {
+      found.back().gemm = gemm_avx512_bf16;
+      found.back().depth_group = 2;
+      if (amx_unavailable().empty()) found.push_back({"amx_bf16", found.back().rows, gemm_amx_bf16, 32});
+    }
+    return found;
+  }();
   return sets;
 }
 
-std::atomic<const RowKernels*>& current() {
-  static std::atomic<const RowKernels*> chosen{usable().back()};
+// Everywhere, but only by name: the packing and loops of the AMX kernel for tests.
+const InstructionSet& emulated() {
+  static const InstructionSet set{"amx_emulated", usable().back().rows, gemm_amx_emulated, 32};
+  return set;
+}
+
+std::atomic<const InstructionSet*>& current() {
+  static std::atomic<const InstructionSet*> chosen{&usable().back()};
   return chosen;
+}
+
+// VDPBF16PS serves the logits and sums of dW; tiles serve everything but sums in bf16.
+bool serves(const InstructionSet& set, bool left_depth_first, bool right_depth_first, DType out_type, bool accumulate) {
+  const bool fp32 = out_type == DType::kFloat32;
+  if (!set.gemm) return false;
+  if (set.gemm == gemm_avx512_bf16)
+    return fp32 && left_depth_first == right_depth_first && left_depth_first == accumulate;
+  return fp32 || (out_type == DType::kBFloat16 && !accumulate);
 }
 
 // Rows of a small vocabulary are handed out several at a time: an index should be worth some 10 microseconds.
@@ -77,7 +113,7 @@ int64_t find_bad_label(const Labels& labels, const Shape& shape) {
 }
 
 void row_stats(const StatsCall& call, int threads) {
-  const RowKernels& kernels = *current();
+  const RowKernels& kernels = *current().load()->rows;
   const int64_t rows = call.shape.rows(), segments = segments_of(call.shape.vocab);
   const double log2e_per_temperature = kLog2e / call.temperature;
   auto ignored = [&](int64_t row) { return call.labels.data[row] == call.labels.ignore_index; };
@@ -123,7 +159,7 @@ void row_stats(const StatsCall& call, int threads) {
 }
 
 void row_grad(const GradCall& call, int threads) {
-  const RowKernels& kernels = *current();
+  const RowKernels& kernels = *current().load()->rows;
   const int64_t segments = segments_of(call.shape.vocab), items = call.shape.rows() * segments;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(call.shape.vocab, kSegment));
   // Few rows: the segments are the grains.
@@ -150,24 +186,36 @@ void pair_loss(const PairCall& call) {
   *call.loss = static_cast<float>(loss / static_cast<double>(pairs));
 }
 
-bool has_product() { return instruction_set() == "avx512_bf16"; }
+void gemm(const GemmCall& call, int threads) {
+  const InstructionSet& set = *current();
+  // Another thread may have changed the instruction set since the caller asked; the emulated tiles serve everything.
+  const bool served = serves(set, call.left.depth_first, call.right.depth_first, call.out_type, call.accumulate);
+  (served ? set.gemm : gemm_amx_emulated)(call, threads);
+}
 
-void product(const ProductCall& call, int threads) { product_avx512_bf16(call, threads); }
+std::string gemm_kernel(bool left_depth_first, bool right_depth_first, DType out_type, bool accumulate) {
+  const InstructionSet& set = *current();
+  return serves(set, left_depth_first, right_depth_first, out_type, accumulate) ? set.name : "";
+}
 
-void add_row_product(const ProductCall& call, int threads) { add_row_product_avx512_bf16(call, threads); }
+int64_t gemm_depth_group() { return current().load()->depth_group; }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const RowKernels* set : usable()) names.emplace_back(set->name);
+  for (const InstructionSet& set : usable()) names.emplace_back(set.name);
   return names;
 }
 
 std::string instruction_set() { return current().load()->name; }
 
 bool use_instruction_set(const std::string& name) {
-  for (const RowKernels* set : usable())
-    if (name == set->name) {
-      current() = set;
+  if (name == emulated().name) {
+    current() = &emulated();
+    return true;
+  }
+  for (const InstructionSet& set : usable())
+    if (name == set.name) {
+      current() = &set;
       return true;
     }
   return false;

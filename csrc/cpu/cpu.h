@@ -19,7 +19,8 @@ void pair_loss(const PairCall& call);
 // Names of the instruction sets compiled in, best last; and the one in use.
 std::vector<std::string> instruction_sets();
 std::string instruction_set();
-// Use another one (for tests and measurements). False if this machine or build lacks it.
+// Use another one (for tests and measurements). False if this machine or build lacks it. "amx_emulated" is not among
+// `instruction_sets()` and always there: the best row kernels, and the AMX GEMMs in plain code.
 bool use_instruction_set(const std::string& name);
 
 }  // namespace qk

@@ -1,40 +1,54 @@
-// Products of bf16 matrices whose result is fp32: logits from hidden states before anything has rounded them, and sums
-// of the head's gradient over chunks.
+// GEMMs of bf16 matrices with fp32 sums: the three of a language-model head, where a library would round.
 //
-// Libraries round the product of two bf16 matrices to bf16 on a CPU (an error of 3e-2 in a log-prob, where a token's
-// reward is 1e-2); this keeps the fp32 in which the processor has accumulated it anyway.
+//     logits   Z = X W^T (+ bias)   both operands have adjacent entries along the depth H
+//     dX       = G W                 the right one has them along its columns; the depth is V
+//     dW      (+)= G^T X             both have them along rows and columns of the result; the depth is the chunk
+//
+// torch rounds the product of two bf16 matrices to bf16 on a CPU (an error of 3e-2 in a log-prob, where a token's
+// reward is 1e-2); these kernels keep the fp32 in which the processor has accumulated it anyway.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "../core/elements.h"
 
 namespace qk {
 
-struct ProductCall {
-  int64_t rows = 0, columns = 0, depth = 0;
-  const BFloat16* left = nullptr;   // [rows, depth], contiguous last dimension, as `right`
-  const BFloat16* right = nullptr;  // [columns, depth]
-  int64_t left_stride = 0, right_stride = 0;
-  const float* bias = nullptr;  // [columns], or null
-  float* out = nullptr;         // [rows, columns]
-  int64_t out_stride = 0;
+// An operand of a GEMM: [size, depth] with adjacent entries along the depth or, `depth_first`, [depth, size].
+struct Operand {
+  const BFloat16* data = nullptr;
+  int64_t stride = 0;  // elements between consecutive rows of the matrix as it is stored
+  bool depth_first = false;
 };
 
-// out = left right^T + bias. Every entry is summed in the same order, wherever it lies and whoever computes it: the
-// bits depend neither on the other rows of the call nor on the number of threads.
-void product(const ProductCall& call, int threads);
+struct GemmCall {
+  int64_t rows = 0, columns = 0, depth = 0;
+  Operand left, right;          // of sizes `rows` and `columns`
+  const float* bias = nullptr;  // [columns], or null
+  void* out = nullptr;          // [rows, columns], fp32 or bf16 (rounded once)
+  int64_t out_stride = 0;
+  DType out_type = DType::kFloat32;
+  bool accumulate = false;  // out += ..., fp32 only and without a bias
+};
 
-// out += left^T right, of left [depth, rows] and right [depth, columns]; the bias is not read. The same promise: the
-// terms of an entry are added in order, one pair of them after the other, so that (but for a pair that a chunk's end
-// divides) the bits do not tell how many calls the rows came in.
-void add_row_product(const ProductCall& call, int threads);
+// out = left right^T + bias, or out += left right^T, on the instruction set in use, which `gemm_kernel` has to name.
+//
+// Every entry is summed in the same order, wherever it lies: its bits depend neither on the other rows and columns of
+// the call nor on the number of threads. Sums over several calls (`accumulate`) have the bits of one call if all of
+// them but the last have a depth that is a multiple of `gemm_depth_group`.
+void gemm(const GemmCall& call, int threads);
 
-// Whether this machine and this build have the instruction for it (AVX-512 BF16).
-bool has_product();
+// The kernel that serves such a GEMM on the instruction set in use; empty if none does.
+std::string gemm_kernel(bool left_depth_first, bool right_depth_first, DType out_type, bool accumulate);
 
-// The kernels themselves, of a translation unit compiled for that instruction; see product_avx512_bf16.cpp.
-void product_avx512_bf16(const ProductCall& call, int threads);
-void add_row_product_avx512_bf16(const ProductCall& call, int threads);
+// Consecutive terms of a sum that a kernel adds to one another before it adds them to the sum.
+int64_t gemm_depth_group();
+
+// The kernels; see product_avx512_bf16.cpp and product_amx_bf16.cpp.
+void gemm_avx512_bf16(const GemmCall& call, int threads);
+void gemm_amx_bf16(const GemmCall& call, int threads);
+// The AMX kernel with plain code in place of the tile instructions, of the same bits; runs on any processor.
+void gemm_amx_emulated(const GemmCall& call, int threads);
 
 }  // namespace qk

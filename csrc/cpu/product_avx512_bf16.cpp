@@ -1,5 +1,5 @@
-// out[i, j] = sum_k left[i, k] right[j, k] (+ bias[j]), and out[i, j] += sum_k left[k, i] right[k, j], bf16 in, fp32
-// out, with VDPBF16PS.
+// Two GEMMs of product.h with VDPBF16PS: the logits, out[i, j] = sum_k left[i, k] right[j, k] (+ bias[j]), and sums of
+// dW over chunks, out[i, j] += sum_k left[k, i] right[k, j]. bf16 in, fp32 out.
 //
 // The instruction multiplies pairs of neighbours along k: 16 columns at once, one 32-bit pair of `left` broadcast to
 // them. A tile of 12 rows x 32 columns keeps its 24 accumulators, 2 vectors of `right` and a broadcast in registers:
@@ -8,8 +8,8 @@
 // of a panel's earlier k wait in a buffer of its own and meet `out` once.
 //
 // The sum over rows (dW) has its k along the rows of both matrices: pairs are made of two rows. There `right`, the
-// hidden states, is packed once per call, and `left`, as large as the logits, a group of tiles and a block of k at a time;
-// sums wait in `out`.
+// hidden states, is packed once per call, and `left`, as large as the logits, a group of tiles and a block of k at a
+// time; sums wait in `out`.
 //
 // Order: for each entry k ascends in pairs, pairs of a block in the accumulator, blocks after each other into the same
 // accumulator. No entry's sum depends on where the tile begins. VDPBF16PS rounds to nearest and takes subnormals for 0.
@@ -20,6 +20,7 @@
 #include <memory>
 #include <new>
 
+#include "pairs.h"
 #include "product.h"
 #include "thread_pool.h"
 
@@ -42,6 +43,8 @@ Buffer<T> make_buffer(int64_t count) {
   return Buffer<T>(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kCacheLine)));
 }
 
+float* out_of(const GemmCall& call) { return static_cast<float*>(call.out); }
+
 int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 // Pairs [first, first + 16) of a row, 0 past its end.
@@ -50,42 +53,15 @@ __m512i load_pairs(const BFloat16* row, int64_t first, int64_t depth) {
   return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << left) - 1), row + (left ? 2 * first : 0));
 }
 
-// 16 x 16 pairs: row i of `v` becomes column i.
-void transpose(__m512i (&v)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    v[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    v[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-  }
-}
-
 // packed[pair][32 columns] of one panel and one block of k; columns past the end are 0.
-void pack_right(const ProductCall& call, int64_t panel, int64_t block, int64_t pairs, uint32_t* packed) {
+void pack_right(const GemmCall& call, int64_t panel, int64_t block, int64_t pairs, uint32_t* packed) {
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t first = panel * kColumns + half * 16;
     for (int64_t pair = 0; pair < pairs; pair += 16) {
       __m512i v[16];
       for (int64_t i = 0; i < 16; ++i)
         v[i] = first + i < call.columns
-                   ? load_pairs(call.right + (first + i) * call.right_stride, block * kPairs + pair, call.depth)
+                   ? load_pairs(call.right.data + (first + i) * call.right.stride, block * kPairs + pair, call.depth)
                    : _mm512_setzero_si512();
       transpose(v);
       for (int64_t i = 0; i < std::min<int64_t>(16, pairs - pair); ++i)
@@ -95,7 +71,7 @@ void pack_right(const ProductCall& call, int64_t panel, int64_t block, int64_t p
 }
 
 // packed[block of k][tile of rows][pair][12 rows]; rows past the end are 0.
-void pack_left(const ProductCall& call, int64_t tile, int64_t tiles, uint32_t* packed) {
+void pack_left(const GemmCall& call, int64_t tile, int64_t tiles, uint32_t* packed) {
   const int64_t pairs = blocks_of(call.depth, 2);
   for (int64_t block = 0; block * kPairs < pairs; ++block) {
     const int64_t here = std::min(kPairs, pairs - block * kPairs);
@@ -105,7 +81,8 @@ void pack_left(const ProductCall& call, int64_t tile, int64_t tiles, uint32_t* p
       for (int64_t pair = 0; pair < here; ++pair) {
         const int64_t k = 2 * (block * kPairs + pair);
         uint32_t value = 0;
-        if (row < call.rows) std::memcpy(&value, call.left + row * call.left_stride + k, k + 1 < call.depth ? 4 : 2);
+        if (row < call.rows)
+          std::memcpy(&value, call.left.data + row * call.left.stride + k, k + 1 < call.depth ? 4 : 2);
         to[pair * kRows + i] = value;
       }
     }
@@ -154,14 +131,14 @@ void pack_rows(const BFloat16* matrix, int64_t stride, int64_t count, int64_t la
 }
 
 // A tile of `out` on its way to the accumulators and back.
-void copy_tile(const ProductCall& call, int64_t row, int64_t column, float* sums, bool back) {
+void copy_tile(const GemmCall& call, int64_t row, int64_t column, float* sums, bool back) {
   const int64_t rows = std::min(kRows, call.rows - row);
   for (int64_t half = 0; half < 2; ++half) {
     const int64_t first = column + half * 16, count = std::clamp<int64_t>(call.columns - first, 0, 16);
     if (count == 0) continue;
     const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
     for (int64_t i = 0; i < rows; ++i) {
-      float *out = call.out + (row + i) * call.out_stride + first, *sum = sums + i * kColumns + half * 16;
+      float *out = out_of(call) + (row + i) * call.out_stride + first, *sum = sums + i * kColumns + half * 16;
       if (back)
         _mm512_mask_storeu_ps(out, mask, _mm512_load_ps(sum));
       else
@@ -170,9 +147,7 @@ void copy_tile(const ProductCall& call, int64_t row, int64_t column, float* sums
   }
 }
 
-}  // namespace
-
-void product_avx512_bf16(const ProductCall& call, int threads) {
+void product(const GemmCall& call, int threads) {
   const int64_t tiles = blocks_of(call.rows, kRows), panels = blocks_of(call.columns, kColumns);
   const int64_t pairs = blocks_of(call.depth, 2);
   const Buffer<uint32_t> left = make_buffer<uint32_t>(tiles * kRows * pairs);
@@ -199,14 +174,14 @@ void product_avx512_bf16(const ProductCall& call, int threads) {
             call.bias ? _mm512_maskz_loadu_ps(mask, call.bias + (count ? first : 0)) : _mm512_setzero_ps();
         if (count == 0) continue;
         for (int64_t row = 0; row < call.rows; ++row)
-          _mm512_mask_storeu_ps(call.out + row * call.out_stride + first, mask,
+          _mm512_mask_storeu_ps(out_of(call) + row * call.out_stride + first, mask,
                                 _mm512_add_ps(_mm512_load_ps(sums.get() + row * kColumns + half * 16), bias));
       }
     }
   });
 }
 
-void add_row_product_avx512_bf16(const ProductCall& call, int threads) {
+void add_row_product(const GemmCall& call, int threads) {
   const int64_t tiles = blocks_of(call.rows, kRows), panels = blocks_of(call.columns, kColumns);
   const int64_t blocks = blocks_of(call.depth, kDepth);
   const Buffer<uint32_t> right = make_buffer<uint32_t>(blocks * panels * kPairs * kColumns);
@@ -215,9 +190,8 @@ void add_row_product_avx512_bf16(const ProductCall& call, int threads) {
     const int64_t block = i / panels, column = i % panels * kColumns;
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t first = column + half * 16;
-      pack_rows(call.right + block * kDepth * call.right_stride + std::min(first, call.columns), call.right_stride,
-                call.columns - first, 16, depth_of(block), kColumns,
-                right.get() + i * kPairs * kColumns + half * 16);
+      pack_rows(call.right.data + block * kDepth * call.right.stride + std::min(first, call.columns), call.right.stride,
+                call.columns - first, 16, depth_of(block), kColumns, right.get() + i * kPairs * kColumns + half * 16);
     }
   });
   // Tiles of a group fit the L2 cache together: each panel meets all of them.
@@ -229,8 +203,9 @@ void add_row_product_avx512_bf16(const ProductCall& call, int threads) {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t pairs = blocks_of(depth_of(block), 2);
       for (int64_t tile = begin; tile < end; ++tile)
-        pack_rows(call.left + block * kDepth * call.left_stride + tile * kRows, call.left_stride,
-                  call.rows - tile * kRows, kRows, depth_of(block), kRows, left.get() + (tile - begin) * kPairs * kRows);
+        pack_rows(call.left.data + block * kDepth * call.left.stride + tile * kRows, call.left.stride,
+                  call.rows - tile * kRows, kRows, depth_of(block), kRows,
+                  left.get() + (tile - begin) * kPairs * kRows);
       for (int64_t panel = 0; panel < panels; ++panel)
         for (int64_t tile = begin; tile < end; ++tile) {
           copy_tile(call, tile * kRows, panel * kColumns, sums, false);
@@ -240,6 +215,12 @@ void add_row_product_avx512_bf16(const ProductCall& call, int threads) {
         }
     }
   });
+}
+
+}  // namespace
+
+void gemm_avx512_bf16(const GemmCall& call, int threads) {
+  call.left.depth_first ? add_row_product(call, threads) : product(call, threads);
 }
 
 }  // namespace qk

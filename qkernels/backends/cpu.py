@@ -75,6 +75,7 @@ def describe() -> dict[str, Any]:
         "available": True,
         "instruction_set": _C.instruction_set(),
         "compiled_for": _C.instruction_sets(),
+        "amx": _C.amx_unavailable() or "available",
         "compiler": _C.compiler(),
         "threads": "torch's OpenMP team" if _C.thread_source() == "OpenMP" else "own pool",
     }
@@ -192,44 +193,57 @@ def run_pair_loss(run: Callable[..., None], call: PairLoss) -> tuple[Tensor, ...
     return loss, rewards, grad, tokens
 
 
+# The GEMMs of a head from bf16 matrices: whether the left and the right one have the depth as the outer dimension of
+# their memory, the result's dtype, and whether it is added to what is there.
+_GEMMS = {
+    "logits": (False, False, torch.float32, False),  # x w^T, [n, H] and [V, H]
+    "dX": (False, True, torch.bfloat16, False),  # g w, [n, V] and [V, H]
+    "dW": (True, True, torch.bfloat16, False),  # g^T x, [n, V] and [n, H]
+    "dW of a chunk": (True, True, torch.float32, True),
+}
+
+
 @constant_when_compiled
+def gemm_kernel(name: str) -> str | None:
+    """The kernel that runs one of `_GEMMS` on the instruction set in use; None where none does."""
+    if _C is None:
+        return None
+    left, right, dtype, accumulate = _GEMMS[name]
+    return _C.gemm_kernel(left, right, CODES[dtype], accumulate) or None
+
+
 def has_product() -> bool:
-    """Whether this machine multiplies bf16 matrices into fp32 (`product`)."""
-    return _C is not None and bool(_C.has_product())
+    """Whether logits are made from bf16 matrices by a GEMM of this extension, with an fp32 result."""
+    return gemm_kernel("logits") is not None
 
 
-def product(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = left right^T + bias: bf16 `[n, k]` and `[m, k]`, fp32 `[m]` and `[n, m]`, last dimensions contiguous."""
-    if left.stride(1) != 1:
-        left = left.contiguous()
-    _C.product(
+def gemm(name: str, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """out = left right + bias, or out += left right, in fp32 sums: one of `_GEMMS`.
+
+    Args:
+        left: bf16 `[n, k]`, like `right` copied if its memory is not laid out as `_GEMMS` says.
+        right: bf16 `[k, m]`.
+        out: `[n, m]` with a contiguous last dimension, in the GEMM's dtype.
+        bias: fp32 `[m]`.
+    """
+    left_first, right_first, dtype, accumulate = _GEMMS[name]
+
+    def operand(stored: Tensor, depth_first: bool) -> tuple[int, int, bool]:
+        operands.append(stored if stored.stride(1) == 1 else stored.contiguous())  # a copy lives until the call is over
+        return layout.rows(operands[-1]).data_ptr(), operands[-1].stride(0), depth_first
+
+    operands: list[Tensor] = []
+    _C.gemm(
         rows=out.shape[0],
         columns=out.shape[1],
         depth=left.shape[1],
-        left=layout.rows(left).data_ptr(),
-        left_stride=left.stride(0),
-        right=layout.rows(right).data_ptr(),
-        right_stride=right.stride(0),
+        left=operand(left.t() if left_first else left, left_first),
+        right=operand(right if right_first else right.t(), right_first),
         bias=address_of(bias),
-        out=out.data_ptr(),
+        out=layout.rows(out).data_ptr(),
+        out_type=CODES[dtype],
         out_stride=out.stride(0),
-        threads=torch.get_num_threads(),
-    )
-
-
-def add_row_product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out += left^T right: bf16 `[k, n]` and `[k, m]`, fp32 `[n, m]`, last dimensions contiguous."""
-    left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
-    _C.add_row_product(
-        rows=out.shape[0],
-        columns=out.shape[1],
-        depth=left.shape[0],
-        left=layout.rows(left).data_ptr(),
-        left_stride=left.stride(0),
-        right=layout.rows(right).data_ptr(),
-        right_stride=right.stride(0),
-        out=out.data_ptr(),
-        out_stride=out.stride(0),
+        accumulate=accumulate,
         threads=torch.get_num_threads(),
     )
 

@@ -1,4 +1,4 @@
-"""Memory: how much is free, and large CPU tensors on fresh pages."""
+"""Memory: how much is free, large CPU tensors on fresh pages, and scratch buffers that stay from call to call."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import math
 import mmap
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -42,6 +43,45 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
     """`torch.empty`, on fresh huge pages where the tensor is large and on the CPU."""
     zeros = fresh_zeros(shape, dtype, device)
     return torch.empty(shape, dtype=dtype, device=device) if zeros is None else zeros
+
+
+# Scratch buffers on the CPU that no call uses at the moment, by address: one-dimensional bytes.
+_scratch: dict[int, Tensor] = {}
+_SCRATCH_BYTES = 256 * 2**20
+
+
+def take_scratch(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`empty`, on the pages of an earlier call's scratch buffer where one is large enough.
+
+    Pages that are new to the process are zeroed by the system when they are first written: 15 ms for 128 MiB on a
+    2-core Xeon, half of the time of the GEMM that fills them.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type == "cpu" and size >= _LARGE:
+        for address in sorted(_scratch, key=lambda key: kept.numel() if (kept := _scratch.get(key)) is not None else 0):
+            kept = _scratch.get(address)
+            if kept is None or kept.numel() < size:
+                continue
+            if (taken := _scratch.pop(address, None)) is not None:  # None: another thread has it
+                return taken[:size].view(dtype).view(shape)
+    return empty(shape, dtype, device)
+
+
+def give_back_scratch(buffers: Iterable[Tensor]) -> None:
+    """Keep a call's buffers of `take_scratch` in place of earlier ones, as many in order as fit 256 MiB together.
+
+    Nothing of them may be in use any more.
+    """
+    storages = [buffer.untyped_storage() for buffer in buffers if buffer.device.type == "cpu"]
+    storages = [storage for storage in storages if storage.nbytes() >= _LARGE]
+    if not storages:
+        return
+    _scratch.clear()
+    room = _SCRATCH_BYTES
+    for storage in storages:
+        if storage.nbytes() <= room:
+            room -= storage.nbytes()
+            _scratch[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 @constant_when_compiled  # what is free while tracing stands for later

@@ -12,7 +12,7 @@ import torch
 from .. import backends
 from .._version import __version__
 from ..head.plan import default_chunk_bytes
-from ..head.products import logits_product
+from ..head.products import gradient_products, logits_product, why_this_kernel
 
 _AUTO_RULE = "the first available of " + ", ".join(backends._MODULES) + " for the tensor's device and dtype"
 
@@ -52,7 +52,8 @@ def info() -> Info:
     Returns:
         A dict that prints as a table. `info()["backends"][name]` is "available" or the reason why not;
         `info()["auto"][device]` is what `backend="auto"` picks for fp32 tensors there;
-        `info()["hidden_states"]` how logits come out of hidden states, and the memory of a chunk unless asked for.
+        `info()["hidden_states"]` how logits and gradients come out of hidden states, and the memory of a chunk unless
+        asked for.
     """
     from ..backends import cpu, cuda
 
@@ -77,10 +78,12 @@ def info() -> Info:
         native_extension={**cpu.describe(), "cuda": cuda.describe()},
         hidden_states={
             **{
-                f"{device.type} {name}": logits_product(device, dtype)
+                f"{device.type} {name}{what}": words(device, dtype)
                 for device in devices
                 for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+                for what, words in ((" logits", logits_product), (" dX, dW", gradient_products))
             },
+            "cpu bf16 because": why_this_kernel(),
             **{f"{device.type} chunk": f"{default_chunk_bytes(device) / 2**20:.0f} MiB" for device in devices},
         },
         threads={"torch": torch.get_num_threads(), "cores": os.cpu_count()},

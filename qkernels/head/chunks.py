@@ -26,7 +26,7 @@ from .. import backends
 from ..core.calls import RowGrad, RowStats
 from ..core.coefficients import coefficients as coefficients_of
 from ..core.columns import BIT, STATE, column_index, column_names, stats_dtype
-from ..core.memory import empty
+from ..core.memory import give_back_scratch, take_scratch
 from .call import HeadCall, Model
 from .products import Head, WeightGrad, gradient_dtype
 
@@ -95,10 +95,13 @@ class Pass:
         labels = self.call.labels
         return torch.zeros(self.call.config.columns.bit_count(), labels.shape[0], dtype=self.wide, device=labels.device)
 
+    def __del__(self) -> None:
+        give_back_scratch(self._buffers.values())
+
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         """`[rows, V]`, the same memory for every chunk: allocated once, for the largest of them."""
         if name not in self._buffers:
-            self._buffers[name] = empty((self._largest, self.head.vocab), dtype, self.call.labels.device)
+            self._buffers[name] = take_scratch((self._largest, self.head.vocab), dtype, self.call.labels.device)
         return self._buffers[name][:rows]
 
     def chunks(self, selections: Sequence[Selection]) -> Iterator[_Chunk]:

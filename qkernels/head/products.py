@@ -4,8 +4,8 @@ Logits reach the softmax in fp32 (fp64 from fp64 inputs): rounded to 16 bits the
 while a token's reward early in training is of the order of 1e-2. How a 16-bit product yields fp32:
 
 - on a GPU, torch's own product with `out_dtype` (the accumulator of the matrix unit, not rounded);
-- on a CPU with AVX-512 BF16, our product of bf16 matrices (`csrc/cpu/product_avx512_bf16.cpp`), as fast as torch's
-  rounded one; torch has none with an fp32 result there;
+- on a CPU with AMX or AVX-512 BF16, a GEMM of our own (`csrc/cpu/product_amx_bf16.cpp`, `product_avx512_bf16.cpp`);
+  torch has none with an fp32 result there;
 - on other CPUs and for fp16, an fp32 product of inputs widened block by block (exact, and for fp16 many times faster
   than torch's fp16 product on CPUs without instructions for it).
 
@@ -42,16 +42,23 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: int, rows: int, sums: bool) -> int:
-    """Memory for what is widened at a time: rows of the weight, and with `sums` also columns of `rows` of gradients."""
+    """Memory for what a GEMM widens (rows of the weight, with `sums` also columns of `rows` of gradients) or packs."""
     if device.type != "cpu" or dtype in (torch.float32, torch.float64):
         return 0
     if dtype == torch.bfloat16 and cpu.has_product():
-        return 0
+        if cpu.gemm_kernel("dX") is None:
+            return 0
+        # dX: sums and packed parts of both operands, 2 MiB for each thread at most.
+        return torch.get_num_threads() * 2**21
     block = min(vocab, _BLOCK)
     widened = block * hidden
     if sums and not _widens(device, dtype):
         widened = max(widened, (block + hidden) * rows)
     return widened * torch.float32.itemsize
+
+
+# GEMM kernels of the extension, by the name of their instruction set.
+_KERNELS = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16", "amx_emulated": "emulated AMX BF16"}
 
 
 @constant_when_compiled
@@ -61,9 +68,38 @@ def logits_product(device: torch.device, dtype: torch.dtype) -> str:
         return f"torch, {str(dtype)[6:]}"
     if device.type != "cpu":
         return "torch, 16-bit inputs, fp32 result"
-    if dtype == torch.bfloat16 and cpu.has_product():
-        return "own AVX-512 BF16 product, fp32 result"
+    if dtype == torch.bfloat16 and (kernel := cpu.gemm_kernel("logits")):
+        return f"{_KERNELS[kernel]} kernel, fp32 result"
     return "torch, inputs widened to fp32 block by block"
+
+
+def gradient_products(device: torch.device, dtype: torch.dtype) -> str:
+    """How dX and dW come about, in words; for `info()`."""
+    if _widens(device, dtype):
+        return logits_product(device, dtype)
+    usual = f"torch, {str(dtype)[6:]}"
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return usual
+    kernels = {name: cpu.gemm_kernel(name) for name in ("dX", "dW", "dW of a chunk")}
+    words = {name: f"{_KERNELS[kernel]} kernel" if kernel else usual for name, kernel in kernels.items()}
+    if words["dX"] == words["dW"] == words["dW of a chunk"]:
+        return words["dX"]
+    return "; ".join(f"{name}: {how}" for name, how in words.items())
+
+
+def why_this_kernel() -> str:
+    """Why the GEMMs of bf16 matrices run on a CPU as they do; for `info()`."""
+    facts = cpu.describe()
+    if not facts["available"]:
+        return "the compiled extension is missing"
+    if (amx := facts["amx"]) == "available":
+        return f"instruction set {facts['instruction_set']}"
+    return f"instruction set {facts['instruction_set']}; AMX: {amx}"
+
+
+def _own_gemm(name: str, operand: Tensor) -> bool:
+    """Whether a GEMM of the extension takes this operand."""
+    return operand.device.type == "cpu" and operand.dtype == torch.bfloat16 and cpu.gemm_kernel(name) is not None
 
 
 def _show_product(x: Tensor, w: Tensor) -> None:
@@ -99,7 +135,7 @@ class Head(NamedTuple):
                 out.add_(b)
         elif x.dtype == torch.bfloat16 and cpu.has_product() and w.stride(1) == 1:
             _show_product(x, w)
-            cpu.product(x, w, None if b is None else b.float(), out)
+            cpu.gemm("logits", x, w.t(), out, None if b is None else b.float())
         else:
             wide = x.to(out.dtype)
             for start in range(0, self.vocab, _BLOCK):
@@ -121,6 +157,10 @@ class Head(NamedTuple):
 
     def input_grad(self, g: Tensor) -> Tensor:
         """dL/dx = g W, `[n, H]` in the dtype of g."""
+        if _own_gemm("dX", g) and self.weight.stride(1) == 1:
+            _show_product(g, self.weight.t())
+            cpu.gemm("dX", g, self.weight, result := g.new_empty(g.shape[0], self.weight.shape[1]))
+            return result
         if g.dtype == self.weight.dtype:
             return torch.mm(g, self.weight)
         result = g.new_zeros(g.shape[0], self.weight.shape[1])
@@ -165,6 +205,10 @@ class WeightGrad:
         wide = stats_dtype(g.dtype)
         if weight_scale is not None:
             self._add_scaled(g, x, weight_scale)
+        elif self.single and _own_gemm("dW", g):
+            _show_product(g.t(), x.t())
+            self.weight = empty(self.head.weight.shape, g.dtype, g.device)
+            cpu.gemm("dW", g.t(), x, self.weight)
         elif self.single or (self.weight is None and g.dtype == wide):
             self.weight = torch.mm(g.t(), x, out=empty(self.head.weight.shape, g.dtype, g.device))
         elif g.dtype == wide:
@@ -175,9 +219,9 @@ class WeightGrad:
                 self.weight = torch.zeros(self.head.weight.shape, dtype=wide, device=g.device)
             if g.device.type != "cpu":
                 torch.ops.aten.addmm.dtype_out(self.weight, g.t(), x, wide, out=self.weight)
-            elif g.dtype == torch.bfloat16 and cpu.has_product():
+            elif _own_gemm("dW of a chunk", g):
                 _show_product(g.t(), x.t())
-                cpu.add_row_product(g, x, self.weight)
+                cpu.gemm("dW of a chunk", g.t(), x, self.weight)
             else:
                 x = x.to(wide)
                 for start in range(0, self.head.vocab, _BLOCK):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import oracle
+import qkernels
 from cases import Rows, make_rows
 from comparisons import check_gradient, check_logps, check_outputs, random_upstream, row_gradient
 from runnable import CPU
@@ -56,3 +61,61 @@ def test_every_sixteen_bit_pattern_is_read_and_written_right(instruction_set, dt
     check_outputs(CPU, rows)
     check_gradient(CPU, rows, {"logps": torch.tensor([3.0])})
     check_gradient(CPU, rows, random_upstream(rows, oracle.WITH_GRADIENT))
+
+
+# --- permission for AMX -----------------------------------------------------------------------------------------------
+
+
+def test_info_says_whether_amx_can_be_used():
+    reason = _C.amx_unavailable()
+    assert qkernels.info()["native_extension"]["amx"] == (reason or "available")
+    assert ("amx_bf16" in _C.instruction_sets()) == (reason == "")
+    assert reason == "" or any(word in reason for word in ("processor", "system", "build", "x86-64")), reason
+
+
+# A seccomp filter, as containers have them: arch_prctl(ARCH_REQ_XCOMP_PERM, ...) fails with EPERM.
+_REFUSE = """
+import ctypes, struct
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, 158), (0x20, 0, 0, 16), (0x15, 0, 1, 0x1023), (0x06, 0, 0, 0x00050001),
+        (0x06, 0, 0, 0x7fff0000)]
+filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters)))
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program):
+    print("no seccomp")
+    raise SystemExit
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or platform.machine() != "x86_64", reason="AMX needs x86-64 and Linux"
+)
+def test_a_system_that_refuses_amx():
+    """The next kernel in line takes over, with results within the same bounds, and `info()` says why."""
+    script = (
+        _REFUSE
+        + """
+import torch, qkernels
+facts = qkernels.info()
+print(facts["native_extension"]["instruction_set"])
+print(facts["native_extension"]["amx"])
+print(facts["hidden_states"]["cpu bf16 logits"])
+print(facts["hidden_states"]["cpu bf16 because"])
+torch.manual_seed(0)
+h, w, y = torch.randn(2, 9, 70).bfloat16(), torch.randn(50, 70).bfloat16(), torch.randint(50, (2, 9))
+logps = qkernels.linear_token_logps(h, w, y)
+exact = (h.double() @ w.double().T).log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+print(float((logps - exact).abs().max()))
+"""
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    if run.stdout.startswith("no seccomp"):
+        pytest.skip("this system has no seccomp filters")
+    name, amx, kernel, why, error = run.stdout.splitlines()
+    assert name == [other for other in _C.instruction_sets() if other != "amx_bf16"][-1]
+    assert "AMX" not in kernel
+    if not _C.amx_unavailable():
+        assert amx == "the operating system refuses it (arch_prctl: Operation not permitted)"
+        assert amx in why
+    assert float(error) < 5e-5  # logits of 30: eps32 of a few hundred

@@ -1,8 +1,11 @@
-"""The CPU's own products of bf16 matrices with an fp32 result, and what takes their place on other instruction sets.
+"""The CPU's own GEMMs of bf16 matrices with fp32 sums, and what takes their place on other instruction sets.
 
 An entry is a sum of k exact products (16 bits of significand at most), and each addition rounds a partial sum: the
 error may be k eps32 of the sum of absolute values, and as a rule it is a few eps32, for roundings differ in sign. The
-bound is 16 of them. A result that had been rounded to bf16 would err by 2^-9 of itself, thousands of eps32.
+bound is 16 of them. A result that had been rounded to bf16 would err by up to 2^-8 of itself, thousands of eps32.
+
+Each test runs with every kernel that this processor has, and with the AMX kernel on plain code in place of the tile
+instructions, which runs everywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +24,37 @@ from runnable import CPU, Backend
 
 _C = pytest.importorskip("qkernels._C", reason="the compiled extension is missing")
 BF16 = torch.bfloat16
-needs_product = pytest.mark.skipif(not native.has_product(), reason="this machine has no AVX-512 BF16")
+
+
+def served(name: str) -> list[str]:
+    """Instruction sets whose kernel runs this GEMM, the emulated tiles among them."""
+    before, found = _C.instruction_set(), []
+    for instruction_set in [*_C.instruction_sets(), "amx_emulated"]:
+        _C.use_instruction_set(instruction_set)
+        if native.gemm_kernel(name):
+            found.append(instruction_set)
+    _C.use_instruction_set(before)
+    return found
+
+
+@pytest.fixture
+def kernel(request):
+    """Run with this instruction set, then with the one that was in use."""
+    before = _C.instruction_set()
+    assert _C.use_instruction_set(request.param)
+    yield request.param
+    _C.use_instruction_set(before)
+
+
+def with_kernels(name: str):
+    """Run a test with each kernel of a GEMM."""
+    return pytest.mark.parametrize("kernel", served(name), indirect=True)
+
+
+needs_product = with_kernels("logits")
+needs_sum = with_kernels("dW of a chunk")
+# The kernel is the same for all examples of a test.
+per_example_state = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 
 
 def matrix(rows: int, columns: int, key: int, stride: int = 0, offset: int = 0) -> torch.Tensor:
@@ -36,7 +69,7 @@ def product(left, right, bias=None, *, stride: int = 0) -> torch.Tensor:
     """The result, in a buffer whose surroundings are checked."""
     rows, columns = left.shape[0], right.shape[0]
     memory = torch.full((rows + 1, columns + stride), 777.0)
-    native.product(left, right, bias, memory[:rows, :columns])
+    native.gemm("logits", left, right.t(), memory[:rows, :columns], bias)
     assert bool((memory[rows] == 777).all()) and bool((memory[:, columns:] == 777).all()), "written outside"
     return memory[:rows, :columns]
 
@@ -54,22 +87,23 @@ def check(left, right, bias=None, stride: int = 0) -> torch.Tensor:
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
-# Around the tile of 12 x 32, the blocks of 512 along k, pairs along k, and a single row, column or entry.
-ROWS = (1, 2, 11, 12, 13, 24, 37)
+# Around the blocks of 12 x 32 and 32 x 32, those of 512, 320, 640 and 1536 along k, pairs along k, and a single row,
+# column or entry.
+ROWS = (1, 2, 11, 12, 13, 24, 37, 65)
 COLUMNS = (1, 5, 15, 16, 17, 31, 32, 33, 100, 530)
-DEPTHS = (1, 2, 3, 31, 32, 33, 63, 64, 511, 512, 513, 1024, 1537)
+DEPTHS = (1, 2, 3, 31, 32, 33, 63, 64, 319, 321, 511, 512, 513, 1024, 1537, 2001)
 
 
 @needs_product
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_every_depth(depth):
+def test_every_depth(kernel, depth):
     check(matrix(13, depth, 1), matrix(33, depth, 2), torch.randn(33))
 
 
 @needs_product
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_every_size_of_the_result(rows, columns):
+def test_every_size_of_the_result(kernel, rows, columns):
     left, right = matrix(rows, 37, 1), matrix(columns, 37, 2)
     check(left, right)
     check(left, right, 10 * torch.randn(columns), stride=3)
@@ -78,7 +112,7 @@ def test_every_size_of_the_result(rows, columns):
 @needs_product
 @pytest.mark.parametrize("offset", [0, 1, 3, 16])
 @pytest.mark.parametrize("stride", [0, 1, 5, 32])
-def test_any_stride_and_alignment(stride, offset):
+def test_any_stride_and_alignment(kernel, stride, offset):
     for depth in (40, 41, 514):
         left, right = matrix(14, depth, 1, stride, offset), matrix(35, depth, 2, 3 * stride, 7 - offset % 8)
         expected = product(left.contiguous(), right.contiguous())
@@ -86,7 +120,7 @@ def test_any_stride_and_alignment(stride, offset):
 
 
 @needs_product
-def test_broadcast_and_transposed_rows():
+def test_broadcast_and_transposed_rows(kernel):
     right = matrix(20, 16, 2)
     row = matrix(1, 16, 1)
     assert torch.equal(product(row.expand(5, 16), right), product(row.repeat(5, 1), right))
@@ -95,20 +129,21 @@ def test_broadcast_and_transposed_rows():
 
 
 @needs_product
+@per_example_state
 @hypothesis.given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70), st.integers(0, 3), st.booleans())
-def test_any_size(rows, columns, depth, stride, with_bias):
+def test_any_size(kernel, rows, columns, depth, stride, with_bias):
     bias = torch.linspace(-3, 3, columns) if with_bias else None
     check(matrix(rows, depth, 1, stride), matrix(columns, depth, 2, stride), bias, stride)
 
 
 @needs_product
-def test_nothing_to_do():
+def test_nothing_to_do(kernel):
     assert product(matrix(0, 8, 1), matrix(5, 8, 2)).shape == (0, 5)
     assert torch.equal(product(torch.zeros(3, 4, dtype=BF16), matrix(5, 4, 2)), torch.zeros(3, 5))
 
 
 @needs_product
-def test_magnitudes():
+def test_magnitudes(kernel):
     """Large and tiny entries, in one sum and apart; infinities and NaN stay in their row or column."""
     left, right = matrix(4, 20, 1), matrix(6, 20, 2)
     for scale in (1e-15, 1e15, 1e-30):
@@ -124,7 +159,7 @@ def test_magnitudes():
 
 
 @needs_product
-def test_results_are_not_rounded_to_sixteen_bits():
+def test_results_are_not_rounded_to_sixteen_bits(kernel):
     left, right = matrix(64, 256, 1), matrix(64, 256, 2)
     ours = check(left, right)
     exact = left.double() @ right.double().T
@@ -140,7 +175,7 @@ def check_sum(left, right, start, stride: int = 0) -> torch.Tensor:
     rows, columns = start.shape
     memory = torch.full((rows + 1, columns + stride), 777.0)
     out = memory[:rows, :columns].copy_(start)
-    native.add_row_product(left, right, out)
+    native.gemm("dW of a chunk", left.t(), right, out)
     assert bool((memory[rows] == 777).all()) and bool((memory[:, columns:] == 777).all()), "written outside"
     exact = start.double() + left.double().T @ right.double()
     size = start.double().abs() + left.double().abs().T @ right.double().abs()
@@ -148,22 +183,23 @@ def check_sum(left, right, start, stride: int = 0) -> torch.Tensor:
     return out
 
 
-@needs_product
+@needs_sum
 @pytest.mark.parametrize("depth", (0, *DEPTHS))
-def test_sum_over_any_number_of_rows(depth):
+def test_sum_over_any_number_of_rows(kernel, depth):
     check_sum(matrix(depth, 29, 1), matrix(depth, 45, 2), torch.randn(29, 45))
 
 
-@needs_product
+@needs_sum
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_sum_of_every_size(rows, columns):
+def test_sum_of_every_size(kernel, rows, columns):
     check_sum(matrix(37, rows, 1, 3, 1), matrix(37, columns, 2, 5, 2), torch.randn(rows, columns), stride=3)
 
 
-@needs_product
+@needs_sum
+@per_example_state
 @hypothesis.given(st.integers(1, 500), st.integers(1, 70), st.integers(1, 70), st.integers(0, 3), st.integers(1, 8))
-def test_a_sum_of_any_size(rows, columns, depth, stride, threads):
+def test_a_sum_of_any_size(kernel, rows, columns, depth, stride, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     left, right = matrix(depth, rows, 1, stride), matrix(depth, columns, 2, stride)
@@ -173,27 +209,29 @@ def test_a_sum_of_any_size(rows, columns, depth, stride, threads):
     torch.set_num_threads(before)
 
 
-@needs_product
-def test_a_sum_does_not_tell_in_how_many_chunks_it_came():
+@needs_sum
+def test_a_sum_does_not_tell_in_how_many_chunks_it_came(kernel):
+    """As long as no chunk's end divides terms that the kernel adds to one another before they meet the sum."""
     left, right = matrix(700, 90, 1), matrix(700, 50, 2)
     whole = check_sum(left, right, torch.zeros(90, 50))
-    for size in (2, 14, 512, 514):
+    for size in (1, 7, 16, 17):
+        size *= _C.gemm_depth_group()
         total = torch.zeros(90, 50)
         for start in range(0, 700, size):
-            native.add_row_product(left[start : start + size], right[start : start + size], total)
+            native.gemm("dW of a chunk", left[start : start + size].t(), right[start : start + size], total)
         assert torch.equal(total, whole)
 
 
-@needs_product
+@needs_sum
 @pytest.mark.parametrize("spoil", ["scale", "one entry", "overwritten", "rounded"])
-def test_errors_of_sums_are_seen(monkeypatch, spoil):
+def test_errors_of_sums_are_seen(kernel, monkeypatch, spoil):
     left, right, start = matrix(37, 14, 1), matrix(37, 35, 2), torch.randn(14, 35)
-    real = native.add_row_product
+    real = native.gemm
 
-    def wrong(left, right, out):
+    def wrong(name, left, right, out):
         if spoil == "overwritten":
             out.zero_()
-        real(left, right, out)
+        real(name, left, right, out)
         if spoil == "scale":
             out.mul_(1 + 1e-4)
         elif spoil == "one entry":
@@ -202,16 +240,122 @@ def test_errors_of_sums_are_seen(monkeypatch, spoil):
             out.copy_(out.to(BF16))
 
     check_sum(left, right, start)
-    monkeypatch.setattr(native, "add_row_product", wrong)
+    monkeypatch.setattr(native, "gemm", wrong)
     with pytest.raises(AssertionError):
         check_sum(left, right, start)
+
+
+# --- gradients of the inputs and of the weight from one chunk, rounded once to bf16 -----------------------------------
+
+
+def check_rounded(name: str, left, right, stride: int = 0) -> torch.Tensor:
+    """left right in bf16 against float64, in a buffer whose surroundings are checked."""
+    rows, columns = left.shape[0], right.shape[1]
+    memory = torch.full((rows + 1, columns + stride), 777.0, dtype=BF16)
+    out = memory[:rows, :columns]
+    native.gemm(name, left, right, out)
+    edge = torch.tensor(777.0, dtype=BF16)
+    assert bool((memory[rows] == edge).all()) and bool((memory[:, columns:] == edge).all()), "written outside"
+    exact, size = left.double() @ right.double(), left.double().abs() @ right.double().abs()
+    error = EPS32 * min(1 + left.shape[1], 16) * size
+    assert_within(out, exact, error + 2**-8 * (exact.abs() + error) + 1e-38, name)
+    return out
+
+
+@with_kernels("dX")
+@pytest.mark.parametrize("depth", (0, *DEPTHS))
+def test_input_gradient_over_any_vocabulary(kernel, depth):
+    check_rounded("dX", matrix(40, depth, 1), matrix(depth, 45, 2))
+
+
+@with_kernels("dX")
+def test_input_gradient_over_a_large_vocabulary(kernel):
+    check_rounded("dX", matrix(2, 270000, 1), matrix(270000, 3, 2))
+    check_rounded("dX", matrix(70, 9000, 1), matrix(9000, 600, 2))
+
+
+@with_kernels("dX")
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_input_gradient_of_every_size(kernel, rows, columns):
+    check_rounded("dX", matrix(rows, 37, 1, 3, 1), matrix(37, columns, 2, 5, 2), stride=3)
+    check_rounded("dX", matrix(rows, 1600, 1, 3, 1), matrix(1600, columns, 2, 5, 2), stride=1)
+
+
+@with_kernels("dW")
+@pytest.mark.parametrize("depth", (0, *DEPTHS))
+def test_weight_gradient_over_any_number_of_rows(kernel, depth):
+    check_rounded("dW", matrix(depth, 40, 1).t(), matrix(depth, 45, 2))
+
+
+@with_kernels("dW")
+@pytest.mark.parametrize("rows", COLUMNS)
+@pytest.mark.parametrize("columns", ROWS)
+def test_weight_gradient_of_every_size(kernel, rows, columns):
+    check_rounded("dW", matrix(37, rows, 1, 3, 1).t(), matrix(37, columns, 2, 5, 2), stride=3)
+
+
+@with_kernels("dW")
+def test_a_large_weight_gradient(kernel):
+    """Beyond the size from which results bypass the caches, at any alignment."""
+    for stride in (0, 32, 3):
+        check_rounded("dW", matrix(33, 2100, 1).t(), matrix(33, 1030 - stride, 2), stride)
+
+
+@with_kernels("dX")
+@pytest.mark.parametrize("spoil", ["scale", "one entry", "transposed"])
+def test_errors_of_rounded_results_are_seen(kernel, monkeypatch, spoil):
+    left, right = matrix(37, 37, 1), matrix(37, 37, 2)
+    real = native.gemm
+
+    def wrong(name, left, right, out):
+        real(name, left, right.t() if spoil == "transposed" else right, out)
+        if spoil == "scale":
+            out.mul_(1.01)
+        elif spoil == "one entry":
+            out[7, 3] += 0.1
+
+    check_rounded("dX", left, right)
+    monkeypatch.setattr(native, "gemm", wrong)
+    with pytest.raises(AssertionError):
+        check_rounded("dX", left, right)
+
+
+@with_kernels("dX")
+def test_rounded_results_have_the_same_bits_in_any_company(kernel):
+    left, right = matrix(70, 1700, 1), matrix(1700, 130, 2)
+    together = check_rounded("dX", left, right)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        for rows in ([0], [69], list(range(5, 40)), list(reversed(range(70)))):
+            assert torch.equal(check_rounded("dX", left[rows], right), together[rows])
+        for columns in ([129], list(range(7, 60))):
+            assert torch.equal(check_rounded("dX", left, right[:, columns]), together[:, columns])
+
+
+@pytest.mark.skipif("amx_bf16" not in _C.instruction_sets(), reason=f"AMX: {_C.amx_unavailable()}")
+@pytest.mark.parametrize("name", ["logits", "dX", "dW", "dW of a chunk"])
+def test_emulated_tiles_have_the_bits_of_the_instructions(name):
+    """Subnormal numbers, infinities and NaN included: what other machines test is what this one does."""
+    for rows, columns, depth in ((5, 7, 3), (33, 65, 70), (100, 40, 1601), (600, 20, 330)):
+        left, right = matrix(rows, depth, 1), matrix(depth, columns, 2)
+        for scale in (1.0, 1e-19, 1e-38, 1e19):
+            left[0, -1], right[-1, 1] = torch.inf, torch.nan
+            results = []
+            for instruction_set in ("amx_bf16", "amx_emulated"):
+                _C.use_instruction_set(instruction_set)
+                out = torch.ones(rows, columns, dtype=BF16 if name in ("dX", "dW") else torch.float32)
+                native.gemm(name, (left * scale).to(BF16), (right * min(scale, 1)).to(BF16), out)
+                results.append(out)
+            _C.use_instruction_set(_C.instruction_sets()[-1])
+            torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------
 
 
 @needs_product
-def test_a_row_has_the_same_bits_in_any_company():
+def test_a_row_has_the_same_bits_in_any_company(kernel):
     """Alone, among others, in another place of the tile: what cached reference log-probs rely on."""
     left, right, bias = matrix(40, 700, 1), matrix(130, 700, 2), torch.randn(130)
     together = product(left, right, bias)
@@ -222,7 +366,7 @@ def test_a_row_has_the_same_bits_in_any_company():
 
 
 @needs_product
-def test_the_same_bits_for_any_number_of_threads():
+def test_the_same_bits_for_any_number_of_threads(kernel):
     left, right, bias = matrix(50, 600, 1), matrix(2000, 600, 2), torch.randn(2000)
     results = []
     for threads in (1, 2, 3, 5, 8):
@@ -234,14 +378,14 @@ def test_the_same_bits_for_any_number_of_threads():
 
 @needs_product
 @pytest.mark.parametrize("spoil", ["scale", "one entry", "last column", "rounded", "no bias"])
-def test_errors_are_seen(monkeypatch, spoil):
+def test_errors_are_seen(kernel, monkeypatch, spoil):
     """The check of this file's own check."""
     left, right, bias = matrix(14, 37, 1), matrix(35, 37, 2), torch.randn(35)
     check(left, right, bias)
-    real = native.product
+    real = native.gemm
 
-    def wrong(left, right, bias, out):
-        real(left, right, None if spoil == "no bias" else bias, out)
+    def wrong(name, left, right, out, bias):
+        real(name, left, right, out, None if spoil == "no bias" else bias)
         if spoil == "scale":
             out.mul_(1 + 1e-4)
         elif spoil == "one entry":
@@ -251,7 +395,7 @@ def test_errors_are_seen(monkeypatch, spoil):
         elif spoil == "rounded":
             out.copy_(out.to(BF16))
 
-    monkeypatch.setattr(native, "product", wrong)
+    monkeypatch.setattr(native, "gemm", wrong)
     with pytest.raises(AssertionError):
         check(left, right, bias)
 
@@ -259,7 +403,7 @@ def test_errors_are_seen(monkeypatch, spoil):
 # --- in the head, and without it --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=_C.instruction_sets())
+@pytest.fixture(params=[*_C.instruction_sets(), "amx_emulated"])
 def instruction_set(request):
     """Run with this instruction set, then with the one that was in use."""
     before = _C.instruction_set()
@@ -270,11 +414,14 @@ def instruction_set(request):
 
 def test_which_product_makes_the_logits(instruction_set):
     words = logits_product(torch.device("cpu"), BF16)
-    assert native.has_product() == (instruction_set == "avx512_bf16") == ("AVX-512 BF16" in words)
-    if not native.has_product():
-        assert "widened" in words
+    expected = {"avx512_bf16": "AVX-512 BF16 kernel", "amx_bf16": "AMX BF16 kernel", "amx_emulated": "emulated AMX"}
+    assert native.has_product() == (instruction_set in expected)
+    assert expected.get(instruction_set, "widened") in words
     assert "widened" in logits_product(torch.device("cpu"), torch.float16)
     assert logits_product(torch.device("cpu"), torch.float32) == "torch, float32"
+    amx = instruction_set.startswith("amx")
+    served = {"logits": amx or instruction_set == "avx512_bf16", "dX": amx, "dW": amx}
+    assert {name: native.gemm_kernel(name) == instruction_set for name in served} == served
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)

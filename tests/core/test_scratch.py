@@ -1,0 +1,89 @@
+"""Scratch buffers that stay from call to call: contents of earlier calls are never seen, and no two calls share one."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+import qkernels
+from qkernels.core import memory
+
+CPU = torch.device("cpu")
+ELEMENTS = memory._LARGE // 4
+
+
+def call(hidden, weight, labels):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = qkernels.fused_linear_token_dpo(hidden, weight, labels, reference_logps=0.0)
+    out.loss.backward()
+    return out.loss.detach(), hidden.grad, weight.grad
+
+
+def batch(rows: int):
+    vocab = ELEMENTS // 256
+    labels = torch.randint(vocab, (2, rows))
+    return torch.randn(2, rows, 4), torch.randn(vocab, 4), labels
+
+
+def test_a_buffer_is_used_again_and_shared_by_nobody():
+    memory._scratch.clear()
+    first = memory.take_scratch((4, ELEMENTS), torch.float32, CPU)
+    address = first.data_ptr()
+    memory.give_back_scratch([first])
+    again = memory.take_scratch((2, ELEMENTS), torch.bfloat16, CPU)
+    assert again.data_ptr() == address and again.shape == (2, ELEMENTS) and again.dtype == torch.bfloat16
+    other = memory.take_scratch((4, ELEMENTS), torch.float32, CPU)
+    assert other.data_ptr() != address
+    memory.give_back_scratch([again])
+    assert memory.take_scratch((4, ELEMENTS), torch.float32, CPU).data_ptr() == address
+
+
+def test_small_and_very_large_buffers_are_not_kept():
+    memory._scratch.clear()
+    memory.give_back_scratch([memory.take_scratch((10,), torch.float32, CPU)])
+    memory.give_back_scratch([memory.take_scratch((memory._SCRATCH_BYTES + 1,), torch.uint8, CPU)])
+    assert not memory._scratch
+
+
+def test_calls_of_other_sizes_come_to_reuse_all_their_buffers():
+    memory._scratch.clear()
+    large, small = (5 * ELEMENTS,), (2 * ELEMENTS,)
+    memory.give_back_scratch([memory.take_scratch((4 * ELEMENTS,), torch.float32, CPU)])
+    for _ in range(2):
+        buffers = [memory.take_scratch(shape, torch.float32, CPU) for shape in (large, small)]
+        addresses = [buffer.data_ptr() for buffer in buffers]
+        memory.give_back_scratch(buffers)
+        del buffers
+        assert 0 < sum(kept.numel() for kept in memory._scratch.values()) <= memory._SCRATCH_BYTES
+    assert addresses == [memory.take_scratch(shape, torch.float32, CPU).data_ptr() for shape in (large, small)]
+
+
+def test_what_earlier_calls_have_left_is_not_seen():
+    memory._scratch.clear()
+    work = batch(256)
+    expected = call(*work)
+    assert memory._scratch, "the call has used no scratch buffer"
+    for kept in memory._scratch.values():
+        kept.fill_(255)  # NaN in every dtype
+    for actual, wanted in zip(call(*work), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_calls_at_the_same_time():
+    works = [batch(256) for _ in range(3)]
+    expected = [call(*work) for work in works]
+    failures: list[int] = []
+
+    def repeat(number: int) -> None:
+        for _ in range(3):
+            results = call(*works[number])
+            if not all(torch.equal(a, b) for a, b in zip(results, expected[number], strict=True)):
+                failures.append(number)
+
+    threads = [threading.Thread(target=repeat, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
