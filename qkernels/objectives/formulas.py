@@ -166,8 +166,8 @@ def simpo(scores: PairScores, beta: float, gamma: float = 0.5) -> Tensor:
 def rspo(scores: PairScores, beta: float) -> Tensor:
     """RSPO (Kallus 2025): ranks every chosen-over-rejected index above every mirrored one; any monotone link.
 
-    Pair i loses the mean over the batch's pairs j (itself included) of softplus(-(t_i + t_j)), t = beta D. It is written
-    as -log sigma(t_i + t_j), since torch's softplus is off by 2e-9 from its threshold of 20 on.
+    Pair i loses the mean over the batch's pairs j (itself included) of softplus(-(t_i + t_j)), t = beta D. The code
+    says -log sigma(t_i + t_j), since torch's softplus is off by 2e-9 from its threshold of 20 on.
     """
     t = beta * scores.margins
     return -logsigmoid(t[:, None] + t[None, :]).mean(1)

@@ -224,10 +224,12 @@ def row_grad_kernel(
 def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
     logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
-    rows, vocab = layout.dense(labels, torch.int64).numel(), layout.rows(logits).shape[-1]
+    rows, vocab = labels.numel(), logits.shape[-1]
     if rows == 0:
         return
     common.check_vocab(vocab)
+    layout.dense(labels, torch.int64)
+    layout.rows(logits)
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     full = coefficients.shape[0] > 1
     ref, r_state, with_reference = logits, state, False

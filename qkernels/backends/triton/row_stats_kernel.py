@@ -616,10 +616,12 @@ def row_stats(call: RowStats) -> Tensor:
     logits, labels, reference, columns, temperature, ignore_index, _ = call
     common.check_labels(labels, logits.shape[-1], ignore_index)
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
-    rows, vocab = layout.dense(labels, torch.int64).numel(), layout.rows(logits).shape[-1]
+    rows, vocab = labels.numel(), logits.shape[-1]
     if rows == 0:
         return out
     common.check_vocab(vocab)
+    layout.dense(labels, torch.int64)
+    layout.rows(logits)
     how = sums_for(columns)
     if reference is None or how["REFERENCE"] == NO_REFERENCE:
         reference, how["REFERENCE"] = logits, NO_REFERENCE
