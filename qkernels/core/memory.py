@@ -45,8 +45,9 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
     return torch.empty(shape, dtype=dtype, device=device) if zeros is None else zeros
 
 
-# Scratch buffers on the CPU that no call uses at the moment, by address: one-dimensional bytes.
-_scratch: dict[int, Tensor] = {}
+# Storages of scratch buffers on the CPU that no call uses at the moment, by address. Storages and not tensors: a tensor
+# made in inference mode could not be written outside of it.
+_scratch: dict[int, torch.UntypedStorage] = {}
 _SCRATCH_BYTES = 256 * 2**20
 
 
@@ -58,12 +59,9 @@ def take_scratch(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type == "cpu" and size >= _LARGE:
-        for address in sorted(_scratch, key=lambda key: kept.numel() if (kept := _scratch.get(key)) is not None else 0):
-            kept = _scratch.get(address)
-            if kept is None or kept.numel() < size:
-                continue
-            if (taken := _scratch.pop(address, None)) is not None:  # None: another thread has it
-                return taken[:size].view(dtype).view(shape)
+        for address, storage in sorted(_scratch.items(), key=lambda item: item[1].nbytes()):
+            if storage.nbytes() >= size and _scratch.pop(address, None) is not None:  # None: another thread has it
+                return torch.empty(0, dtype=torch.uint8).set_(storage)[:size].view(dtype).view(shape)
     return empty(shape, dtype, device)
 
 
@@ -81,7 +79,7 @@ def give_back_scratch(buffers: Iterable[Tensor]) -> None:
     for storage in storages:
         if storage.nbytes() <= room:
             room -= storage.nbytes()
-            _scratch[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
+            _scratch[storage.data_ptr()] = storage
 
 
 @constant_when_compiled  # what is free while tracing stands for later

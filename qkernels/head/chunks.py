@@ -66,13 +66,13 @@ class Pass:
     """One iteration over the valid rows of a batch, with the buffers that all its chunks share."""
 
     def __init__(self, call: HeadCall):
+        self._buffers: dict[str, Tensor] = {}  # first: `__del__` reads it also if what follows fails
         self.call, config = call, call.config
         self.backend = backends.get(config.backend)
         self.head = self._head(call.policy, config.dtype)
         self.reference_head = None if call.reference is None else self._head(call.reference, config.reference_dtype)
         self.wide = stats_dtype(config.dtype)
         self.narrow = gradient_dtype(call.labels.device, config.dtype)
-        self._buffers: dict[str, Tensor] = {}
         self._largest = 0
 
     def _head(self, model: Model, dtype: torch.dtype) -> Head:

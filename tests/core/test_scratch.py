@@ -55,7 +55,7 @@ def test_calls_of_other_sizes_come_to_reuse_all_their_buffers():
         addresses = [buffer.data_ptr() for buffer in buffers]
         memory.give_back_scratch(buffers)
         del buffers
-        assert 0 < sum(kept.numel() for kept in memory._scratch.values()) <= memory._SCRATCH_BYTES
+        assert 0 < sum(kept.nbytes() for kept in memory._scratch.values()) <= memory._SCRATCH_BYTES
     assert addresses == [memory.take_scratch(shape, torch.float32, CPU).data_ptr() for shape in (large, small)]
 
 
@@ -65,7 +65,7 @@ def test_what_earlier_calls_have_left_is_not_seen():
     expected = call(*work)
     assert memory._scratch, "the call has used no scratch buffer"
     for kept in memory._scratch.values():
-        kept.fill_(255)  # NaN in every dtype
+        torch.empty(0, dtype=torch.uint8).set_(kept).fill_(255)  # NaN in every dtype
     for actual, wanted in zip(call(*work), expected, strict=True):
         assert torch.equal(actual, wanted)
 
@@ -87,3 +87,12 @@ def test_calls_at_the_same_time():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_a_call_in_inference_mode_leaves_buffers_that_training_can_write():
+    memory._scratch.clear()
+    hidden, weight, labels = batch(256)
+    with torch.inference_mode():
+        qkernels.linear_token_logps(hidden, weight, labels)
+    assert memory._scratch, "the call has used no scratch buffer"
+    call(hidden, weight, labels)

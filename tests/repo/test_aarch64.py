@@ -15,6 +15,7 @@ SOURCES = Path(__file__).parents[2] / "csrc"
 COMPILER, EMULATOR, LIBRARIES = "aarch64-linux-gnu-g++", "qemu-aarch64", Path("/usr/aarch64-linux-gnu")
 
 
+@pytest.mark.nightly  # a minute or two of emulation
 def test_core_for_aarch64(tmp_path: Path) -> None:
     if platform.machine() in ("aarch64", "arm64"):
         pytest.skip("this is such a machine: test_sanitizers.py runs these programs natively")
