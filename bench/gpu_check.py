@@ -316,7 +316,7 @@ def backward(bench: Bench) -> list[str]:
             state = ops.row_stats.op(logits.unsqueeze(0), labels, None, STATE, *how)
             bench.add(
                 "gradient in place", f"qkernels, {backend}", logits, 2,
-                functools.partial(ops.row_grad_, work, labels, None, state, None, coefficients, None, *how),
+                functools.partial(ops.row_grad_.op, work, labels, None, state, None, coefficients, None, *how),
                 functools.partial(work.copy_, logits),
             )  # fmt: skip
     return []

@@ -55,6 +55,7 @@ NAVIGATION: dict[str, list[tuple[str, str]]] = {
         ("Monitoring", "docs/monitor"),
         ("Scaling", "docs/scaling"),
         ("The demo", "docs/demo"),
+        ("What holds at the edges", "docs/edges"),
         ("Troubleshooting", "docs/troubleshooting"),
     ],
     "API": [

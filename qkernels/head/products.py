@@ -49,12 +49,17 @@ def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: in
         if cpu.gemm_kernel("dX") is None:
             return 0
         # dX: sums and packed parts of both operands, 2 MiB for each thread at most.
-        return torch.get_num_threads() * 2**21
+        return _threads() * 2**21
     block = min(vocab, _BLOCK)
     widened = block * hidden
     if sums and not _widens(device, dtype):
         widened = max(widened, (block + hidden) * rows)
     return widened * torch.float32.itemsize
+
+
+@constant_when_compiled
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 # GEMM kernels of the extension, by the name of their instruction set.

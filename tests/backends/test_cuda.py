@@ -82,7 +82,7 @@ def test_launches_go_to_the_current_stream(monkeypatch):
     assert seen[0][3] != 0 and seen[1][3] == seen[2][3] == 0  # scratch memory of split rows, for their sums only
 
 
-@pytest.mark.parametrize("name", ["row_stats", "row_grad", "pair_loss", "product", "add_row_product"])
+@pytest.mark.parametrize("name", ["row_stats", "row_grad", "pair_loss", "gemm"])
 def test_positional_arguments_are_refused(name):
     """Two numbers that change places would be a valid call and corrupt memory."""
     assert f"{name}(*, " in getattr(extension, name).__doc__

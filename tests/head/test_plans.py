@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cases import IGNORE, HeadBatch, make_head_batch
 from linear_comparisons import bytes_for, leaves
 from qkernels import LinearPlan, fused_linear_token_dpo, linear_token_stats, objectives, plan_linear
+from qkernels.backends import cpu
 from qkernels.core.memory import BLOCK_ELEMENTS, free_memory
+from qkernels.head.products import block_bytes
 
 PLAIN = (torch.float32, torch.bfloat16)
 PLANS = ("frozen_head", "pair_chunks", "recompute")
@@ -324,7 +326,11 @@ def check_peak(peak: int, plan: LinearPlan, batch: HeadBatch, dtype: torch.dtype
     """Never more than the plan says, and not much less: one that overstates would keep people from what fits."""
     allowed = plan.peak_bytes + PER_ROW * batch.labels.numel() + 8 * BLOCK_ELEMENTS
     allowed += scratch(batch, plan.chunk_rows, dtype)
-    assert 0.8 * plan.peak_bytes <= peak <= allowed, f"{peak}, allowed {allowed}, {plan}"
+    # What the extension's GEMMs pack is no memory of torch's, so that the profiler does not see it.
+    packed = 0
+    if dtype == torch.bfloat16 and cpu.gemm_kernel("dX") is not None:
+        packed = block_bytes(torch.device("cpu"), dtype, *batch.weight.shape, rows=plan.chunk_rows, sums=True)
+    assert 0.8 * (plan.peak_bytes - packed) <= peak <= allowed, f"{peak}, allowed {allowed}, {plan}"
 
 
 # Numbers per row that all plans keep: labels, weights, stats, coefficients, some of them in float64.
