@@ -185,11 +185,13 @@ def losses(name: str, f: dict[str, Tensor], o: Settings, limit: float = HIGH, no
 class Truth:
     """A preference loss, its slopes, and how far a result may be from them.
 
+    undefined: bool `[B]`, where terms of both signs leave fp32: their sum is inf - inf.
     losses, losses_low, loss_errors: `[B]`; with exponents up to `HIGH` and `LOW`.
     slopes, slope_errors: of the reduced loss times its upstream gradient, by feature, `[B]`; errors are inf where the
         loss leaves fp32.
     """
 
+    undefined: Tensor
     losses: Tensor
     losses_low: Tensor
     loss_errors: Tensor
@@ -235,11 +237,13 @@ def evaluate(
     def run(limit: float):
         leaves = {k: v.clone().requires_grad_(k in DIFFERENTIATED) for k, v in moved.items()}
         total = torch.zeros((), dtype=torch.float64)
+        up = down = torch.zeros_like(moved["r_w"], dtype=torch.bool)
         size, slope_size = torch.zeros_like(moved["r_w"]), dict.fromkeys(DIFFERENTIATED, 0.0)
         slopes = {k: torch.zeros_like(v) for k, v in leaves.items() if k in DIFFERENTIATED}
         for name, factor in zip(names, factors, strict=True):
             value, terms = losses(name, leaves, o, limit, noise)
             # A WPO factor of 0 leaves 0 even of a loss past float64.
+            up, down = up | (value.detach() * factor > HUGE), down | (value.detach() * factor < -HUGE)
             value = torch.where(importance == 0, 0.0, value * factor * importance)
             terms = torch.where(importance == 0, 0.0, terms.detach() * abs(factor) * importance)
             parts = [leaves[k] for k in slopes]
@@ -249,10 +253,10 @@ def evaluate(
                     slopes[k] = slopes[k] + g
                     slope_size[k] = slope_size[k] + g.abs()
             total, size = total + value.detach(), size + terms
-        return total, size, slopes, slope_size
+        return total, size, slopes, slope_size, (up & down).any(0)
 
-    high, size, slopes, slope_size = run(HIGH)
-    low, _, slopes_low, _ = run(LOW)
+    high, size, slopes, slope_size, undefined = run(HIGH)
+    low, _, slopes_low, _, _ = run(LOW)
     relative = 16 * unit + importance_error
     loss_errors = (high - high[0]).abs().amax(0) + relative * size.amax(0) + TINY
     slope_errors = {}
@@ -276,7 +280,7 @@ def evaluate(
     for k in slopes:
         slope_errors[k] = torch.where(beyond, torch.inf, slope_errors[k])
     first = {k: v[0].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for k, v in slopes.items()}
-    return Truth(high[0], low[0], loss_errors, first, slope_errors)
+    return Truth(undefined, high[0], low[0], loss_errors, first, slope_errors)
 
 
 def _largest(size: Tensor | float, like: Tensor) -> Tensor:

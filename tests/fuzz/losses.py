@@ -198,6 +198,8 @@ class Preference:
             mean_error = batch.weighted(error + lssp_error + 4 * unit * (logps.abs() + lssp.abs()), base) / count
             importance = torch.exp(mean[:half] + mean[half:])
             importance_error = torch.expm1((mean_error[:half] + mean_error[half:]).clamp_max(50)) + 8 * unit
+            # Below the smallest normal number the factor keeps the step between denormal ones.
+            importance_error = importance_error + 2.0**-148 / importance.clamp_min(1e-300)
         split = {}
         errors = {}
         for name, value in f.items():
@@ -252,6 +254,8 @@ class Preference:
             fine = fine.all()
             if not bool(fine):
                 return
+        if bool(truth.undefined.any()):
+            return
         check(not bool(loss.detach().cpu()[fine].isnan().any()), "loss", "is NaN")
         middle = (low + high) / 2
         compare(loss, middle, (high - low) / 2 + errors + 2 * self.s.unit * middle.abs(), "loss", fine)

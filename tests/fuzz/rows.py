@@ -80,6 +80,7 @@ class Rows:
         terms = oracle.gradient_terms(self.z, self.labels, upstream, self.z_ref, **how)
         # What float64 autograd itself rounds away: a probability of 1 - 1e-18 is 1 there.
         own = sum((g.abs() for g in upstream.values()), torch.zeros(())).unsqueeze(-1) * 2.0**-50 / self.temperature
+        own = own + 2.0**-149 / self.temperature  # a denormal product that is divided
         terms = oracle.Terms(terms.size, terms.unsure + own)
         # A probability of almost 1 that is not the label's keeps the absolute precision of the log-sum-exp.
         coarse = sum((upstream[k].abs() for k in ("entropy", "kl_policy_reference") if k in upstream), torch.zeros(()))
@@ -100,7 +101,7 @@ def allowance(s: Setup, grad: Tensor, terms: oracle.Terms, dtype: torch.dtype) -
     """`assertions.gradient_allowance`; Triton's interpreter truncates to bf16 where a GPU rounds."""
     allowed = gradient_allowance(grad, terms, dtype)
     if dtype == torch.float64:
-        allowed = allowed + terms.unsure
+        allowed = allowed + terms.unsure + 1e-200  # float64 autograd has its own denormal numbers
     if s.backend == "triton" and dtype == torch.bfloat16 and s.device.type == "cpu":
         allowed = allowed + grad.abs() * 2.0**-8
     return allowed
