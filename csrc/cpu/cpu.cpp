@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <stdexcept>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -26,7 +27,14 @@ const RowKernels* avx512_kernels() { return nullptr; }
 const RowKernels* avx512_bf16_kernels() { return nullptr; }
 void gemm_avx512_bf16(const GemmCall&, int) {}
 #endif
-#if defined(QK_NO_AMX)
+#if !defined(QK_AMX_SOURCES)  // a build of the row kernels alone, without cpu/amx.cpp and cpu/product_amx_bf16.cpp
+const std::string& amx_unavailable() {
+  static const std::string reason = "this build does not have it";
+  return reason;
+}
+void gemm_amx_bf16(const GemmCall&, int) {}
+void gemm_amx_emulated(const GemmCall&, int) { throw std::logic_error("this build has no GEMM of bf16 matrices"); }
+#elif defined(QK_NO_AMX)
 void gemm_amx_bf16(const GemmCall&, int) {}
 #endif
 
