@@ -25,7 +25,7 @@ help:
 	@echo "make package   build the sdist and the wheel, install them in a fresh environment and use them"
 	@echo "make lint      ruff, clang-format, mypy, the architecture test (pre-commit runs the same)"
 	@echo "make docs      the documentation site, in build/site; a broken link or a missing public name fails"
-	@echo "make sanitize  the C++ core under sanitizers"
+	@echo "make sanitize  the C++ core, and tensors of every layout, under sanitizers"
 	@echo "ARGS='...' is passed on to demo, the tests, matrix and bench"
 
 # torch comes first and pinned, so that nothing else pulls in another build of it.
@@ -90,6 +90,7 @@ sanitize: $(READY)
 	    -DCMAKE_BUILD_TYPE=None && \
 	  PATH=$(abspath $(BIN)):$$PATH cmake --build build/$$kind && build/$$kind/test_core && build/$$kind/test_cuda || exit 1; \
 	done
+	.ci/layouts_under_asan
 
 clean:
 	rm -rf $(VENV) build demo_output *.egg-info qkernels/_C*.so qkernels/_build.json
