@@ -66,12 +66,17 @@ def robust(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Ten
     return (clean - flipped) / (1 - 2 * label_smoothing)
 
 
+def _sigmoid(x: Tensor) -> Tensor:
+    """sigma(x) whose gradient sigma(x) sigma(-x) keeps its digits where sigma(x) is close to 1."""
+    return torch.exp(logsigmoid(x))
+
+
 @objective(smoothing=(_ABOVE_ZERO, 1.0))
 def exo_pair(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """EXO for pairs (Ji et al. 2024, eq. 16): reverse KL to the smoothed preference; eps > 0, 1e-3 in the paper."""
     x = beta * scores.margins
-    chosen = torch.sigmoid(x) * (logsigmoid(x) - math.log1p(-label_smoothing))
-    return chosen + torch.sigmoid(-x) * (logsigmoid(-x) - math.log(label_smoothing))
+    chosen = _sigmoid(x) * (logsigmoid(x) - math.log1p(-label_smoothing))
+    return chosen + _sigmoid(-x) * (logsigmoid(-x) - math.log(label_smoothing))
 
 
 @objective(scored=False)
@@ -96,14 +101,14 @@ def sppo_hard(scores: PairScores, beta: float) -> Tensor:
 @objective(scored=False)
 def apo_zero(scores: PairScores, beta: float) -> Tensor:
     """APO-zero (D'Oosterlinck et al. 2024, eq. 7): chosen up, rejected down."""
-    return 1 - torch.sigmoid(beta * scores.chosen_log_ratios) + torch.sigmoid(beta * scores.rejected_log_ratios)
+    return _sigmoid(-beta * scores.chosen_log_ratios) + _sigmoid(beta * scores.rejected_log_ratios)
 
 
 @objective(scored=False)
 def apo_down(scores: PairScores, beta: float) -> Tensor:
     """APO-down (D'Oosterlinck et al. 2024, eq. 8): both down, rejected more."""
     difference = scores.chosen_log_ratios - scores.rejected_log_ratios
-    return torch.sigmoid(beta * scores.chosen_log_ratios) + 1 - torch.sigmoid(beta * difference)
+    return _sigmoid(beta * scores.chosen_log_ratios) + _sigmoid(-beta * difference)
 
 
 @objective()

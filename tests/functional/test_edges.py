@@ -201,3 +201,19 @@ def test_the_continuation_of_exp_meets_it_in_value_and_slope():
     (slope,) = torch.autograd.grad(y.sum(), x)
     assert torch.allclose(y, 1 + (x - limit), rtol=0, atol=1e-11)
     assert torch.allclose(slope, torch.ones_like(slope), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name, options", [("exo_pair", {"label_smoothing": 1e-3}), ("apo_zero", {}), ("apo_down", {})])
+@pytest.mark.parametrize("ratio", [-60.0, 60.0])
+def test_saturated_losses_keep_the_digits_of_their_gradients(name, options, ratio):
+    """1 - sigma(x) formed from sigma(x) would have none left."""
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        chosen = torch.tensor([ratio], dtype=dtype, requires_grad=True)
+        rejected = torch.tensor([-ratio / 3], dtype=dtype, requires_grad=True)
+        zero = torch.zeros(1, dtype=dtype)
+        pair = objectives.PairScores(chosen, rejected, zero, zero, zero, zero, zero, zero)
+        loss = objectives.OBJECTIVES[name].function(pair, beta=0.3, **options)
+        gradients.append(torch.stack(torch.autograd.grad(loss, (chosen, rejected))).double())
+    # An exponential of up to 24 in magnitude, whose argument is rounded to fp32: 24 u relative, and a few roundings.
+    assert torch.allclose(gradients[0], gradients[1], rtol=40 * 2.0**-24, atol=0)
