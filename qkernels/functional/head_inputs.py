@@ -99,13 +99,10 @@ class HeadInputs(NamedTuple):
                 ranks, self.vocab, labels=labels, ignore_index=self.ignore_index, equal=equal, fields=fields,
                 chunked=True,
             )  # fmt: skip
-        if shard is None:
-            checks.check_labels(labels, self.vocab, self.ignore_index)  # rows lose their positions in the chunks
-        return self._replace(shard=shard)
-
-    def with_valid(self, number: int | None) -> HeadInputs:
-        """The same with the indices of the valid rows; `number` says how many there are, where that is known."""
-        return self._replace(valid=chunks.valid_rows(self.labels, self.ignore_index, number))
+        if shard is not None:
+            return self._replace(shard=shard)
+        checks.check_labels(labels, self.vocab, self.ignore_index)  # rows lose their positions in the chunks
+        return self
 
     def refuse_meta(self, name: str) -> None:
         """ValueError for tensors without values."""

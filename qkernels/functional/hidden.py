@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.columns import DIFFERENTIABLE
 from ..core.compile import eager_with_groups
+from ..head import chunks
 from ..head import plan as head_plan
 from ..head.plan import LinearPlan
 from ..objectives import LossType
@@ -134,9 +135,10 @@ def _plan_stats(
     """Count the valid rows, where `number` does not say how many there are, and choose a plan."""
     if not carrying:  # nothing to be saved for a backward that cannot come
         inputs = inputs._replace(policy=detached(inputs.policy))
-    inputs = inputs._replace(valid_rows=number)
+    valid = None
     if counting.host_can_count(inputs.labels):
-        inputs = inputs.with_valid(number)
+        valid = chunks.valid_rows(inputs.labels, inputs.ignore_index, number)
+    inputs = inputs._replace(valid_rows=number, valid=valid)
     work = inputs.work(
         "auto",
         columns,

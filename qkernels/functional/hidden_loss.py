@@ -116,14 +116,19 @@ class HiddenLossRequest(NamedTuple):
         loss = request.loss()
         given = None if self.valid_rows is None else checks.row_counts(self.valid_rows, "valid_rows")
         inputs, has_model = model.validate(), model.reference_hidden is not None
-        fields = {} if ranks is None else loss.fields(self.cu_seqlens is not None, has_model)
-        shared = {
-            "the call": model.function,
-            "plan": self.plan,
-            "policy_hidden.shape[-1]": inputs.policy.hidden.shape[-1],
-            **fields,
-        }
-        inputs = inputs.agree(ranks, {**request.shared_tensors(), **valid_rows.as_equal(given, ranks)}, shared)
+        fields: dict[str, Any] = {}
+        equal: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
+        if ranks is not None:
+            fields = loss.fields(self.cu_seqlens is not None, has_model)
+            equal = {**request.shared_tensors(), **valid_rows.as_equal(given, ranks)}
+            shared = {
+                "the call": model.function,
+                "plan": self.plan,
+                "policy_hidden.shape[-1]": inputs.policy.hidden.shape[-1],
+                **fields,
+            }
+        inputs = inputs.agree(ranks, equal, shared)
         tensors = request.inputs(loss, model.labels, has_model, stats_dtype(inputs.dtype))
         return _Checked(inputs, loss, tensors, given, fields)
 
@@ -145,11 +150,10 @@ class HiddenLossRequest(NamedTuple):
         inputs, loss, tensors, given, _ = checked
         batch = checked.batch(shard)
         counts = Counts.of(batch, given, host_checked)
-        inputs = inputs._replace(labels=batch.labels.reshape(-1))
-        if given is not None:
-            inputs = inputs._replace(valid_rows=sum(given))
-        if counts.known is not None and inputs.labels.device.type != "meta":
-            inputs = inputs.with_valid(sum(counts.known))
+        labels, valid = batch.labels.reshape(-1), None
+        if counts.known is not None and labels.device.type != "meta":
+            valid = chunks.valid_rows(labels, inputs.ignore_index, sum(counts.known))
+        inputs = inputs._replace(labels=labels, valid=valid, valid_rows=None if given is None else sum(given))
         has_model = inputs.reference is not None
         columns = loss.columns(has_model)
         if self.outputs:

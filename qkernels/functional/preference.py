@@ -249,6 +249,8 @@ class Reference(NamedTuple):
     def to(self, dtype: torch.dtype) -> Reference:
         """The same in the dtype of the per-row results."""
         tokens, sums = self
+        if tokens is None and sums is None:
+            return self
         return Reference(None if tokens is None else tokens.to(dtype), None if sums is None else sums.to(dtype))
 
     @property

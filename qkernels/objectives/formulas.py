@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .registry import objective
+from .registry import SMOOTHED, objective
 from .scores import PairScores, finite_exp, per_token
 
-SMOOTHED = (0.0, 1.0)
 _ABOVE_ZERO = 5e-324
 
 

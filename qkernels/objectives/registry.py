@@ -47,6 +47,8 @@ OBJECTIVES: dict[str, Objective] = {}
 # Names of classes of objectives that keep a memory from step to step; `create` makes an object of one.
 STATEFUL: dict[str, Callable[..., Any]] = {}
 
+SMOOTHED = (0.0, 1.0)  # where label_smoothing may lie, from the first number up to below the second
+
 _REQUIRED = "required"  # stands for the default of an option that has none
 
 
@@ -217,7 +219,7 @@ def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
             return registered
     smoothed = any(name == "label_smoothing" for name, _ in _parameters(loss_type))
     # A user's function may couple pairs, so nothing is assumed of it.
-    return Objective("", loss_type, _options(loss_type), (0.0, 1.0) if smoothed else None, separable=False)
+    return Objective("", loss_type, _options(loss_type), SMOOTHED if smoothed else None, separable=False)
 
 
 def create(name: str, **options: Any) -> str | Callable[..., Tensor]:
@@ -271,6 +273,8 @@ def resolve(
 
 def _number(value: Any, name: str) -> Any:
     """`value`, if it is a number and not a bool."""
+    if type(value) is float:  # the usual case: asking for an abstract class takes longer than all that follows
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return value
