@@ -65,7 +65,7 @@ class LinearPlan(NamedTuple):
         return (
             f"{self.name}: {self.reason}\n"
             f"  {self.rows} rows in {self.chunks} chunks of at most {self.chunk_rows}\n"
-            f"  {self.products} products of 2 N V H{reference}; logits: {self.logits}\n"
+            f"  {self.products} GEMMs of 2 N V H{reference}; logits: {self.logits}\n"
             f"  chunk {_mib(self.chunk_bytes)}, peak beyond inputs and gradients {_mib(self.peak_bytes)}"
         )
 
