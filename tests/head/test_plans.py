@@ -123,7 +123,7 @@ def test_the_reason_is_told():
         assert words in plan_of(small(), "hwb", **options).reason
     assert "nothing needs a gradient" in plan_of(small(), "").reason
     text = str(plan_of(small(), "hwb"))
-    assert text.startswith("pair_chunks: ") and "3 products of 2 N V H" in text and "MiB" in text
+    assert text.startswith("pair_chunks: ") and "3 GEMMs of 2 N V H" in text and "MiB" in text
 
 
 def test_chunks_are_counted_as_they_run(monkeypatch):
