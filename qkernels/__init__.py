@@ -1,5 +1,8 @@
 """Exact, fused token-level preference losses and rewards for language models."""
 
+import importlib
+from types import ModuleType
+
 from . import objectives, reference
 from ._version import __version__
 from .functional.hidden import fused_linear_token_dpo, linear_token_logps, linear_token_stats, plan_linear
@@ -30,3 +33,17 @@ __all__ = [
     "token_mdp",
     "token_stats",
 ]
+
+# Public modules that are imported when they are asked for: most need transformers.
+_MODULES = ("credit", "data", "decoding", "heatmap", "integrations", "monitor", "preference_classifier", "report",
+            "score", "search", "tabular")  # fmt: skip
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_MODULES})

@@ -11,7 +11,7 @@ values and, given the reference, its implicit rewards. Ways to change what is se
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .core import checks
 from .core.sequences import log_ratios
+from .functional.results import summarised
 from .integrations.transformers import compute_token_stats, unwrap
 
 # What keeps `generate` to the policy's own distribution, whatever the model's generation_config says, unless the caller
@@ -47,6 +48,9 @@ class ScoredSequences(NamedTuple):
     token_rewards: Tensor | None
     logps: Tensor
     rewards: Tensor | None
+
+    def __repr__(self) -> str:
+        return summarised(self)
 
 
 class Beams(NamedTuple):
@@ -87,10 +91,17 @@ class Beams(NamedTuple):
         """int64 `[B, K]`, tokens of the completion."""
         return self.completion_mask.sum(-1)
 
+    def texts(self, tokenizer: Any) -> list[list[str]]:
+        """The completions as text, special tokens left out: for each of B prompts a list of K."""
+        return [tokenizer.batch_decode(beams, skip_special_tokens=True) for beams in self.completions]
+
+    def __repr__(self) -> str:
+        return summarised(self)
+
 
 def beam_search(
     model: nn.Module,
-    input_ids: Tensor,
+    input_ids: Tensor | Mapping[str, Tensor],
     attention_mask: Tensor | None = None,
     *,
     reference_model: nn.Module | None = None,
@@ -111,7 +122,7 @@ def beam_search(
 
     Args:
         model: a causal language model of transformers with `generate`, in eval mode: the policy.
-        input_ids: int64 `[B, P]`, prompts, padded on the left.
+        input_ids: int64 `[B, P]`, prompts, padded on the left; or what a tokenizer returns, with the mask in it.
         attention_mask: `[B, P]`, 0 at padding; None if there is none.
         reference_model: the frozen reference the policy was trained from, for the implicit rewards; `model` itself if
             it is a PEFT model, whose adapter is then switched off; None to do without.
@@ -132,7 +143,10 @@ def beam_search(
         TypeError, ValueError: a wrong shape, dtype or option; a model in training mode, without `generate`, or with a
             head that is not known (`qkernels.integrations.transformers`); padding on the right.
     """
-    input_ids, attention_mask = _prompts(input_ids, attention_mask)
+    prompts: Any = input_ids
+    if isinstance(prompts, Mapping) and attention_mask is None:  # what a tokenizer returns
+        prompts, attention_mask = prompts.get("input_ids"), prompts.get("attention_mask")
+    input_ids, attention_mask = _prompts(prompts, attention_mask)
     beta = checks.positive(beta, "beta")
     for name, value in (("num_beams", num_beams), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         _at_least_one(value, name)

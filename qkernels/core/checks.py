@@ -18,7 +18,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def tensor(value: Any, name: str) -> Tensor:
     """`value`, if it is a tensor with strides (not a sparse one)."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        hint = f"; pass its .weight ({name} is a tensor)" if isinstance(value, torch.nn.Linear) else ""
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{hint}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {value.layout}")
     return value
@@ -36,9 +37,11 @@ def logits(value: Any, name: str, last: str = "V") -> Tensor:
             f"{name} has an empty {'vocabulary' if last == 'V' else 'last dimension'}: shape {_shape(value)}"
         )
     if value.shape[-1] > 1 and value.stride(-1) != 1:
+        swapped = value.stride(-2) == 1 and value.shape[-2] > 1
+        hint = f"; {last} has to be last: if it is dimension -2 here, pass {name}.transpose(-1, -2)" if swapped else ""
         raise ValueError(
-            f"{name} must be contiguous in its last dimension, got strides {tuple(value.stride())};"
-            f" use {name}.contiguous()"
+            f"{name} must be contiguous in its last dimension, got shape {_shape(value)} with strides"
+            f" {tuple(value.stride())}; use {name}.contiguous(){hint}"
         )
     return value
 

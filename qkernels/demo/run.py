@@ -290,7 +290,7 @@ def _require_pairs(
 def _require_packages() -> None:
     missing = [name for name in ("transformers", "tokenizers") if find_spec(name) is None]
     if missing:
-        raise DemoError(f"the demo needs {' and '.join(missing)}: pip install 'qkernels[demo]'")
+        raise DemoError(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 @contextmanager

@@ -129,7 +129,7 @@ class HiddenLossRequest(NamedTuple):
                 **fields,
             }
         inputs = inputs.agree(ranks, equal, shared)
-        tensors = request.inputs(loss, model.labels, has_model, stats_dtype(inputs.dtype))
+        tensors = request.inputs(loss, model.labels, has_model, stats_dtype(inputs.dtype), inputs.ignore_index)
         return _Checked(inputs, loss, tensors, given, fields)
 
     def _check_valid_rows(self, checked: _Checked) -> bool:

@@ -264,7 +264,7 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
             fields = loss.fields(wanted.cu_seqlens is not None, has_model)
             rows = rows.agree(ranks, wanted.shared_tensors(), {"the call": request.function, **fields})
         dtype = stats_dtype(rows.logits.dtype)
-        inputs = wanted.inputs(loss, request.labels, has_model, dtype)
+        inputs = wanted.inputs(loss, request.labels, has_model, dtype, rows.ignore_index)
         shard = None if ranks is None else ranks.sequence_shard(inputs.sequences, dtype, fields)
     fused = loss.is_fused and ranks is None
     if fused and inputs.weights is None and loss.spec.ld_alpha is None:

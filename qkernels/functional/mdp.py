@@ -21,6 +21,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.sequences import Sequences, log_ratios
 from .logits import token_stats
+from .results import summarised
 
 
 class TokenMDP(NamedTuple):
@@ -38,6 +39,9 @@ class TokenMDP(NamedTuple):
     A: Tensor
     implicit_rewards: Tensor
     bellman_rewards: Tensor
+
+    def __repr__(self) -> str:
+        return summarised(self)
 
 
 def token_mdp_from_logps(

@@ -118,7 +118,7 @@ class LossRequest(NamedTuple):
         spec = objectives.resolve(self.loss_type, self.loss_weights, self.label_smoothing, self.loss_kwargs)
         return Loss(spec, beta, reduction)
 
-    def inputs(self, loss: Loss, labels: Tensor, has_model: bool, dtype: torch.dtype) -> LossInputs:
+    def inputs(self, loss: Loss, labels: Tensor, has_model: bool, dtype: torch.dtype, ignore_index: int) -> LossInputs:
         """Check the tensors, given the labels as the caller shaped them.
 
         Args:
@@ -126,13 +126,14 @@ class LossRequest(NamedTuple):
             labels: `[2B, T]` or `[N]`.
             has_model: whether the reference model's own rows were given.
             dtype: of the per-row results.
+            ignore_index: the label of rows whose weight does not matter.
         """
         cu_seqlens = self.cu_seqlens
         if cu_seqlens is None:
             checks.pairs(labels.shape[0], f"{self.policy_name} holds")
         else:
             cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
-        weights = _check_token_weights(self.token_weights, labels)
+        weights = _check_token_weights(self.token_weights, labels, ignore_index)
         sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         reference = self._reference(loss.spec, labels, has_model, sequences)
         return LossInputs(weights, cu_seqlens, reference.to(dtype), sequences)
@@ -144,7 +145,8 @@ class LossRequest(NamedTuple):
                 raise ValueError(f"give either {model_name} or reference_logps, not both")
             return Reference(None, None)
         if spec.needs_kl:
-            raise ValueError(f"this loss_type needs KL(reference || policy) per token, hence {model_name}")
+            names = ", ".join(repr(term.name) for term, _, _ in spec.terms if term.needs_kl)
+            raise ValueError(f"loss_type {names} needs KL(reference || policy) per token, hence {model_name}")
         if given is None:
             if spec.reference_free:
                 return Reference(None, None)
@@ -259,8 +261,9 @@ class Reference(NamedTuple):
         return self.tokens if self.tokens is not None else self.sequence_sums
 
 
-def _check_token_weights(token_weights: Any, labels: Tensor) -> Tensor | None:
-    """Per-token factors: floating point or bool, shaped like the labels, a constant."""
+def _check_token_weights(token_weights: Any, labels: Tensor, ignore_index: int) -> Tensor | None:
+    """Per-token factors: floating point or bool, shaped like the labels, a constant; where the host can look, numbers
+    of 0 or more in the rows that count."""
     if token_weights is None:
         return None
     if isinstance(token_weights, Tensor) and token_weights.dtype == torch.bool:
@@ -268,6 +271,14 @@ def _check_token_weights(token_weights: Any, labels: Tensor) -> Tensor | None:
     weights = checks.like(token_weights, "token_weights", labels.shape, labels, "labels")
     if weights.requires_grad:
         raise ValueError("token_weights is a constant and gets no gradient; pass token_weights.detach()")
+    if checks.readable(weights):
+        wrong = ~((weights >= 0) & (weights < torch.inf)) & (labels != ignore_index)
+        if bool(wrong.any()):
+            at = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"token_weights must be finite and 0 or more, got {weights[tuple(at)].item()} at"
+                f" [{', '.join(map(str, at))}]"
+            )
     return weights if labels.dim() == 2 else weights.unsqueeze(0)
 
 

@@ -129,6 +129,14 @@ class RewardMonitorCallback(TrainerCallback):
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("batches is empty: give at least one batch of pairs to score")
+        for i, batch in enumerate(self.batches):
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"batches[{i}] must be a mapping of tensors, got {type(batch).__name__}")
+            if not any(isinstance(batch.get(name), Tensor) for name in ("input_ids", "labels")):
+                raise ValueError(
+                    f"batches[{i}] must hold the tensor input_ids or labels, as trainer.data_collator(rows) makes them;"
+                    f" it has {sorted(map(str, batch))}"
+                )
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every must be an int of 1 or more, or None; got {every!r}")
         self.reference_model, self.beta, self.every = reference_model, beta, every
@@ -158,7 +166,8 @@ class RewardMonitorCallback(TrainerCallback):
             raise ValueError("RewardMonitorCallback needs beta=: the training arguments have none")
         if self.reference_model is None and not callable(getattr(model, "disable_adapter", None)):
             raise ValueError(
-                "RewardMonitorCallback needs reference_model=: the model has no PEFT adapter that could be switched off"
+                "RewardMonitorCallback needs reference_model= (or .attach(trainer), which takes the trainer's): the"
+                " model has no PEFT adapter that could be switched off"
             )
         if self._monitor is None:
             self._monitor = RewardMonitor(self.beta)

@@ -57,7 +57,7 @@ def ipo(scores: PairScores, beta: float) -> Tensor:
     return (scores.mean_margins - 1 / (2 * beta)) ** 2
 
 
-@objective(smoothing=(0.0, 0.5))
+@objective(smoothing=SMOOTHED)
 def robust(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Unbiased under label flips of rate eps (Chowdhury et al. 2024)."""
     x = beta * scores.margins
@@ -70,7 +70,7 @@ def _sigmoid(x: Tensor) -> Tensor:
     return torch.exp(logsigmoid(x))
 
 
-@objective(smoothing=(_ABOVE_ZERO, 1.0))
+@objective(smoothing=(_ABOVE_ZERO, SMOOTHED[1]))
 def exo_pair(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """EXO for pairs (Ji et al. 2024, eq. 16): reverse KL to the smoothed preference; eps > 0, 1e-3 in the paper."""
     x = beta * scores.margins

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -47,7 +48,10 @@ OBJECTIVES: dict[str, Objective] = {}
 # Names of classes of objectives that keep a memory from step to step; `create` makes an object of one.
 STATEFUL: dict[str, Callable[..., Any]] = {}
 
-SMOOTHED = (0.0, 1.0)  # where label_smoothing may lie, from the first number up to below the second
+# Where label_smoothing may lie, from the first number up to below the second: the probability that a label is the wrong
+# way round. From a half on, a loss would prefer the rejected answers. A user's function may mean something else by it.
+SMOOTHED = (0.0, 0.5)
+_SMOOTHED_BY_A_USER = (0.0, 1.0)
 
 _REQUIRED = "required"  # stands for the default of an option that has none
 
@@ -209,7 +213,8 @@ def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
         if loss_type not in OBJECTIVES:
             known = ", ".join(sorted(OBJECTIVES))
             raise ValueError(
-                f"loss_type {loss_type!r} is unknown; expected one of: {known}; or a callable on PairScores"
+                f"loss_type {loss_type!r} is unknown{_meant(loss_type)}; expected one of: {known}; or a callable on"
+                " PairScores"
             )
         return OBJECTIVES[loss_type]
     if not callable(loss_type):
@@ -219,7 +224,15 @@ def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
             return registered
     smoothed = any(name == "label_smoothing" for name, _ in _parameters(loss_type))
     # A user's function may couple pairs, so nothing is assumed of it.
-    return Objective("", loss_type, _options(loss_type), SMOOTHED if smoothed else None, separable=False)
+    return Objective("", loss_type, _options(loss_type), _SMOOTHED_BY_A_USER if smoothed else None, separable=False)
+
+
+def _meant(name: str) -> str:
+    """What somebody who wrote an unknown name may have meant."""
+    if name.lower() == "dpo":
+        return " (DPO's loss is 'sigmoid')"
+    close = difflib.get_close_matches(name.lower(), [*OBJECTIVES, *STATEFUL], 1, cutoff=0.8)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def create(name: str, **options: Any) -> str | Callable[..., Tensor]:
@@ -254,7 +267,7 @@ def resolve(
     Args:
         loss_type: a name of `OBJECTIVES`, a callable on `PairScores`, or a list of these (MPO).
         loss_weights: one factor per entry of the list; 1 each by default.
-        label_smoothing: eps in [0, 1), for the objectives that have it.
+        label_smoothing: eps in [0, 0.5), for the objectives that have it: how probable it is that a label is wrong.
         loss_kwargs: options of the objectives by name, and for any of them `ld_alpha` (LD-DPO, [0, 1]),
             `use_weighting` (WPO), `f_divergence` with `f_alpha_divergence_coef` (objectives on scores).
 
@@ -317,6 +330,7 @@ def _resolve(
             interval = f"[0, {high:g})" if low == 0 else f"(0, {high:g})"
             raise ValueError(
                 f"label_smoothing must lie in {interval} for loss_type {_label(term)}, got {label_smoothing}"
+                + (" (it is the share of labels that are wrong)" if label_smoothing >= high else "")
             )
 
     kwargs = dict(loss_kwargs or {})

@@ -72,3 +72,15 @@ def remove(folder: Path, is_own: Callable[[str], bool], is_own_folder: Callable[
         if not any(os.scandir(folder / name)):
             (folder / name).rmdir()
     return entries(folder, is_own_folder)[0]
+
+
+def try_to_make(folder: Path) -> None:
+    """Make a folder and those above it that are missing, and remove them again: whether that can be done is known then.
+
+    Raises:
+        OSError: it cannot.
+    """
+    missing = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    folder.mkdir(parents=True)
+    for place in missing:
+        place.rmdir()

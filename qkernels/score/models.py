@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import math
+import pickle
 import warnings
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +21,7 @@ from .options import ScoreError, ScoreOptions
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 _ADAPTER = "adapter_config.json"
+_TRAINING_ARGUMENTS, _LARGEST_ARGUMENTS = "training_args.bin", 1 << 20
 _BLOCK, _BLOCKS = 4096, 16
 
 
@@ -43,7 +48,7 @@ def require_packages(options: ScoreOptions) -> None:
     needed = ["transformers", "tokenizers", "numpy", "pyarrow"] + (["peft"] if is_adapter(options.model) else [])
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        raise ScoreError(f"scoring needs {' and '.join(missing)}: pip install 'qkernels[score]'")
+        raise ScoreError(f"scoring needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def is_adapter(name: str) -> bool:
@@ -203,6 +208,64 @@ def check_difference(options: ScoreOptions) -> str | None:
     if options.reference is None or fingerprint(options.reference) != fingerprint(options.model):
         return None
     return f"The files of --model {options.model} and --reference {options.reference} are the same: every reward is 0."
+
+
+def check_beta(options: ScoreOptions) -> str | None:
+    """What to tell of a beta that is not the one in the training arguments which a trainer left beside the model."""
+    trained = _trained_beta(Path(options.model) / _TRAINING_ARGUMENTS)
+    if trained is None or math.isclose(trained, options.beta, rel_tol=1e-6):
+        return None
+    return (
+        f"The training arguments beside the model ({_TRAINING_ARGUMENTS}) say beta = {trained:g}, and the rewards are"
+        f" in units of --beta {options.beta:g}: their order is the same, their size is not."
+    )
+
+
+def _trained_beta(path: Path) -> float | None:
+    """`beta` in the arguments that transformers' Trainer saves; None if there are none, or they say nothing of it.
+
+    The file is a pickle, of which only plain values are read: every class and function in it is replaced by `_Inert`.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_ARGUMENTS:
+            return None
+        with zipfile.ZipFile(path) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if archive.getinfo(name).file_size > _LARGEST_ARGUMENTS:
+                return None
+            found = _InertUnpickler(io.BytesIO(archive.read(name))).load()
+        beta = vars(found).get("beta")
+    except Exception:  # whatever a file that somebody made up can raise; it is only asked for a hint
+        return None
+    return float(beta) if type(beta) in (int, float) and math.isfinite(beta) and beta > 0 else None
+
+
+class _Inert:
+    """Stands for any object or function of a pickle: keeps its attributes and does nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __call__(self, *_: Any) -> _Inert:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return _Inert
+
+    def persistent_load(self, key: Any) -> Any:
+        return None
 
 
 def fingerprint(name: str | None) -> str | None:

@@ -16,6 +16,7 @@ import torch
 from .. import backends
 from .._version import __version__
 from ..data import Preference, as_preferences, read_preferences
+from ..report import folders
 from ..report.page import ScoredPair
 from ..report.progress import Progress, quiet_transformers
 from ..text.characters import first_line
@@ -202,11 +203,13 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
     models.require_packages(options)
     with RunLock(options.out) as lock:
         Results.refuse(options.out, options.resume, options.overwrite, lock)
-        if options.out.is_dir():  # an earlier run's; a new folder is made, and locked, when everything is ready
-            try:
+        try:
+            if options.out.is_dir():  # an earlier run's; a new folder is made, and locked, when everything is ready
                 lock.acquire()
-            except OSError as error:
-                raise ScoreError(f"--out {options.out}: cannot be written ({error.strerror or error})") from None
+            else:
+                folders.try_to_make(options.out)
+        except OSError as error:
+            raise ScoreError(f"--out {options.out}: cannot be written ({error.strerror or error})") from None
         return _score_into(options, lock, Progress(stream or sys.stderr))
 
 
@@ -229,7 +232,11 @@ def _score_into(options: ScoreOptions, lock: RunLock, progress: Progress) -> dic
             )
         except (TypeError, ValueError) as error:
             raise ScoreError(f"--model {options.model}: {error}") from error
-        notes = [models.check_heads(scorer.vocabularies, loaded.tokenizer), models.check_difference(options)]
+        notes = [
+            models.check_heads(scorer.vocabularies, loaded.tokenizer),
+            models.check_difference(options),
+            models.check_beta(options),
+        ]
         note = " ".join(filter(None, notes)) or None
         encoder = Encoder(
             loaded.tokenizer, options.prompt_format, options.max_length, loaded.limit, loaded.other_tokenizer

@@ -322,7 +322,7 @@ def test_a_diverging_run_says_so(tmp_path: Path) -> None:
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "find_spec", lambda name: None if name == "tokenizers" else object())
     status, _, err = demo("--tiny", "--out", tmp_path / "out")
-    assert status == 2 and err == "qkernels demo: error: the demo needs tokenizers: pip install 'qkernels[demo]'\n"
+    assert status == 2 and err == "qkernels demo: error: the demo needs tokenizers: pip install tokenizers\n"
 
 
 def test_importing_the_demo_imports_neither_transformers_nor_tokenizers() -> None:

@@ -316,6 +316,10 @@ def test_the_callback_by_hand(probe, caplog):
 
     with pytest.raises(ValueError, match="batches is empty"):
         RewardMonitorCallback([])
+    with pytest.raises(ValueError, match=r"batches\[1\] must hold the tensor input_ids or labels, .*'prompt'"):
+        RewardMonitorCallback([probe[0], {"prompt": "a"}])
+    with pytest.raises(TypeError, match=r"batches\[0\] must be a mapping of tensors, got str"):
+        RewardMonitorCallback("ab")
     with pytest.raises(ValueError, match="every must be"):
         RewardMonitorCallback(probe, every=0)
     with pytest.raises(ValueError, match="needs reference_model="):

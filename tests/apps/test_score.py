@@ -31,7 +31,18 @@ from qkernels.cli import main
 from qkernels.credit import low_reward_spans
 from qkernels.data import DataError, Message, Preference
 from qkernels.demo.tokenizer import train_tokenizer
-from qkernels.score import Answer, Encoder, ScoreError, TokenScorer, TokenTable, read_scores, score_preferences, store
+from qkernels.score import (
+    Answer,
+    Encoder,
+    ScoreError,
+    ScoreOptions,
+    TokenScorer,
+    TokenTable,
+    read_scores,
+    run,
+    score_preferences,
+    store,
+)
 from qkernels.text.lengths import batches_by_length, default_batch_tokens
 from score_runs import BETA, REAL_PAIRS, ROOT, command, llama, records, score, usual, write_data
 
@@ -850,7 +861,7 @@ def test_models_that_do_not_fit(folders: Path, models: tuple, tmp_path: Path, mo
 
     monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "pyarrow" else object())
     status, _, err = score(*usual(folders, out))
-    assert status == 2 and "scoring needs pyarrow: pip install 'qkernels[score]'" in err
+    assert status == 2 and "scoring needs pyarrow: pip install pyarrow" in err
     assert not out.exists()
 
 
@@ -867,6 +878,62 @@ def test_a_mistyped_folder_is_no_download(
     for option in ("--model", "--reference"):
         status, _, err = score(*usual(folders, tmp_path / "out", option, name))
         assert status == 2 and f"{option} {name}: no such folder" in err and "OWNER/MODEL" in err
+
+
+def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_loaded(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(run.models, "load", load)
+    (tmp_path / "file").touch()
+    status, _, err = score(*usual(folders, tmp_path / "file/out"))
+    assert status == 2 and "--out" in err and "cannot be written" in err
+    with pytest.raises(AssertionError, match="loaded"):
+        score(*usual(folders, tmp_path / "a/b/out"))
+    assert not (tmp_path / "a").exists()
+
+
+class Arguments:
+    """As a trainer saves its arguments: an object of a class that is elsewhere."""
+
+    def __init__(self, **values: object) -> None:
+        self.__dict__.update(values)
+
+    def __reduce__(self) -> tuple:
+        return (Arguments, (), self.__dict__)
+
+
+class Evil:
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("touched"),))
+
+
+def test_the_trainers_own_beta_is_read_without_running_anything(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ScoreOptions(model=str(tmp_path), data=Path("d"), out=Path("o"), beta=0.3)
+    path = tmp_path / "training_args.bin"
+    assert run.models.check_beta(options) is None
+    for values, beta in (
+        ({"beta": 0.5, "device": torch.device("cpu"), "evil": Evil()}, "0.5"),
+        ({"beta": 0.3}, None), ({"beta": "0.5"}, None), ({"beta": True}, None), ({"lr": 1.0}, None),
+    ):  # fmt: skip
+        torch.save(Arguments(**values), path)
+        note = run.models.check_beta(options)
+        assert note is None if beta is None else f"beta = {beta}," in note and "--beta 0.3" in note
+    for content in (b"", b"PK\x03\x04", b"\x80" * 40, path.read_bytes()[:-70]):
+        path.write_bytes(content)
+        assert run.models.check_beta(options) is None
+    assert not Path("touched").exists()
+
+
+def test_a_beta_that_training_contradicts_is_told(folders: Path, tmp_path: Path) -> None:
+    policy = shutil.copytree(folders / "policy", tmp_path / "policy")
+    torch.save(Arguments(beta=0.05), policy / "training_args.bin")
+    status, _, err = score(*usual(folders, tmp_path / "out", "--model", policy, "--limit", 1))
+    assert status == 0 and "say beta = 0.05, and the rewards are in units of --beta 0.3" in err
+    assert "beta = 0.05" in json.loads((tmp_path / "out/summary.json").read_text())["note"]
 
 
 CUSTOM = """

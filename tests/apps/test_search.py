@@ -109,6 +109,22 @@ def test_every_beam_has_its_numbers(models):
             assert_within(found.plan_values[b, k], values[0] + 0.3 * sum(logps), 1e-5, "plan value")
 
 
+def test_prompts_as_a_tokenizer_returns_them_and_completions_as_text(models):
+    ids, mask = padded()
+    found = beam_search(models[0], {"input_ids": ids, "attention_mask": mask}, num_beams=2, max_new_tokens=4)
+    assert torch.equal(found.sequences, beam_search(models[0], ids, mask, num_beams=2, max_new_tokens=4).sequences)
+    assert len(repr(found).splitlines()) == 1 and "sequences=<int64 [" in repr(found)
+
+    class Tokenizer:
+        def batch_decode(self, rows, skip_special_tokens):
+            assert skip_special_tokens
+            return [" ".join(map(str, row.tolist())) for row in rows]
+
+    texts = found.texts(Tokenizer())
+    assert [len(beams) for beams in texts] == [2] * len(ids)
+    assert texts[1][0] == " ".join(map(str, found.completions[1, 0].tolist()))
+
+
 def test_a_policy_that_is_its_reference_has_no_reward(models):
     policy = models[0]
     ids, mask = padded()

@@ -347,8 +347,8 @@ def test_loss_weights():
 
 def test_label_smoothing_has_its_range():
     for name, bad in (
-        ("sigmoid", -0.1), ("sigmoid", 1.0), ("sigmoid", float("nan")), ("robust", 0.5), ("robust", 0.7),
-        ("exo_pair", 0.0), ("exo_pair", 1.0), ("aot", 2.0),
+        ("sigmoid", -0.1), ("sigmoid", 0.5), ("sigmoid", 0.7), ("sigmoid", float("nan")), ("robust", 0.5),
+        ("robust", 0.7), ("exo_pair", 0.0), ("exo_pair", 0.5), ("aot", 2.0),
     ):  # fmt: skip
         refuses(
             ValueError, "label_smoothing", name, str(bad),
@@ -364,6 +364,32 @@ def test_label_smoothing_has_its_range():
 )  # fmt: skip
 def test_label_smoothing_where_it_has_no_meaning(name):
     refuses(ValueError, "label_smoothing", "no meaning", name, call=lambda: dpo(loss_type=name, label_smoothing=0.1))
+
+
+def test_token_weights_are_numbers_of_0_or_more():
+    for bad in (-1.0, float("nan"), float("inf")):
+        weights = torch.ones(labels().shape)
+        weights[1, 2] = bad
+        for reduction in ("mean", "none"):
+            refuses(
+                ValueError, "token_weights", str(bad), r"\[1, 2\]",
+                call=lambda w=weights, r=reduction: dpo(token_weights=w, reduction=r),
+            )  # fmt: skip
+        ignored = labels().clone()
+        ignored[1, 2] = -100
+        assert fused_token_dpo(logits(), ignored, reference_logps=0.0, token_weights=weights).loss.isfinite()
+
+
+def test_an_unknown_loss_is_told_what_may_be_meant():
+    for name, meant in (("dpo", "sigmoid"), ("sigmod", "sigmoid"), ("TDPO2", "tdpo2")):
+        refuses(ValueError, repr(name), meant, "expected one of", call=lambda n=name: dpo(loss_type=n))
+    refuses(ValueError, "'tdpo1'", "KL", "reference_logits", call=lambda: dpo(loss_type="tdpo1"))
+
+
+def test_results_print_on_one_line():
+    out = dpo()
+    assert len(repr(out).splitlines()) == 1 and f"loss={out.loss.item():.6g}" in repr(out)
+    assert "token_logps=<float32 [" in repr(out) and "reference_logps=" not in repr(out)
 
 
 def test_loss_kwargs():

@@ -37,6 +37,18 @@ def from_logits(model, batch, labels=None):
     return token_logps(logits[:, -labels.shape[1] :].float(), labels)
 
 
+def test_a_wrong_batch_and_a_missing_reference_are_told_in_the_callers_words():
+    model = hf_models.model("llama")
+    ids = torch.tensor([[3, 4, 5]])
+    for wrong in (ids, "text", [ids]):
+        with pytest.raises(TypeError, match=f"batch must be a mapping .* got {type(wrong).__name__}"):
+            compute_token_logps(model, wrong)
+    with pytest.raises(ValueError, match="need reference_model"):
+        compute_token_stats(model, {"input_ids": ids}, outputs=("reference_logps",))
+    with pytest.raises(ValueError, match="reference_model given, but none of the outputs"):
+        compute_token_stats(model, {"input_ids": ids}, reference_model=model)
+
+
 def gradients(values, model):
     """Of a weighted sum, for every parameter."""
     weights = torch.linspace(-1, 2, values.numel()).view(values.shape)

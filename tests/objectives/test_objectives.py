@@ -98,7 +98,7 @@ def test_dense_and_packed_are_the_same_data(backend, dtype, name):
 
 
 @pytest.mark.nightly_except(dtype=(torch.float32,))
-@pytest.mark.parametrize("eps", [0.0, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("eps", [0.0, 0.1, 0.49])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_label_smoothing_is_cdpo(backend, dtype, eps, reduction):
     batch = batch_for(dtype, backend.device)

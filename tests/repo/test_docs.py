@@ -133,3 +133,20 @@ def test_the_snippet_of_objectives():
     namespace: dict = {}
     run(blocks("objectives.md")[0], "docs/objectives.md", namespace)
     assert namespace["checkpoint"]["loss"]
+
+
+def test_the_snippet_of_the_demo(trained, capsys):
+    run(blocks("demo.md")[0], "docs/demo.md", {})
+    assert "<|end|>" in capsys.readouterr().out
+
+
+# Pages whose snippets another test runs: test_readme, tests/distributed, test_recipes (CONTRIBUTING.md).
+RUN_ELSEWHERE = {"linear.md", "logits.md", "scaling.md"}
+
+
+def test_every_snippet_is_run():
+    """A page with a Python block has its test, here or elsewhere, and none of its blocks is left out."""
+    here = Path(__file__).read_text(encoding="utf-8")
+    for path in sorted(DOCS.glob("*.md")):
+        if blocks(path.name) and path.name not in RUN_ELSEWHERE:
+            assert f'blocks("{path.name}")' in here, f"no test runs the snippets of docs/{path.name}"

@@ -44,6 +44,14 @@ def test_import_is_light():
         assert not added & heavy
 
 
+def test_public_modules_are_found_by_name():
+    code = "import qkernels; assert 'score' in dir(qkernels); print(qkernels.score.ScoreOptions.__module__)"
+    done = python("-c", code)
+    assert done.returncode == 0 and done.stdout.strip() == "qkernels.score.options", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'scores'"):
+        qkernels.scores  # noqa: B018
+
+
 def test_command_line_info():
     done = python("-m", "qkernels", "info")
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...functional.logits import shift_labels
-from ...functional.results import TokenStats
+from ...functional.results import Outputs, TokenStats
 from .hook import run
 from .parameters import HiddenAndHead, LogitsTransform, check_same_logits_transform, hidden_and_adapted_head
 from .requests import HiddenStatesRequest, StatsRequest
@@ -22,7 +22,16 @@ _NOT_INPUTS = ("labels", "completion_mask", "ref_chosen_logps", "ref_rejected_lo
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a batch that are for the model."""
+    """The entries of a batch that are for the model.
+
+    Raises:
+        TypeError: not a mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "batch must be a mapping such as tokenizer(texts, return_tensors='pt') returns, with input_ids and"
+            f" attention_mask; got {type(batch).__name__}"
+        )
     return {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
 
 
@@ -118,6 +127,7 @@ def compute_token_stats(
         IndexError: a label outside the vocabulary.
     """
     inputs = model_inputs(batch)
+    Outputs.of(outputs, "reference_model", reference_model is not None)
     aligned = batch_labels(batch, labels, ignore_index=ignore_index)
     request = StatsRequest(
         tuple(outputs),
