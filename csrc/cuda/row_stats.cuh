@@ -35,7 +35,7 @@ enum class Reads {
 // Blocks per SM for which `__launch_bounds__` leaves registers. An H200 needs 26 KiB in flight per SM; a thread has at
 // most four 128-bit loads of each model in flight, half of that on average.
 constexpr int blocks_of(Gather gather, Reads reads) {
-  return reads == Reads::kOne ? (gather == Gather::kAll ? 3 : 4) : 3;
+  return (reads == Reads::kOne && gather != Gather::kAll ? 4 : 3) * 256 / kThreads;
 }
 
 // Whether the label of a row is ignored or outside of the vocabulary. Such a row is not read: all of its columns are 0

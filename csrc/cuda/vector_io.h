@@ -16,7 +16,10 @@
 namespace qk {
 namespace cuda {
 
-constexpr int kThreads = 256;  // of a block
+#ifndef QK_CUDA_THREADS  // bench.gpu_check also builds with other numbers, to compare them on a GPU
+#define QK_CUDA_THREADS 256
+#endif
+constexpr int kThreads = QK_CUDA_THREADS;  // of a block
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // 2^t of t <= 0, one instruction: relative error below 2^-22, results below 2^-126 are 0.

@@ -89,16 +89,19 @@ def processors(device: torch.device) -> int:
 
 
 def splits_for(rows: int, vocab: int, tile: int, device: torch.device) -> int:
-    """Over how many programs a row is split: 1 unless there are fewer than 4 rows per SM.
+    """Over how many programs a row is split: 1 unless there are fewer than ROWS_PER_SM rows per SM.
 
-    Then enough programs for 8 per SM, of at least 4 tiles each, and no more than the combining program reads at once.
+    Then enough programs for PROGRAMS_PER_SM, of at least SMALLEST_PIECE tiles each, and no more than the combining
+    program reads at once.
     """
     count = processors(device)
-    if rows >= 4 * count:
+    if rows >= ROWS_PER_SM * count:
         return 1
-    return max(1, min(-(-8 * count // max(rows, 1)), vocab // (4 * tile), MAX_SPLITS))
+    wanted = -(-PROGRAMS_PER_SM * count // max(rows, 1))
+    return max(1, min(wanted, vocab // (SMALLEST_PIECE * tile), MAX_SPLITS))
 
 
+ROWS_PER_SM, PROGRAMS_PER_SM, SMALLEST_PIECE = 4, 8, 4
 MAX_SPLITS = 64
 
 
