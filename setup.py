@@ -125,11 +125,14 @@ class CMakeBuild(build_ext):
         step = "configuring the compiled extension"
         try:
             subprocess.run(configure, check=True)
-            if nvcc:
-                step = "building the CUDA part of the compiled extension"
-                subprocess.run(["cmake", "--build", str(build), "--target", "cuda_kernels"], check=True)
             step = "building the compiled extension"
-            subprocess.run(["cmake", "--build", str(build)], check=True)
+            everything = ["cmake", "--build", str(build)]
+            if subprocess.run(everything).returncode:  # all at once takes the least time; now: which part was it?
+                if nvcc:
+                    step = "building the CUDA part of the compiled extension"
+                    subprocess.run([*everything, "--target", "cuda_kernels"], check=True)
+                    step = "building the compiled extension"
+                subprocess.run(everything, check=True)
         except subprocess.CalledProcessError as error:
             raise SystemExit(f"qkernels: {step} failed ({error}).\n{without}") from None
         if not nvcc:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -78,6 +79,14 @@ def required(folder: Path) -> set[str]:
     return found
 
 
+def _installed(name: str) -> bool:
+    try:  # under the name of its distribution, which may not be that of its module
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return name in sys.modules or importlib.util.find_spec(name) is not None
+    return True
+
+
 def use(wheels: Path, scratch: Path) -> list[str]:
     """Make the packages of the wheels importable in this process; a line for each wheel.
 
@@ -103,7 +112,7 @@ def use(wheels: Path, scratch: Path) -> list[str]:
     _STAND_INS.wanted |= {
         name
         for name in required(scratch)
-        if name not in here and name not in sys.modules and importlib.util.find_spec(name) is None
+        if name not in here and not _installed(name)
     }
     if _STAND_INS not in sys.meta_path:
         sys.meta_path.append(_STAND_INS)
