@@ -1,4 +1,4 @@
-"""Why the rewards of chosen answers fall, measured: DPO with and without SFT first ("From r to Q*", section 5.3)
+"""Why the rewards of chosen answers fall, measured: DPO with and without SFT first ("From r to Q*", section 5.4)
 
     python examples/decline.py
 

@@ -290,8 +290,8 @@ class ProxyTuning(_LogRatioProcessor):
     """Decoding-time tuning ("From r to Q*", eq. 14): pi ~ pi_base (pi_proxy / pi_ref)^gamma.
 
     The generating model (pi_base, large, say) behaves as if it had been trained as the small proxy was from its
-    reference: the proxy's implicit reward is added to its log-probs. gamma = 1 is the paper's
-    case; gamma above 1 goes further than the proxy's training did.
+    reference: the proxy's implicit reward is added to its log-probs. gamma = 1 is the case of the works that (14)
+    generalises (emulated fine-tuning, proxy tuning); gamma above 1 goes further than the proxy's training did.
 
     Use: `base.generate(..., logits_processor=LogitsProcessorList([ProxyTuning(proxy, reference)]))`; the result is
     normalised log-probs, so beam search ranks by the tuned likelihood. Temperature, top-k and the like come after it.
@@ -337,11 +337,13 @@ class ProxyTuning(_LogRatioProcessor):
 class ImplicitRewardGuidance(_LogRatioProcessor):
     """Guide a model by the implicit reward r = beta log(pi / pi_ref): pi_out ~ pi_base exp(weight * r) at each token.
 
-    1 / weight is the strength of the KL constraint to the base that this stands for. Leave `policy` or `reference` out
+    1 / weight stands for the strength of the KL constraint to the base. Leave `policy` or `reference` out
     where the generating model plays that part:
 
-        base = reference: weight = 1 / beta gives the policy itself, less goes part of the way, more beyond it (the
-            policy that DPO with beta' = 1 / weight would have given, token by token)
+        base = reference: weight = 1 / beta gives the policy itself, less goes part of the way, more beyond it. This
+            approximates the policy that DPO with beta' = 1 / weight would have given, as decoding-time realignment
+            does; it is that policy for completions of one token alone, because a product of mixtures that are
+            normalised at each token is not the mixture of whole completions.
         base = policy: weight adds to what training did; pi ~ pi (pi / pi_ref)^(weight * beta)
 
     Args:

@@ -1,18 +1,20 @@
 """Likelihood search on a policy trained with preferences, which is planning with its value function; what it found.
 
 "From r to Q*", eqs. 12 and 13: the sequence that maximises K steps of reward and reference log-prob plus the value of
-the state they lead to is the one that maximises -V(s_0) + sum beta log pi. So a beam search by the sum of log-probs,
-without a length penalty, is a search with rewards and a value function, of which no model other than the policy has to
-be asked. `beam_search` runs it through transformers' own `generate` and returns beside every beam its log-probs, its
-values and, given the reference, its implicit rewards. Ways to change what is searched or sampled are in
-`qkernels.decoding`.
+the state they lead to is the one that maximises V(s_0) + sum beta log pi. (The paper prints (13) with -V(s_0);
+telescoping (10) gives a plus, and a constant of the prompt changes no ranking.) So a beam search by the sum of
+log-probs, without a length penalty, is a search with rewards and a value function, of which no model other than the
+policy has to be asked. `beam_search` runs it through transformers' own `generate` and returns beside every beam its
+log-probs, its values and, given the reference, its implicit rewards. `best_of` samples instead, and ranks what came
+out. Ways to change what is searched or sampled are in `qkernels.decoding`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from .core import checks
 from .core.sequences import log_ratios
 from .functional.results import summarised
 from .integrations.transformers import compute_token_stats, unwrap
+from .report.progress import Progress
 
 # What keeps `generate` to the policy's own distribution, whatever the model's generation_config says, unless the caller
 # does: the sum of log-probs as the score, and no processors that change it.
@@ -29,6 +32,13 @@ _PLAIN_BEAMS = {"length_penalty": 0.0, "early_stopping": "never"}
 _PLAIN_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 # generate scores a beam that does not exist with -1e9 or less.
 _NO_BEAM = -1e8
+
+
+class _Nowhere(io.StringIO):
+    """Where progress goes that nobody asked for."""
+
+    def write(self, text: str) -> int:
+        return len(text)
 
 
 class ScoredSequences(NamedTuple):
@@ -143,59 +153,197 @@ def beam_search(
         TypeError, ValueError: a wrong shape, dtype or option; a model in training mode, without `generate`, or with a
             head that is not known (`qkernels.integrations.transformers`); padding on the right.
     """
-    prompts: Any = input_ids
-    if isinstance(prompts, Mapping) and attention_mask is None:  # what a tokenizer returns
-        prompts, attention_mask = prompts.get("input_ids"), prompts.get("attention_mask")
-    input_ids, attention_mask = _prompts(prompts, attention_mask)
+    input_ids, attention_mask = _prompts(input_ids, attention_mask)
     beta = checks.positive(beta, "beta")
     for name, value in (("num_beams", num_beams), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         _at_least_one(value, name)
     if num_return_sequences is None:
         num_return_sequences = num_beams
     _at_least_one(num_return_sequences, "num_return_sequences")
-    generate = getattr(model, "generate", None)
-    if not callable(generate):
-        raise TypeError(f"{type(model).__name__} has no generate(); expected a causal language model of transformers")
-    for name, module in (("model", model), ("reference_model", reference_model)):
-        if module is not None and module.training:
-            raise ValueError(f"{name} is in training mode, in which dropout changes its log-probs: call {name}.eval()")
-    for name in ("return_dict_in_generate", "output_scores", "generation_config"):
-        if name in generate_kwargs:
-            raise ValueError(f"{name} is beam_search's own; give generation options as keywords")
+    _check_generates(model, generate_kwargs, "beam_search")
+    _check_models(model=model, reference_model=reference_model)
     kwargs: dict[str, Any] = {**_PLAIN, **(_PLAIN_BEAMS if num_beams > 1 else {})}
     if generate_kwargs.get("do_sample"):
         kwargs.update(_PLAIN_SAMPLING)
-    kwargs.update(generate_kwargs)
-    if logits_processor is not None:
-        for processor in logits_processor:
+    kwargs.update(generate_kwargs, num_beams=num_beams, max_new_tokens=max_new_tokens)
+    found = _generate(model, input_ids, attention_mask, num_return_sequences, logits_processor, kwargs)
+    return _beams(found, attention_mask, model, reference_model, beta, batch_size)
+
+
+def best_of(
+    policy: nn.Module,
+    reference: nn.Module | None,
+    input_ids: Tensor | Mapping[str, Tensor],
+    attention_mask: Tensor | None = None,
+    *,
+    n: int = 8,
+    by: str | Callable[[Beams], Tensor] = "logp",
+    sampler: nn.Module | None = None,
+    beta: float = 0.1,
+    max_new_tokens: int = 128,
+    logits_processor: Sequence[Any] | None = None,
+    batch_size: int = 16,
+    progress: TextIO | None = None,
+    **generate_kwargs: Any,
+) -> Beams:
+    """Sample n completions of each prompt and rank them by a policy trained with preferences. No gradients.
+
+    `by="logp"` takes the likelihood under the policy, which is its value of the completion as a plan (13); V-STaR
+    (Hosseini et al. 2024; "From r to Q*", section 5.2) ranks the samples of one model by the likelihood under a second
+    one trained with DPO: pass the first as `sampler`. `by="reward"` takes the implicit reward, which leaves out how
+    likely the reference finds the completion.
+
+    Samples are drawn from torch's global generator, so `torch.manual_seed` and equal arguments (`batch_size` included)
+    give equal samples.
+
+    Args:
+        policy: a causal language model of transformers, in eval mode.
+        reference: the frozen reference of its training, for the implicit rewards; the policy itself if it is a PEFT
+            model, whose adapter is then switched off; None to do without (not with `by="reward"`).
+        input_ids, attention_mask: as in `beam_search`.
+        n: samples per prompt.
+        by: "logp", "reward", or a function of `Beams` (of all prompts, in the order in which they were drawn) that
+            returns `[B, n]` scores, of which higher is better.
+        sampler: the model that writes, in eval mode, with the policy's tokens; None for the policy.
+        beta: strength of the KL constraint that the policy was trained with; the unit of values and rewards.
+        max_new_tokens: longest completion.
+        logits_processor: transformers' or `qkernels.decoding`'s; of the sampling alone.
+        batch_size: sequences per call of `generate` and per scoring forward.
+        progress: where to draw a progress bar, such as `sys.stderr`; None for none.
+        generate_kwargs: anything else that `generate` takes, such as `temperature`. Unless given here, temperature 1,
+            no truncation and no repetition penalty hold whatever the sampler's generation_config says.
+
+    Returns:
+        `Beams` with K = n, best first; `scores` is what they were ranked by.
+
+    Raises:
+        TypeError, ValueError: as `beam_search`; no reference where one is needed; scores of the wrong shape or NaN.
+    """
+    input_ids, attention_mask = _prompts(input_ids, attention_mask)
+    beta = checks.positive(beta, "beta")
+    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        _at_least_one(value, name)
+    if not callable(by) and by not in ("logp", "reward"):
+        raise ValueError(f'by must be "logp", "reward" or a function of Beams, got {by!r}')
+    if by == "reward" and reference is None:
+        raise ValueError('by="reward" needs a reference: the implicit reward is beta * log(pi / pi_ref)')
+    sampler = policy if sampler is None else sampler
+    _check_generates(sampler, generate_kwargs, "best_of")
+    _check_models(policy=policy, reference=reference, sampler=sampler)
+    for name in ("num_beams", "num_return_sequences", "do_sample"):
+        if name in generate_kwargs:
+            raise ValueError(f"{name} is best_of's own: it draws n samples, without beams")
+    kwargs: dict[str, Any] = {**_PLAIN, **_PLAIN_SAMPLING, **generate_kwargs, "do_sample": True, "num_beams": 1}
+    kwargs["max_new_tokens"] = max_new_tokens
+    pad = next(iter(_token_ids(sampler, kwargs, "pad_token_id") + _token_ids(sampler, kwargs, "eos_token_id")), 0)
+    together, rows = min(n, batch_size), max(1, batch_size // n)
+    with Progress(progress or _Nowhere()).phase("sampling", len(input_ids) * n) as phase:
+        groups = []
+        for prompts in torch.arange(len(input_ids), device=input_ids.device).split(rows):
+            parts = []
+            for start in range(0, n, together):
+                count = min(together, n - start)
+                given = (input_ids[prompts], attention_mask[prompts])
+                parts.append(_generate(sampler, *given, count, logits_processor, kwargs))
+                phase.step(steps=count * len(prompts))
+            groups.append(_joined(parts, 1, pad))
+        drawn = _joined(groups, 0, pad)
+    found = _beams(drawn, attention_mask, policy, reference, beta, batch_size)
+    scores = by(found) if callable(by) else found.rewards if by == "reward" else found.logps
+    scores = checks.tensor(scores, "by(...)").to(found.logps.device)
+    if scores.shape != found.logps.shape or bool(scores.isnan().any()):
+        raise ValueError(
+            f"by must return one number per sample, none of them NaN, [B, n] = {tuple(found.logps.shape)}; got"
+            f" {tuple(scores.shape)}{' with NaN' if bool(scores.isnan().any()) else ''}"
+        )
+    return _ranked(found, scores)
+
+
+class _Generated(NamedTuple):
+    """What `generate` wrote: K sequences for each of B prompts; `scores` is None without beams."""
+
+    sequences: Tensor  # [B, K, P + T]
+    completion_mask: Tensor  # [B, K, T]
+    finished: Tensor  # [B, K]
+    exists: Tensor  # [B, K]
+    scores: Tensor | None  # [B, K]
+
+
+def _generate(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int, processors: Any, kwargs: dict[str, Any]
+) -> _Generated:
+    """One call of `model.generate`, and which of its tokens are completions."""
+    kwargs = dict(kwargs)
+    if processors is not None:
+        for processor in processors:
             if hasattr(processor, "for_prompt"):
                 processor.for_prompt(attention_mask)
-        kwargs["logits_processor"] = _processor_list(logits_processor)
+        kwargs["logits_processor"] = _processor_list(processors)
+    several = kwargs["num_beams"] > 1
     with torch.no_grad():
-        output = generate(
+        output = model.generate(  # type: ignore[operator]
             input_ids=input_ids,
             attention_mask=attention_mask,
-            num_beams=num_beams,
-            num_return_sequences=num_return_sequences,
-            max_new_tokens=max_new_tokens,
+            num_return_sequences=count,
             return_dict_in_generate=True,
-            output_scores=num_beams > 1,
+            output_scores=several,
             **kwargs,
         )
-    prompt_length = input_ids.shape[1]
     sequences = output.sequences
-    completions = sequences[:, prompt_length:]
-    mask, finished = _completion_mask(output, completions, model, kwargs)
+    mask, finished = _completion_mask(output, sequences[:, input_ids.shape[1] :], model, kwargs)
     exists = torch.ones(len(sequences), dtype=torch.bool, device=sequences.device)
-    if num_beams > 1:
+    scores = None
+    if several:
         exists = output.sequences_scores > _NO_BEAM
         mask &= exists[:, None]
-    attended = torch.cat([attention_mask.repeat_interleave(num_return_sequences, 0), mask.long()], 1)
-    scored = score_completions(
-        model, sequences, attended, mask, reference_model=reference_model, beta=beta, batch_size=batch_size
+        scores = output.sequences_scores.masked_fill(~exists, -torch.inf)
+    shape = (len(input_ids), count)
+    return _Generated(
+        sequences=sequences.unflatten(0, shape),
+        completion_mask=mask.unflatten(0, shape),
+        finished=(finished & exists).unflatten(0, shape),
+        exists=exists.unflatten(0, shape),
+        scores=None if scores is None else scores.unflatten(0, shape),
     )
-    logps = scored.logps.masked_fill(~exists, -torch.inf)
-    shape = (len(input_ids), num_return_sequences)
+
+
+def _joined(parts: Sequence[_Generated], dim: int, pad: int) -> _Generated:
+    """Several calls of `generate` on prompts of one width as if they were one; the shorter completions are padded."""
+    longest = max(part.completion_mask.shape[2] for part in parts)
+
+    def widened(x: Tensor, short: int, value: int) -> Tensor:
+        return nn.functional.pad(x, (0, short), value=value)
+
+    short = [longest - part.completion_mask.shape[2] for part in parts]
+    return _Generated(
+        torch.cat([widened(part.sequences, k, pad) for part, k in zip(parts, short, strict=True)], dim),
+        torch.cat([widened(part.completion_mask, k, False) for part, k in zip(parts, short, strict=True)], dim),
+        torch.cat([part.finished for part in parts], dim),
+        torch.cat([part.exists for part in parts], dim),
+        None,
+    )
+
+
+def _beams(
+    found: _Generated,
+    attention_mask: Tensor,
+    model: nn.Module,
+    reference_model: nn.Module | None,
+    beta: float,
+    batch_size: int,
+) -> Beams:
+    """Everything that a policy and its reference say of sequences; ranked by their log-probs if by nothing else."""
+    shape = found.exists.shape
+    mask = found.completion_mask.flatten(0, 1)
+    scored = score_completions(
+        model,
+        found.sequences.flatten(0, 1),
+        torch.cat([attention_mask.repeat_interleave(shape[1], 0), mask.long()], 1),
+        mask,
+        reference_model=reference_model,
+        beta=beta,
+        batch_size=batch_size,
+    )
 
     def shaped(value: Tensor) -> Tensor:
         return value.unflatten(0, shape)
@@ -203,20 +351,47 @@ def beam_search(
     def optional(value: Tensor | None) -> Tensor | None:
         return None if value is None else shaped(value)
 
+    logps = shaped(scored.logps).masked_fill(~found.exists, -torch.inf)
     return Beams(
-        sequences=shaped(sequences),
-        completions=shaped(completions),
-        completion_mask=shaped(mask),
-        finished=shaped(finished & exists),
-        scores=shaped(output.sequences_scores.masked_fill(~exists, -torch.inf) if num_beams > 1 else logps),
+        sequences=found.sequences,
+        completions=found.sequences[..., attention_mask.shape[1] :],
+        completion_mask=found.completion_mask,
+        finished=found.finished,
+        scores=logps if found.scores is None else found.scores,
         token_logps=shaped(scored.token_logps),
         token_values=shaped(scored.token_values),
         reference_token_logps=optional(scored.reference_token_logps),
         token_rewards=optional(scored.token_rewards),
-        logps=shaped(logps),
+        logps=logps,
         rewards=optional(scored.rewards),
         beta=beta,
     )
+
+
+def _ranked(found: Beams, scores: Tensor) -> Beams:
+    """The same sequences, those with the highest scores first."""
+    scores, order = scores.sort(stable=True, dim=1, descending=True)
+
+    def sorted_(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.gather(1, order.view(*order.shape, *[1] * (value.dim() - 2)).expand_as(value))
+
+    return Beams(*(sorted_(value) for value in found))._replace(scores=scores)
+
+
+def _check_models(**models: nn.Module | None) -> None:
+    for name, module in models.items():
+        if module is not None and module.training:
+            raise ValueError(f"{name} is in training mode, in which dropout changes its log-probs: call {name}.eval()")
+
+
+def _check_generates(model: nn.Module, generate_kwargs: dict[str, Any], caller: str) -> None:
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(f"{type(model).__name__} has no generate(); expected a causal language model of transformers")
+    for name in ("return_dict_in_generate", "output_scores", "generation_config"):
+        if name in generate_kwargs:
+            raise ValueError(f"{name} is {caller}'s own; give generation options as keywords")
 
 
 def score_completions(
@@ -318,12 +493,11 @@ def _processor_list(processors: Sequence[Any]) -> Any:
 def _completion_mask(output: Any, completions: Tensor, model: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Which of `[S, T]` are tokens of the completion, and whether an end token is among them, `[S]`."""
 
-    def token_ids(name: str) -> Tensor:
-        value = kwargs.get(name)
-        value = getattr(model.generation_config, name) if value is None else value
-        return torch.as_tensor([] if value is None else value, dtype=torch.int64).reshape(-1).to(completions.device)
+    def among(name: str) -> Tensor:
+        ids = torch.tensor(_token_ids(model, kwargs, name), dtype=torch.int64, device=completions.device)
+        return torch.isin(completions, ids)
 
-    is_end = torch.isin(completions, token_ids("eos_token_id"))
+    is_end = among("eos_token_id")
     beam_indices = getattr(output, "beam_indices", None)
     if beam_indices is not None:  # -1 after the last token of a beam
         mask = beam_indices >= 0
@@ -331,13 +505,22 @@ def _completion_mask(output: Any, completions: Tensor, model: Any, kwargs: dict[
     mask = (is_end.long().cumsum(1) - is_end.long()) == 0  # up to and including the first end token
     if any(kwargs.get(name) is not None for name in ("stop_strings", "stopping_criteria", "max_time")):
         # Sequences that something else than an end token has stopped go on in padding.
-        is_pad = torch.isin(completions, token_ids("pad_token_id")) & ~is_end
+        is_pad = among("pad_token_id") & ~is_end
         mask &= is_pad.flip(1).long().cumprod(1).flip(1) == 0
     return mask, is_end.any(1)
 
 
+def _token_ids(model: Any, kwargs: dict[str, Any], name: str) -> list[int]:
+    """The ids that `generate` takes for an end or a pad token: those it is handed, or the model's."""
+    value = kwargs.get(name)
+    value = getattr(model.generation_config, name) if value is None else value
+    return torch.as_tensor([] if value is None else value).reshape(-1).tolist()
+
+
 def _prompts(input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
     """Checked prompts and their mask, int64 `[B, P]`."""
+    if isinstance(input_ids, Mapping) and attention_mask is None:  # what a tokenizer returns
+        input_ids, attention_mask = input_ids.get("input_ids"), input_ids.get("attention_mask")
     input_ids = checks.tensor(input_ids, "input_ids")
     if input_ids.dtype != torch.int64:
         raise TypeError(f"input_ids must be int64, got {input_ids.dtype}")

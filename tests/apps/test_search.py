@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +18,7 @@ from assertions import assert_within
 from cases import generator
 from qkernels import token_stats
 from qkernels.decoding import CopyMixture, ImplicitRewardGuidance, ProxyTuning
-from qkernels.search import beam_search, score_completions
+from qkernels.search import beam_search, best_of, score_completions
 from qkernels.tabular import random_mdp
 from toy_models import END, PAD, gpt2, llama, next_logps, tabular_models
 
@@ -123,6 +124,72 @@ def test_prompts_as_a_tokenizer_returns_them_and_completions_as_text(models):
     texts = found.texts(Tokenizer())
     assert [len(beams) for beams in texts] == [2] * len(ids)
     assert texts[1][0] == " ".join(map(str, found.completions[1, 0].tolist()))
+
+
+# --- best of n --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [16, 4])
+def test_the_best_of_n_is_first(models, batch_size):
+    """Ranked by each rule, as the sums of full forwards say; the samples do not depend on the rule."""
+    policy, reference, sampler, _ = models
+    ids, mask = padded()
+    drawn = {}
+    for by in ("logp", "reward", lambda found: -found.lengths.float()):
+        torch.manual_seed(3)
+        found = best_of(
+            policy, reference, ids, mask, n=5, by=by, sampler=sampler, beta=0.3, max_new_tokens=6, batch_size=batch_size
+        )
+        truth = {"logp": found.logps, "reward": found.rewards}.get(by, -found.lengths)
+        assert found.completions.shape[:2] == (3, 5) and torch.equal(found.scores, truth)
+        assert bool((found.scores.diff(dim=1) <= 0).all())
+        assert_within(found.logps, found.token_logps.double().sum(2), 1e-5, "the numbers follow their sample")
+        ended = (found.completions == END) & found.completion_mask
+        assert torch.equal(ended.any(2), found.finished) and int(ended.sum(2).max()) == 1
+        assert bool((found.completions[~found.completion_mask] == PAD).all())
+        drawn[str(by)] = [sorted(map(str, rows)) for rows in found.completions.tolist()]
+    assert len(set(map(str, drawn.values()))) == 1
+    for b, prompt in enumerate(PROMPTS):  # by length: the shortest first
+        tokens = found.completions[b, 0][found.completion_mask[b, 0]].tolist()
+        policys, references = (
+            sum(next_logps(model, prompt + tokens[:t])[a] for t, a in enumerate(tokens))
+            for model in (policy, reference)
+        )
+        assert_within(found.logps[b, 0], policys, 3e-5, "logp")
+        assert_within(found.rewards[b, 0], 0.3 * (policys - references), 1e-5, "reward")
+
+
+def test_samples_come_from_the_sampler(models):
+    """A sampler that always writes one word; the policy ranks, and the reference may be left out."""
+    policy = models[0]
+    stubborn = llama(3)
+    stubborn.register_forward_hook(lambda m, a, out: (out.logits.__setitem__((..., 7), 1e4), out)[1])
+    ids, mask = padded()
+    progress = io.StringIO()
+    found = best_of(policy, None, ids, mask, n=2, sampler=stubborn, max_new_tokens=3, progress=progress)
+    assert bool((found.completions == 7).all()) and found.rewards is None and not found.finished.any()
+    truth = sum(next_logps(policy, [*PROMPTS[1], *[7] * t])[7] for t in range(3))
+    assert_within(found.logps[1, 0], truth, 2e-5, "the policy's log-prob")
+    assert "sampling 6/6" in progress.getvalue()
+
+
+def test_best_of_errors(models):
+    policy, reference = models[:2]
+    ids, mask = padded()
+    for arguments, error, message in (
+        ({"n": 0}, ValueError, "n must be 1 or more"),
+        ({"by": "likelihood"}, ValueError, 'by must be "logp", "reward" or a function'),
+        ({"by": "reward", "reference": None}, ValueError, 'by="reward" needs a reference'),
+        ({"by": lambda found: found.lengths[0]}, ValueError, r"\[B, n\] = \(3, 2\); got \(2,\)"),
+        ({"by": lambda found: found.logps * float("nan")}, ValueError, "none of them NaN"),
+        ({"by": lambda found: [0.0]}, TypeError, r"by\(...\) must be a torch.Tensor"),
+        ({"do_sample": False}, ValueError, "do_sample is best_of's own"),
+        ({"sampler": torch.nn.Linear(2, 2).eval()}, TypeError, "has no generate"),
+        ({"sampler": llama(3).train()}, ValueError, "sampler is in training mode"),
+    ):
+        with pytest.raises(error, match=message):
+            best_of(**{"policy": policy, "reference": reference, "input_ids": ids, "attention_mask": mask,
+                       "n": 2, "max_new_tokens": 2, **arguments})  # fmt: skip
 
 
 def test_a_policy_that_is_its_reference_has_no_reward(models):
