@@ -107,10 +107,12 @@ def test_the_snippets_of_scoring(trained, capsys):
 
 
 def test_the_snippets_of_search(trained, capsys):
-    search, tuning = blocks("search.md")
+    search, best, tuning = blocks("search.md")
     namespace: dict = {}
     run(search, "docs/search.md", namespace)
     assert namespace["found"].rewards.shape == (2, 5)
+    run(best, "docs/search.md, best of n", namespace)
+    assert namespace["found"].scores.shape == (2, 8)
     run(tuning, "docs/search.md, processors", namespace)
     assert namespace["ids"].shape[1] > namespace["inputs"]["input_ids"].shape[1]
     assert len(capsys.readouterr().out.splitlines()) >= 2
