@@ -40,7 +40,8 @@ class HeadStats(torch.autograd.Function):
         columns = call.config.columns
         with_kl = columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
         reference = call.reference if with_kl and call.reference is not None else (None, None, None)
-        ctx.save_for_backward(hidden, weight, bias, *saveable(ctx, *reference), call.labels, call.valid, stats)
+        constants = saveable(ctx, *reference, call.temperatures)
+        ctx.save_for_backward(hidden, weight, bias, *constants, call.labels, call.valid, stats)
         ctx.config, ctx.carrying = call.config, carrying
         return carried(ctx, stats, columns, carrying)
 
@@ -48,11 +49,18 @@ class HeadStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *kept, labels, valid, stats = ctx.saved_tensors
-        reference_hidden, reference_weight, reference_bias = restored(ctx, *kept)
+        reference_hidden, reference_weight, reference_bias, temperatures = restored(ctx, *kept)
         reference = None
         if reference_hidden is not None and reference_weight is not None:
             reference = Model(reference_hidden, reference_weight, reference_bias)
-        call = HeadCall(Model(hidden, weight, bias), reference, labels, ctx.config, valid)
+        call = HeadCall(
+            policy=Model(hidden, weight, bias),
+            reference=reference,
+            labels=labels,
+            config=ctx.config,
+            valid=valid,
+            temperatures=temperatures,
+        )
         upstream = coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), ctx.config.columns)
         states = stats[:3] if reference is None else stats[:6]
         needs = list(ctx.needs_input_grad[:3])

@@ -47,6 +47,7 @@ class HeadInputs(NamedTuple):
     shape: of the caller's labels.
     dtype, reference_dtype: of the GEMMs.
     shard: this rank's shard of the vocabulary; None where it holds all of it.
+    temperatures: `[N]`, of each row, besides `temperature`; None for 1.
     """
 
     policy: Model
@@ -64,6 +65,7 @@ class HeadInputs(NamedTuple):
     valid: Tensor | None = None
     valid_rows: int | None = None
     shard: Shard | None = None
+    temperatures: Tensor | None = None
 
     @property
     def vocab(self) -> int:
@@ -124,10 +126,17 @@ class HeadInputs(NamedTuple):
             valid_rows=self.valid_rows,
             shard=self.shard,
         )
-        return HeadCall(self.policy, self.reference, self.labels, config, valid=self.valid)
+        return HeadCall(
+            policy=self.policy,
+            reference=self.reference,
+            labels=self.labels,
+            config=config,
+            valid=self.valid,
+            temperatures=self.temperatures,
+        )
 
     def work(
-        self, wanted: str, columns: int, *, only_logps: bool, coupled: str | None, valid_rows: int, pair_rows: int
+        self, wanted: str, columns: int, *, only_logps: bool, coupled: str | None, valid_rows: int, unit_rows: int
     ) -> Work:
         """What the choice of a plan depends on; see `qkernels.head.plan.Work`."""
         return Work(
@@ -141,7 +150,7 @@ class HeadInputs(NamedTuple):
             only_logps=only_logps,
             coupled=coupled,
             valid_rows=valid_rows,
-            pair_rows=pair_rows,
+            unit_rows=unit_rows,
             wanted=wanted,
             max_chunk_bytes=self.max_chunk_bytes,
             shard=self.shard,

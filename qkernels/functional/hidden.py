@@ -145,7 +145,7 @@ def _plan_stats(
         only_logps=carrying == ("logps",),
         coupled="the upstream gradient is not known in advance",
         valid_rows=(inputs.labels if inputs.valid is None else inputs.valid).shape[0],
-        pair_rows=0,
+        unit_rows=0,
     )
     return inputs, head_plan.plan(work)
 

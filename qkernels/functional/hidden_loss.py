@@ -20,9 +20,10 @@ from ..head.plan import LinearPlan
 from ..objectives import LossType
 from . import preference, valid_rows
 from .head_inputs import HeadInputs, HeadRequest, columns_with_state
-from .pair_chunks import PairChunks, groups_of
+from .pair_chunks import PairChunks
 from .preference import Batch, Loss, LossInputs, LossRequest
 from .results import Outputs, PlannedOutput, TokenDPOOutput
+from .unit_chunks import groups_of
 from .valid_rows import Counts
 
 
@@ -173,10 +174,10 @@ class HiddenLossRequest(NamedTuple):
         inputs, counts = work.inputs, work.counts.known
         if counts is None:
             rows = inputs.labels.shape[0]
-            pair_rows = rows if work.batch.cu_seqlens is not None else 2 * work.batch.labels.shape[1]
+            unit_rows = rows if work.batch.cu_seqlens is not None else 2 * work.batch.labels.shape[1]
         else:
             half, rows = len(counts) // 2, sum(counts)
-            pair_rows = max(map(sum, zip(counts[:half], counts[half:], strict=True)))
+            unit_rows = max(map(sum, zip(counts[:half], counts[half:], strict=True)))
         plan = head_plan.plan(
             inputs.work(
                 self.plan,
@@ -184,7 +185,7 @@ class HiddenLossRequest(NamedTuple):
                 only_logps=not work.loss.spec.needs_kl,
                 coupled=work.coupled(),
                 valid_rows=rows,
-                pair_rows=pair_rows,
+                unit_rows=unit_rows,
             )
         )
         if plan.name == "pair_chunks" and counts is not None:

@@ -180,6 +180,7 @@ class Batch(NamedTuple):
     ignore_index: the label of rows that are not used.
     counts: fp64 `[2B]`, sums of `base_weights` over the whole sequences, where these rows are not all that the sums
         are over; None where they are.
+    mean_count: fp64 `[]`, chosen tokens per pair of the whole batch, where these rows are a part of it; None where not.
     """
 
     labels: Tensor
@@ -190,6 +191,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor | None
     ignore_index: int
     counts: Tensor | None = None
+    mean_count: Tensor | None = None
 
     @staticmethod
     def of(
@@ -427,6 +429,7 @@ def pair_scores(
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
         chosen_full_logps=halves["full_logps"][0] if "full_logps" in halves else None,
+        chosen_mean_count=None if batch.mean_count is None else batch.mean_count.to(weights.dtype),
         f_divergence=spec.f_divergence,
         f_alpha_divergence_coef=spec.f_alpha_divergence_coef,
     )

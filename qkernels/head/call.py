@@ -56,6 +56,8 @@ class HeadCall(NamedTuple):
     reference: the reference model, a constant; None where nothing reads it.
     labels: contiguous int64 `[N]`.
     valid: `[M]`, the indices of the valid rows; None where the host does not know how many there are, or compiles.
+    temperatures: `[N]`, in the dtype of the results, divide the logits of each row besides `config.temperature`; None
+        for 1.
     """
 
     policy: Model
@@ -63,3 +65,4 @@ class HeadCall(NamedTuple):
     labels: Tensor
     config: HeadConfig
     valid: Tensor | None = None
+    temperatures: Tensor | None = None

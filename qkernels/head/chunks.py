@@ -53,13 +53,29 @@ def valid_rows(labels: Tensor, ignore_index: int, number: int | None = None) -> 
 
 
 class _Chunk(NamedTuple):
-    """The rows of one chunk: their hidden states in the products' dtype, labels `[1, n]`, logits `[1, n, V]`."""
+    """The rows of one chunk: their hidden states in the products' dtype, labels `[1, n]`, logits `[1, n, V]`.
+
+    temperatures: `[n, 1]`, by which the logits have been divided; None for 1.
+    """
 
     where: Selection
     x: Tensor
     labels: Tensor
     logits: Tensor
     reference: Tensor | None
+    temperatures: Tensor | None
+
+    def first(self, rows: int) -> _Chunk:
+        """The first rows of the chunk."""
+        where, reference, temperatures = self.where, self.reference, self.temperatures
+        return _Chunk(
+            where=slice(where.start, where.start + rows) if isinstance(where, slice) else where[:rows],
+            x=self.x[:rows],
+            labels=self.labels[:, :rows],
+            logits=self.logits[:, :rows],
+            reference=None if reference is None else reference[:, :rows],
+            temperatures=None if temperatures is None else temperatures[:rows],
+        )
 
 
 class Pass:
@@ -112,12 +128,26 @@ class Pass:
             x = _rows(call.policy.hidden, where).to(config.dtype)
             logits = self._buffer("logits", x.shape[0], self.wide)
             self.head.logits(x, logits)
+            temperatures = None
+            if call.temperatures is not None:
+                temperatures = _rows(call.temperatures, where).unsqueeze(1)
+                logits.div_(temperatures)
             reference = None
             if call.reference is not None and self.reference_head is not None:
                 reference = self._buffer("reference", x.shape[0], stats_dtype(config.reference_dtype))
                 self.reference_head.logits(_rows(call.reference.hidden, where).to(config.reference_dtype), reference)
+                if temperatures is not None:
+                    reference.div_(temperatures)
                 reference = reference.unsqueeze(0)
-            yield _Chunk(where, x, _rows(call.labels, where).unsqueeze(0), logits.unsqueeze(0), reference)
+            labels = _rows(call.labels, where).unsqueeze(0)
+            yield _Chunk(
+                where=where,
+                x=x,
+                labels=labels,
+                logits=logits.unsqueeze(0),
+                reference=reference,
+                temperatures=temperatures,
+            )
 
     def stats(self, chunk: _Chunk, columns: int) -> Tensor:
         """`[K, 1, n]`: the per-row results of a chunk."""
@@ -144,6 +174,8 @@ class Pass:
         """
         config, n = self.call.config, chunk.labels.shape[1]
         reference_state = stats[3:6] if coefficients.shape[0] > 1 and stats.shape[0] >= 6 else None
+        if chunk.temperatures is not None:  # d(l / t)/dl of each row
+            coefficients = coefficients / chunk.temperatures.view(1, 1, n)
         rows = RowGrad(
             logits=chunk.logits,
             labels=chunk.labels,
@@ -162,6 +194,8 @@ class Pass:
             grad = self._buffer("capped", n, self.wide)
             self.backend.row_grad_into(grad.unsqueeze(0), rows)
             out = grad if self.narrow == self.wide else self._buffer("grad", n, self.narrow)
+            if chunk.temperatures is not None:  # the slope of the cap is a function of what it made
+                chunk.logits[0].mul_(chunk.temperatures)
             self.head.uncap(chunk.logits[0], grad, out)
             return out
         if self.narrow == self.wide:
@@ -291,10 +325,19 @@ class KnownLoss(Protocol):
     """A loss that is a sum over units, tokens, sequences or pairs, each of which is known from its own rows.
 
     selections: the rows of each chunk, whole units.
+    leading: of each chunk, how many of its first rows may have a gradient; the others are known to have none.
+    drops: whether rows whose gradient turns out to be 0 are to leave the GEMMs, too, where the host can tell.
+    dropped: rows that have left the GEMMs of the backward; `known_gradients` counts them.
     """
+
+    drops: bool
+    dropped: int
 
     @property
     def selections(self) -> Sequence[Selection]: ...
+
+    @property
+    def leading(self) -> Sequence[int]: ...
 
     def gradient_of(self, chunk: int, stats: Tensor) -> Mapping[str, Tensor]:
         """dL/dcolumn `[1, n]` by name of column, from the columns `[K, 1, n]` of that chunk."""
@@ -314,11 +357,52 @@ def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> t
     work, columns = Pass(call), call.config.columns
     result = work.result()
     dtypes = [None if x is None else saved_dtype(x.dtype) for x in call.policy]
-    total = _Gradients(work, needs, dtypes, len(loss.selections))
+    total = _Gradients(work, needs, dtypes, sum(rows > 0 for rows in loss.leading))
     for number, chunk in enumerate(work.chunks(loss.selections)):
         values = work.stats(chunk, columns)
         _put(result, chunk.where, values[:, 0], 1)
-        coefficients = coefficients_of(values, loss.gradient_of(number, values), columns)
-        states = values[:6] if columns & BIT["reference_row_max"] else values[:3]
-        total.add(chunk, states, coefficients)
+        rows = chunk.labels.shape[1]
+        leading = min(rows, loss.leading[number])
+        if leading:
+            coefficients = coefficients_of(values, loss.gradient_of(number, values), columns)
+            states = values[:6] if columns & BIT["reference_row_max"] else values[:3]
+            if leading < rows:
+                chunk = chunk.first(leading)
+                states, coefficients = (x[..., :leading].contiguous() for x in (states, coefficients))
+            # (Ranks that share a head have to agree on the rows: they take all of them.)
+            if loss.drops and coefficients.device.type == "cpu" and call.config.shard is None:
+                chunk, states, coefficients = _with_gradient(chunk, states, coefficients)
+            leading = chunk.labels.shape[1]
+        loss.dropped += rows - leading
+        if leading:
+            total.add(chunk, states, coefficients)
     return result, total.result()
+
+
+def _with_gradient(chunk: _Chunk, states: Tensor, coefficients: Tensor) -> tuple[_Chunk, Tensor, Tensor]:
+    """The rows of a chunk whose coefficients are not all 0, moved to its front in its own memory; the host looks.
+
+    Only as many rows of logits are copied as there are holes among the first ones.
+    """
+    wanted = (coefficients != 0).any(0)[0]
+    number, rows = int(wanted.sum()), wanted.shape[0]
+    if number == rows:
+        return chunk, states, coefficients
+    holes = (~wanted[:number]).nonzero()[:, 0]
+    movers = wanted[number:].nonzero()[:, 0] + number
+    order = torch.arange(number, device=wanted.device)
+    order[holes] = movers
+    for logits in (chunk.logits, chunk.reference if coefficients.shape[0] > 1 else None):
+        if logits is not None:
+            for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+                logits[0, hole].copy_(logits[0, mover])
+    where: Selection = (
+        torch.arange(chunk.where.start, chunk.where.stop) if isinstance(chunk.where, slice) else chunk.where
+    )
+    moved = chunk.first(number)._replace(
+        where=where[order],
+        x=chunk.x[order],
+        labels=chunk.labels[:, order].contiguous(),
+        temperatures=None if chunk.temperatures is None else chunk.temperatures[order],
+    )
+    return moved, states[..., order], coefficients[..., order]

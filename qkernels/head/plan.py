@@ -4,11 +4,12 @@
 |---|---|---|
 | forward_only | nothing needs a gradient | 1: logits |
 | frozen_head | the head needs no gradient, only `logps` has one | 2: logits, unscaled dX |
-| pair_chunks | the loss is a sum over pairs, and each pair fits a chunk | 3: logits, dX, dW |
+| pair_chunks, sequence_chunks, token_chunks | the loss is a sum over such units, and each unit fits a chunk | 3: logits, dX, dW |
 | recompute | everything else | 4: logits, logits again, dX, dW |
 
 (one GEMM less where hidden states or weight need no gradient; the reference costs one more, two under `recompute`
-with a gradient of a divergence). N counts valid rows: ignored ones are dropped first.
+with a gradient of a divergence). N counts valid rows: ignored ones are dropped first. With a loss that leaves rows
+without a gradient, such as those of advantage 0, the last two GEMMs run over the others only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from .call import Model
 from .chunks import saved_dtype
 from .products import block_bytes, gradient_dtype, logits_product
 
-PLANS = ("frozen_head", "pair_chunks", "recompute")
+# The plans that know the gradient of a unit while its logits exist, by the unit.
+BY_UNIT = {unit: f"{unit}_chunks" for unit in ("pair", "sequence", "token")}
+PLANS = ("frozen_head", *BY_UNIT.values(), "recompute")
 
 # A chunk of logits is at most this large unless asked for, by device type: enough rows that the GEMMs run at full
 # speed (1400 rows of V = 128256 in bf16 on a GPU).
@@ -37,7 +40,7 @@ _SHARE_OF_FREE = 8
 class LinearPlan(NamedTuple):
     """What a call on hidden states does, known before it runs.
 
-    name: "forward_only", "frozen_head", "pair_chunks" or "recompute".
+    name: "forward_only", "frozen_head", "pair_chunks", "sequence_chunks", "token_chunks" or "recompute".
     reason: why this one.
     rows: valid rows, N; all rows where the labels' values cannot be read yet.
     chunk_rows: rows of logits that exist at a time, at most.
@@ -47,6 +50,7 @@ class LinearPlan(NamedTuple):
     chunk_bytes: size of a chunk's buffers.
     peak_bytes: memory beyond inputs and their gradients, at most: the chunk, and what the plan keeps besides.
     logits: how the GEMMs of the logits run.
+    idle_rows: rows among `rows` that are known beforehand to have no gradient, and leave the GEMMs of the backward.
     """
 
     name: str
@@ -59,12 +63,14 @@ class LinearPlan(NamedTuple):
     chunk_bytes: int
     peak_bytes: int
     logits: str
+    idle_rows: int = 0
 
     def __str__(self) -> str:
         reference = f" + {self.reference_products} of the reference" if self.reference_products else ""
+        idle = f", {self.idle_rows} of them without a gradient" if self.idle_rows else ""
         return (
             f"{self.name}: {self.reason}\n"
-            f"  {self.rows} rows in {self.chunks} chunks of at most {self.chunk_rows}\n"
+            f"  {self.rows} rows in {self.chunks} chunks of at most {self.chunk_rows}{idle}\n"
             f"  {self.products} GEMMs of 2 N V H{reference}; logits: {self.logits}\n"
             f"  chunk {_mib(self.chunk_bytes)}, peak beyond inputs and gradients {_mib(self.peak_bytes)}"
         )
@@ -92,12 +98,15 @@ class Work(NamedTuple):
     needs: whether hidden states, weight and bias need a gradient.
     columns: bit mask of the per-row results.
     only_logps: whether `logps` is the only per-row result that carries gradient.
-    coupled: None if each pair's loss is known from that pair alone, else why not.
+    coupled: None if the loss of each unit is known from that unit alone, else why not.
     valid_rows: how many rows count.
-    pair_rows: valid rows of the largest pair.
+    unit_rows: valid rows of the largest unit.
     wanted: "auto" or a plan's name.
     max_chunk_bytes: the caller's budget; None for one from the free memory.
     shard: this rank's shard of the vocabulary.
+    unit: "pair", "sequence" or "token".
+    idle: whether some rows may turn out to have no gradient.
+    idle_rows: how many are known to have none.
     """
 
     policy: Model
@@ -110,10 +119,13 @@ class Work(NamedTuple):
     only_logps: bool
     coupled: str | None
     valid_rows: int
-    pair_rows: int
+    unit_rows: int
     wanted: str
     max_chunk_bytes: int | None
     shard: Shard | None
+    unit: str = "pair"
+    idle: bool = False
+    idle_rows: int = 0
 
     @property
     def trains_head(self) -> bool:
@@ -162,7 +174,7 @@ class Work(NamedTuple):
             summed = products if chunks <= 1 else stats_dtype(dtype)
             if summed != policy.weight.dtype:
                 size += policy.weight.numel() * summed.itemsize
-        if name == "pair_chunks" and needs[0] and saved_dtype(policy.hidden.dtype) != policy.hidden.dtype:
+        if name in BY_UNIT.values() and needs[0] and saved_dtype(policy.hidden.dtype) != policy.hidden.dtype:
             size += policy.hidden.numel() * saved_dtype(policy.hidden.dtype).itemsize
         return size
 
@@ -178,7 +190,8 @@ def plan(work: Work) -> LinearPlan:
     name, reason = _choose(work, fit)
     needs_hidden, needs_weight, _ = work.needs
     backward = needs_hidden + needs_weight
-    products = {"forward_only": 1, "frozen_head": 2, "pair_chunks": 1 + backward}.get(name, 2 + backward)
+    known = name in BY_UNIT.values()
+    products = 1 + backward if known else {"forward_only": 1, "frozen_head": 2}.get(name, 2 + backward)
     with_kl = bool(work.columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
     number = -(-work.valid_rows // fit) if work.valid_rows else 0
     return LinearPlan(
@@ -192,20 +205,23 @@ def plan(work: Work) -> LinearPlan:
         chunk_bytes=fit * per_row,
         peak_bytes=fit * per_row + work.bytes_besides(name, fit, number),
         logits=logits_product(work.policy.hidden.device, work.dtype),
+        idle_rows=work.idle_rows if known else 0,
     )
 
 
 def _chunk_rows(work: Work, per_row: int) -> int:
     """Rows of a chunk that fit the budget, `per_row` bytes each."""
-    # Room for a whole pair is of use to one plan only.
-    by_pairs = work.wanted == "pair_chunks" or (work.wanted == "auto" and (work.trains_head or not work.only_logps))
-    pair_rows = work.pair_rows if by_pairs and any(work.needs) and work.coupled is None else 0
+    # Room for a whole unit is of use to one plan only.
+    by_units = work.wanted in BY_UNIT.values() or (
+        work.wanted == "auto" and (work.trains_head or not work.only_logps or work.idle)
+    )
+    unit_rows = work.unit_rows if by_units and any(work.needs) and work.coupled is None else 0
     budget = work.max_chunk_bytes
     if budget is None:
         device = work.policy.hidden.device
         free = free_memory(device) if work.shard is None else work.shard.free  # the least of several ranks'
-        share, of_pair = free // _SHARE_OF_FREE, pair_rows * per_row
-        budget = max(_budget(device, free), of_pair if of_pair <= 2 * share else 0, per_row)
+        share, of_unit = free // _SHARE_OF_FREE, unit_rows * per_row
+        budget = max(_budget(device, free), of_unit if of_unit <= 2 * share else 0, per_row)
     elif budget < per_row:
         raise ValueError(
             f"max_chunk_bytes={budget} holds not even one row: the smallest that works is {per_row}"
@@ -226,17 +242,23 @@ def _choose(work: Work, chunk_rows: int) -> tuple[str, str]:
         no_frozen = "the head needs a gradient"
     elif not work.only_logps:
         no_frozen = "not only the log-probs carry gradient"
-    no_pairs = work.coupled
-    if no_pairs is None and work.pair_rows > chunk_rows:
-        no_pairs = f"the largest pair has {work.pair_rows} valid rows and a chunk holds {chunk_rows}"
+    by_units, no_units = BY_UNIT[work.unit], work.coupled
+    if no_units is None and work.unit_rows > chunk_rows:
+        no_units = f"the largest {work.unit} has {work.unit_rows} valid rows and a chunk holds {chunk_rows}"
     if wanted == "frozen_head" and no_frozen:
         raise ValueError(f"plan='frozen_head' is not possible: {no_frozen}")
-    if wanted == "pair_chunks" and no_pairs:
-        raise ValueError(f"plan='pair_chunks' is not possible: {no_pairs}")
+    if wanted in BY_UNIT.values() and wanted != by_units:
+        raise ValueError(
+            f"plan={wanted!r} is not possible: the unit of this loss is the {work.unit}, plan={by_units!r}"
+        )
+    if wanted == by_units and no_units:
+        raise ValueError(f"plan={by_units!r} is not possible: {no_units}")
     if wanted != "auto":
         return wanted, "asked for by name"
+    # A frozen head takes two GEMMs either way, but by units rows without a gradient leave the second one.
+    if no_units is None and (no_frozen is not None or work.idle):
+        unit = work.unit
+        return by_units, f"each {unit}'s loss is known from that {unit} alone, and every {unit} fits a chunk"
     if no_frozen is None:
         return "frozen_head", "the head needs no gradient, and only the log-probs carry one"
-    if no_pairs is None:
-        return "pair_chunks", "each pair's loss is known from that pair alone, and every pair fits a chunk"
-    return "recompute", f"{no_frozen}, and {no_pairs}"
+    return "recompute", f"{no_frozen}, and {no_units}"

@@ -1,13 +1,15 @@
 """Preference losses: the formulas, their names and options, and what they see of a batch.
 
-`formulas.py` holds every loss once. `scores.py` has what a loss is a function of, `registry.py` the names and options,
-`learned_link.py` the two losses that learn their link from one step to the next.
+`formulas.py` holds every loss once. `scores.py` has what a loss is a function of, `units.py` what one entry of it
+depends on, `registry.py` the names and options, `learned_link.py` the two losses that learn their link from one step to
+the next.
 """
 
 from . import formulas as formulas  # registers every loss
 from .learned_link import OSPO, PSPO, LearnedLink, isotonic_fit
 from .registry import OBJECTIVES, STATEFUL, LossSpec, LossType, Objective, create, objective, resolve, stateful
 from .scores import F_DIVERGENCES, PairScores
+from .units import UNITS, declare_unit
 
 # The functions themselves, `objectives.sigmoid` and so on, may be passed as `loss_type`.
 globals().update({name: term.function for name, term in OBJECTIVES.items()})
@@ -18,12 +20,14 @@ __all__ = [
     "OSPO",
     "PSPO",
     "STATEFUL",
+    "UNITS",
     "LearnedLink",
     "LossSpec",
     "LossType",
     "Objective",
     "PairScores",
     "create",
+    "declare_unit",
     "isotonic_fit",
     "objective",
     "resolve",

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .registry import SMOOTHED, objective
-from .scores import PairScores, finite_exp, per_token
+from .scores import PairScores, expm1, finite_exp, per_token
 
 _ABOVE_ZERO = 5e-324
 
@@ -118,7 +118,7 @@ def discopop(scores: PairScores, beta: float, discopop_tau: float = 0.05) -> Ten
     return -logsigmoid(x) * torch.sigmoid(-x / discopop_tau) + finite_exp(torch.exp, logsigmoid(x / discopop_tau) - x)
 
 
-@objective(reference_free=True, separable=False, discounted=False)
+@objective(reference_free=True, unit="batch", discounted=False)
 def sft(scores: PairScores, beta: float) -> Tensor:
     """Mean negative log-likelihood over all chosen tokens of the batch (Rafailov et al.'s SFT term).
 
@@ -129,7 +129,7 @@ def sft(scores: PairScores, beta: float) -> Tensor:
     return -logps * (logps.numel() / torch.where(tokens > 0, tokens, 1.0))
 
 
-@objective(smoothing=SMOOTHED, scored=False, separable=False)
+@objective(smoothing=SMOOTHED, scored=False, unit="batch")
 def aot(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """AOT, paired (Melnyk et al. 2024): sorted policy margins against sorted reference margins."""
     policy = (scores.chosen_logps - scores.rejected_logps).sort().values
@@ -137,7 +137,7 @@ def aot(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor
     return _smoothed_logistic(beta * (policy - reference), label_smoothing)
 
 
-@objective(smoothing=SMOOTHED, scored=False, separable=False)
+@objective(smoothing=SMOOTHED, scored=False, unit="batch")
 def aot_unpaired(scores: PairScores, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """AOT, unpaired (Melnyk et al. 2024): sorted chosen against sorted rejected log-ratios."""
     delta = scores.chosen_log_ratios.sort().values - scores.rejected_log_ratios.sort().values
@@ -166,7 +166,7 @@ def simpo(scores: PairScores, beta: float, gamma: float = 0.5) -> Tensor:
     return -logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-@objective(separable=False)
+@objective(unit="batch")
 def rspo(scores: PairScores, beta: float) -> Tensor:
     """RSPO (Kallus 2025): ranks every chosen-over-rejected index above every mirrored one; any monotone link.
 
@@ -175,3 +175,70 @@ def rspo(scores: PairScores, beta: float) -> Tensor:
     """
     t = beta * scores.margins
     return -logsigmoid(t[:, None] + t[None, :]).mean(1)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0: the form that keeps its digits on either side of -log 2; x is at most -1e-30.
+
+    Beyond that, an answer that is certain, or has no tokens, would have infinite odds.
+    """
+    x = x.clamp_max(-1e-30)
+    near = x > -math.log(2.0)
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, -1.0))),
+        torch.log1p(-torch.exp(torch.where(near, -1.0, x))),
+    )
+
+
+@objective(scored=False, reference_free=True, discounted=False)
+def orpo(scores: PairScores, beta: float) -> Tensor:
+    """ORPO (Hong et al. 2024, eqs. 6 and 7): the chosen answers' likelihood, and beta times the log odds ratio.
+
+    L = NLL - beta log sigma(log odds_w - log odds_l), odds = P / (1 - P), log P the mean log-prob of an answer's token.
+    """
+    chosen, rejected = scores.mean_chosen_logps, scores.mean_rejected_logps
+    log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return scores.chosen_nll - beta * logsigmoid(log_odds)
+
+
+_CPO_FORMS = ("sigmoid", "hinge", "ipo", "simpo")
+
+
+@objective(smoothing=SMOOTHED, scored=False, reference_free=True, discounted=False)
+def cpo(
+    scores: PairScores,
+    beta: float,
+    label_smoothing: float = 0.0,
+    form: str = "sigmoid",
+    cpo_alpha: float = 1.0,
+    simpo_gamma: float = 0.5,
+    alpha: float = 0.0,
+) -> Tensor:
+    """CPO (Xu et al. 2024, eq. 3), and as in TRL its other forms: the preference term, and cpo_alpha times the NLL.
+
+    form: "sigmoid" and "hinge" on log-probs, "ipo" and "simpo" (Meng et al. 2024) on their means per token; "simpo"
+    has the target margin simpo_gamma. alpha other than 0: AlphaPO's rewards (Gupta et al. 2025), (1 - p^-alpha) / alpha
+    in place of log p.
+    """
+    if form not in _CPO_FORMS:
+        raise ValueError(f"loss_kwargs['form'] must be one of {', '.join(map(repr, _CPO_FORMS))}, got {form!r}")
+    chosen, rejected = scores.chosen_logps, scores.rejected_logps
+    if form in ("ipo", "simpo"):
+        chosen, rejected = scores.mean_chosen_logps, scores.mean_rejected_logps
+    if alpha != 0:
+        chosen, rejected = (-finite_exp(expm1, -alpha * logp) / alpha for logp in (chosen, rejected))
+    x = beta * (chosen - rejected)
+    if form == "hinge":
+        loss = torch.relu(1 - x)
+    elif form == "ipo":
+        loss = (chosen - rejected - 1 / (2 * beta)) ** 2
+    else:
+        loss = _smoothed_logistic(x - simpo_gamma if form == "simpo" else x, label_smoothing)
+    return loss if cpo_alpha == 0 else loss + cpo_alpha * scores.chosen_nll
+
+
+@objective(scored=False, reference_free=True)
+def alphapo(scores: PairScores, beta: float, alpha: float = 0.25, gamma: float = 0.5) -> Tensor:
+    """AlphaPO (Gupta et al. 2025): SimPO on the rewards (1 - p^-alpha) / alpha, p the mean likelihood of a token."""
+    return cpo(scores, beta, form="simpo", cpo_alpha=0.0, simpo_gamma=gamma, alpha=alpha)

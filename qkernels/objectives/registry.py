@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.compile import constant_when_compiled
 from .scores import F_DIVERGENCE_ALIASES, F_DIVERGENCES, PairScores
+from .units import check_once, checked_unit, declared_unit
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Objective:
     scored: whether the loss is a function of the scores s, so that an f-divergence has a meaning.
     needs_kl: whether it reads KL(ref || pi) per token, which takes the reference's logits.
     reference_free: whether the loss does without a reference.
-    separable: whether each pair's loss depends on that pair alone.
+    unit: what one entry of the loss depends on: a "pair" alone, or the whole "batch" (`qkernels.objectives.units`).
     discounted: whether LD-DPO's discount of the longer answer's tail applies to it.
     fused: the backends' operation that computes its mean over pairs, with the gradient; None for none.
     """
@@ -39,9 +40,14 @@ class Objective:
     scored: bool = True
     needs_kl: bool = False
     reference_free: bool = False
-    separable: bool = True
+    unit: str = "pair"
     discounted: bool = True
     fused: str | None = None
+
+    @property
+    def separable(self) -> bool:
+        """Whether each pair's loss depends on that pair alone."""
+        return self.unit != "batch"
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -79,11 +85,16 @@ def objective(
     scored: bool = True,
     needs_kl: bool = False,
     reference_free: bool = False,
+    unit: str = "pair",
     separable: bool = True,
     discounted: bool = True,
     fused: str | None = None,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Register a function as `loss_type=<its name>`. The flags are those of `Objective`."""
+    """Register a function as `loss_type=<its name>`. The flags are those of `Objective`.
+
+    `separable=False` is another way to say `unit="batch"`.
+    """
+    unit = checked_unit(unit, ("pair", "batch")) if separable else "batch"
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         OBJECTIVES[function.__name__] = Objective(
@@ -94,7 +105,7 @@ def objective(
             scored=scored,
             needs_kl=needs_kl,
             reference_free=reference_free,
-            separable=separable,
+            unit=unit,
             discounted=discounted,
             fused=fused,
         )
@@ -172,6 +183,9 @@ class LossSpec:
         """The loss of each pair, `[B]`.
 
         pair_weights: WPO factors, `[B]`, taken as constants.
+
+        Raises:
+            ValueError: a loss of another shape, or one that depends on other pairs than it declares.
         """
         total = None
         for term, weight, options in self.terms:
@@ -183,6 +197,8 @@ class LossSpec:
                 raise ValueError(
                     f"loss_type {_label(term)} must return one loss per pair, shape {expected}; got {tuple(loss.shape)}"
                 )
+            if not term.name and term.unit == "pair":
+                check_once(term.function, "pair", lambda s, t=term, o=options: _call(t, s, beta, o), scores, loss)
             if pair_weights is not None:
                 loss = torch.where(pair_weights == 0, 0.0, loss * pair_weights)  # the loss may be inf
             loss = loss if weight == 1.0 else loss * weight
@@ -223,8 +239,9 @@ def _as_objective(loss_type: str | Callable[..., Tensor]) -> Objective:
         if loss_type is registered.function:
             return registered
     smoothed = any(name == "label_smoothing" for name, _ in _parameters(loss_type))
-    # A user's function may couple pairs, so nothing is assumed of it.
-    return Objective("", loss_type, _options(loss_type), _SMOOTHED_BY_A_USER if smoothed else None, separable=False)
+    # A user's function may couple pairs: nothing is assumed of it that it does not declare.
+    unit = declared_unit(loss_type, ("pair", "batch"))
+    return Objective("", loss_type, _options(loss_type), _SMOOTHED_BY_A_USER if smoothed else None, unit=unit)
 
 
 def _meant(name: str) -> str:

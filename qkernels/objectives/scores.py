@@ -45,6 +45,7 @@ class PairScores:
     chosen_counts, rejected_counts: n, sums of the token weights (number of tokens without weights).
     chosen_kl, rejected_kl: K, sums of w * KL(ref || pi); None unless an objective asked for it.
     chosen_full_logps: with LD-DPO, `chosen_logps` before it discounts the tail; None without.
+    chosen_mean_count: chosen tokens per pair, `[]`, where these pairs are a part of a batch; None for their own mean.
     f_divergence, f_alpha_divergence_coef: the link between log-ratios and scores.
     """
 
@@ -61,6 +62,7 @@ class PairScores:
     chosen_full_logps: Tensor | None = None
     f_divergence: str = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5
+    chosen_mean_count: Tensor | None = None
 
     def _link(self, log_ratios: Tensor) -> Tensor:
         """s = f'(pi/pi_ref) as a function of the log-ratio r."""
@@ -82,6 +84,26 @@ class PairScores:
     def rejected_scores(self) -> Tensor:
         """s_l = f(r_l)."""
         return self._link(self.rejected_log_ratios)
+
+    @property
+    def chosen_nll(self) -> Tensor:
+        """Each pair's share of the chosen answers' mean negative log-likelihood per token of the whole batch.
+
+        It is scaled so that the mean over the batch's pairs is the mean over its chosen tokens. LD-DPO leaves it alone.
+        """
+        logps = self.chosen_logps if self.chosen_full_logps is None else self.chosen_full_logps
+        mean = self.chosen_counts.mean() if self.chosen_mean_count is None else self.chosen_mean_count
+        return -logps / torch.where(mean > 0, mean, 1.0)
+
+    @property
+    def mean_chosen_logps(self) -> Tensor:
+        """log pi per token of the chosen answer; 0 without tokens."""
+        return per_token(self.chosen_logps, self.chosen_counts)
+
+    @property
+    def mean_rejected_logps(self) -> Tensor:
+        """log pi per token of the rejected answer; 0 without tokens."""
+        return per_token(self.rejected_logps, self.rejected_counts)
 
     @property
     def margins(self) -> Tensor:

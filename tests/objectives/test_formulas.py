@@ -32,11 +32,16 @@ COUNTS = (torch.tensor([3.0, 1.0, 4.5, 0.0, 7.0], dtype=torch.float64),
           torch.tensor([2.0, 6.0, 0.0, 1.0, 2.5], dtype=torch.float64))  # fmt: skip
 
 
-def leaves(key: int, scale: float) -> dict[str, Tensor]:
-    """Float64 sums over sequences, by field: 0 for the sequences without tokens, the KLs above 0."""
+def leaves(key: int, scale: float, probabilities: bool = False) -> dict[str, Tensor]:
+    """Float64 sums over sequences, by field: 0 for the sequences without tokens, the KLs above 0.
+
+    probabilities: log-probs below 0, for an objective that reads 1 - p.
+    """
     g = generator(key)
     values = {name: scale * (torch.randn(PAIRS, generator=g, dtype=torch.float64) - 2) for name in FIELDS}
     values["chosen_kl"], values["rejected_kl"] = values["chosen_kl"].abs(), values["rejected_kl"].abs()
+    if probabilities:
+        values |= {name: -values[name].abs() for name in FIELDS[:4]}
     return {name: value.requires_grad_() for name, value in values.items()}
 
 
@@ -47,8 +52,11 @@ def of_sequences(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def ours(name: str, given: dict[str, Tensor], options: Options) -> Tensor:
     """The loss of each pair by the package's formula, its options found by `resolve`."""
-    known = {"discopop_tau": options.discopop_tau, "alpha": options.alpha, "gamma": options.gamma}
-    kwargs = {key: known[key] for key in objectives.OBJECTIVES[name].options}
+    kwargs = {key: getattr(options, key) for key in objectives.OBJECTIVES[name].options}
+    if name in ("cpo", "alphapo"):  # whose alpha is not TDPO's
+        kwargs = {k: v for k, v in kwargs.items() if k != "alpha"} | (
+            {} if options.power is None else {"alpha": options.power}
+        )
     if objectives.OBJECTIVES[name].scored:
         kwargs |= {"f_divergence": options.f_divergence}
         if options.f_divergence.startswith("alpha"):
@@ -91,7 +99,7 @@ def check(name: str, options: Options, formula=ours, scale: float = 2.0) -> None
     upstream = torch.linspace(-1, 2, PAIRS, dtype=torch.float64)
     found = []
     for compute in (formula, truth):
-        given = leaves(len(name), scale)
+        given = leaves(len(name), scale, probabilities=name == "orpo")
         losses = compute(name, given, options)
         slopes = torch.autograd.grad(losses, list(given.values()), upstream, allow_unused=True)
         found.append((losses, [torch.zeros(PAIRS) if slope is None else slope for slope in slopes]))
@@ -126,9 +134,23 @@ def test_f_divergence(name, divergence, coefficient):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["discopop", "tdpo2", "simpo"])
+@pytest.mark.parametrize("name", ["discopop", "tdpo2", "simpo", "alphapo"])
 def test_own_options(name):
-    check(name, options_of(name, discopop_tau=0.7, alpha=0.1, gamma=1.2))
+    check(name, options_of(name, discopop_tau=0.7, alpha=0.1, gamma=1.2, power=0.6))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("power", [0.0, 0.3, -0.2])
+@pytest.mark.parametrize("form", ["sigmoid", "hinge", "ipo", "simpo"])
+def test_forms_of_cpo(form, power):
+    smoothing = 0.1 if form in ("sigmoid", "simpo") else 0.0
+    how = {"form": form, "power": power, "cpo_alpha": 0.7, "simpo_gamma": 1.1, "label_smoothing": smoothing}
+    check("cpo", options_of("cpo", **how), scale=0.5)
+
+
+def test_cpo_refuses_an_unknown_form():
+    with pytest.raises(ValueError, match="'form'.*'simpo'.*'kto_pair'"):
+        ours("cpo", leaves(0, 1.0), options_of("cpo", form="kto_pair"))
 
 
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)

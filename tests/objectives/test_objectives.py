@@ -40,6 +40,9 @@ CASES = {
     "tdpo2": Options(),
     "simpo": Options(beta=2.0),
     "rspo": Options(),
+    "orpo": Options(),
+    "cpo": Options(label_smoothing=0.1),
+    "alphapo": Options(beta=2.0),
 }
 # One that is fused, one that reads divergences, one that couples pairs: what runs with every backend in every dtype.
 # `test_formulas.py` has each formula by itself.
@@ -55,7 +58,7 @@ def batch_for(dtype, device, *, pairs=3, length=8, vocab=40, key=()) -> PairBatc
 def kwargs_of(name: str, options: Options) -> dict:
     """The `loss_kwargs` that say the same as the oracle's options."""
     own = {"discopop": {"discopop_tau": options.discopop_tau}, "tdpo2": {"alpha": options.alpha},
-           "simpo": {"gamma": options.gamma}}  # fmt: skip
+           "simpo": {"gamma": options.gamma}, "alphapo": {"gamma": options.gamma}}  # fmt: skip
     return own.get(name, {})
 
 

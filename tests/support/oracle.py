@@ -351,6 +351,10 @@ class Options:
     discopop_tau: float = 0.05
     alpha: float = 0.5
     gamma: float = 0.5
+    power: float | None = None  # AlphaPO's alpha; None for the objective's default
+    form: str = "sigmoid"
+    cpo_alpha: float = 1.0
+    simpo_gamma: float = 0.5
     extra: dict = field(default_factory=dict)
 
 
@@ -387,8 +391,31 @@ def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
         t = [beta * margin(pair) for pair in batch]
         return torch.stack([sum(_nls(a + b) for b in t) / len(t) for a in t])
 
+    def nll(pair: Pair) -> Tensor:
+        return -pair.full_logp_w * len(batch) / (sum(other.n_w for other in batch) or 1.0)
+
+    def log_odds(logp: Tensor) -> Tensor:
+        """log p/(1 - p); an answer without tokens has p = 1 - 1e-30."""
+        return logp - torch.log(1 - torch.exp(logp)) if logp != 0 else logp * 0 - math.log(1e-30)
+
+    def alpha_reward(logp: Tensor) -> Tensor:
+        a = {"alphapo": 0.25}.get(name, 0.0) if o.power is None else o.power
+        return (1 - torch.exp(-a * logp)) / a if a else logp
+
     def one(pair: Pair) -> Tensor:
         x = beta * margin(pair)
+        mean_w, mean_l = _mean(pair.logp_w, pair.n_w), _mean(pair.logp_l, pair.n_l)
+        if name == "orpo":
+            return nll(pair) + beta * _nls(log_odds(mean_w) - log_odds(mean_l))
+        if name == "alphapo":
+            return _nls(beta * (alpha_reward(mean_w) - alpha_reward(mean_l)) - o.gamma)
+        if name == "cpo":
+            means = o.form in ("ipo", "simpo")
+            d = alpha_reward(mean_w if means else pair.logp_w) - alpha_reward(mean_l if means else pair.logp_l)
+            y = beta * d - (o.simpo_gamma if o.form == "simpo" else 0.0)
+            value = (1 - eps) * _nls(y) + eps * _nls(-y)
+            value = {"hinge": torch.clamp(1 - y, min=0), "ipo": (d - 1 / (2 * beta)) ** 2}.get(o.form, value)
+            return value + o.cpo_alpha * nll(pair)
         w, l = beta * pair.r_w, beta * pair.r_l  # noqa: E741
         if name == "sigmoid":
             return (1 - eps) * _nls(x) + eps * _nls(-x)
