@@ -396,9 +396,9 @@ def _with_gradient(chunk: _Chunk, states: Tensor, coefficients: Tensor) -> tuple
         if logits is not None:
             for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
                 logits[0, hole].copy_(logits[0, mover])
-    where: Selection = (
-        torch.arange(chunk.where.start, chunk.where.stop) if isinstance(chunk.where, slice) else chunk.where
-    )
+    where = chunk.where
+    if isinstance(where, slice):
+        where = torch.arange(where.start, where.stop)
     moved = chunk.first(number)._replace(
         where=where[order],
         x=chunk.x[order],
