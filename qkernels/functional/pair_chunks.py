@@ -14,7 +14,7 @@ from .valid_rows import Counts
 
 
 class PairChunks(UnitChunks):
-    """A preference loss by chunks of pairs; it is its own `UnitLoss`.
+    """A preference loss by chunks of pairs.
 
     Args:
         call: the pass: its chunk size, columns, backend and the indices of the valid rows.
@@ -25,7 +25,7 @@ class PairChunks(UnitChunks):
     """
 
     def __init__(self, call: HeadCall, batch: Batch, reference: Reference, loss: Loss, *, counts: Counts):
-        super().__init__(call, batch, self, "pair", counts=counts)
+        super().__init__(call, batch, "pair", counts=counts)
         self.reference, self.of_pair, self.backend = reference, loss, call.config.backend
         pairs = batch.sequences.number // 2
         self.share = 1.0 / pairs if loss.reduction == "mean" else 1.0

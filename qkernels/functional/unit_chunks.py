@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,14 +43,7 @@ class Part(NamedTuple):
         return Part(batch, lambda per_row: per_row.reshape(shape), lambda per_sequence: per_sequence)
 
 
-class UnitLoss(Protocol):
-    """What a unit loses, as far as the chunks of `UnitChunks` have to know."""
-
-    def gradient(self, stats: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """dL/dcolumn by name of column, from the columns of the part's rows, both shaped like its labels."""
-
-
-class UnitChunks:
+class UnitChunks(ABC):
     """The loss of each chunk of units, differentiated as soon as the chunk's rows are known (`chunks.KnownLoss`).
 
     1. `groups`: consecutive units whose valid rows together fill a chunk. Units without a gradient come last.
@@ -62,7 +56,6 @@ class UnitChunks:
     Args:
         call: the pass: its chunk size, columns, backend and the indices of the valid rows.
         batch: all rows.
-        loss: what a unit loses.
         unit: "token", "sequence" or "pair".
         counts: the numbers of valid rows, known to the host.
         active: bool `[S, T]`, rows that may have a gradient, where some are known to have none and the host may look;
@@ -71,11 +64,11 @@ class UnitChunks:
     """
 
     def __init__(
-        self, call: HeadCall, batch: Batch, loss: UnitLoss, unit: str, *, counts: Counts,
+        self, call: HeadCall, batch: Batch, unit: str, *, counts: Counts,
         active: Tensor | None = None, drops: bool = False,
     ):  # fmt: skip
         assert counts.known is not None and call.valid is not None
-        self.batch, self.loss = batch, loss
+        self.batch = batch
         self.names, self.drops, self.dropped = column_names(call.config.columns), drops, 0
         self.apart = batch.sequences.number // SEQUENCES_OF.get(unit, 1)
         # Where sequences begin among the valid rows, on the device: numbers copied there would make the host
@@ -131,7 +124,11 @@ class UnitChunks:
 
     def gradient_of(self, chunk: int, stats: Tensor) -> Mapping[str, Tensor]:
         """dL/dcolumn `[1, n]` by name, from the columns `[K, 1, n]` of a chunk."""
-        return self.loss.gradient(dict(zip(self.names, stats, strict=True)), self.part(chunk))
+        return self.gradient(dict(zip(self.names, stats, strict=True)), self.part(chunk))
+
+    @abstractmethod
+    def gradient(self, stats: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
+        """dL/dcolumn by name of column, from the columns of the part's rows, both shaped like its labels."""
 
     def part(self, chunk: int) -> Part:
         """The units of a chunk, as a packed batch."""

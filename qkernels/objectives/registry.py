@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 from typing import Any
 
@@ -198,7 +198,8 @@ class LossSpec:
                     f"loss_type {_label(term)} must return one loss per pair, shape {expected}; got {tuple(loss.shape)}"
                 )
             if not term.name and term.unit == "pair":
-                check_once(term.function, "pair", lambda s, t=term, o=options: _call(t, s, beta, o), scores, loss)
+                again = partial(_call, term, beta=beta, options=options)
+                check_once(term.function, "pair", again, scores, loss)
             if pair_weights is not None:
                 loss = torch.where(pair_weights == 0, 0.0, loss * pair_weights)  # the loss may be inf
             loss = loss if weight == 1.0 else loss * weight

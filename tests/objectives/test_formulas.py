@@ -149,7 +149,7 @@ def test_forms_of_cpo(form, power):
 
 
 def test_cpo_refuses_an_unknown_form():
-    with pytest.raises(ValueError, match="'form'.*'simpo'.*'kto_pair'"):
+    with pytest.raises(ValueError, match=r"'form'.*'simpo'.*'kto_pair'"):
         ours("cpo", leaves(0, 1.0), options_of("cpo", form="kto_pair"))
 
 

@@ -53,7 +53,7 @@ BROKEN = {
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
 def test_a_unit_that_is_not_kept_is_found(broken):
     assert call(fresh(broken, "batch"))[0].plan.name == "recompute"
-    with pytest.raises(ValueError, match="declares unit='pair', but the loss of pair \\d+ depends on other pairs"):
+    with pytest.raises(ValueError, match=r"declares unit='pair', but the loss of pair \d+ depends on other pairs"):
         call(fresh(broken, "pair"))
     with pytest.raises(ValueError, match="declares unit='pair'"):
         fused_token_dpo(torch.randn(6, 4, 9), torch.zeros(6, 4, dtype=torch.long), reference_logps=0.0,
@@ -75,7 +75,7 @@ def test_the_check_runs_once(monkeypatch):
 def test_units_are_refused_by_name():
     with pytest.raises(ValueError, match="unit must be one of 'token', 'sequence', 'pair', 'batch', got 'row'"):
         declare_unit("row")
-    with pytest.raises(ValueError, match="declares the unit 'token'.*'pair', 'batch'"):
+    with pytest.raises(ValueError, match=r"declares the unit 'token'.*'pair', 'batch'"):
         call(fresh(cauchy, "token"))
     with pytest.raises(ValueError, match="unit must be one of"):
         objectives.objective(unit="sequence")
