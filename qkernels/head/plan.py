@@ -4,7 +4,7 @@
 |---|---|---|
 | forward_only | nothing needs a gradient | 1: logits |
 | frozen_head | the head needs no gradient, only `logps` has one | 2: logits, unscaled dX |
-| pair_chunks, sequence_chunks, token_chunks | the loss is a sum over such units, each fits a chunk | 3: logits, dX, dW |
+| pair_chunks, sequence_chunks, token_chunks | the loss is a sum over such units, and they fit | 3: logits, dX, dW |
 | recompute | everything else | 4: logits, logits again, dX, dW |
 
 (one GEMM less where hidden states or weight need no gradient; the reference costs one more, two under `recompute`
