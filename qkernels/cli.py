@@ -33,12 +33,14 @@ with --resume goes on.
 """
 
 _DATA = """\
-layouts of --data, one record a line (.jsonl) or an array of records (.json):
+--data takes JSON (an array of records), JSON lines, CSV, Parquet or Arrow, plain or .gz; a folder of these; what
+`save_to_disk` of `datasets` writes; or OWNER/NAME of a data set on the Hugging Face Hub. Layouts of a record:
   {"prompt": "...", "chosen": "...", "rejected": "..."}
-  {"prompt": [MESSAGE, ...], "chosen": [MESSAGE], "rejected": [MESSAGE]}
+  {"prompt": [MESSAGE, ...], "chosen": [MESSAGE, ...], "rejected": [MESSAGE, ...]}
   {"chosen": [MESSAGE, ...], "rejected": [MESSAGE, ...]}
   {"conversations": [TURN, ...], "chosen": TURN, "rejected": TURN}
   MESSAGE: {"role": "user", "content": "..."}   TURN: {"from": "human", "value": "..."}
+and those of Alpaca, HH-RLHF, UltraFeedback and others, which docs/data.md lists.
 """
 
 
@@ -77,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     add = demo.add_argument
     add("--out", type=Path, default=Path("demo_output"), metavar="DIR", help="folder to create (default: demo_output)")
     add("--overwrite", action="store_true", help="replace an earlier demo's DIR, once the new run has succeeded")
-    add("--data", type=Path, metavar="FILE", help="your own preference pairs (default: generated ones)")
+    add("--data", type=Path, metavar="DATA", help="your own preference pairs (default: generated ones)")
+    _add_data(demo)
     add("--seed", type=int, default=0, metavar="N", help="same seed, same result on the same machine (default: 0)")
     add("--tiny", action="store_true", help="a run of seconds that checks that everything works, not that it learns")
     add("--sft-steps", type=int, metavar="N", help="steps of supervised fine-tuning before (default: by the data)")
@@ -137,7 +140,8 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
         metavar="DIR",
         help="instead: an earlier run's OUT (or a Parquet file), whose reference log-probs are taken",
     )
-    add("--data", type=Path, required=True, metavar="FILE", help="preference pairs, .json or .jsonl")
+    add("--data", type=Path, required=True, metavar="DATA", help="preference pairs: a file, a folder, a hub name")
+    _add_data(score)
     add("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     again = score.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with what an interrupted run left in OUT")
@@ -166,6 +170,14 @@ def _add_score(commands: argparse._SubParsersAction) -> None:
     add("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, float16, or auto (default: as saved)")
     add("--shown", type=int, default=12, metavar="N", help="pairs in the report (default: 12)")
     add("--trust-remote-code", action="store_true", help="run Python code that comes with a model (default: refuse it)")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    """The options of --data."""
+    add = parser.add_argument
+    add("--split", metavar="NAME", help="of a folder or a hub data set (default: its only one, or train)")
+    add("--data-config", metavar="NAME", help="of a hub data set that has several")
+    add("--skip-invalid", action="store_true", help="leave out records that cannot be used, and say how many and why")
 
 
 def _add_show(commands: argparse._SubParsersAction) -> None:

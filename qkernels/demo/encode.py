@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from ..credit import overlapping
 from ..data import Preference
 from ..functional.logits import shift_labels
+from ..text.between import Between, first, interleaved, separated
 from ..text.lengths import kept_lengths
-from .tokenizer import END, encode_prompts, encode_texts, token_id
+from .tokenizer import END, encode_prompts, encode_texts, encode_turns, token_id
 
 IGNORE = -100
 
@@ -25,6 +26,8 @@ class EncodedPair(NamedTuple):
     chosen, rejected: end with the end token, unless they were cut.
     planted: for each token of `rejected`, whether it overlaps a planted error.
     source: index of the pair in the list that was encoded.
+    chosen_between, rejected_between: of answers of several turns, what was said to the assistant between them: tokens
+        that are read and neither trained nor scored.
     """
 
     prompt: list[int]
@@ -32,11 +35,23 @@ class EncodedPair(NamedTuple):
     rejected: list[int]
     planted: list[bool]
     source: int
+    chosen_between: Between = ()
+    rejected_between: Between = ()
+
+    @property
+    def answers(self) -> tuple[tuple[list[int], Between], tuple[list[int], Between]]:
+        """Both answers, each with what stands between its tokens."""
+        return (self.chosen, self.chosen_between), (self.rejected, self.rejected_between)
 
     @property
     def length(self) -> int:
         """Tokens of the longer of the two sequences."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+        return len(self.prompt) + self.longest_answer
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longer of the two answers."""
+        return max(len(ids) + sum(len(group) for _, group in between) for ids, between in self.answers)
 
 
 class Truncation(NamedTuple):
@@ -58,6 +73,13 @@ def encode(pairs: Sequence[Preference], tokenizer: PreTrainedTokenizerBase) -> l
     for source, (pair, prompt, chosen, rejected) in enumerate(
         zip(pairs, prompts, all_chosen, all_rejected, strict=True)
     ):
+        if pair.chosen_turns:
+            (better, before_better), (worse, before_worse) = (
+                separated(*encode_turns(tokenizer, pair.turns(side))) for side in ("chosen", "rejected")
+            )
+            planted = [False] * len(worse)
+            encoded.append(EncodedPair(prompt, better, worse, planted, source, before_better, before_worse))
+            continue
         planted = overlapping(rejected.offsets, pair.planted)
         encoded.append(EncodedPair(prompt, [*chosen.ids, end], [*rejected.ids, end], [*planted, False], source))
     return encoded
@@ -71,15 +93,23 @@ def truncate(pairs: Sequence[EncodedPair], max_length: int) -> tuple[list[Encode
     """
     kept, prompts, answers = [], 0, 0
     for pair in pairs:
-        for_prompt, _ = kept_lengths(max(len(pair.chosen), len(pair.rejected)), max_length)
+        for_prompt, _ = kept_lengths(pair.longest_answer, max_length)
         prompt = pair.prompt[-for_prompt:]
         room = max_length - len(prompt)
         prompts += len(prompt) < len(pair.prompt)
-        answers += (len(pair.chosen) > room) + (len(pair.rejected) > room)
-        chosen, rejected = pair.chosen[:room], pair.rejected[:room]
-        if chosen != rejected:
-            kept.append(pair._replace(prompt=prompt, chosen=chosen, rejected=rejected, planted=pair.planted[:room]))
+        (chosen, before_chosen), (rejected, before_rejected) = (
+            _first(ids, between, room) for ids, between in pair.answers
+        )
+        answers += (len(chosen) < len(pair.chosen)) + (len(rejected) < len(pair.rejected))
+        if (chosen, before_chosen) != (rejected, before_rejected) and chosen and rejected:
+            planted = pair.planted[: len(rejected)]
+            kept.append(EncodedPair(prompt, chosen, rejected, planted, pair.source, before_chosen, before_rejected))
     return kept, Truncation(prompts, answers, len(pairs) - len(kept))
+
+
+def _first(ids: list[int], between: Between, room: int) -> tuple[list[int], Between]:
+    count, kept = first(ids, between, room)
+    return ids[:count], kept
 
 
 class TokenBatch(NamedTuple):
@@ -96,19 +126,21 @@ class TokenBatch(NamedTuple):
 
 def pair_batch(pairs: Sequence[EncodedPair], pad: int) -> TokenBatch:
     """`[2B, T]`, all chosen sequences before all rejected ones."""
-    return _batch([(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs], pad)
+    return _batch([(p.prompt, *p.answers[0]) for p in pairs] + [(p.prompt, *p.answers[1]) for p in pairs], pad)
 
 
 def chosen_batch(pairs: Sequence[EncodedPair], pad: int) -> TokenBatch:
     """`[B, T]`, the chosen sequences alone."""
-    return _batch([(p.prompt, p.chosen) for p in pairs], pad)
+    return _batch([(p.prompt, *p.answers[0]) for p in pairs], pad)
 
 
-def _batch(sequences: Sequence[tuple[list[int], list[int]]], pad: int) -> TokenBatch:
-    length = max(len(prompt) + len(answer) for prompt, answer in sequences)
+def _batch(sequences: Sequence[tuple[list[int], list[int], Between]], pad: int) -> TokenBatch:
+    answers = [interleaved(ids, between) for _, ids, between in sequences]
+    length = max(len(prompt) + len(tokens) for (prompt, _, _), (tokens, _) in zip(sequences, answers, strict=True))
     input_ids = torch.full((len(sequences), length), pad)
     is_answer = torch.zeros(len(sequences), length, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(sequences):
-        input_ids[row, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-        is_answer[row, len(prompt) : len(prompt) + len(answer)] = True
+    for row, ((prompt, _, _), (tokens, scored)) in enumerate(zip(sequences, answers, strict=True)):
+        end = len(prompt) + len(tokens)
+        input_ids[row, :end] = torch.tensor(prompt + tokens)
+        is_answer[row, len(prompt) : end] = torch.tensor(scored)
     return TokenBatch(input_ids, shift_labels(input_ids, mask=is_answer, ignore_index=IGNORE))

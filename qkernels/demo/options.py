@@ -29,7 +29,7 @@ class DemoOptions:
     """The options of `qkernels demo`; None leaves a size to the data.
 
     out: folder to create.
-    data: preference file (see `qkernels.data`); None for the generated pairs with planted errors.
+    data: preference file, folder or data set (see `qkernels.data`); None for the generated pairs with planted errors.
     overwrite: replace an earlier demo's folder at `out`, once the new run has succeeded.
     seed: of the generated data, the split, the initial weights and the order of the batches.
     sft_steps, steps: optimiser steps of supervised fine-tuning and of preference training.
@@ -42,6 +42,8 @@ class DemoOptions:
         machine with other work the threads wait for each other: with two, the default run took 37 s on two idle cores
         and 423 s on busy ones; with one, 60 s and 70 s. So their default is 1; with other data it is torch's.
     tiny: a run of seconds that shows that everything works, not that it learns.
+    split, data_config: of a folder or a data set of the hub.
+    skip_invalid: leave out records that cannot be used, and say how many.
     """
 
     out: Path
@@ -57,6 +59,9 @@ class DemoOptions:
     max_length: int | None = None
     threads: int | None = None
     tiny: bool = False
+    split: str | None = None
+    data_config: str | None = None
+    skip_invalid: bool = False
 
     def check(self) -> None:
         """Raise `DemoError` naming the option, what came and what was expected."""

@@ -20,7 +20,7 @@ import torch
 from .. import backends
 from .._version import __version__
 from ..credit import detection, mean, ranked_right
-from ..data import DataError, Preference, read_preferences
+from ..data import DataError, Preference, open_preferences
 from ..report.progress import Progress, quiet_transformers
 from . import synthetic
 from .options import MIN_PAIRS, DemoError, DemoOptions, Sizes
@@ -37,13 +37,14 @@ class Data(NamedTuple):
     """Pairs before tokenisation.
 
     split: how the held-out pairs were chosen, in words.
-    ignored_fields: of the user's file.
+    ignored_fields, skipped: of the user's file: fields that were not read; in words, records that were left out.
     """
 
     train: list[Preference]
     held_out: list[Preference]
     split: str
     ignored_fields: tuple[str, ...] = ()
+    skipped: str = ""
 
 
 def run_demo(options: DemoOptions, stream: TextIO | None = None) -> dict[str, Any]:
@@ -83,11 +84,17 @@ def _train_and_write(
     from .encode import encode, truncate
     from .evaluate import pair_logps, score_tokens
     from .page import write_page
-    from .tokenizer import train_tokenizer
+    from .tokenizer import message_text, train_tokenizer
     from .train import build_model, train_preferences, train_sft
 
     progress.say(_data_line(options, data))
-    texts = [text for pair in data.train for text in (*(m.content for m in pair.prompt), pair.chosen, pair.rejected)]
+    if data.skipped:
+        progress.say(f"--skip-invalid {data.skipped}")
+    texts = [
+        message_text(message)
+        for pair in data.train
+        for message in (*pair.prompt, *pair.turns("chosen"), *pair.turns("rejected"))
+    ]
     tokenizer = train_tokenizer(texts, options.base_sizes().vocabulary_size)
     pairs = encode(data.train + data.held_out, tokenizer)
     sizes = options.sizes(len(data.train), max(pair.length for pair in pairs))
@@ -141,6 +148,7 @@ def _train_and_write(
             "source": str(options.data) if options.data else "generated",
             "split": data.split,
             "ignored_fields": list(data.ignored_fields),
+            "skipped": data.skipped,
             "truncated_prompts": cut.prompts,
             "truncated_answers": cut.answers,
             "dropped_pairs": cut.dropped,
@@ -168,7 +176,13 @@ def _own_data(options: DemoOptions) -> Data:
     """Read the user's file and hold some pairs out, whole prompts at a time where there are several."""
     if options.data is None:
         raise ValueError("options.data is None")
-    pairs, ignored = read_preferences(options.data, minimum=MIN_PAIRS)
+    data = open_preferences(
+        options.data, split=options.split, config=options.data_config, skip_invalid=options.skip_invalid
+    )
+    pairs = list(data)
+    if len(pairs) < MIN_PAIRS:
+        left_out = f"; {data.skipped_line()}" if data.skipped else ""
+        raise DataError(f"{data.name}: expected at least {MIN_PAIRS} preference pairs, found {len(pairs)}{left_out}")
     wanted = min(options.base_sizes().held_out_pairs, max(2, round(_HELD_OUT * len(pairs))))
     by_prompt: dict[Any, list[Preference]] = {}
     for pair in pairs:
@@ -183,7 +197,7 @@ def _own_data(options: DemoOptions) -> Data:
         (held_out if len(held_out) + len(group) <= wanted else train).extend(group)
     if not held_out:  # every prompt has more pairs than are wanted
         held_out, train = train[: len(groups[0])], train[len(groups[0]) :]
-    return Data(train, held_out, split, ignored)
+    return Data(train, held_out, split, data.ignored_fields, data.skipped_line())
 
 
 def _results(scores: Sequence[tuple[TokenScores, TokenScores]], held_out: Sequence[EncodedPair]) -> dict[str, Any]:

@@ -66,16 +66,40 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     return [EncodedText(list(ids), [(start, end) for start, end in offsets]) for ids, offsets in columns]
 
 
+def message_text(message: Message) -> str:
+    """What a message says; of one that calls tools, the calls too."""
+    return message.content + ("\n" if message.content and message.more else "") + message.more
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
     """Token ids of conversations up to and including the role token of the answer."""
     roles = {role: token_id(tokenizer, token) for role, token in ROLE_TOKENS.items()}
     end = token_id(tokenizer, END)
-    encoded = iter(encode_texts(tokenizer, [message.content for messages in prompts for message in messages]))
+    encoded = iter(encode_texts(tokenizer, [message_text(message) for messages in prompts for message in messages]))
     result = []
     for messages in prompts:
         ids = [token for message in messages for token in (roles[message.role], *next(encoded).ids, end)]
         result.append([*ids, roles["assistant"]])
     return result
+
+
+def encode_turns(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """Token ids of what follows a prompt, up to its last end token, and which of them the assistant wrote.
+
+    Those are its texts with their end tokens; the role token before each is given to it.
+    """
+    roles = {role: token_id(tokenizer, token) for role, token in ROLE_TOKENS.items()}
+    end = token_id(tokenizer, END)
+    ids: list[int] = []
+    written: list[bool] = []
+    for i, (message, text) in enumerate(
+        zip(turns, encode_texts(tokenizer, [message_text(message) for message in turns]), strict=True)
+    ):
+        if i:  # the first role token ends the prompt
+            ids, written = [*ids, roles[message.role]], [*written, False]
+        ids += [*text.ids, end]
+        written += [message.role == "assistant"] * (len(text.ids) + 1)
+    return ids, written
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

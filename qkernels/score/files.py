@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data import Preference
+from ..data import Message, Preference
 from ..text.characters import first_line
 from .options import ScoreError
 from .table import KEYS, SIDES, TokenTable
@@ -155,8 +155,16 @@ class PairInfo(NamedTuple):
 
 def digest(pair: Preference) -> str:
     """What tells one pair's texts from another's."""
-    text = json.dumps([pair.prompt, pair.chosen, pair.rejected], ensure_ascii=False)
+    fields: list[Any] = [_plain(pair.prompt), pair.chosen, pair.rejected]
+    if pair.chosen_turns or pair.tools:
+        fields += [_plain(pair.chosen_turns), _plain(pair.rejected_turns), pair.tools]
+    text = json.dumps(fields, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _plain(messages: Iterable[Message]) -> list[Sequence[str]]:
+    """Messages as lists of texts; of those that say nothing more than their text, role and text."""
+    return [message if message.more else message[:2] for message in messages]
 
 
 def metadata_of(info: Mapping[int, PairInfo]) -> dict[bytes, str]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..text.characters import first_line
+from ..text.hub import is_hub_name
 from ..text.lengths import position_limit
 from .files import read_json
 from .options import ScoreError, ScoreOptions
@@ -96,9 +97,7 @@ def _refuse_absent(option: str, name: str | None) -> None:
     """A mistyped path must not be looked for on the hub, whose names are "owner/model"."""
     if name is None or Path(name).exists():
         return
-    path = Path(name)
-    is_path = path.is_absolute() or name.startswith((".", "~")) or len(path.parts) != 2
-    if is_path or path.parent.is_dir():
+    if not is_hub_name(name):
         raise ScoreError(f"{option} {name}: no such folder (a model of the Hugging Face Hub is named OWNER/MODEL)")
 
 

@@ -22,7 +22,7 @@ class ScoreOptions:
     """The options of `qkernels score`.
 
     model: folder (or hub name) of the policy, or of a PEFT adapter.
-    data: preference file (see `qkernels.data`).
+    data: preference file, folder or data set (see `qkernels.data`).
     out: folder to create.
     reference: folder of the reference. Without it, and without `reference_logps`, the adapter of `model` is switched
         off; a model that has none is refused.
@@ -40,6 +40,8 @@ class ScoreOptions:
     resume: go on with what an interrupted run left in `out`.
     overwrite: replace an earlier run's results in `out`.
     shown: pairs in the report.
+    split, data_config: of a folder or a data set of the hub; see `qkernels.data.open_preferences`.
+    skip_invalid: leave out records that cannot be used, and say how many.
     trust_remote_code: run Python code that comes with a model's folder or repository; without it, such a model is
         refused.
     """
@@ -62,6 +64,9 @@ class ScoreOptions:
     overwrite: bool = False
     shown: int = 12
     trust_remote_code: bool = False
+    split: str | None = None
+    data_config: str | None = None
+    skip_invalid: bool = False
 
     def check(self) -> None:
         """Raise `ScoreError` naming the option, what came and what was expected."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -15,7 +16,7 @@ import torch
 
 from .. import backends
 from .._version import __version__
-from ..data import Preference, as_preferences, read_preferences
+from ..data import DataError, Preference, PreferenceData, as_preferences, open_preferences
 from ..report import folders
 from ..report.page import ScoredPair
 from ..report.progress import Progress, quiet_transformers
@@ -39,10 +40,15 @@ if TYPE_CHECKING:
 Cached = Callable[[str, int, str, list[int]], "np.ndarray"]
 
 
+# Pairs with their numbers, ascending.
+Numbered = Iterable[tuple[int, Preference]]
+
+
 class _Sequence(NamedTuple):
     """An answer ready to be scored; `known` is the reference's log-probs, if they are cached."""
 
-    pair: int
+    number: int
+    pair: Preference
     side: str
     answer: EncodedAnswer
     known: np.ndarray | None
@@ -51,44 +57,38 @@ class _Sequence(NamedTuple):
 def _encode(
     scorer: TokenScorer,
     encoder: Encoder,
-    pairs: Mapping[int, Preference],
+    pairs: Numbered,
     cached: Cached | None,
 ) -> Iterator[list[_Sequence]]:
-    """Tokenise pairs, a window of neighbours at a time, and check that they can be scored.
-
-    Args:
-        pairs: by number, ascending.
-    """
-    windows: dict[int, list[int]] = {}
-    for pair in pairs:
-        windows.setdefault(pair // WINDOW, []).append(pair)
-    for numbers in windows.values():
+    """Tokenise pairs, a window of neighbours at a time, and check that they can be scored."""
+    for _, group in itertools.groupby(pairs, lambda numbered: numbered[0] // WINDOW):
+        neighbours = dict(group)
         window = []
-        for number, answers in zip(numbers, encoder.pairs({n: pairs[n] for n in numbers}), strict=True):
+        for (number, pair), answers in zip(neighbours.items(), encoder.pairs(neighbours), strict=True):
             for side, answer in zip(SIDES, answers, strict=True):
                 where = f"{place(number)}, {side} answer"
-                if max(*answer.prompt, *answer.ids) >= scorer.vocabulary:
+                if max(*answer.prompt, *answer.ids, *(max(ids) for _, ids in answer.between)) >= scorer.vocabulary:
                     raise ScoreError(
                         f"{where}: the tokenizer makes a token of it that the model's head of {scorer.vocabulary}"
                         " columns does not have"
                     )
                 known = None if cached is None else cached(where, number, side, answer.ids)
-                window.append(_Sequence(number, side, answer, known))
+                window.append(_Sequence(number, pair, side, answer, known))
         yield window
 
 
-def _score(scorer: TokenScorer, windows: Iterable[list[_Sequence]]) -> Iterator[tuple[int, list[Scored]]]:
+def _score(scorer: TokenScorer, windows: Iterable[list[_Sequence]]) -> Iterator[tuple[int, Preference, list[Scored]]]:
     """Score window after window; a pair comes when both its answers have been scored."""
     for window in windows:
-        answers = [Answer(sequence.answer.prompt, sequence.answer.ids) for sequence in window]
+        answers = [Answer(s.answer.prompt, s.answer.ids, s.answer.between) for s in window]
         known = [sequence.known for sequence in window] if scorer.cached else None
         done: dict[int, dict[str, Scored]] = {}
         for i, scores in scorer.scores(answers, known):
             sequence = window[i]
-            both = done.setdefault(sequence.pair, {})
+            both = done.setdefault(sequence.number, {})
             both[sequence.side] = (sequence.side, sequence.answer, scores)
             if len(both) == len(SIDES):
-                yield sequence.pair, [both[side] for side in SIDES]
+                yield sequence.number, sequence.pair, [both[side] for side in SIDES]
 
 
 def score_preferences(
@@ -148,12 +148,12 @@ def score_preferences(
     limits = [position_limit(m) for m in (model, reference) if m is not None]
     encoder = Encoder(tokenizer, prompt_format, max_length, min((n for n in limits if n), default=None))
     cached = None if reference_logps is None else _from_table(reference_logps)
-    windows = list(_encode(scorer, encoder, dict(enumerate(checked)), cached))
+    windows = list(_encode(scorer, encoder, enumerate(checked), cached))
     rows: list[tuple[int, str, EncodedAnswer, Mapping[str, np.ndarray]]] = []
     phase = None if progress is None else Progress(progress).phase("scoring", len(checked))
     try:
-        for pair, answers in _score(scorer, windows):
-            rows += [(pair, *answer) for answer in answers]
+        for number, _, answers in _score(scorer, windows):
+            rows += [(number, *answer) for answer in answers]
             if phase is not None:
                 phase.step()
     finally:
@@ -216,8 +216,13 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
 def _score_into(options: ScoreOptions, lock: RunLock, progress: Progress) -> dict[str, Any]:
     outputs = _outputs(options)
     began = time.monotonic()
-    data = read_preferences(options.data)
-    everything = dict(enumerate(data.pairs))
+    data = open_preferences(
+        options.data, split=options.split, config=options.data_config, skip_invalid=options.skip_invalid
+    )
+    records = sum(1 for _ in data)  # and every one of them is checked
+    if not records:
+        raise DataError(f"{data.name}: expected at least 1 preference pair, found 0")
+    skipped = data.skipped_line()
     cached = None if options.reference_logps is None else CachedReference(options.reference_logps)
     with quiet_transformers():
         loaded = models.load(options)
@@ -244,14 +249,15 @@ def _score_into(options: ScoreOptions, lock: RunLock, progress: Progress) -> dic
         results = Results(options.out, _settings(options, scorer, loaded, encoder), lock)
         if options.resume:
             results.open(options.resume, options.overwrite)
-            results.check(everything, options.max_length)
+            results.check(data.numbered(), options.max_length)
             for text in results.notes:
                 progress.say(text)
         ignored = f"; ignored fields: {', '.join(data.ignored_fields)}" if data.ignored_fields else ""
-        wanted = dict(list(everything.items())[: options.limit])
-        todo = {number: pair for number, pair in wanted.items() if number not in results.info}
+        todo = _Todo(data, options.limit, results)
         kept = f"; {len(results.info)} scored before" if results.info else ""
-        progress.say(f"Data: {len(wanted)} of {len(everything)} pairs from {options.data}{kept}{ignored}")
+        progress.say(f"Data: {todo.wanted(records)} of {records} pairs from {options.data}{kept}{ignored}")
+        if skipped:
+            progress.say(f"--skip-invalid {skipped}")
         progress.say(_model_line(loaded, scorer))
         if note is not None:
             progress.say(note)
@@ -262,10 +268,11 @@ def _score_into(options: ScoreOptions, lock: RunLock, progress: Progress) -> dic
     device = next(loaded.model.parameters()).device
     facts = {
         "note": note,
+        "skipped": dict(data.skipped),
         "sources": {
             "model": options.model,
             "reference": _reference_name(options),
-            "data": str(options.data),
+            "data": str(options.data) + (f", split {options.split}" if options.split else ""),
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         },
         "device": str(device),
@@ -274,7 +281,7 @@ def _score_into(options: ScoreOptions, lock: RunLock, progress: Progress) -> dic
         "elapsed_seconds": {"scoring": round(time.monotonic() - began, 2), "tokens_scored": tokens},
     }
     progress.say("Writing tables and report")
-    return _finish(options, results, everything, facts)
+    return _finish(options, results, data, facts)
 
 
 def _outputs(options: ScoreOptions) -> tuple[str, ...]:
@@ -286,12 +293,32 @@ def _outputs(options: ScoreOptions) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*ALWAYS, *chosen)))
 
 
+class _Todo:
+    """The pairs that are wanted and not scored yet, read anew each time they are iterated over.
+
+    Args:
+        data: all pairs.
+        limit: how many of them are wanted, from the first on; None for all.
+        results: what is scored.
+    """
+
+    def __init__(self, data: PreferenceData, limit: int | None, results: Results):
+        self._data, self._limit, self._results = data, limit, results
+
+    def wanted(self, records: int) -> int:
+        """How many are wanted, scored or not."""
+        return records if self._limit is None else min(records, self._limit)
+
+    def __iter__(self) -> Iterator[tuple[int, Preference]]:
+        wanted = itertools.islice(self._data.numbered(), self._limit)
+        return ((number, pair) for number, pair in wanted if number not in self._results.info)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def _check(
-    scorer: TokenScorer,
-    encoder: Encoder,
-    pairs: Mapping[int, Preference],
-    cached: CachedReference | None,
-    progress: Progress,
+    scorer: TokenScorer, encoder: Encoder, pairs: _Todo, cached: CachedReference | None, progress: Progress
 ) -> None:
     """Tokenise everything once and let it go: what is wrong with a row should be known before hours of work."""
     with progress.phase("checking", len(pairs)) as phase:
@@ -302,7 +329,7 @@ def _check(
 def _run(
     scorer: TokenScorer,
     encoder: Encoder,
-    todo: Mapping[int, Preference],
+    todo: _Todo,
     cached: CachedReference | None,
     results: Results,
     progress: Progress,
@@ -312,8 +339,8 @@ def _run(
     try:
         with progress.phase("scoring", len(todo)) as phase:
             windows = _encode(scorer, encoder, todo, None if cached is None else cached.logps)
-            for pair, answers in _score(scorer, windows):
-                results.add(pair, answers, todo[pair])
+            for number, pair, answers in _score(scorer, windows):
+                results.add(number, answers, pair)
                 tokens += sum(len(encoded.ids) for _, encoded, _ in answers)
                 phase.step(f"{tokens / (time.monotonic() - start):.0f} answer tokens/s")
     except torch.OutOfMemoryError as error:
@@ -321,7 +348,7 @@ def _run(
             f"out of memory ({first_line(error)}); a smaller --batch-tokens than {scorer.batch_tokens} takes less"
         ) from error
     except (TypeError, ValueError) as error:
-        if isinstance(error, ScoreError):
+        if isinstance(error, (ScoreError, DataError)):
             raise
         raise ScoreError(str(error)) from error
     finally:
@@ -332,19 +359,23 @@ def _run(
 def _finish(
     options: ScoreOptions,
     results: Results,
-    pairs: Mapping[int, Preference],
+    data: PreferenceData,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Tables, figures and report out of the parts."""
-    import pyarrow.parquet as pq
-
     results.merge()
     overview = Overview()
     for window in results.windows():
         overview.add(window)
     cuts = {pair: info.cuts for pair, info in results.info.items() if any(info.cuts)}
-    table = overview.table(pairs, results.info)
-    results.replace(PAIRS, lambda temporary: pq.write_table(table, temporary))
+    suspicious = overview.suspicious(options.shown)
+    prompts: dict[int, list[tuple[str, str]]] = {}
+    results.replace(
+        PAIRS,
+        lambda temporary: overview.write_pairs(
+            temporary, _prompts(data, {figures.pair for figures in suspicious}, prompts), results.info
+        ),
+    )
     figures = {
         **overview.figures(),
         "cut_pairs": len(cuts),
@@ -354,27 +385,36 @@ def _finish(
         "versions": _versions(),
     }
     results.write(SUMMARY, as_json(figures))
-    shown = _shown(results, overview, pairs, cuts, options.shown)
+    shown = _shown(results, [figures.pair for figures in suspicious], prompts, cuts)
     results.write(REPORT, make_page(overview, figures, shown, _facts(figures)))
     results.close()
     return figures
 
 
+def _prompts(
+    data: PreferenceData, wanted: Container[int], kept: dict[int, list[tuple[str, str]]]
+) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """The prompts of all pairs, with their numbers; those that are wanted are kept."""
+    for number, pair in data.numbered():
+        prompt = prompt_of(pair)
+        if number in wanted:
+            kept[number] = prompt
+        yield number, prompt
+
+
 def _shown(
     results: Results,
-    overview: Overview,
-    pairs: Mapping[int, Preference],
+    wanted: Sequence[int],
+    prompts: Mapping[int, list[tuple[str, str]]],
     cuts: Mapping[int, Sequence[int]],
-    count: int,
 ) -> list[ScoredPair]:
     """The most suspicious pairs with their tokens; read again rather than kept."""
-    wanted = [figures.pair for figures in overview.suspicious()[:count]]
     found: dict[int, ScoredPair] = {}
     special = results.settings["special_ids"]
     for window in results.windows():
         here = set(wanted) & set(window.pairs())
         if here:
-            table = TokenTable(window.columns, {pair: prompt_of(pairs[pair]) for pair in here}, special)
+            table = TokenTable(window.columns, {pair: prompts[pair] for pair in here}, special)
             for pair in here:
                 found[pair] = table.scored_pair(pair, _note(pair, cuts.get(pair)))
     return [found[pair] for pair in wanted]
@@ -431,6 +471,7 @@ def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("data", sources["data"]),
         ("prompts", "chat template" if settings["prompt_format"] == "chat" else "plain text"),
         ("cut", cut),
+        ("left out", _skipped(figures["skipped"])),
         ("time", f"{elapsed['scoring']:.1f} s for {elapsed['tokens_scored']} answer tokens, loading included"),
         ("versions", ", ".join(f"{name} {version}" for name, version in figures["versions"].items())),
         ("backend", f"{figures['backend']} on {figures['device']}, threads: {figures['threads']}"),
@@ -438,6 +479,10 @@ def _facts(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     if figures["note"]:
         facts.insert(2, ("note", figures["note"]))
     return facts
+
+
+def _skipped(reasons: Mapping[str, int]) -> str:
+    return "; ".join(f"{count} x {reason}" for reason, count in reasons.items()) or "nothing"
 
 
 def _reference_name(options: ScoreOptions) -> str:

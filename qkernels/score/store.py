@@ -204,22 +204,34 @@ class Results:
     def _again(self, name: str, consequence: str) -> None:
         self.notes.append(f"{self.out / name} is missing, though the run wrote it: {consequence}")
 
-    def check(self, pairs: Mapping[int, Preference], max_length: int | None) -> None:
+    def check(self, pairs: Iterable[tuple[int, Preference]], max_length: int | None) -> None:
         """Whether what was scored before would be scored the same way now.
+
+        Args:
+            pairs: all of the data, with their numbers.
+            max_length: of the run.
 
         Raises:
             ScoreError: naming the first pair that would not.
         """
-        for number, info in sorted(self.info.items()):
-            where = f"--out {self.out}: --resume: pair {number} has been scored"
-            if number not in pairs:
-                raise ScoreError(f"{where}, and the data has only {len(pairs)} pairs now")
-            if digest(pairs[number]) != info.digest:
+        last, found = -1, 0
+        for number, pair in pairs:
+            last = number
+            if number not in self.info:
+                continue
+            found += 1
+            info, where = self.info[number], f"--out {self.out}: --resume: pair {number} has been scored"
+            if digest(pair) != info.digest:
                 raise ScoreError(f"{where}, and its texts in the data have changed since")
             if any(info.cuts) if max_length is None else info.longest > max_length:
                 raise ScoreError(f"{where} with another --max-length ({info.longest} tokens); it must stay as it was")
             if any(info.cuts) and info.longest != max_length:
                 raise ScoreError(f"{where} cut to {info.longest} tokens; --max-length must stay as it was")
+        if found < len(self.info):
+            beyond = [number for number in sorted(self.info) if number > last]
+            what = f"the data has only {last + 1} pairs now" if beyond else "some records of the data are left out now"
+            where = f"pair {beyond[0]} has" if beyond else f"{len(self.info) - found} pairs have"
+            raise ScoreError(f"--out {self.out}: --resume: {where} been scored, and {what}")
 
     # --- adding -----------------------------------------------------------------------------------------------------
 

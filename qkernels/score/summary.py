@@ -5,16 +5,18 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..credit import mean, ranked_right
-from ..data import Preference
 from .files import CUT_COLUMNS, PairInfo
-from .table import SIDES, FoundSpan, TokenTable, prompt_of
+from .table import SIDES, FoundSpan, TokenTable
 
 _KEPT_SPANS = 20  # of each side
 _PER_ANSWER = 3
+_COUNTS = ("pair", "chosen_tokens", "rejected_tokens")
+_ROWS = 4096  # of pairs.parquet that are in memory at a time
 
 
 class PairFigures(NamedTuple):
@@ -109,9 +111,11 @@ class Overview:
         """The least rewarded spans of the chosen or of the rejected answers, lowest first."""
         return [found for _, _, found in sorted(self._heaps[side], reverse=True)]
 
-    def suspicious(self) -> list[PairFigures]:
-        """Pairs by margin, lowest first: those in which the model contradicts the label most."""
-        return sorted(self.pairs, key=lambda pair: -math.inf if math.isnan(pair.margins) else pair.margins)
+    def suspicious(self, count: int) -> list[PairFigures]:
+        """The pairs with the lowest margins, lowest first: the model contradicts their labels most."""
+        return heapq.nsmallest(
+            count, self.pairs, key=lambda pair: -math.inf if math.isnan(pair.margins) else pair.margins
+        )
 
     def means(self) -> dict[str, dict[str, float]]:
         """Per output, its mean over the tokens of the chosen and of the rejected answers."""
@@ -137,17 +141,40 @@ class Overview:
             "token_means": self.means(),
         }
 
-    def table(self, pairs: Mapping[int, Preference], info: Mapping[int, PairInfo]) -> Any:
-        """`pairs.parquet`, as a `pyarrow.Table`."""
-        import pyarrow as pa
+    def write_pairs(
+        self, path: Path, prompts: Iterable[tuple[int, list[tuple[str, str]]]], info: Mapping[int, PairInfo]
+    ) -> None:
+        """Write `pairs.parquet`, a few thousand rows in memory at a time.
 
-        columns: dict[str, Any] = {name: [getattr(pair, name) for pair in self.pairs] for name in PairFigures._fields}
-        for i, name in enumerate(CUT_COLUMNS):
-            columns[name] = [info[pair.pair].cuts[i] for pair in self.pairs]
-        columns["longest"] = [info[pair.pair].longest for pair in self.pairs]
-        columns["digest"] = [info[pair.pair].digest for pair in self.pairs]
-        columns["prompt"] = [json.dumps(prompt_of(pairs[pair.pair]), ensure_ascii=False) for pair in self.pairs]
-        return pa.table(columns)
+        Args:
+            path: of the file.
+            prompts: of all pairs of the data, scored or not, with their numbers; ascending.
+            info: of the scored pairs.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = pa.schema(
+            [(name, pa.int64() if name in _COUNTS else pa.float64()) for name in PairFigures._fields]
+            + [(name, pa.int64()) for name in (*CUT_COLUMNS, "longest")]
+            + [("digest", pa.string()), ("prompt", pa.string())]
+        )
+        scored = iter(self.pairs)
+        with pq.ParquetWriter(path, schema) as writer:
+            rows: list[tuple[Any, ...]] = []
+            pair = next(scored, None)
+            for number, prompt in prompts:
+                if pair is None:
+                    break
+                if number != pair.pair:
+                    continue
+                known = info[number]
+                rows.append((*pair, *known.cuts, known.longest, known.digest, json.dumps(prompt, ensure_ascii=False)))
+                pair = next(scored, None)
+                if len(rows) == _ROWS or pair is None:
+                    columns = zip(*rows, strict=True)
+                    writer.write_table(pa.table([pa.array(list(column)) for column in columns], schema=schema))
+                    rows = []
 
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> float | None:

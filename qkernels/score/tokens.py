@@ -19,6 +19,7 @@ from ..functional.logits import shift_labels
 from ..functional.mdp import TokenMDP, token_mdp_from_logps
 from ..functional.results import TokenStats
 from ..integrations.transformers import compute_token_stats, head_parameters, reference_rows
+from ..text.between import Between, interleaved
 from ..text.lengths import batches_by_length, default_batch_tokens
 
 if TYPE_CHECKING:
@@ -52,10 +53,22 @@ DEFAULT_OUTPUTS: tuple[str, ...] = (
 
 
 class Answer(NamedTuple):
-    """Token ids of an answer and of what the model reads before it (at least one token)."""
+    """Token ids of an answer and of what the model reads before it (at least one token).
+
+    prompt: what is read before the answer.
+    ids: the tokens that are scored.
+    between: of an answer of several turns, tokens that are read and not scored: groups (number of the token of `ids`
+        that follows, token ids).
+    """
 
     prompt: Sequence[int]
     ids: Sequence[int]
+    between: Between = ()
+
+    @property
+    def length(self) -> int:
+        """All tokens."""
+        return len(self.prompt) + len(self.ids) + sum(len(group) for _, group in self.between)
 
 
 def check_outputs(outputs: Sequence[str] | None, reference: str) -> tuple[str, ...]:
@@ -164,7 +177,7 @@ class TokenScorer:
         for model in models:
             model.eval()
         try:
-            lengths = [len(answer.prompt) + len(answer.ids) for answer in answers]
+            lengths = [answer.length for answer in answers]
             for group in batches_by_length(lengths, self.batch_tokens):
                 known = None if reference_logps is None else [reference_logps[i] for i in group]
                 yield from zip(group, self._batch([answers[i] for i in group], known), strict=True)
@@ -182,8 +195,9 @@ class TokenScorer:
                 raise ValueError(f"answer {i} has no tokens")
             if not len(answer.prompt):
                 raise ValueError(f"answer {i} has no token before it: the probability of its first is not defined")
-            largest = max(max(answer.prompt), max(answer.ids))
-            if largest >= self.vocabulary or min(min(answer.prompt), min(answer.ids)) < 0:
+            parts = (answer.prompt, answer.ids, *(group for _, group in answer.between))
+            largest = max(map(max, parts))
+            if largest >= self.vocabulary or min(map(min, parts)) < 0:
                 raise ValueError(f"answer {i} has token {largest}, outside the vocabulary [0, {self.vocabulary})")
             if reference_logps is not None and len(reference_logps[i]) != len(answer.ids):
                 raise ValueError(
@@ -192,18 +206,22 @@ class TokenScorer:
 
     def _batch(self, answers: list[Answer], known: list[Any] | None) -> list[dict[str, np.ndarray]]:
         device = next(self.model.parameters()).device
-        length = max(len(answer.prompt) + len(answer.ids) for answer in answers)
+        length = max(answer.length for answer in answers)
         # No attention mask goes with it: under a causal model nothing looks at padding that comes after it, and a mask
         # would be a T x T tensor.
         input_ids = torch.zeros(len(answers), length, dtype=torch.int64)
         labels = torch.full_like(input_ids, IGNORE)
         cache = torch.zeros(len(answers), length, dtype=torch.float64) if known is not None else None
-        for row, answer in enumerate(answers):
-            start, end = len(answer.prompt), len(answer.prompt) + len(answer.ids)
-            input_ids[row, :end] = torch.tensor([*answer.prompt, *answer.ids])
-            labels[row, start:end] = input_ids[row, start:end]
+        rows: list[Tensor] = []  # of logits, which predict the scored tokens
+        for i, answer in enumerate(answers):
+            tokens, scored = interleaved(answer.ids, answer.between)
+            start = len(answer.prompt)
+            input_ids[i, : answer.length] = torch.tensor([*answer.prompt, *tokens])
+            places = start + torch.tensor(scored).nonzero().squeeze(1)
+            labels[i, places] = input_ids[i, places]
             if cache is not None and known is not None:
-                cache[row, start - 1 : end - 1] = torch.as_tensor(known[row], dtype=torch.float64)
+                cache[i, places - 1] = torch.as_tensor(known[i], dtype=torch.float64)
+            rows.append(places - 1)
         input_ids, labels = input_ids.to(device), labels.to(device)
         stats = self._stats(input_ids, labels)
         valid = shift_labels(labels) != IGNORE
@@ -212,13 +230,9 @@ class TokenScorer:
             columns["reference_logps"] = cache.to(columns["logps"])
         if any(name in _FROM for name in self.outputs):
             columns |= _mdp(columns, self.beta, valid)._asdict()
-        rows = [(len(answer.prompt) - 1, len(answer.ids)) for answer in answers]
         arrays = {name: columns[name].cpu().numpy() for name in self.outputs}
         # Copies, so that the padded batch can go.
-        return [
-            {name: array[i, start : start + count].copy() for name, array in arrays.items()}
-            for i, (start, count) in enumerate(rows)
-        ]
+        return [{name: array[i, places.numpy()] for name, array in arrays.items()} for i, places in enumerate(rows)]
 
     def _stats(self, input_ids: Tensor, labels: Tensor) -> TokenStats:
         inputs: Mapping[str, Any] = {"input_ids": input_ids}

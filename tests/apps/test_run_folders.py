@@ -36,6 +36,7 @@ from qkernels.score.files import CHECKSUMS, LOCK, PairInfo
 from qkernels.score.folder import RunLock
 from qkernels.score.store import CachedReference, Results
 from qkernels.score.summary import Overview
+from qkernels.score.table import prompt_of
 from score_runs import ROOT, command, score, usual
 
 OUTPUTS = ["logps", "reference_logps", "implicit_rewards", "entropy"]
@@ -79,8 +80,8 @@ def finish(results: Results) -> None:
     overview = Overview()
     for window in results.windows():
         overview.add(window)
-    table = overview.table({i: preference(i) for i in range(PAIRS)}, results.info)
-    results.replace("pairs.parquet", lambda temporary: pq.write_table(table, temporary))
+    prompts = [(i, prompt_of(preference(i))) for i in range(PAIRS)]
+    results.replace("pairs.parquet", lambda temporary: overview.write_pairs(temporary, prompts, results.info))
     results.write("summary.json", "{}")
     results.write("report.html", "<!DOCTYPE html>")
     results.close()
