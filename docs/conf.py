@@ -50,6 +50,7 @@ NAVIGATION: dict[str, list[tuple[str, str]]] = {
         ("From hidden states", "docs/linear"),
         ("Losses", "docs/objectives"),
         ("TRL and transformers", "docs/integrations"),
+        ("Data formats", "docs/data"),
         ("Scoring", "docs/score"),
         ("Search and decoding", "docs/search"),
         ("Monitoring", "docs/monitor"),

@@ -157,11 +157,11 @@ class Encoder:
         """The whole text and what of it is the answer."""
         answer = getattr(pair, side)
         if not self.chat:
-            messages = len(pair.prompt) + len(pair.turns(side)) - 1
-            if messages > 1 or pair.turns(side)[0].more:
-                what = "its prompt is" if messages == len(pair.prompt) else "with its answer it is"
+            count = len(pair.prompt) + len(pair.turns(side)) - 1
+            if count > 1 or pair.turns(side)[0].more:
+                what = "its prompt is" if count == len(pair.prompt) else "with its answer it is"
                 raise ScoreError(
-                    f"{where}: {what} a conversation of {messages} messages, which the plain format cannot"
+                    f"{where}: {what} a conversation of {count} messages, which the plain format cannot"
                     " write; use a tokenizer with a chat template, or give one with --chat-template"
                 )
             text = pair.prompt[0].content
