@@ -109,11 +109,7 @@ def use(wheels: Path, scratch: Path) -> list[str]:
     sys.path.append(str(scratch))  # what is installed comes first
     importlib.invalidate_caches()
     here = {path.name for path in scratch.iterdir()}
-    _STAND_INS.wanted |= {
-        name
-        for name in required(scratch)
-        if name not in here and not _installed(name)
-    }
+    _STAND_INS.wanted |= {name for name in required(scratch) if name not in here and not _installed(name)}
     if _STAND_INS not in sys.meta_path:
         sys.meta_path.append(_STAND_INS)
     if _STAND_INS.wanted:

@@ -152,3 +152,9 @@ def test_every_snippet_is_run():
     for path in sorted(DOCS.glob("*.md")):
         if blocks(path.name) and path.name not in RUN_ELSEWHERE:
             assert f'blocks("{path.name}")' in here, f"no test runs the snippets of docs/{path.name}"
+
+
+def test_the_snippets_of_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(blocks("data.md")[0], "docs/data.md", {"__name__": "__main__"})
+    assert "left out 1 record: 1 x expected two different answers" in capsys.readouterr().out
