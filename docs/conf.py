@@ -52,6 +52,7 @@ NAVIGATION: dict[str, list[tuple[str, str]]] = {
         ("TRL and transformers", "docs/integrations"),
         ("Data formats", "docs/data"),
         ("Scoring", "docs/score"),
+        ("Judging", "docs/judge"),
         ("Search and decoding", "docs/search"),
         ("Monitoring", "docs/monitor"),
         ("Scaling", "docs/scaling"),

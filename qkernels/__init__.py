@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 # Public modules that are imported when they are asked for: most need transformers.
-_MODULES = ("credit", "data", "decoding", "heatmap", "integrations", "monitor", "preference_classifier", "report",
-            "score", "search", "tabular")  # fmt: skip
+_MODULES = ("credit", "data", "decoding", "heatmap", "integrations", "intervals", "judge", "monitor",
+            "preference_classifier", "report", "score", "search", "tabular")  # fmt: skip
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""The command line: `qkernels info`, `qkernels demo`, `qkernels score`, `qkernels show`."""
+"""The command line: `qkernels info`, `qkernels demo`, `qkernels score`, `qkernels show`, `qkernels judge`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,28 @@ entropy, both KL divergences.
 Writes OUT/tokens.parquet (a row per token), OUT/pairs.parquet, OUT/summary.json and OUT/report.html, which shows the
 most suspicious answers and tokens first. An interrupted run, also by Ctrl-C, keeps what it has scored; the same command
 with --resume goes on.
+"""
+
+_JUDGE = """\
+How often the answers of one side (A) are better than those of another (B) on a set of prompts, with an interval from
+resampling the prompts, and with what is left at equal length.
+
+A side is a model, which answers the prompts, or a file of answers. Who judges is one of
+  --scorer module:function   of yours: f(prompt, answer) -> number, or f(prompt, first, second) -> 0..1, in both orders
+  --judge DIR                a model in transformers format, which sees both answers, in both orders
+  --verdicts FILE            verdicts that were made elsewhere
+or nobody: then OUT/questions.jsonl asks every question in both orders, to be filled in and given to --verdicts.
+
+Writes OUT/judge.json, OUT/report.html, answers and verdicts. An interrupted run keeps what is finished; the same
+command with --resume goes on.
+"""
+
+_JUDGE_DATA = """\
+files are JSON lines, JSON, Parquet or CSV, a record each:
+  prompts    {"prompt": "..."} or {"prompt": [MESSAGE, ...]}, or preference pairs, whose prompts are taken
+  answers    {"prompt": ..., "answer": "..."}     (answers_a.jsonl of an earlier run is one)
+  verdicts   {"prompt": ..., "order": "ab" or "ba", "winner": "first", "second", "a", "b" or "tie"}
+  MESSAGE: {"role": "user", "content": "..."}
 """
 
 _DATA = """\
@@ -110,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_score(commands)
     _add_show(commands)
+    _add_judge(commands)
     return parser
 
 
@@ -196,6 +219,43 @@ def _add_show(commands: argparse._SubParsersAction) -> None:
     add("--png", type=Path, metavar="FILE", help="write a picture instead of printing; needs matplotlib")
 
 
+def _add_judge(commands: argparse._SubParsersAction) -> None:
+    judge = commands.add_parser(
+        "judge",
+        help="win rate of one model's answers over another's, in both orders, with intervals",
+        description=_JUDGE,
+        epilog=_JUDGE_DATA,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    judge.set_defaults(run=_judge)
+    add = judge.add_argument
+    add("--a", required=True, metavar="SIDE", help="a model (folder, or OWNER/MODEL on the hub) or a file of answers")
+    add("--b", required=True, metavar="SIDE", help="what it is compared with")
+    add("--prompts", type=Path, metavar="FILE", help="prompts (default: those of the files of answers)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    again = judge.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with what an interrupted run left in OUT")
+    again.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in OUT")
+    who = judge.add_mutually_exclusive_group()
+    who.add_argument("--scorer", metavar="NAME", help="module:function or file.py:function; its code is run")
+    who.add_argument("--judge", metavar="DIR", help="a model that judges")
+    who.add_argument("--verdicts", type=Path, metavar="FILE", help="verdicts that were made elsewhere")
+    add("--template", type=Path, metavar="FILE", help="the question to --judge, with {prompt} and {response} in it")
+    add("--limit", type=int, metavar="N", help="only the first N prompts")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="longest generated answer (default: 256)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="of generated answers (default: 0, greedy)")
+    add("--seed", type=int, default=0, metavar="N", help="of samples and of the bootstrap (default: 0)")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts that are answered together (default: 8)")
+    add("--batch-tokens", type=int, metavar="N", help="padded tokens of a forward pass of --judge (default: 8192 on a"
+        " GPU, 1024 on a CPU)")  # fmt: skip
+    add("--resamples", type=int, default=2000, metavar="N", help="draws of the bootstrap (default: 2000)")
+    add("--level", type=float, default=0.95, metavar="X", help="probability of the intervals (default: 0.95)")
+    add("--shown", type=int, default=12, metavar="N", help="prompts lost and won in the report (default: 12 each)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    add("--dtype", default="auto", metavar="NAME", help="float32, bfloat16, float16, or auto (default: as saved)")
+    add("--trust-remote-code", action="store_true", help="run Python code that comes with a model (default: refuse it)")
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -241,6 +301,27 @@ def _score(args: argparse.Namespace) -> int:
         return _fail("score", error)
     except KeyboardInterrupt:
         print("\nqkernels score: interrupted; --resume goes on with what has been scored", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    print(printable(summary(figures, options), keep=" \n"))
+    return 0
+
+
+def _judge(args: argparse.Namespace) -> int:
+    from .data import DataError
+    from .judge.options import JudgeError, JudgeOptions
+    from .judge.run import run_judge, summary
+
+    chosen = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
+    options = JudgeOptions(**chosen)
+    earlier = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        figures = run_judge(options)
+    except (DataError, JudgeError) as error:
+        return _fail("judge", error)
+    except KeyboardInterrupt:
+        print("\nqkernels judge: interrupted; --resume goes on with what is finished", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, earlier)

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 PACKAGES = (
     "objectives",
     "score",
+    "judge",
     "report",
     "integrations.transformers",
     "integrations.trl",

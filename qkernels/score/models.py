@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -24,6 +24,16 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _ADAPTER = "adapter_config.json"
 _TRAINING_ARGUMENTS, _LARGEST_ARGUMENTS = "training_args.bin", 1 << 20
 _BLOCK, _BLOCKS = 4096, 16
+
+
+class LoadOptions(Protocol):
+    """What options say of how models are loaded."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
 
 
 class Loaded(NamedTuple):
@@ -63,10 +73,10 @@ def load(options: ScoreOptions) -> Loaded:
     Raises:
         ScoreError: what cannot be loaded, or does not fit; names the option.
     """
-    device = _device(options.device)
-    _refuse_absent("--model", options.model)
-    _refuse_absent("--reference", options.reference)
-    tokenizer = _tokenizer("--model", _tokenizer_folder(options.model), options.trust_remote_code)
+    device = device_of(options.device)
+    refuse_absent("--model", options.model)
+    refuse_absent("--reference", options.reference)
+    tokenizer = load_tokenizer("--model", tokenizer_folder(options.model), options.trust_remote_code)
     if options.chat_template is not None:
         try:
             tokenizer.chat_template = options.chat_template.read_text(encoding="utf-8")
@@ -80,20 +90,20 @@ def load(options: ScoreOptions) -> Loaded:
         )
     other = None
     if options.reference is not None:
-        folder = _tokenizer_folder(options.reference, needed=False)
-        other = None if folder is None else _tokenizer("--reference", folder, options.trust_remote_code)
+        folder = tokenizer_folder(options.reference, needed=False)
+        other = None if folder is None else load_tokenizer("--reference", folder, options.trust_remote_code)
         if other is not None:
             _same_vocabulary(tokenizer, other)
-    model = _model("--model", options.model, options, device)
+    model = load_model("--model", options.model, options, device)
     if options.reference is not None:
-        reference = _model("--reference", options.reference, options, device)
+        reference = load_model("--reference", options.reference, options, device)
     else:
         reference = model if options.reference_logps is None else None
     limits = [position_limit(m) for m in (model, reference) if m is not None]
     return Loaded(model, reference, tokenizer, other, min((n for n in limits if n), default=None))
 
 
-def _refuse_absent(option: str, name: str | None) -> None:
+def refuse_absent(option: str, name: str | None) -> None:
     """A mistyped path must not be looked for on the hub, whose names are "owner/model"."""
     if name is None or Path(name).exists():
         return
@@ -101,7 +111,8 @@ def _refuse_absent(option: str, name: str | None) -> None:
         raise ScoreError(f"{option} {name}: no such folder (a model of the Hugging Face Hub is named OWNER/MODEL)")
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is a GPU where there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -112,7 +123,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _tokenizer_folder(name: str, needed: bool = True) -> str | None:
+def tokenizer_folder(name: str, needed: bool = True) -> str | None:
     """Where a model's tokenizer is: with it, or with an adapter's base."""
     folder = Path(name)
     if not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES):
@@ -120,13 +131,14 @@ def _tokenizer_folder(name: str, needed: bool = True) -> str | None:
     if is_adapter(name):
         base = read_json(folder / _ADAPTER, "save the adapter again").get("base_model_name_or_path")
         if isinstance(base, str) and base:
-            return _tokenizer_folder(base, needed)
+            return tokenizer_folder(base, needed)
     if needed:
         raise ScoreError(f"--model {name}: the folder has no tokenizer; save it there with tokenizer.save_pretrained")
     return None
 
 
-def _tokenizer(option: str, name: str | None, trusted: bool) -> Any:
+def load_tokenizer(option: str, name: str | None, trusted: bool) -> Any:
+    """A tokenizer; ScoreError names the option."""
     from transformers import AutoTokenizer
 
     try:
@@ -142,7 +154,12 @@ def _reason(error: Exception) -> str:
     return first_line(error)
 
 
-def _model(option: str, name: str, options: ScoreOptions, device: torch.device) -> Any:
+def load_model(option: str, name: str, options: LoadOptions, device: torch.device) -> Any:
+    """A causal language model, or a PEFT adapter on its base, frozen, in eval mode, on the device.
+
+    Raises:
+        ScoreError: it cannot be loaded, or does not fit; names the option.
+    """
     from transformers import AutoModelForCausalLM
 
     if Path(name).exists() and not Path(name).is_dir():

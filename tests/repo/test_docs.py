@@ -142,6 +142,17 @@ def test_the_snippet_of_the_demo(trained, capsys):
     assert "<|end|>" in capsys.readouterr().out
 
 
+def test_the_snippets_of_judging(capsys):
+    scorer, figures = blocks("judge.md")
+    namespace: dict = {}
+    run(scorer, "docs/judge.md, scorer", namespace)
+    assert namespace["right_capital"]("Tell me about Peru.", "Its capital is Lima.") == 1.0
+    assert namespace["shorter"]("", "abc", "abcdefgh") == "first" and namespace["shorter"]("", "abc", "abc") == "tie"
+    run(figures, "docs/judge.md, figures", {})
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"print(rate.win_rate)  # {first}" in figures, "the figures in the comment are those that are printed"
+
+
 # Pages whose snippets another test runs: test_readme, tests/distributed, test_recipes (CONTRIBUTING.md).
 RUN_ELSEWHERE = {"linear.md", "logits.md", "scaling.md"}
 
