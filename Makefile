@@ -11,7 +11,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.tools
 
-.PHONY: help setup demo quick test nightly matrix bench lint ruff clang-format types architecture docs package sanitize clean
+.PHONY: help setup demo quick test nightly matrix bench lint ruff clang-format types architecture docs package \
+  hub-kernel frameworks sanitize clean
 
 help:
 	@echo "make setup     everything that tests and checks need, in $(VENV)"
@@ -23,6 +24,8 @@ help:
 	@echo "make matrix    tests of the linear paths as other processors and thread counts run them"
 	@echo "make bench     compare with eager torch, torch.compile and installed peers"
 	@echo "make package   build the sdist and the wheel, install them in a fresh environment and use them"
+	@echo "make hub-kernel  write the kernel for the Hugging Face Hub to build/hub, and load it offline"
+	@echo "make frameworks  compare what the plug-ins stand on with the newest wheels of the frameworks"
 	@echo "make lint      ruff, clang-format, mypy, the architecture test (pre-commit runs the same)"
 	@echo "make docs      the documentation site, in build/site; a broken link or a missing public name fails"
 	@echo "make sanitize  the C++ core, and tensors of every layout, under sanitizers"
@@ -75,6 +78,16 @@ types: $(TOOLS)
 
 package: $(READY)
 	$(BIN)/python .ci/check_package.py
+
+hub-kernel: $(READY)
+	$(BIN)/python .ci/check_hub_kernel.py
+
+# TRL in the versions that axolotl and ms-swift pin, beside the frameworks themselves.
+frameworks: $(READY)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build/wheels verl axolotl ms-swift openrlhf llamafactory
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build/wheels 'trl<1'
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build/wheels 'trl==1.9.*'
+	$(BIN)/python -m bench.frameworks --wheels build/wheels --check
 
 architecture: $(READY)
 	$(BIN)/pytest -q tests/repo/test_architecture.py

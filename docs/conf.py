@@ -19,7 +19,8 @@ root_doc = "README"
 include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/**", "bench/results/**"]
 exclude_patterns = ["docs/ext", "docs/static", "**/.*", "build", "dist"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "docstrings", "public_names"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "sphinx_design", "docstrings", "public_names"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
@@ -51,6 +52,7 @@ NAVIGATION: dict[str, list[tuple[str, str]]] = {
         ("Losses", "docs/objectives"),
         ("TRL and transformers", "docs/integrations"),
         ("Data formats", "docs/data"),
+        ("Use it in ...", "docs/frameworks"),
         ("Scoring", "docs/score"),
         ("Judging", "docs/judge"),
         ("Search and decoding", "docs/search"),

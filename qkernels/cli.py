@@ -133,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_score(commands)
     _add_show(commands)
     _add_judge(commands)
+    _add_trl(commands)
     return parser
 
 
@@ -256,6 +257,16 @@ def _add_judge(commands: argparse._SubParsersAction) -> None:
     add("--trust-remote-code", action="store_true", help="run Python code that comes with a model (default: refuse it)")
 
 
+def _add_trl(commands: argparse._SubParsersAction) -> None:
+    trl = commands.add_parser(
+        "trl",
+        add_help=False,  # TRL's own command line answers --help
+        help="TRL's own command line (dpo, kto, grpo, sft ...) with this package's heads and losses",
+    )
+    trl.set_defaults(run=_trl)
+    trl.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="as for `trl`")
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
@@ -355,6 +366,15 @@ def _show(args: argparse.Namespace) -> int:
     if args.html is None and args.png is None:
         print(f"pair {pair}\n\n{heat_map.text(whole_prompt=args.prompt)}")
     return 0
+
+
+def _trl(args: argparse.Namespace) -> int:
+    from .integrations.trl.command import run_trl
+
+    try:
+        return run_trl(args.arguments)
+    except ImportError as error:
+        return _fail("trl", error)
 
 
 def _fail(command: str, error: object) -> int:

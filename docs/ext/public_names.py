@@ -25,6 +25,9 @@ PACKAGES = (
     "integrations.transformers",
     "integrations.trl",
     "integrations.monitor",
+    "integrations.log_softmax",
+    "integrations.axolotl",
+    "integrations.verl",
 )
 
 

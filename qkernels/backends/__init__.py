@@ -20,10 +20,10 @@ from ..core.compile import constant_when_compiled
 # Name -> module, in the order in which "auto" tries them. CUDA before Triton is an estimate from their machine code
 # (bench/results/machine-code.md), not a measurement: to change it, change the order of the lines.
 _MODULES: dict[str, str] = {
-    "cuda": "qkernels.backends.cuda",
-    "triton": "qkernels.backends.triton",
-    "cpu": "qkernels.backends.cpu",
-    "torch": "qkernels.backends.reference",
+    "cuda": ".cuda",
+    "triton": ".triton",
+    "cpu": ".cpu",
+    "torch": ".reference",
 }
 NAMES: tuple[str, ...] = ("auto", *_MODULES)
 
@@ -31,7 +31,7 @@ NAMES: tuple[str, ...] = ("auto", *_MODULES)
 @cache
 def get(name: str) -> ModuleType:
     """The backend module of that name."""
-    return importlib.import_module(_MODULES[name])
+    return importlib.import_module(_MODULES[name], __name__)
 
 
 def unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

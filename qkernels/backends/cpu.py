@@ -6,6 +6,7 @@ they come here; what is left to decide is the layout of the output buffers. The 
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 from collections.abc import Callable
@@ -15,18 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._version import __version__
 from ..core import layout
 from ..core.calls import PairLoss, RowGrad, RowStats, takes
 from ..core.checks import label_error
 from ..core.compile import constant_when_compiled
 from ..core.memory import fresh_zeros
 
+_C: Any = None
+_missing = None
 try:
-    from .. import _C
-
-    _missing = None
+    # A copy of this package under another name (a kernel of the Hugging Face Hub) has no extension of its own.
+    _C = importlib.import_module("qkernels._C")
+    if not __name__.startswith("qkernels.") and importlib.import_module("qkernels").__version__ != __version__:
+        _C, _missing = None, f"the installed qkernels is not version {__version__}, which this copy needs"
 except ImportError as error:  # no compiler at installation, or a build for another platform
-    _C = None  # type: ignore[assignment]
     _missing = str(error)
 
 if _C is not None and multiprocessing.parent_process() is not None:

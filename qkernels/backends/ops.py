@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..core.calls import PairLoss, RowGrad, RowStats
 from ..core.columns import stats_dtype
-from ..core.operations import Operation, Traits
+from ..core.operations import NAMESPACE, Operation, Traits
 from . import get
 
-_library = torch.library.Library("qkernels", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _row_stats(call: RowStats) -> Tensor:

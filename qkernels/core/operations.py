@@ -23,6 +23,9 @@ _TYPES = {
     list[bool]: "bool[]",
 }
 
+# The ops' namespace: the name of this package, which is another one in a copy that is loaded beside it.
+NAMESPACE = __name__.partition(".")[0]
+
 Call = TypeVar("Call", bound=tuple[Any, ...])
 
 
@@ -95,7 +98,7 @@ class Operation(Generic[Call]):
 
     Args:
         library: where the op is defined.
-        name: of the op in `torch.ops.qkernels`.
+        name: of the op in `torch.ops.qkernels` (`NAMESPACE`).
         arguments: the NamedTuple.
         returns: as torch.library writes it.
         run: what it does.
@@ -120,8 +123,8 @@ class Operation(Generic[Call]):
 
         library.define(self.schema)
         library.impl(name, lambda *values: run(call_of(values)), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"qkernels::{name}", lambda *values: fake(call_of(values)), lib=library)
-        self.op = getattr(torch.ops.qkernels, name).default
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *values: fake(call_of(values)), lib=library)
+        self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def as_op(self, call: Call) -> Any:
         """Run it as the op that torch sees."""

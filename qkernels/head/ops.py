@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..core.checks import check_labels
 from ..core.columns import stats_dtype
-from ..core.operations import Operation, Traits
+from ..core.operations import NAMESPACE, Operation, Traits
 from . import chunks
 from .call import HeadCall
 from .chunks import saved_dtype
 
-_library = torch.library.Library("qkernels", "FRAGMENT")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 class GradientsCall(NamedTuple):

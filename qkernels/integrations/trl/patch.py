@@ -4,39 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from ..patches import Patch, holders
 from .head import add_token_head
 from .version import require_trl
-
-
-class Patch:
-    """Attributes replaced until `undo`; as a context manager, until the end of the block."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
-
-    def set(self, holder: Any, name: str, value: Any) -> None:
-        """Let `holder.name` be `value`.
-
-        Raises:
-            AttributeError: there is no such attribute to replace.
-        """
-        self._before.append((holder, name, getattr(holder, name)))
-        setattr(holder, name, value)
-
-    def undo(self) -> None:
-        """Put everything back, last first."""
-        while self._before:
-            setattr(*self._before.pop())
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
 
 
 class _NoAdapter:
@@ -79,14 +53,6 @@ class _TRLPatch(Patch):
             unpatch_trl()
 
 
-def _users_of_the_head(function: Any) -> Iterator[ModuleType]:
-    """TRL's modules that have imported a function under TRL's name for its head."""
-    for name, module in list(sys.modules.items()):
-        known = name.startswith("trl.") and isinstance(module, ModuleType)
-        if known and vars(module).get("add_fused_lm_head") is function:
-            yield module
-
-
 def patch_trl(*, max_chunk_bytes: int | None = None, backend: str = "auto") -> Patch:
     """Give TRL's trainers this package's heads: every trainer made from now on that would use TRL's fused head.
 
@@ -110,7 +76,7 @@ def patch_trl(*, max_chunk_bytes: int | None = None, backend: str = "auto") -> P
     dpo_trainer = require_trl()
     patch = _TRLPatch()
     patch.original = vars(sys.modules["trl.trainer.utils"])["add_fused_lm_head"]
-    for module in _users_of_the_head(patch.original):
+    for module in holders(patch.original, "add_fused_lm_head", ("trl",)):
         head = functools.partial(
             add_token_head,
             detach_entropy=module.__name__ in _LOG_ENTROPY,
@@ -132,5 +98,5 @@ def unpatch_trl() -> None:
     patch, _active = _active, None
     patch.undo()
     for head in patch.heads:
-        for module in _users_of_the_head(head):
+        for module in holders(head, "add_fused_lm_head", ("trl",)):
             vars(module)["add_fused_lm_head"] = patch.original

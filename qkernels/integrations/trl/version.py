@@ -24,6 +24,15 @@ _NAMES = {
 _METHODS = ("_compute_loss", "compute_ref_log_probs", "_precompute_ref_logps", "_set_signature_columns_if_needed")
 
 
+def is_known() -> bool:
+    """Whether the installed TRL is in the range that this package's trainer and heads know."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("trl"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return found is not None and OLDEST <= (int(found[1]), int(found[2])) < (NEWEST_MAJOR + 1, 0)
+
+
 def require_trl() -> ModuleType:
     """`trl.trainer.dpo_trainer`, if TRL is installed in a version that this package knows.
 
