@@ -40,7 +40,9 @@ class Options(NamedTuple):
     seed: of everything.
     tiny: whether to run at a size that only shows that all works.
     base_steps: how long the base model is trained, in the experiments that let the user choose; None in others.
-    command: what was typed, but for the folder.
+    command: what was typed, but for folders.
+    model: folder of a pretrained model; None for the small one that is trained from scratch.
+    pairs: file of real preference pairs; None if none was given.
     """
 
     out: Path
@@ -48,15 +50,24 @@ class Options(NamedTuple):
     tiny: bool
     base_steps: int | None
     command: str
+    model: Path | None = None
+    pairs: Path | None = None
+
+    def name(self, experiment: str) -> str:
+        """What the experiment's files are called."""
+        return experiment if self.model is None else f"{experiment}-{self.model.name}"
 
 
-def options(description: str, arguments: Sequence[str] | None, base_steps: int | None = None) -> Options:
+def options(
+    description: str, arguments: Sequence[str] | None, base_steps: int | None = None, needs_pairs: bool = True
+) -> Options:
     """Read the command line, and keep torch to the number of threads that is asked for.
 
     Args:
         description: for --help.
         arguments: None for those of the process.
         base_steps: the default of --base-steps, for an experiment that has it.
+        needs_pairs: whether the experiment on a pretrained model needs real pairs.
     """
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
@@ -64,6 +75,10 @@ def options(description: str, arguments: Sequence[str] | None, base_steps: int |
     add("--seed", type=int, default=0, metavar="N", help="of data, weights and batches (default: 0)")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads; the matrices are small (default: 1)")
     add("--tiny", action="store_true", help="seconds; shows that everything works, not what is found")
+    text = "a pretrained model in transformers format (default: a small model, trained here on generated texts)"
+    add("--model", type=Path, metavar="DIR", help=text)
+    if needs_pairs:
+        add("--pairs", type=Path, metavar="FILE", help="real preference pairs, JSON or JSONL; with --model")
     if base_steps is not None:
         text = f"how long the base model is trained (default: {base_steps}; not with --tiny)"
         add("--base-steps", type=int, default=base_steps, metavar="N", help=text)
@@ -71,13 +86,22 @@ def options(description: str, arguments: Sequence[str] | None, base_steps: int |
     steps = getattr(chosen, "base_steps", None)
     if chosen.threads < 1 or chosen.seed < 0 or (steps is not None and steps < 1):
         parser.error("--threads and --base-steps must be 1 or more and --seed 0 or more")
+    pairs = getattr(chosen, "pairs", None)
+    if chosen.model is not None and not (chosen.model / "config.json").is_file():
+        parser.error(f"--model: {chosen.model} is not the folder of a model, it has no config.json")
+    if needs_pairs and (chosen.model is None) != (pairs is None):
+        parser.error("--model and --pairs go together: the pretrained model is given real text")
     torch.set_num_threads(chosen.threads)
     command = f"--seed {chosen.seed}"
+    if chosen.model is not None:
+        command += f" --model {chosen.model.name}"
+    if pairs is not None:
+        command += f" --pairs {pairs.name}"
     if steps != base_steps:
         command += f" --base-steps {steps}"
     if chosen.tiny:
         command += " --tiny"
-    return Options(chosen.out, chosen.seed, chosen.tiny, steps, command)
+    return Options(chosen.out, chosen.seed, chosen.tiny, steps, command, chosen.model, pairs)
 
 
 class Texts(NamedTuple):
@@ -211,6 +235,7 @@ def write(chosen: Options, name: str, results: dict[str, Any], paragraph: str, f
     }
     chosen.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    name = chosen.name(name)
     (chosen.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     save_png(figure, chosen.out / f"{name}.png")
     print(f"{paragraph}\n\n{chosen.out / name}.json, {chosen.out / name}.png; {document['seconds']:.0f} s")
@@ -224,6 +249,15 @@ def save_png(figure: Any, path: Path) -> None:
     figure.savefig(buffer, format="png", dpi=130)
     with Image.open(buffer) as image:
         image.convert("RGB").quantize(128).save(path, optimize=True)
+
+
+def interval(values: Sequence[float], seed: int, draws: int = 2000) -> dict[str, float]:
+    """A mean with its interval of 95 % by the bootstrap: `mean`, `low`, `high`."""
+    generator = torch.Generator().manual_seed(seed)
+    known = torch.tensor(values, dtype=torch.float64)
+    means = known[torch.randint(len(known), (draws, len(known)), generator=generator)].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"mean": known.mean().item(), "low": low, "high": high}
 
 
 def _rounded(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Credit assignment, measured: do the token rewards of DPO fall on the wrong words? ("From r to Q*", section 5.1)
 
     python examples/credit.py
+    python examples/credit.py --model DIR --pairs FILE
 
 The errors are ones that the reference itself makes: for each fact there are two popular misconceptions, and the texts
 that the reference learns from have them. DPO is told which of two answers is worse, never where; it meets only one of
@@ -9,16 +10,23 @@ with the name of a source that cannot be guessed. Each token is scored by minus 
 the places of the errors: AUROC within an answer, hit@k, and whether a second error is still found. The same for
 baselines: log-probs and entropies of the models, and the token rewards of a model trained on shuffled preferences. All
 twice: with logits as the model makes them, and rounded to bf16 before the softmax.
+
+On a pretrained model the text is natural: beginnings of answers out of a file of real pairs, in which words are
+replaced by others of the same kind. There, too, the least rewarded spans of real pairs are shown.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from common import BLUE, DARK, GREY, ORANGE, Clock, Texts, fine_tune, options, panels, prefer, setting, write
+from common import (
+    BLUE, DARK, GREY, ORANGE, Clock, Options, Texts, fine_tune, interval, options, panels, prefer, setting, write
+)  # fmt: skip
+from decline import REAL, REAL_TINY, train_on_real_pairs
+from pretrained import Study, Training, passages, plant_errors
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,8 +35,32 @@ from qkernels.data import Preference
 from qkernels.demo import synthetic
 from qkernels.demo.encode import IGNORE, EncodedPair, pair_batch
 from qkernels.demo.options import Sizes
+from qkernels.score.encode import EncodedAnswer
 
 BETA = 0.1
+
+
+class RealSizes(NamedTuple):
+    """The experiment on a pretrained model.
+
+    prompt: characters of a prompt.
+    shortest, longest: characters of a passage.
+    sources: how many of the real pairs passages are taken from, for training and held out.
+    held_out: passages with planted errors on which scores are measured.
+    spans: least rewarded spans of real pairs to report.
+    """
+
+    prompt: int
+    shortest: int
+    longest: int
+    sources: tuple[int, int]
+    held_out: int
+    spans: int
+    dpo: Training
+
+
+NATURAL = RealSizes(160, 100, 260, (90, 40), 48, 12, Training(24, 4, 5e-5, 12))
+NATURAL_TINY = RealSizes(160, 20, 120, (4, 2), 3, 2, Training(2, 2, 1e-3, 1))
 SYLLABLES = [a + b for a in "bdfghklmnprstvz" for b in "aeiou"]
 
 
@@ -76,8 +108,202 @@ def rejected_tokens(
     return logps, entropies
 
 
+def natural_text(study: Study, sizes: RealSizes) -> tuple[list[Preference], list[Preference]]:
+    """Passages with planted errors, to train on and held out: of different conversations."""
+    rng = random.Random(f"natural {study.seed}")
+    pairs = study.real_pairs(sizes.prompt, sum(sizes.sources))
+    train, held_out = (
+        plant_errors(rng, passages(part, sizes.shortest, sizes.longest))
+        for part in (pairs[: sizes.sources[0]], pairs[sizes.sources[0] :])
+    )
+    return train, held_out[: sizes.held_out]
+
+
+def on_natural_text(chosen: Options) -> None:
+    """The experiment on a pretrained model."""
+    clock = Clock()
+    sizes, real = (NATURAL_TINY, REAL_TINY) if chosen.tiny else (NATURAL, REAL)
+    study = Study(chosen, real.max_length)
+    train, held_out = natural_text(study, sizes)
+    rng = random.Random(f"shuffled {chosen.seed}")
+    shuffled = [
+        pair._replace(chosen=pair.rejected, rejected=pair.chosen) if rng.random() < 0.5 else pair for pair in train
+    ]
+    policies = {
+        "": study.dpo("errors", train, sizes.dpo, None, BETA)[0],
+        ", shuffled preferences": study.dpo("errors-shuffled", shuffled, sizes.dpo, None, BETA)[0],
+    }
+    answers = [rejected for _, rejected in study.encode(held_out)]
+    planted = [
+        credit.overlapping(answer.offsets, pair.planted) for answer, pair in zip(answers, held_out, strict=True)
+    ]
+    before, before_entropies = rejected_scores(study, None, answers)
+    scores: dict[str, list[list[float]]] = {
+        "-log pi, reference": [[-x for x in row] for row in before],
+        "entropy, reference": before_entropies,
+    }
+    for name, policy in policies.items():
+        after, entropies = rejected_scores(study, policy, answers)
+        scores[f"token reward{name}"] = [
+            [-BETA * (p - q) for p, q in zip(ours, theirs, strict=True)]
+            for ours, theirs in zip(after, before, strict=True)
+        ]
+        if not name:
+            scores["-log pi, after DPO"] = [[-x for x in row] for row in after]
+            scores["entropy, after DPO"] = entropies
+    table: dict[str, dict[str, Any]] = {}
+    for name, values in scores.items():
+        measured = credit.detection(values, planted)
+        each = [
+            (credit.auroc(row, flags), credit.hit_at_k(row, flags, 1))
+            for row, flags in zip(values, planted, strict=True)
+            if any(flags) and not all(flags)
+        ]
+        table[name] = {
+            **{key: value for key, value in measured._asdict().items() if not key.startswith("answers")},
+            "auroc_interval": interval([auroc for auroc, _ in each], chosen.seed),
+            "hit_at_1_interval": interval([hit for _, hit in each], chosen.seed),
+        }
+    chance = credit.mean(credit.hit_at_k([0.0] * len(flags), flags, 1) for flags in planted if any(flags))
+    run = train_on_real_pairs(study, sft_first=True)
+    spans, shown = real_spans(study, run.reference, run.policy, run.held_out, sizes.spans)
+    results = {
+        "answers": len(planted),
+        "answers_with_two_errors": sum(len(credit.error_spans(flags)) > 1 for flags in planted),
+        "chance_hit_at_1": chance,
+        "beta": BETA,
+        "sizes": sizes._asdict() | {"dpo": sizes.dpo._asdict()},
+        "example": {"chosen": held_out[0].chosen, "rejected": held_out[0].rejected, "planted": held_out[0].planted},
+        "scores": table,
+        "train": [{key: entry[key] for key in ("loss", "rewards/accuracies")} for entry in study.log(policies[""])],
+        "real_spans": spans,
+    }
+    paragraph = natural_paragraph(results, sizes)
+    figure = natural_figure(chosen, table, shown)
+    write(chosen, "credit", results, paragraph, figure, clock)
+
+
+def rejected_scores(
+    study: Study, training: str | None, answers: Sequence[EncodedAnswer]
+) -> tuple[list[list[float]], list[list[float]]]:
+    """log pi and entropy of each token of the answers under a model; computed once."""
+
+    def compute() -> list[list[list[float]]]:
+        model = study.model(training)
+        return [
+            [[float(x) for x in row] for row in study.scores(model, answers, output)]
+            for output in ("logps", "entropy")
+        ]
+
+    logps, entropies = study.once("rejected", ([(a.prompt, a.ids) for a in answers], training), compute)
+    return logps, entropies
+
+
+def real_spans(
+    study: Study, reference: str | None, policy: str, pairs: Sequence[Preference], limit: int
+) -> tuple[list[dict[str, Any]], list[tuple[str, list[str], list[float]]]]:
+    """The least rewarded spans of real answers that no training has seen.
+
+    Returns:
+        The spans, and of the three rejected answers with the lowest ones: a title, the tokens' texts, their rewards.
+    """
+    sides = [(number, side, answer) for number, pair in enumerate(study.encode(pairs))
+             for side, answer in zip(("chosen", "rejected"), pair, strict=True)]  # fmt: skip
+    answers = [answer for _, _, answer in sides]
+    logps = [rejected_scores(study, name, answers)[0] for name in (reference, policy)]
+    found = []
+    for (number, side, answer), before, after in zip(sides, *logps, strict=True):
+        rewards = [BETA * (p - q) for p, q in zip(after, before, strict=True)]
+        for span in credit.low_reward_spans(rewards, limit=2):
+            text = "".join(answer.texts[span.start : span.end])
+            found.append(
+                {"pair": number, "side": side, "reward": span.reward, "text": text, "tokens": answer.texts,
+                 "rewards": rewards}
+            )  # fmt: skip
+    found.sort(key=lambda span: span["reward"])
+    shown: dict[int, tuple[str, list[str], list[float]]] = {}
+    for span in found:
+        if span["side"] == "rejected" and span["pair"] not in shown and len(shown) < 3:
+            title = f"Real pair {span['pair']}, rejected: {sum(span['rewards']):+.2f}"
+            shown[span["pair"]] = (title, span["tokens"], span["rewards"])
+    kept = [{key: span[key] for key in ("pair", "side", "reward", "text")} for span in found[:limit]]
+    return kept, list(shown.values())
+
+
+def natural_paragraph(results: dict[str, Any], sizes: RealSizes) -> str:
+    table = results["scores"]
+
+    def line(name: str) -> str:
+        row = table[name]
+        auroc, hit = row["auroc_interval"], row["hit_at_1_interval"]
+        return (
+            f"AUROC {row['auroc']:.3f} ({auroc['low']:.3f} to {auroc['high']:.3f}), hit@1 {row['hit_at_1']:.1%}"
+            f" ({hit['low']:.1%} to {hit['high']:.1%}), hit@3 {row['hit_at_3']:.1%}"
+            + (f", second error {row['second_error_recall']:.1%}" if row["second_error_recall"] is not None else "")
+        )
+
+    return (
+        f"On {results['answers']} held-out passages of natural text with planted errors"
+        f" ({results['answers_with_two_errors']} with two), after {sizes.dpo.steps} steps of DPO with"
+        f" {sizes.dpo.pairs} pairs each (by chance hit@1 {results['chance_hit_at_1']:.1%}): "
+        + "; ".join(f"{name}: {line(name)}" for name in sorted(table, key=lambda name: -table[name]["auroc"]))
+        + "."
+    )
+
+
+def natural_figure(
+    chosen: Options, table: dict[str, dict[str, Any]], shown: Sequence[tuple[str, list[str], list[float]]]
+) -> Any:
+    """AUROC and hit rates on the left; on the right real answers, their tokens coloured by their rewards."""
+    figure, (bars, hits, texts) = panels(
+        f"Which tokens does DPO blame? {chosen.model.name}, natural text", "Finding planted errors: AUROC",
+        "Lowest token on an error: hit@1", "Real rejected answers (orange: low reward)",
+    )  # fmt: skip
+    names = sorted(table, key=lambda name: table[name]["auroc"])
+    for axis, key in ((bars, "auroc"), (hits, "hit_at_1")):
+        for i, name in enumerate(names):
+            row, colour = table[name][f"{key}_interval"], BLUE if name == "token reward" else GREY
+            axis.barh(i, row["mean"], color=colour, height=0.6)
+            axis.plot([row["low"], row["high"]], [i, i], color=DARK, lw=1)
+            axis.text(0.02, i, f"{row['mean']:.3f}", va="center", fontsize=7, color="white")
+        axis.set_yticks(range(len(names)), names if axis is bars else [""] * len(names))
+        axis.set_xlim(0, 1.02)
+        axis.grid(axis="y", visible=False)
+    texts.axis("off")
+    scale = max((abs(x) for _, _, rewards in shown for x in rewards), default=1.0)
+    figure.set_size_inches(14, 4)
+    texts.set_xlim(0, 1)
+    texts.set_ylim(0, 1)
+    y = 0.97
+    for title, tokens, rewards in shown:
+        texts.text(0, y, title, fontsize=7, color=DARK, weight="bold")
+        y, x = y - 0.05, 0.0
+        for token, reward in zip(tokens, rewards, strict=True):
+            for part in token.replace("\n", " ").splitlines() or [""]:
+                width = 0.0098 * len(part)
+                if x + width > 1:
+                    x, y = 0.0, y - 0.05
+                if y < title_room(shown, title):
+                    break
+                shade = min(1.0, abs(reward) / scale) ** 0.5
+                box = {"facecolor": ORANGE if reward < 0 else BLUE, "alpha": 0.75 * shade, "pad": 0.6, "lw": 0}
+                texts.text(x, y, part.replace("$", r"\$"), fontsize=6, family="monospace", bbox=box)
+                x += width
+        y = title_room(shown, title) - 0.05
+    return figure
+
+
+def title_room(shown: Sequence[tuple[str, list[str], list[float]]], title: str) -> float:
+    """The lower edge of the part of the panel that an answer may take."""
+    number = [name for name, _, _ in shown].index(title)
+    return 0.97 - (number + 1) * 0.97 / len(shown) + 0.05
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options(__doc__.partition("\n")[0], arguments)
+    if chosen.model is not None:
+        on_natural_text(chosen)
+        return
     clock = Clock()
     given = setting(chosen, misconceptions, steps=160, evaluations=16)
     pairs = given.held_out

@@ -1,6 +1,7 @@
 """Why the rewards of chosen answers fall, measured: DPO with and without SFT first ("From r to Q*", section 5.4)
 
     python examples/decline.py
+    python examples/decline.py --model DIR --pairs FILE
 
 A base model has read texts about countries, right and wrong alike, that say things in other words than the answers of
 the preference pairs do. From there: (a) SFT on the chosen answers, and DPO from the result; (b) DPO from the base model
@@ -16,13 +17,17 @@ import copy
 import itertools
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from common import BLUE, DARK, GREY, ORANGE, Clock, Texts, fine_tune, options, panels, prefer, setting, write
+from common import (
+    BLUE, DARK, GREY, ORANGE, Clock, Options, Texts, fine_tune, interval, options, panels, prefer, setting, write
+)  # fmt: skip
+from pretrained import Study, Training
 from transformers import PreTrainedModel
 
-from qkernels import token_stats
+from qkernels import credit, token_stats
+from qkernels.data import Preference
 from qkernels.demo import synthetic
 from qkernels.demo.encode import IGNORE, EncodedPair, chosen_batch
 from qkernels.demo.options import Sizes
@@ -32,6 +37,30 @@ BETA = 0.1
 BASE_STEPS, SFT_STEPS = 100, 40
 ORDERS = 3  # of the batches
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RealSizes(NamedTuple):
+    """The experiment on a pretrained model.
+
+    longest_prompt: characters of a prompt.
+    max_length: tokens of prompt and answer.
+    train, held_out: pairs.
+    checked: held-out pairs on whose chosen answers eq. 16 is checked.
+    every: steps from one evaluation to the next.
+    """
+
+    longest_prompt: int
+    max_length: int
+    train: int
+    held_out: int
+    checked: int
+    sft: Training
+    dpo: Training
+    every: int
+
+
+REAL = RealSizes(160, 160, 64, 16, 4, Training(16, 4, 5e-5, 12), Training(16, 4, 5e-5, 12), 4)
+REAL_TINY = RealSizes(160, 96, 4, 2, 1, Training(1, 2, 1e-3, 1), Training(2, 2, 1e-3, 1), 1)
 
 
 def other_words(sizes: Sizes, seed: int) -> Texts:
@@ -60,7 +89,8 @@ def equation_16(
     """
     batch = chosen_batch(pairs, policy.config.pad_token_id)
     logits, reference_logits = (
-        copy.deepcopy(model).to(dtype).eval()(input_ids=batch.input_ids).logits for model in (policy, reference)
+        (model if model.dtype == dtype else copy.deepcopy(model).to(dtype)).eval()(input_ids=batch.input_ids).logits
+        for model in (policy, reference)
     )
     kl = token_stats(
         logits, batch.labels, reference_logits=reference_logits, outputs=("kl_reference_policy",)
@@ -72,8 +102,132 @@ def equation_16(
     return (expectation - bound).abs().max().item(), expectation.mean().item(), bound.mean().item()
 
 
+class RealTraining(NamedTuple):
+    """A preference training on real pairs, by the names that `Study.model` knows.
+
+    reference, policy: before and after; None for the pretrained model.
+    held_out: pairs that no training has seen.
+    course: what `evaluate` found in the course of the training.
+    """
+
+    reference: str | None
+    policy: str
+    held_out: list[Preference]
+    course: list[dict[str, Any]]
+
+
+def train_on_real_pairs(study: Study, sft_first: bool) -> RealTraining:
+    """DPO on the pairs of the file, with or without SFT on their chosen answers first."""
+    sizes = REAL_TINY if study.chosen.tiny else REAL
+    pairs = study.real_pairs(sizes.longest_prompt, sizes.train + sizes.held_out)
+    train, held_out = pairs[: sizes.train], pairs[sizes.train :]
+    start = study.sft("real", train, sizes.sft) if sft_first else None
+    encoded = study.encode(held_out)
+    answers = [answer for pair in encoded for answer in pair]
+    reference = study.model(start)
+
+    def before() -> list[list[float]]:
+        return [logps.tolist() for logps in study.scores(reference, answers)]
+
+    known = study.once("held-out", (held_out, start), before)
+    checked = [EncodedPair(c.prompt, c.ids, r.ids, [], i) for i, (c, r) in enumerate(encoded[: sizes.checked])]
+
+    def evaluate(policy: PreTrainedModel, step: int) -> dict[str, Any]:
+        after = study.scores(policy, answers)
+        rewards = [BETA * (p.sum(dtype="float64") - sum(q)) for p, q in zip(after, known, strict=True)]
+        sides = list(zip(rewards[::2], rewards[1::2], strict=True))
+        checks = [equation_16(policy, reference, [pair], torch.float32) for pair in checked]
+        return {
+            "step": step,
+            "chosen_reward": credit.mean(c for c, _ in sides),
+            "rejected_reward": credit.mean(r for _, r in sides),
+            "margin": credit.mean(c - r for c, r in sides),
+            "accuracy": credit.ranked_right(sides),
+            "rewards": sides,
+            "largest_difference": max(error for error, _, _ in checks),
+            "expectation": credit.mean(expectation for _, expectation, _ in checks),
+            "minus_beta_kl": credit.mean(bound for _, _, bound in checks),
+        }
+
+    name = "real-after-sft" if sft_first else "real"
+    policy, course = study.dpo(name, train, sizes.dpo, start, BETA, (sizes.every, evaluate))
+    return RealTraining(start, policy, held_out, course)
+
+
+def on_real_pairs(chosen: Options) -> None:
+    """The experiment on a pretrained model and real pairs."""
+    clock = Clock()
+    sizes = REAL_TINY if chosen.tiny else REAL
+    study = Study(chosen, sizes.max_length)
+    runs = {name: train_on_real_pairs(study, name == "SFT first") for name in ("SFT first", "no SFT")}
+    results: dict[str, Any] = {
+        "beta": BETA,
+        "sizes": sizes._asdict() | {"sft": sizes.sft._asdict(), "dpo": sizes.dpo._asdict()},
+        "trained_pairs": sizes.dpo.steps * sizes.dpo.pairs,
+        "largest_difference_eq_16": max(point["largest_difference"] for run in runs.values() for point in run.course),
+        "runs": {},
+    }
+    for name, run in runs.items():
+        last = run.course[-1]["rewards"]
+        results["runs"][name] = {
+            "held_out": run.course,
+            "chosen_reward": interval([c for c, _ in last], chosen.seed),
+            "rejected_reward": interval([r for _, r in last], chosen.seed),
+            "margin": interval([c - r for c, r in last], chosen.seed),
+            "train": [
+                {key: entry[f"rewards/{key}"] for key in ("chosen", "rejected", "margins")}
+                for entry in study.log(run.policy)
+            ],
+        }
+
+    def text(name: str) -> str:
+        run = results["runs"][name]
+        parts = [
+            f"{label} {run[key]['mean']:+.3f} ({run[key]['low']:+.3f} to {run[key]['high']:+.3f})"
+            for label, key in (("chosen", "chosen_reward"), ("rejected", "rejected_reward"), ("margin", "margin"))
+        ]
+        point = run["held_out"][-1]
+        return (
+            f"{', '.join(parts)}; {point['accuracy']:.0%} ranked as labelled; E_ref[r] at positions of chosen answers"
+            f" {point['expectation']:.2g}"
+        )
+
+    paragraph = (
+        f"Sequence rewards of {sizes.held_out} held-out real pairs after {sizes.dpo.steps} steps of DPO with"
+        f" {sizes.dpo.pairs} pairs each, and intervals of 95 % (bootstrap over pairs). With SFT on the chosen answers"
+        f" first: {text('SFT first')}. Without: {text('no SFT')}. The largest difference of the two sides of eq. 16 at a"
+        f" position is {results['largest_difference_eq_16']:.1g}, with models in float32."
+    )
+    figure, axes = panels(f"Implicit rewards of held-out real answers during DPO, {chosen.model.name}",
+                          "SFT on the chosen answers first", "No SFT: straight from the pretrained model",
+                          "Equation 16, at positions of chosen answers")  # fmt: skip
+    for axis, name, colour in zip(axes, runs, (BLUE, ORANGE), strict=False):
+        course = results["runs"][name]["held_out"]
+        steps = [point["step"] for point in course]
+        for key, shade, label in (
+            ("margin", GREY, "margin"), ("chosen_reward", BLUE, "chosen"), ("rejected_reward", ORANGE, "rejected")
+        ):  # fmt: skip
+            values = [point[key] for point in course]
+            axis.plot(steps, values, "o-", ms=3, color=shade, label=f"{label} {values[-1]:+.2f}")
+        axis.axhline(0, color=DARK, lw=0.6)
+        axis.set_xlabel(f"steps of DPO ({name})")
+        axis.set_ylabel("sequence reward")
+        axis.legend(loc="best")
+        axes[2].plot(steps, [point["expectation"] for point in course], color=colour, lw=1.8,
+                     label=rf"$E_{{ref}}[r]$, {name}")  # fmt: skip
+        axes[2].plot(steps, [point["minus_beta_kl"] for point in course], "o", color=colour, ms=5, mfc="none",
+                     label=r"$-\beta\,KL$")  # fmt: skip
+    axes[2].set_xlabel("steps of DPO")
+    axes[2].set_ylabel("reward of a token of the reference")
+    axes[2].legend(loc="best")
+    write(chosen, "decline", results, paragraph, figure, clock)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     chosen = options(__doc__.partition("\n")[0], arguments)
+    if chosen.model is not None:
+        on_real_pairs(chosen)
+        return
     clock = Clock()
     given = setting(chosen, other_words, evaluations=8, steps=80)
     pad = given.tokenizer.pad_token_id
