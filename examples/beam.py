@@ -1,6 +1,7 @@
 """Beam search on DPO policies, measured: wider is better, until it is not? ("From r to Q*", section 5.2)
 
     python examples/beam.py
+    python examples/beam.py --model DIR
 
 Searching for the likeliest answer of a policy is searching with its value function (eq. 13). A reference model is
 trained on right and wrong answers alike, and three policies from it, by DPO with three betas. Each is asked about every
@@ -8,28 +9,73 @@ country with beams of width 1 to 20, and the answers are judged by a checker tha
 answer is the share of its sentences that state a right fact about the country which it has not stated before. Beside it
 stand the answer's length, whether it ends, its log-probability, which is what the search maximises, and its implicit
 reward.
+
+A pretrained model learns the form of the answers first, right and wrong alike; that is the reference. The preferences
+are about some of the countries, and the questions about these and about others. Beams are compared with the best of
+several samples, and with what the reference finds by the same means: true scores, and win rates against the reference's
+greedy answers, with intervals.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from common import BLUE, GREEN, GREY, ORANGE, Clock, Setting, fine_tune, options, panels, prefer, setting, write
+from common import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Clock,
+    Options,
+    Setting,
+    fine_tune,
+    interval,
+    options,
+    panels,
+    prefer,
+    setting,
+    write,
+)  # fmt: skip
+from pretrained import Study, Training
 from transformers import PreTrainedModel
 
 from qkernels.credit import mean
-from qkernels.data import Message
+from qkernels.data import Message, Preference
 from qkernels.demo import synthetic
 from qkernels.demo.tokenizer import encode_prompts
-from qkernels.search import beam_search
+from qkernels.search import beam_search, score_completions
 
 BETAS = (0.02, 0.1, 0.5)
 WIDTHS = (1, 2, 3, 5, 10, 20)
 QUESTIONS = ("Tell me about {country}.", "What should I know about {country}?")
 LONGEST = 100
+LONGEST_PRETRAINED = 48
+PRETRAINED_BETA = 0.1
+
+
+class PretrainedSizes(NamedTuple):
+    """The experiment on a pretrained model.
+
+    learnt: countries that the preferences are about.
+    asked: of how many of these, and of how many others, a question is asked.
+    widths: of the beams.
+    samples: of an answer, of which the best is taken.
+    """
+
+    learnt: int
+    asked: int
+    widths: tuple[int, ...]
+    samples: int
+    sft: Training
+    dpo: Training
+
+
+PRETRAINED = PretrainedSizes(32, 12, (1, 2, 3, 5, 10, 20), 8, Training(8, 8, 1e-4, 12), Training(12, 6, 1e-4, 12))
+PRETRAINED_TINY = PretrainedSizes(4, 2, (1, 3), 2, Training(1, 2, 1e-3, 1), Training(1, 2, 1e-3, 1))
 
 
 class Verdict(NamedTuple):
@@ -132,8 +178,221 @@ def measure(
     return {name: mean(record[name] for record in records) for name in records[0]}
 
 
+class Question(NamedTuple):
+    """About a country, and whether the preferences were about it."""
+
+    country: str
+    learnt: bool
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        return (Message("user", QUESTIONS[0].format(country=self.country)),)
+
+
+def country_pairs(sizes: PretrainedSizes, seed: int) -> tuple[list[Preference], list[Preference], list[Question]]:
+    """Answers of both kinds to learn the form from, preferences, and questions."""
+    rng = random.Random(f"beam {seed}")
+    world = synthetic.facts()
+    seen, _ = synthetic.split_wrong_values(rng, world)
+    countries = rng.sample(sorted(world), len(world))
+    learnt, others = countries[: sizes.learnt], countries[sizes.learnt :]
+    known = {country: world[country] for country in learnt}
+    base = [synthetic.write_pair(rng, known, seen) for _ in range(sizes.sft.steps * sizes.sft.pairs)]
+    base = [p._replace(chosen=p.rejected, rejected=p.chosen) if rng.random() < 0.5 else p for p in base]
+    pairs = [synthetic.write_pair(rng, known, seen) for _ in range(sizes.dpo.steps * sizes.dpo.pairs)]
+    questions = [Question(c, True) for c in learnt[: sizes.asked]] + [Question(c, False) for c in others[: sizes.asked]]
+    return base, pairs, questions
+
+
+class Searcher:
+    """Asks a model of the study, and keeps what it answered.
+
+    Args:
+        study: with the models.
+        reference, policy: their names.
+        questions: what is asked.
+    """
+
+    def __init__(self, study: Study, reference: str, policy: str, questions: Sequence[Question]):
+        self.study, self.names, self.questions = study, {"reference": reference, "policy": policy}, questions
+        self.checker = Checker()
+        self.models: dict[str, PreTrainedModel] = {}
+
+    def _model(self, who: str) -> PreTrainedModel:
+        if who not in self.models:
+            self.models[who] = self.study.model(self.names[who])
+        return self.models[who]
+
+    def answers(self, who: str, **search: Any) -> list[list[dict[str, Any]]]:
+        """Answers to each question by beam search or sampling, with the policy's view of them."""
+        made_with = (tuple(self.names.values()), self.questions, LONGEST_PRETRAINED, self.study.seed, search)
+        return self.study.once(f"answers-of-{who}", made_with, lambda: self._search(who, search))
+
+    def _search(self, who: str, search: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        self.study.progress.say(f"{who}: {search}")
+        torch.manual_seed(self.study.seed)
+        found: list[list[dict[str, Any]]] = []
+        for start in range(0, len(self.questions), 8):
+            asked = self.questions[start : start + 8]
+            ids, mask = self._prompts(asked)
+            beams = beam_search(self._model(who), ids, mask, max_new_tokens=LONGEST_PRETRAINED, batch_size=8, **search)
+            k = beams.completions.shape[1]
+            attended = torch.cat([mask.repeat_interleave(k, 0), beams.completion_mask.flatten(0, 1).long()], 1)
+            scored = score_completions(
+                self._model("policy"), beams.sequences.flatten(0, 1), attended, beams.completion_mask.flatten(0, 1),
+                reference_model=self._model("reference"), beta=PRETRAINED_BETA, batch_size=8,
+            )  # fmt: skip
+            for i, question in enumerate(asked):
+                records = []
+                for j in range(k):
+                    tokens = beams.completions[i, j][beams.completion_mask[i, j]]
+                    text = self.study.tokenizer.decode(tokens, skip_special_tokens=True)
+                    verdict = self.checker.judge(question.country, text)
+                    records.append(
+                        {
+                            "text": text,
+                            "score": verdict.score,
+                            "right": verdict.right,
+                            "repeated": verdict.repeated,
+                            "sentences": verdict.sentences,
+                            "length": len(tokens),
+                            "not_ended": 1.0 - beams.finished[i, j].item(),
+                            "logp": scored.logps[i * k + j].item(),
+                            "reward": scored.rewards[i * k + j].item(),
+                        }
+                    )
+                found.append(records)
+        return found
+
+    def _prompts(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts padded on the left, and their mask."""
+        asked = [Preference(question.prompt, "x", "y") for question in questions]
+        rows = [chosen.prompt for chosen, _ in self.study.encoder.pairs(dict(enumerate(asked)))]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.study.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = 1
+        return ids, mask
+
+
+def on_pretrained(chosen: Options) -> None:
+    """The experiment on a pretrained model."""
+    clock = Clock()
+    sizes = PRETRAINED_TINY if chosen.tiny else PRETRAINED
+    study = Study(chosen, 128)
+    base, pairs, questions = country_pairs(sizes, chosen.seed)
+    reference = study.sft("countries", base, sizes.sft)
+    policy, _ = study.dpo("countries", pairs, sizes.dpo, reference, PRETRAINED_BETA)
+    searcher = Searcher(study, reference, policy, questions)
+    first: dict[str, dict[str, list[dict[str, Any]]]] = {"reference": {}, "policy": {}}
+    for width in sizes.widths:
+        for who, ways in first.items():
+            found = searcher.answers(who, num_beams=width, num_return_sequences=1)
+            ways[f"{width} beams"] = [records[0] for records in found]
+    for who, ways in first.items():
+        drawn = searcher.answers(who, num_beams=1, num_return_sequences=sizes.samples, do_sample=True)
+        ways["sampled"] = [records[0] for records in drawn]
+        for key in ("logp", "reward"):
+            ways[f"best of {sizes.samples} by {key}"] = [
+                max(records, key=lambda record: record[key]) for records in drawn
+            ]
+    greedy = first["reference"]["1 beams"]
+
+    def measured(ways: dict[str, list[dict[str, Any]]], way: str, learnt: bool | None) -> dict[str, Any]:
+        rows = [i for i, q in enumerate(questions) if learnt is None or q.learnt == learnt]
+        records, rivals = [ways[way][i] for i in rows], [greedy[i] for i in rows]
+        same = [first["reference"][way][i] for i in rows]
+        return {
+            "score": interval([r["score"] for r in records], chosen.seed),
+            "win_rate": interval(wins(records, rivals), chosen.seed),
+            "win_rate_same_search": interval(wins(records, same), chosen.seed),
+            **{key: mean(r[key] for r in records)
+               for key in ("sentences", "right", "repeated", "length", "not_ended", "logp", "reward")},
+        }  # fmt: skip
+
+    results: dict[str, Any] = {
+        "beta": PRETRAINED_BETA,
+        "questions": len(questions),
+        "longest": LONGEST_PRETRAINED,
+        "sizes": sizes._asdict() | {"sft": sizes.sft._asdict(), "dpo": sizes.dpo._asdict()},
+        "train": [
+            {key: entry[key] for key in ("loss", "rewards/margins", "rewards/accuracies")}
+            for entry in study.log(policy)
+        ],
+        "examples": {who: ways["1 beams"][0]["text"] for who, ways in first.items()},
+    }
+    for group, learnt in (("all", None), ("learnt", True), ("others", False)):
+        results[group] = {who: {way: measured(ways, way, learnt) for way in ways} for who, ways in first.items()}
+    write(
+        chosen, "beam", results, pretrained_paragraph(results, sizes), pretrained_figure(chosen, results, sizes), clock
+    )
+
+
+def wins(records: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]]) -> list[float]:
+    """1 where a true score is above the rival's, 1/2 where they are equal."""
+    return [
+        0.5 * ((a["score"] > b["score"]) + (a["score"] >= b["score"])) for a, b in zip(records, rivals, strict=True)
+    ]
+
+
+def pretrained_paragraph(results: dict[str, Any], sizes: PretrainedSizes) -> str:
+    def figures(row: dict[str, Any], key: str) -> str:
+        return f"{row[key]['mean']:.3f} ({row[key]['low']:.3f} to {row[key]['high']:.3f})"
+
+    def ways(group: str) -> str:
+        policy, reference = results[group]["policy"], results[group]["reference"]
+        return "; ".join(
+            f"{way}: policy {figures(policy[way], 'score')}, reference {figures(reference[way], 'score')}, win rate"
+            f" against its greedy answers {figures(policy[way], 'win_rate')}"
+            for way in policy
+        )
+
+    first, last = (results["all"]["policy"][f"{width} beams"] for width in (sizes.widths[0], sizes.widths[-1]))
+    return (
+        f"{results['questions']} questions, {sizes.sft.steps} steps of SFT on right and wrong answers alike, then"
+        f" {sizes.dpo.steps} of DPO. True scores with intervals of 95 %. All questions: {ways('all')}. With"
+        f" {sizes.widths[-1]} beams instead of 1 the policy's answers have {last['length']:.1f} tokens instead of"
+        f" {first['length']:.1f}, repeat {_share(last):.0%} of their sentences instead of {_share(first):.0%}, log pi goes from {first['logp']:.2f} to"
+        f" {last['logp']:.2f} and the implicit reward from {first['reward']:+.2f} to {last['reward']:+.2f}."
+    )
+
+
+def _share(row: dict[str, Any]) -> float:
+    """Of the sentences, those that say again what has been said."""
+    return row["repeated"] / row["sentences"] if row["sentences"] else 0.0
+
+
+def pretrained_figure(chosen: Options, results: dict[str, Any], sizes: PretrainedSizes) -> Any:
+    figure, axes = panels(f"Beam search before and after DPO, {chosen.model.name}", "True score",
+                          "Win rate against greedy reference", "Length, tokens",
+                          "Implicit reward", width=3.3)  # fmt: skip
+    ways = [f"{width} beams" for width in sizes.widths]
+    for who, colour in (("policy", BLUE), ("reference", GREY)):
+        rows = results["all"][who]
+        for axis, key in zip(axes, ("score", "win_rate"), strict=False):
+            axis.plot(sizes.widths, [rows[way][key]["mean"] for way in ways], "o-", ms=3.5, color=colour, label=who)
+            axis.fill_between(sizes.widths, [rows[way][key]["low"] for way in ways],
+                              [rows[way][key]["high"] for way in ways], color=colour, alpha=0.15, lw=0)  # fmt: skip
+            best = rows[f"best of {sizes.samples} by {'reward' if who == 'policy' else 'logp'}"][key]["mean"]
+            axis.axhline(best, color=colour, ls=":", lw=1.2)
+        for axis, key in zip(axes[2:], ("length", "reward"), strict=True):
+            axis.plot(sizes.widths, [rows[way][key] for way in ways], "o-", ms=3.5, color=colour, label=who)
+    axes[0].plot([], [], color=GREEN, ls=":", label=f"dotted: best of {sizes.samples}")
+    axes[1].axhline(0.5, color=ORANGE, lw=0.8)
+    for axis in axes:
+        axis.set_xlabel("beams")
+        axis.set_xticks(sizes.widths)
+    axes[0].legend(loc="best")
+    return figure
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    chosen = options(__doc__.partition("\n")[0], arguments, base_steps=95)
+    chosen = options(__doc__.partition("\n")[0], arguments, base_steps=95, needs_pairs=False)
+    if chosen.model is not None:
+        on_pretrained(chosen)
+        return
     clock = Clock()
     given = setting(chosen, sft_steps=chosen.base_steps, steps=100, evaluations=2)
     betas, widths = (BETAS, WIDTHS) if not chosen.tiny else (BETAS[:2], (1, 3))

@@ -23,7 +23,20 @@ from typing import Any, NamedTuple
 
 import torch
 from common import (
-    BLUE, DARK, GREY, ORANGE, Clock, Options, Texts, fine_tune, interval, options, panels, prefer, setting, write
+    BLUE,
+    DARK,
+    GREY,
+    ORANGE,
+    Clock,
+    Options,
+    Texts,
+    fine_tune,
+    interval,
+    options,
+    panels,
+    prefer,
+    setting,
+    write,
 )  # fmt: skip
 from decline import REAL, REAL_TINY, train_on_real_pairs
 from pretrained import Study, Training, passages, plant_errors
@@ -59,8 +72,8 @@ class RealSizes(NamedTuple):
     dpo: Training
 
 
-NATURAL = RealSizes(160, 100, 260, (90, 40), 48, 12, Training(24, 4, 5e-5, 12))
-NATURAL_TINY = RealSizes(160, 20, 120, (4, 2), 3, 2, Training(2, 2, 1e-3, 1))
+NATURAL = RealSizes(80, 60, 170, (110, 50), 36, 12, Training(16, 4, 1e-4, 12))
+NATURAL_TINY = RealSizes(80, 10, 200, (6, 6), 3, 2, Training(2, 2, 1e-3, 1))
 SYLLABLES = [a + b for a in "bdfghklmnprstvz" for b in "aeiou"]
 
 
@@ -134,9 +147,7 @@ def on_natural_text(chosen: Options) -> None:
         ", shuffled preferences": study.dpo("errors-shuffled", shuffled, sizes.dpo, None, BETA)[0],
     }
     answers = [rejected for _, rejected in study.encode(held_out)]
-    planted = [
-        credit.overlapping(answer.offsets, pair.planted) for answer, pair in zip(answers, held_out, strict=True)
-    ]
+    planted = [credit.overlapping(answer.offsets, pair.planted) for answer, pair in zip(answers, held_out, strict=True)]
     before, before_entropies = rejected_scores(study, None, answers)
     scores: dict[str, list[list[float]]] = {
         "-log pi, reference": [[-x for x in row] for row in before],
@@ -191,8 +202,7 @@ def rejected_scores(
     def compute() -> list[list[list[float]]]:
         model = study.model(training)
         return [
-            [[float(x) for x in row] for row in study.scores(model, answers, output)]
-            for output in ("logps", "entropy")
+            [[float(x) for x in row] for row in study.scores(model, answers, output)] for output in ("logps", "entropy")
         ]
 
     logps, entropies = study.once("rejected", ([(a.prompt, a.ids) for a in answers], training), compute)

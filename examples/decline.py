@@ -21,7 +21,20 @@ from typing import Any, NamedTuple
 
 import torch
 from common import (
-    BLUE, DARK, GREY, ORANGE, Clock, Options, Texts, fine_tune, interval, options, panels, prefer, setting, write
+    BLUE,
+    DARK,
+    GREY,
+    ORANGE,
+    Clock,
+    Options,
+    Texts,
+    fine_tune,
+    interval,
+    options,
+    panels,
+    prefer,
+    setting,
+    write,
 )  # fmt: skip
 from pretrained import Study, Training
 from transformers import PreTrainedModel
@@ -59,8 +72,8 @@ class RealSizes(NamedTuple):
     every: int
 
 
-REAL = RealSizes(160, 160, 64, 16, 4, Training(16, 4, 5e-5, 12), Training(16, 4, 5e-5, 12), 4)
-REAL_TINY = RealSizes(160, 96, 4, 2, 1, Training(1, 2, 1e-3, 1), Training(2, 2, 1e-3, 1), 1)
+REAL = RealSizes(80, 128, 40, 12, 2, Training(10, 4, 5e-5, 12), Training(10, 4, 1e-4, 12), 5)
+REAL_TINY = RealSizes(80, 96, 4, 2, 1, Training(1, 2, 1e-3, 1), Training(2, 2, 1e-3, 1), 1)
 
 
 def other_words(sizes: Sizes, seed: int) -> Texts:
@@ -195,8 +208,8 @@ def on_real_pairs(chosen: Options) -> None:
     paragraph = (
         f"Sequence rewards of {sizes.held_out} held-out real pairs after {sizes.dpo.steps} steps of DPO with"
         f" {sizes.dpo.pairs} pairs each, and intervals of 95 % (bootstrap over pairs). With SFT on the chosen answers"
-        f" first: {text('SFT first')}. Without: {text('no SFT')}. The largest difference of the two sides of eq. 16 at a"
-        f" position is {results['largest_difference_eq_16']:.1g}, with models in float32."
+        f" first: {text('SFT first')}. Without: {text('no SFT')}. The largest difference of the two sides of eq. 16 at"
+        f" a position is {results['largest_difference_eq_16']:.1g}, with models in float32."
     )
     figure, axes = panels(f"Implicit rewards of held-out real answers during DPO, {chosen.model.name}",
                           "SFT on the chosen answers first", "No SFT: straight from the pretrained model",

@@ -1,4 +1,4 @@
-"""A pretrained model in the experiments: data as its tokenizer writes them, and trainings that go on where they stopped.
+"""A pretrained model in the experiments: data in its tokens, and trainings that go on where they stopped.
 
 Trainings run in `TokenDPOTrainer` and TRL's `SFTTrainer`. What one of them yields, the weights of the layers that it
 trained, is kept in a folder beside the results, by a name and a hash of everything that it was made with; so the
@@ -42,6 +42,8 @@ class Training(NamedTuple):
 
     def of(self, pairs: Sequence[T], seed: int) -> list[T]:
         """Those that `steps` steps of `pairs` pairs read: pass after pass in random orders."""
+        if not pairs:
+            raise SystemExit("no pairs are left to train on; the file of --pairs needs more, or longer answers")
         rng = random.Random(f"order {seed}")
         read: list[T] = []
         while len(read) < self.steps * self.pairs:
@@ -231,9 +233,7 @@ class Study:
         def compute() -> dict[str, list[float]]:
             self.progress.say(f"{len(unlike)} answers under the reference")
             cut = [self._cut(answer) for answer in unlike.values()]
-            return {
-                key: [float(x) for x in logps] for key, logps in zip(unlike, self.scores(model, cut), strict=True)
-            }
+            return {key: [float(x) for x in logps] for key, logps in zip(unlike, self.scores(model, cut), strict=True)}
 
         known = self.once("reference-logps", (sorted(unlike), start, self.max_length), compute)
         padded = []
@@ -348,7 +348,8 @@ _TWO_ERRORS = 0.25  # share of the passages
 def passages(pairs: Sequence[Preference], shortest: int, longest: int) -> list[Preference]:
     """The beginnings of the pairs' answers, whole sentences of `shortest` to `longest` characters together.
 
-    Of both sides: here an answer is a piece of natural text. Those in other alphabets are left out. As `Preference`s whose two answers are still the same.
+    Of both sides: here an answer is a piece of natural text. Those in other alphabets are left out. As
+    `Preference`s whose two answers are still the same.
     """
     found = []
     for pair in pairs:
