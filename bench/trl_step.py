@@ -1,4 +1,7 @@
-"""One training step of TRL's DPOTrainer, stock and with this package, on tiny models: `python -m bench.trl_step`.
+"""One training step of TRL's DPOTrainer, stock and with this package: `python -m bench.trl_step`.
+
+With `--model DIR` it is a step of that model on real pairs (`--data FILE`), in fp32 and bf16, beside its floor and with
+its peak memory: `bench/trl_real.py`. Without, tiny models show what the loss head alone costs.
 
 A step is `trainer.training_step(model, batch)`: reference forward, policy forward, loss, backward; no optimiser. The
 contenders take turns, so that a busy moment hits all of them. The cases: a small vocabulary, where all that can be
@@ -22,7 +25,7 @@ from typing import Any
 
 import torch
 
-from . import contenders, measure
+from . import contenders, measure, trl_real
 
 
 @dataclass(frozen=True)
@@ -140,13 +143,32 @@ def compare(case: Case, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
+def with_liger() -> dict[str, Callable[..., Any]]:
+    """The trainers, and TRL's with Liger's kernels for the layers (TRL has no loss of Liger's)."""
+    made = trainers()
+    return {**made, "TRL, Liger": made["TRL"]}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.trl_step", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each contender (default: 5)")
+    parser.add_argument("--model", metavar="DIR", type=Path, default=None, help="a pretrained model instead")
+    parser.add_argument("--data", metavar="FILE", type=Path, default=None,
+                        help="preference pairs for it, JSON or JSONL (default: generated ones)")  # fmt: skip
+    parser.add_argument("--dtype", choices=tuple(trl_real.DTYPES), default=None, help="one dtype alone, with --model")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
+                        help="cpu: this process' own time, where others slow the wall clock; with --model")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=None, help="of torch (default: as it takes them)")
     parser.add_argument("--json", metavar="FILE", default=None, help="write all times there")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.model is None and (options.data is not None or options.dtype is not None):
+        parser.error("--data and --dtype go with --model")
+    if options.model is not None and not (options.model / "config.json").is_file():
+        parser.error(f"--model: {options.model} is not the folder of a model, it has no config.json")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     missing = [name for name in ("trl", "transformers", "datasets") if not contenders.installed(name)]
     if missing:
         parser.error(f"needs {', '.join(missing)}: pip install 'qkernels[trl]'")
@@ -158,8 +180,15 @@ def main(arguments: list[str] | None = None) -> int:
     facts = measure.machine()
     print("\n".join(f"{name}: {value}" for name, value in facts.items()))
     print(f"load average: {os.getloadavg()[0]:.2f}")
-    results = []
-    for case in CASES:
+    results: list[dict[str, Any]] = []
+    if options.model is not None:
+        for dtype in [options.dtype] if options.dtype else trl_real.DTYPES:
+            found = trl_real.compare(
+                options.model, dtype, options.data, options.rounds, with_liger(), clock=options.clock
+            )
+            print("\n" + trl_real.table(found), flush=True)
+            results.append(found)
+    for case in CASES if options.model is None else []:
         if case.lora and not contenders.installed("peft"):
             print(f"\n{case.name}: left out, peft is not installed")
             continue

@@ -354,8 +354,9 @@ def pretrained_paragraph(results: dict[str, Any], sizes: PretrainedSizes) -> str
         f"{results['questions']} questions, {sizes.sft.steps} steps of SFT on right and wrong answers alike, then"
         f" {sizes.dpo.steps} of DPO. True scores with intervals of 95 %. All questions: {ways('all')}. With"
         f" {sizes.widths[-1]} beams instead of 1 the policy's answers have {last['length']:.1f} tokens instead of"
-        f" {first['length']:.1f}, repeat {_share(last):.0%} of their sentences instead of {_share(first):.0%}, log pi goes from {first['logp']:.2f} to"
-        f" {last['logp']:.2f} and the implicit reward from {first['reward']:+.2f} to {last['reward']:+.2f}."
+        f" {first['length']:.1f}, repeat {_share(last):.0%} of their sentences instead"
+        f" of {_share(first):.0%}, log pi goes from {first['logp']:.2f} to {last['logp']:.2f} and the implicit reward"
+        f" from {first['reward']:+.2f} to {last['reward']:+.2f}."
     )
 
 

@@ -25,7 +25,7 @@ def example(monkeypatch):
     if not EXAMPLES.is_dir():
         pytest.skip("the examples are not here")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("common", "credit", "beam", "decline")
+    names = ("common", "credit", "beam", "decline", "pretrained", "make_pretrained")
     yield lambda name: __import__(name)
     for name in names:
         sys.modules.pop(name, None)
@@ -127,6 +127,117 @@ def test_equation_16_fails_when_it_should(example, monkeypatch):
 
     monkeypatch.setattr(module, "token_stats", wrong)
     assert module.equation_16(policy, reference, pairs, torch.float64)[0] > 1e-3
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A folder with a model, and a file of pairs: what --model and --pairs take."""
+    import tiny_models
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    pairs = synthetic.generate(30, 1, 0).train
+    texts = [text for pair in pairs for text in (pair.prompt[0].content, pair.chosen, pair.rejected)]
+    tokenizer = tiny_models.tokenizer(texts)
+    tiny_models.llama(len(tokenizer)).save_pretrained(folder / "small")
+    tokenizer.save_pretrained(folder / "small")
+    rows = [{"prompt": p.prompt[0].content, "chosen": p.chosen, "rejected": p.rejected} for p in pairs]
+    (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def run_pretrained(module, pretrained: Path, folder: Path, *, pairs: bool = True) -> dict:
+    arguments = ["--tiny", "--out", str(folder), "--model", str(pretrained / "small")]
+    module.main([*arguments, *(["--pairs", str(pretrained / "pairs.json")] if pairs else [])])
+    name = f"{module.__name__}-small"
+    document = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    assert document["command"].startswith(f"python examples/{module.__name__}.py --seed 0 --model small")
+    assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    return document["results"]
+
+
+@pytest.mark.nightly
+def test_experiments_on_a_pretrained_model(example, pretrained, tmp_path):
+    """All three, and a second run computes nothing again: credit and decline share their training on real pairs."""
+    pytest.importorskip("trl")
+    credit, decline, beam = (example(name) for name in ("credit", "decline", "beam"))
+    results = run_pretrained(credit, pretrained, tmp_path)
+    assert len(results["scores"]) == 6 and len(results["real_spans"]) == 2
+    for row in results["scores"].values():
+        assert row["auroc_interval"]["low"] <= row["auroc"] <= row["auroc_interval"]["high"]
+    trainings = tmp_path / "small-trainings"
+    made = {path: path.stat().st_mtime_ns for path in trainings.rglob("*.safetensors")}
+    falls = run_pretrained(decline, pretrained, tmp_path)
+    assert falls["largest_difference_eq_16"] < 1e-4
+    for run in falls["runs"].values():
+        assert [point["step"] for point in run["held_out"]] == [0, 1, 2]
+        assert run["held_out"][0]["margin"] == pytest.approx(0, abs=1e-5)
+        assert run["held_out"][-1]["expectation"] <= 0
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+    assert len(list(trainings.rglob("*.safetensors"))) == len(made) + 1
+    found = run_pretrained(beam, pretrained, tmp_path, pairs=False)
+    assert set(found["all"]["policy"]) == {"1 beams", "3 beams", "sampled", "best of 2 by logp", "best of 2 by reward"}
+    assert found["all"]["reference"]["1 beams"]["win_rate"]["mean"] == 0.5, "against itself"
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(example, pretrained, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from safetensors.torch import load_file
+
+    common, module = example("common"), example("pretrained")
+    monkeypatch.setattr(module, "SAVE_EVERY", 1)
+    pairs = synthetic.generate(6, 1, 0).train
+    size = module.Training(3, 2, 1e-2, 1)
+
+    def train(out: str, evaluate=lambda policy, step: step) -> tuple[dict, list]:
+        arguments = ["--out", str(tmp_path / out), "--model", str(pretrained / "small")]
+        study = module.Study(common.options("", arguments, needs_pairs=False), 96)
+        name, steps = study.dpo("pairs", pairs, size, None, 0.1, (1, evaluate))
+        return load_file(study._weights(name)), steps
+
+    def interrupt(policy, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return step
+
+    whole, steps = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("parts", interrupt)
+    parts, again = train("parts")
+    assert steps == again == [0, 1, 2, 3]
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert train("parts", interrupt)[1] == steps, "nothing is trained again"
+
+
+def test_planted_errors_are_where_they_are_said_to_be(example):
+    module = example("pretrained")
+    import random
+
+    texts = module.passages(synthetic.generate(20, 1, 0).train, 20, 400)
+    pairs = module.plant_errors(random.Random(0), texts)
+    assert len(pairs) > 20 and any(len(pair.planted) == 2 for pair in pairs)
+    for pair in pairs:
+        right = pair.rejected
+        assert pair.chosen != pair.rejected
+        kept = []
+        at = 0
+        for start, end in pair.planted:
+            kept.append(right[at:start])
+            at = end
+        kept.append(right[at:])
+        assert re.fullmatch(r"(?:[A-Za-z]+|\d+)".join(map(re.escape, kept)), pair.chosen), "the rest is unchanged"
+        words = [pair.rejected[a:b] for a, b in pair.planted]
+        assert all(re.fullmatch(r"[A-Za-z]{4,}|\d+", word) for word in words)
+
+
+def test_the_pretrained_experiments_say_what_they_need(example, tmp_path, capsys):
+    credit = example("credit")
+    for arguments, message in (
+        (["--model", str(tmp_path)], "has no config.json"),
+        (["--pairs", "pairs.json"], "--model and --pairs go together"),
+    ):
+        with pytest.raises(SystemExit):
+            credit.main(arguments)
+        assert message in capsys.readouterr().err
 
 
 def test_published_results_meet_the_requirement():
