@@ -282,3 +282,29 @@ def test_decoding_benchmark(capsys):
                    "--layers", "2", "--rounds", "1"])  # fmt: skip
     out = capsys.readouterr().out
     assert "| generate | " in out and "CopyMixture" in out
+
+
+@pytest.mark.nightly
+def test_step_of_a_pretrained_model(pretrained, tmp_path, capsys):
+    trl_step = pytest.importorskip("bench.trl_step", reason="the benchmarks are not here")
+    pytest.importorskip("trl")
+    from bench import trl_real
+
+    model, pairs, out = pretrained / "small", pretrained / "pairs.json", tmp_path / "step.json"
+    arguments = ["--model", str(model), "--data", str(pairs), "--rounds", "1", "--clock", "cpu", "--json", str(out)]
+    assert trl_step.main(arguments) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert [found["dtype"] for found in written] == ["fp32", "bf16"]
+    for found in written:
+        assert {"TRL", "TRL, patch_trl()", "TokenDPOTrainer"} <= set(found["seconds"])
+        assert set(found["seconds"]) | set(found["absent"]) == set(trl_step.with_liger())
+        assert found["scored"] < found["tokens"] <= found["positions"] <= 4 * 384
+        assert trl_real.table(found) in printed
+        (floor,) = found["floor_seconds"]
+        assert len(floor) == 4 and all(seconds > 0 for seconds in floor.values())
+    with pytest.raises(RuntimeError, match="disagree"):
+        trl_real._check_losses({"TRL": 0.69, "other": 0.70}, "fp32")
+    with pytest.raises(SystemExit):
+        trl_step.main(["--dtype", "bf16"])
+    assert "go with --model" in capsys.readouterr().err
