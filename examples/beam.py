@@ -53,7 +53,9 @@ BETAS = (0.02, 0.1, 0.5)
 WIDTHS = (1, 2, 3, 5, 10, 20)
 QUESTIONS = ("Tell me about {country}.", "What should I know about {country}?")
 LONGEST = 100
-LONGEST_PRETRAINED = 48
+LONGEST_PRETRAINED = 40
+    32, 8, (1, 2, 3, 5, 10, 20), (1, 5), 8, Training(6, 8, 1e-4, 12), Training(10, 6, 1e-4, 12)
+)
 PRETRAINED_BETA = 0.1
 
 
@@ -62,20 +64,23 @@ class PretrainedSizes(NamedTuple):
 
     learnt: countries that the preferences are about.
     asked: of how many of these, and of how many others, a question is asked.
-    widths: of the beams.
+    widths, reference_widths: of the beams with the policy, and with its reference.
     samples: of an answer, of which the best is taken.
     """
 
     learnt: int
     asked: int
     widths: tuple[int, ...]
+    reference_widths: tuple[int, ...]
     samples: int
     sft: Training
     dpo: Training
 
 
-PRETRAINED = PretrainedSizes(32, 12, (1, 2, 3, 5, 10, 20), 8, Training(8, 8, 1e-4, 12), Training(12, 6, 1e-4, 12))
-PRETRAINED_TINY = PretrainedSizes(4, 2, (1, 3), 2, Training(1, 2, 1e-3, 1), Training(1, 2, 1e-3, 1))
+PRETRAINED = PretrainedSizes(
+    32, 8, (1, 2, 3, 5, 10, 20), (1, 5), 8, Training(6, 8, 1e-4, 12), Training(10, 6, 1e-4, 12)
+)
+PRETRAINED_TINY = PretrainedSizes(4, 2, (1, 3), (1,), 2, Training(1, 2, 1e-3, 1), Training(1, 2, 1e-3, 1))
 
 
 class Verdict(NamedTuple):
@@ -287,10 +292,10 @@ def on_pretrained(chosen: Options) -> None:
     policy, _ = study.dpo("countries", pairs, sizes.dpo, reference, PRETRAINED_BETA)
     searcher = Searcher(study, reference, policy, questions)
     first: dict[str, dict[str, list[dict[str, Any]]]] = {"reference": {}, "policy": {}}
-    for width in sizes.widths:
-        for who, ways in first.items():
+    for who, widths in (("reference", sizes.reference_widths), ("policy", sizes.widths)):
+        for width in widths:
             found = searcher.answers(who, num_beams=width, num_return_sequences=1)
-            ways[f"{width} beams"] = [records[0] for records in found]
+            first[who][f"{width} beams"] = [records[0] for records in found]
     for who, ways in first.items():
         drawn = searcher.answers(who, num_beams=1, num_return_sequences=sizes.samples, do_sample=True)
         ways["sampled"] = [records[0] for records in drawn]
@@ -303,11 +308,9 @@ def on_pretrained(chosen: Options) -> None:
     def measured(ways: dict[str, list[dict[str, Any]]], way: str, learnt: bool | None) -> dict[str, Any]:
         rows = [i for i, q in enumerate(questions) if learnt is None or q.learnt == learnt]
         records, rivals = [ways[way][i] for i in rows], [greedy[i] for i in rows]
-        same = [first["reference"][way][i] for i in rows]
         return {
             "score": interval([r["score"] for r in records], chosen.seed),
             "win_rate": interval(wins(records, rivals), chosen.seed),
-            "win_rate_same_search": interval(wins(records, same), chosen.seed),
             **{key: mean(r[key] for r in records)
                for key in ("sentences", "right", "repeated", "length", "not_ended", "logp", "reward")},
         }  # fmt: skip
@@ -344,9 +347,10 @@ def pretrained_paragraph(results: dict[str, Any], sizes: PretrainedSizes) -> str
     def ways(group: str) -> str:
         policy, reference = results[group]["policy"], results[group]["reference"]
         return "; ".join(
-            f"{way}: policy {figures(policy[way], 'score')}, reference {figures(reference[way], 'score')}, win rate"
-            f" against its greedy answers {figures(policy[way], 'win_rate')}"
-            for way in policy
+            f"{way}: policy {figures(row, 'score')}"
+            + (f", reference {figures(reference[way], 'score')}" if way in reference else "")
+            + f", win rate against the reference's greedy answers {figures(row, 'win_rate')}"
+            for way, row in policy.items()
         )
 
     first, last = (results["all"]["policy"][f"{width} beams"] for width in (sizes.widths[0], sizes.widths[-1]))
@@ -369,17 +373,16 @@ def pretrained_figure(chosen: Options, results: dict[str, Any], sizes: Pretraine
     figure, axes = panels(f"Beam search before and after DPO, {chosen.model.name}", "True score",
                           "Win rate against greedy reference", "Length, tokens",
                           "Implicit reward", width=3.3)  # fmt: skip
-    ways = [f"{width} beams" for width in sizes.widths]
-    for who, colour in (("policy", BLUE), ("reference", GREY)):
-        rows = results["all"][who]
+    for who, widths, colour in (("policy", sizes.widths, BLUE), ("reference", sizes.reference_widths, GREY)):
+        rows, ways = results["all"][who], [f"{width} beams" for width in widths]
         for axis, key in zip(axes, ("score", "win_rate"), strict=False):
-            axis.plot(sizes.widths, [rows[way][key]["mean"] for way in ways], "o-", ms=3.5, color=colour, label=who)
-            axis.fill_between(sizes.widths, [rows[way][key]["low"] for way in ways],
+            axis.plot(widths, [rows[way][key]["mean"] for way in ways], "o-", ms=3.5, color=colour, label=who)
+            axis.fill_between(widths, [rows[way][key]["low"] for way in ways],
                               [rows[way][key]["high"] for way in ways], color=colour, alpha=0.15, lw=0)  # fmt: skip
             best = rows[f"best of {sizes.samples} by {'reward' if who == 'policy' else 'logp'}"][key]["mean"]
             axis.axhline(best, color=colour, ls=":", lw=1.2)
         for axis, key in zip(axes[2:], ("length", "reward"), strict=True):
-            axis.plot(sizes.widths, [rows[way][key] for way in ways], "o-", ms=3.5, color=colour, label=who)
+            axis.plot(widths, [rows[way][key] for way in ways], "o-", ms=3.5, color=colour, label=who)
     axes[0].plot([], [], color=GREEN, ls=":", label=f"dotted: best of {sizes.samples}")
     axes[1].axhline(0.5, color=ORANGE, lw=0.8)
     for axis in axes:
