@@ -54,8 +54,6 @@ WIDTHS = (1, 2, 3, 5, 10, 20)
 QUESTIONS = ("Tell me about {country}.", "What should I know about {country}?")
 LONGEST = 100
 LONGEST_PRETRAINED = 40
-    32, 8, (1, 2, 3, 5, 10, 20), (1, 5), 8, Training(6, 8, 1e-4, 12), Training(10, 6, 1e-4, 12)
-)
 PRETRAINED_BETA = 0.1
 
 
