@@ -9,24 +9,39 @@ from .functional.hidden import fused_linear_token_dpo, linear_token_logps, linea
 from .functional.info import info
 from .functional.logits import fused_token_dpo, shift_labels, token_logps, token_stats
 from .functional.mdp import TokenMDP, token_mdp
+from .functional.policy import fused_linear_policy_loss, fused_policy_loss, plan_linear_policy
+from .functional.policy_loss import PolicyMetrics, PolicyOutput
 from .functional.results import TokenDPOOutput, TokenStats
+from .functional.sequence_loss import SequenceOutput
+from .functional.unpaired import fused_linear_sequence_loss, fused_sequence_loss, plan_linear_sequences
 from .head.plan import LinearPlan
-from .objectives import PairScores
+from .objectives import PairScores, PolicyScores, SequenceScores
 
 __all__ = [
     "LinearPlan",
     "PairScores",
+    "PolicyMetrics",
+    "PolicyOutput",
+    "PolicyScores",
+    "SequenceOutput",
+    "SequenceScores",
     "TokenDPOOutput",
     "TokenMDP",
     "TokenStats",
     "__version__",
+    "fused_linear_policy_loss",
+    "fused_linear_sequence_loss",
     "fused_linear_token_dpo",
+    "fused_policy_loss",
+    "fused_sequence_loss",
     "fused_token_dpo",
     "info",
     "linear_token_logps",
     "linear_token_stats",
     "objectives",
     "plan_linear",
+    "plan_linear_policy",
+    "plan_linear_sequences",
     "reference",
     "shift_labels",
     "token_logps",

@@ -154,17 +154,24 @@ def flag(value: Any, name: str) -> bool:
     return value
 
 
-def cu_seqlens(value: Any, labels: Tensor) -> Tensor:
-    """Sequence boundaries of a packed batch: int32, `[2B + 1]`, from 0 to N without going back."""
+def cu_seqlens(value: Any, labels: Tensor, paired: bool = True) -> Tensor:
+    """Sequence boundaries of a packed batch: int32, `[S + 1]`, from 0 to N without going back.
+
+    paired: whether they are `[2B + 1]` of B pairs.
+    """
+    expected = "[2B + 1]" if paired else "[S + 1]"
     value = tensor(value, "cu_seqlens")
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32, got {value.dtype}")
     if value.dim() != 1 or value.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must have shape [2B + 1], got {_shape(value)}")
+        raise ValueError(f"cu_seqlens must have shape {expected}, got {_shape(value)}")
     if labels.dim() != 1:
         raise ValueError(f"with cu_seqlens, labels must be packed, shape [N], got {_shape(labels)}")
     same_device(value, "cu_seqlens", labels, "labels")
-    pairs(value.shape[0] - 1, "cu_seqlens describes")
+    if paired:
+        pairs(value.shape[0] - 1, "cu_seqlens describes")
+    elif value.shape[0] == 1:
+        raise ValueError("empty batch: cu_seqlens describes no sequences")
     if readable(value):
         ends = value.tolist()
         if ends[0] != 0 or ends[-1] != labels.shape[0] or any(b < a for a, b in itertools.pairwise(ends)):

@@ -205,6 +205,15 @@ class HeadRequest(NamedTuple):
     sp_group: Any = None
     hint: str = ""
 
+    @staticmethod
+    def of(function: str, given: Mapping[str, Any]) -> HeadRequest:
+        """Of a function whose arguments, here by name, are called as the fields are."""
+        return HeadRequest(
+            function=function,
+            names=("hidden", "weight", "bias"),
+            **{name: given[name] for name in HeadRequest._fields if name in given},
+        )
+
     def local(self) -> HeadRequest:
         """The same with local tensors in place of DTensors."""
         tensors = (self.hidden, self.weight, self.bias, self.labels)

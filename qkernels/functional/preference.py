@@ -133,7 +133,7 @@ class LossRequest(NamedTuple):
             checks.pairs(labels.shape[0], f"{self.policy_name} holds")
         else:
             cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
-        weights = _check_token_weights(self.token_weights, labels, ignore_index)
+        weights = check_token_weights(self.token_weights, labels, ignore_index)
         sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         reference = self._reference(loss.spec, labels, has_model, sequences)
         return LossInputs(weights, cu_seqlens, reference.to(dtype), sequences)
@@ -153,20 +153,7 @@ class LossRequest(NamedTuple):
             raise ValueError(
                 f"no reference: give {model_name}, or reference_logps (cached log-probs; 0.0 for reference-free)"
             )
-        if not isinstance(given, Tensor):
-            if isinstance(given, bool) or given != 0:
-                raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {given!r}")
-            return Reference(None, None)
-        if given.shape == labels.shape:
-            tokens = checks.like(given, "reference_logps", labels.shape, labels, "labels").detach()
-            return Reference(tokens if labels.dim() == 2 else tokens.unsqueeze(0), None)
-        if given.shape != (sequences,):
-            raise ValueError(
-                f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({sequences},)"
-                f" (per sequence), got {tuple(given.shape)}"
-            )
-        sums = checks.like(given, "reference_logps", torch.Size([sequences]), labels, "labels").detach()
-        return Reference(None, sums)
+        return Reference.of(given, labels, sequences)
 
 
 class Batch(NamedTuple):
@@ -239,6 +226,14 @@ class Batch(NamedTuple):
             ignore_index=ignore_index,
         )
 
+    @staticmethod
+    def unpaired(
+        labels: Tensor, token_weights: Tensor | None, cu_seqlens: Tensor | None, ignore_index: int, dtype: torch.dtype
+    ) -> Batch:
+        """Rows of sequences that are not paired; labels `[S, T]`, or `[1, N]` with `cu_seqlens`."""
+        plain = LossSpec(())
+        return Batch.of(labels, token_weights, cu_seqlens, spec=plain, ignore_index=ignore_index, dtype=dtype)
+
 
 class Reference(NamedTuple):
     """Where the reference's log-probs come from: at most one is set, none for a reference model or for log-probs of 0.
@@ -249,6 +244,30 @@ class Reference(NamedTuple):
 
     tokens: Tensor | None
     sequence_sums: Tensor | None
+
+    @staticmethod
+    def of(given: Any, labels: Tensor, sequences: int) -> Reference:
+        """Check cached log-probs: per token, per sequence, or 0.0.
+
+        Args:
+            given: `reference_logps` of the caller.
+            labels: as the caller shaped them.
+            sequences: how many there are.
+        """
+        if not isinstance(given, Tensor):
+            if isinstance(given, bool) or given != 0:
+                raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {given!r}")
+            return Reference(None, None)
+        if given.shape == labels.shape:
+            tokens = checks.like(given, "reference_logps", labels.shape, labels, "labels").detach()
+            return Reference(tokens if labels.dim() == 2 else tokens.unsqueeze(0), None)
+        if given.shape != (sequences,):
+            raise ValueError(
+                f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({sequences},)"
+                f" (per sequence), got {tuple(given.shape)}"
+            )
+        sums = checks.like(given, "reference_logps", torch.Size([sequences]), labels, "labels").detach()
+        return Reference(None, sums)
 
     def to(self, dtype: torch.dtype) -> Reference:
         """The same in the dtype of the per-row results."""
@@ -263,7 +282,7 @@ class Reference(NamedTuple):
         return self.tokens if self.tokens is not None else self.sequence_sums
 
 
-def _check_token_weights(token_weights: Any, labels: Tensor, ignore_index: int) -> Tensor | None:
+def check_token_weights(token_weights: Any, labels: Tensor, ignore_index: int) -> Tensor | None:
     """Per-token factors: floating point or bool, shaped like the labels, a constant; where the host can look, numbers
     of 0 or more in the rows that count."""
     if token_weights is None:

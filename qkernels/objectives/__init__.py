@@ -7,9 +7,11 @@ the next.
 
 from . import formulas as formulas  # registers every loss
 from .learned_link import OSPO, PSPO, LearnedLink, isotonic_fit
+from .policy import POLICY_OBJECTIVES, PolicyObjective, PolicyScores
 from .registry import OBJECTIVES, STATEFUL, LossSpec, LossType, Objective, create, objective, resolve, stateful
 from .scores import F_DIVERGENCES, PairScores
 from .units import UNITS, declare_unit
+from .unpaired import SEQUENCE_OBJECTIVES, SequenceObjective, SequenceScores
 
 # The functions themselves, `objectives.sigmoid` and so on, may be passed as `loss_type`.
 globals().update({name: term.function for name, term in OBJECTIVES.items()})
@@ -18,7 +20,9 @@ __all__ = [
     "F_DIVERGENCES",
     "OBJECTIVES",
     "OSPO",
+    "POLICY_OBJECTIVES",
     "PSPO",
+    "SEQUENCE_OBJECTIVES",
     "STATEFUL",
     "UNITS",
     "LearnedLink",
@@ -26,6 +30,10 @@ __all__ = [
     "LossType",
     "Objective",
     "PairScores",
+    "PolicyObjective",
+    "PolicyScores",
+    "SequenceObjective",
+    "SequenceScores",
     "create",
     "declare_unit",
     "isotonic_fit",

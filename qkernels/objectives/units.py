@@ -88,7 +88,7 @@ def check_once(function: Any, unit: str, losses: Callable[[Any], Tensor], scores
         function: the user's.
         unit: that it declares.
         losses: from scores to one entry per unit.
-        scores: a dataclass with tensors `[n]` among its fields.
+        scores: a dataclass with tensors `[n, ...]` among its fields.
         whole: `losses(scores)`, `[n]`.
 
     Raises:
@@ -106,7 +106,8 @@ def check_once(function: Any, unit: str, losses: Callable[[Any], Tensor], scores
         return dataclasses.replace(scores, **{name: change(value) for name, value in own.items()})
 
     def moved(value: Tensor) -> Tensor:
-        return torch.where(kept, value, value.flip(0) + 1 if value.is_floating_point() else value.flip(0))
+        stays = kept.view(-1, *(1 for _ in value.shape[1:]))
+        return torch.where(stays, value, value.flip(0) + 1 if value.is_floating_point() else value.flip(0))
 
     with torch.no_grad():
         changed = losses(with_fields(moved))[kept]
