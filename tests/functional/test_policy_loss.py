@@ -348,7 +348,8 @@ def test_rows_without_a_gradient_leave_the_products(loss_type, trains, monkeypat
     rows, real = [], Head.input_grad
     monkeypatch.setattr(Head, "input_grad", lambda self, g: rows.append(g.shape[0]) or real(self, g))
     case = Case(6, spread=1.5)
-    arguments = case.arguments(loss_type, epsilon=0.01)
+    case.old[0] -= 1.0  # of advantage 1: clipped
+    arguments = case.arguments(loss_type)
     out, gradients = run(case, arguments, trains=trains, chunk_rows=8)
     valid = int(case.mask.sum())
     idle = int(out.metrics.idle_rows)

@@ -154,6 +154,11 @@ def test_the_snippets_of_judging(capsys):
 
 
 # Pages whose snippets another test runs: test_readme, tests/distributed, test_recipes (CONTRIBUTING.md).
+@pytest.mark.parametrize("number", range(3))
+def test_the_losses_page(number):
+    run(blocks("losses.md")[number], f"docs/losses.md, snippet {number + 1}", {})
+
+
 RUN_ELSEWHERE = {"linear.md", "logits.md", "scaling.md"}
 
 
