@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 # What times are read off; `--benchmark-timer=time.process_time` asks for the processor's, on one thread.
 clock: Callable[[], float] = time.perf_counter
 
