@@ -1,6 +1,6 @@
 """`python -m qkernels`: the same commands as the `qkernels` script."""
 
-from .cli import main
+from .commands import main
 
 if __name__ == "__main__":
     raise SystemExit(main())
