@@ -1,6 +1,6 @@
 """The compiled extension: operations on raw addresses. See csrc/bindings.cpp."""
 
-_Shape = tuple[int, int, int]  # outer, inner, vocab
+_Shape = tuple[int, ...]  # outer, inner, vocab
 _View = tuple[int, int, int, int]  # address, dtype code, outer stride, inner stride
 _Where = tuple[int, int, int, int]  # device, stream, splits, scratch
 

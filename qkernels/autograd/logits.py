@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import ops
 from ..core import calls
 from ..core.coefficients import coefficients
-from ..core.columns import BIT, column_index
+from ..core.columns import BIT, STATE, column_index
 from ..distributed.vocab_parallel import Shard, row_stats
 from . import once_differentiable
 from .saved import carried, restored, saveable
@@ -79,7 +79,7 @@ class RowStats(torch.autograd.Function):
             logits=logits,
             labels=labels,
             reference=reference,
-            state=stats[:3],
+            state=stats,
             reference_state=None if reference is None else stats[3:6],
             coefficients=coefficients(stats, dict(zip(ctx.how.carrying, grads, strict=True)), columns),
             upstream=None,
@@ -118,6 +118,9 @@ def _mark_overwritten(logits: Tensor) -> None:
     setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
 
 
+_LOGPS = column_index(STATE, "logps")  # in every buffer that begins with the state
+
+
 class PairTerms(NamedTuple):
     """What DPO with label smoothing needs besides the policy's log-probs, as in `qkernels.core.calls.PairLoss`."""
 
@@ -142,7 +145,7 @@ class DefaultLoss(torch.autograd.Function):
         if rows.logits is not logits:  # inside torch.compile
             rows = rows._replace(logits=logits)
         stats = ops.row_stats(rows)
-        logps = stats[column_index(rows.columns, "logps")]
+        logps = stats[_LOGPS]
         reference = terms.reference_logps
         if rows.reference is not None:
             reference = stats[column_index(rows.columns, "reference_logps")]
@@ -176,7 +179,7 @@ class DefaultLoss(torch.autograd.Function):
             logits=logits,
             labels=labels,
             reference=None,
-            state=stats[:3],
+            state=stats,
             reference_state=None,
             coefficients=grad.unsqueeze(0),
             upstream=grad_loss,

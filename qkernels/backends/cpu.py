@@ -21,6 +21,7 @@ from ..core import layout
 from ..core.calls import PairLoss, RowGrad, RowStats, takes
 from ..core.checks import label_error
 from ..core.compile import constant_when_compiled
+from ..core.layout import address
 from ..core.memory import fresh_zeros
 
 _C: Any = None
@@ -85,21 +86,12 @@ def describe() -> dict[str, Any]:
     }
 
 
-def shape_of(logits: Tensor) -> tuple[int, int, int]:
-    sequences, rows, vocab = logits.shape
-    return sequences, rows, vocab
-
-
 def view_of(tensor: Tensor | None) -> tuple[int, int, int, int]:
     """Address, dtype code and row strides of `[S, T, V]` logits; zeros for None."""
     if tensor is None:
         return (0, 0, 0, 0)
-    return (layout.rows(tensor).data_ptr(), CODES[tensor.dtype], tensor.stride(0), tensor.stride(1))
-
-
-def address_of(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
-    """Address of a contiguous tensor of that dtype; 0 for None."""
-    return 0 if tensor is None else layout.dense(tensor, dtype).data_ptr()
+    outer, inner, _ = layout.strides(tensor)
+    return (tensor.data_ptr(), CODES[tensor.dtype], outer, inner)
 
 
 @takes(RowStats)
@@ -108,10 +100,10 @@ def row_stats(call: RowStats) -> Tensor:
     logits, labels, reference, columns, temperature, ignore_index, _ = call
     out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
     bad = _C.row_stats(
-        shape=shape_of(logits),
+        shape=logits.shape,
         policy=view_of(logits),
         reference=view_of(reference),
-        labels=address_of(labels, torch.int64),
+        labels=address(labels, torch.int64),
         ignore_index=ignore_index,
         temperature=temperature,
         columns=columns,
@@ -125,20 +117,21 @@ def row_stats(call: RowStats) -> Tensor:
 
 def _row_grad_into(out: Tensor, out_is_zero: bool, call: RowGrad) -> None:
     logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
-    state, coefficients = state.contiguous(), coefficients.float().contiguous()
+    state = state.contiguous()
+    coefficients = (coefficients if coefficients.dtype == torch.float32 else coefficients.float()).contiguous()
     reference_state = None if reference_state is None else reference_state.contiguous()
     _C.row_grad(
-        shape=shape_of(logits),
+        shape=logits.shape,
         policy=view_of(logits),
         reference=view_of(reference),
-        labels=address_of(labels, torch.int64),
+        labels=address(labels, torch.int64),
         ignore_index=ignore_index,
         temperature=temperature,
-        state=address_of(state),
-        reference_state=address_of(reference_state),
-        coefficients=address_of(coefficients),
+        state=address(state),
+        reference_state=address(reference_state),
+        coefficients=address(coefficients),
         coefficient_count=coefficients.shape[0],
-        upstream=address_of(upstream),
+        upstream=address(upstream),
         out=view_of(out),
         out_is_zero=out_is_zero,
         threads=torch.get_num_threads(),
@@ -180,12 +173,12 @@ def run_pair_loss(run: Callable[..., None], call: PairLoss) -> tuple[Tensor, ...
         sequences=rewards.shape[0],
         length=logps.shape[1],
         rows=logps.numel(),
-        offsets=address_of(offsets, torch.int32),
-        labels=address_of(labels, torch.int64),
+        offsets=address(offsets, torch.int32),
+        labels=address(labels, torch.int64),
         ignore_index=ignore_index,
-        weights=address_of(weights),
-        logps=address_of(logps),
-        reference=address_of(reference_logps),
+        weights=address(weights),
+        logps=address(logps),
+        reference=address(reference_logps),
         per_sequence=reference_logps is not None and reference_logps.dim() == 1,
         beta=beta,
         label_smoothing=label_smoothing,
@@ -243,7 +236,7 @@ def gemm(name: str, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | Non
         depth=left.shape[1],
         left=operand(left.t() if left_first else left, left_first),
         right=operand(right if right_first else right.t(), right_first),
-        bias=address_of(bias),
+        bias=address(bias),
         out=layout.rows(out).data_ptr(),
         out_type=CODES[dtype],
         out_stride=out.stride(0),

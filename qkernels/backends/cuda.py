@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..core.calls import PairLoss, RowGrad, RowStats, takes
 from ..core.checks import check_labels
+from ..core.layout import address
 from . import cpu
-from .cpu import CODES, address_of, shape_of, view_of
+from .cpu import CODES, view_of
 
 
 def _load() -> ModuleType | None:
@@ -149,15 +150,15 @@ def row_stats(call: RowStats) -> Tensor:
         size = 2 * rows * splits * extension.CUDA_PARTIAL_BYTES
         scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
     extension.cuda_row_stats(
-        shape=shape_of(logits),
+        shape=logits.shape,
         policy=view_of(logits),
         reference=view_of(reference),
-        labels=address_of(labels, torch.int64),
+        labels=address(labels, torch.int64),
         ignore_index=ignore_index,
         temperature=temperature,
         columns=columns,
         out=out.data_ptr(),
-        where=_where(logits, rows, splits, address_of(scratch, torch.uint8)),
+        where=_where(logits, rows, splits, address(scratch, torch.uint8)),
     )
     return out
 
@@ -170,17 +171,17 @@ def row_grad_into(out: Tensor, call: RowGrad) -> None:
     state, coefficients = state.contiguous(), coefficients.float().contiguous()
     reference_state = None if reference is None or reference_state is None else reference_state.contiguous()
     extension.cuda_row_grad(
-        shape=shape_of(logits),
+        shape=logits.shape,
         policy=view_of(logits),
         reference=view_of(reference),
-        labels=address_of(labels, torch.int64),
+        labels=address(labels, torch.int64),
         ignore_index=ignore_index,
         temperature=temperature,
-        state=address_of(state),
-        reference_state=address_of(reference_state),
-        coefficients=address_of(coefficients),
+        state=address(state),
+        reference_state=address(reference_state),
+        coefficients=address(coefficients),
         coefficient_count=coefficients.shape[0],
-        upstream=address_of(upstream),
+        upstream=address(upstream),
         out=view_of(out),
         where=_where(logits, labels.numel()),
     )

@@ -144,7 +144,7 @@ def _row_grad(call: RowGrad) -> Tensor:
     bad = ~ignored & ((labels < 0) | (labels >= logits.shape[-1]))
     safe = labels.masked_fill(ignored | bad, 0).unsqueeze(-1)
     coefs = coefficients.to(dtype).unsqueeze(-1)
-    row_max, log_sum, logps = state.to(dtype).unsqueeze(-1)
+    row_max, log_sum, logps = state[:3].to(dtype).unsqueeze(-1)
     log_p = (logits.to(dtype) - row_max) / temperature - log_sum
     p = log_p.exp()
     label = coefs[0]

@@ -29,7 +29,7 @@ def takes(arguments: type, after: int = 0) -> Callable[[Callable[..., Result]], 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
         def run(*args: Any) -> Result:
-            if type(args[after]) is arguments:
+            if len(args) == after + 1:
                 return function(*args)
             return function(*args[:after], arguments(*args[after:]))
 
@@ -64,7 +64,8 @@ class RowGrad(NamedTuple):
     One read and one write of each logit. Rows that are ignored, or whose coefficients are all 0, are set to 0 without
     being read.
 
-    state, reference_state: `[3, S, T]`, the first three columns of either model from `row_stats`.
+    state: `[3 or more, S, T]`, from `row_stats`; its first three, those of `STATE`, are read.
+    reference_state: `[3, S, T]`, those of `REFERENCE_STATE`.
     coefficients: `[1 or 5, S, T]`, see `qkernels.core.coefficients`. The reference is read only by five of them.
     upstream: `[]`, multiplies all coefficients; on the device, in the dtype of the results. None stands for 1.
     """

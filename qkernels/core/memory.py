@@ -27,7 +27,7 @@ def fresh_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device:
     10 ms with huge pages, in 6 ms where the pages are there; two cores of an AMD EPYC).
     """
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _LARGE or not hasattr(mmap, "MAP_ANONYMOUS"):
+    if size < _LARGE or device.type != "cpu" or not hasattr(mmap, "MAP_ANONYMOUS"):
         return None
     try:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

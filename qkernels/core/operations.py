@@ -26,6 +26,8 @@ _TYPES = {
 # The ops' namespace: the name of this package, which is another one in a copy that is loaded beside it.
 NAMESPACE = __name__.partition(".")[0]
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 Call = TypeVar("Call", bound=tuple[Any, ...])
 
 
@@ -138,15 +140,13 @@ class Operation(Generic[Call]):
 
     def __call__(self, call: Call) -> Any:
         """As an op where something looks on, else what the op runs, at half of the host's time."""
-        return self.as_op(call) if torch.compiler.is_compiling() or _watched(call[0]) else self.run(call)
-
-
-def _watched(tensor: Tensor) -> bool:
-    """Whether torch has to see a call: modes, transforms, traces, profilers, and tensors of a class of their own."""
-    return (
-        type(tensor) not in (Tensor, torch.nn.Parameter)
-        or _python_dispatch.is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or torch.autograd._profiler_enabled()
-    )
+        # Torch has to see a call: compilers, modes, transforms, traces, profilers, tensors of a class of their own.
+        watched = (
+            torch.compiler.is_compiling()
+            or type(call[0]) not in _PLAIN
+            or _python_dispatch.is_in_torch_dispatch_mode()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._is_tracing()
+            or torch.autograd._profiler_enabled()
+        )
+        return self.as_op(call) if watched else self.run(call)

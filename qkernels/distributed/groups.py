@@ -291,10 +291,13 @@ def _checksum(values: Tensor) -> str:
     return repr(float((flat * torch.arange(1, flat.shape[0] + 1, device=flat.device)).sum()))
 
 
+_ALONE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
 def ranks(tp_group: Any, sp_group: Any, of: Any, hint: str = "") -> contextlib.AbstractContextManager[Ranks | None]:
     """The context of a call; one that does nothing where no group was given."""
     if tp_group is None and sp_group is None:
-        return contextlib.nullcontext()
+        return _ALONE
     return Ranks(tp_group, sp_group, of.device if isinstance(of, Tensor) else torch.device("cpu"), hint)
 
 

@@ -62,6 +62,12 @@ def shift_labels(
     return shifted
 
 
+# The columns of default DPO: with cached log-probs of the reference, and with its logits.
+_DEFAULT = STATE | BIT["logsumexp"]
+_DEFAULT_WITH_MODEL = _DEFAULT | BIT["reference_logps"]
+_LOGPS = column_index(STATE, "logps")
+
+
 @eager_with_groups
 def token_logps(
     logits: Tensor,
@@ -288,9 +294,7 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
 
 def _fused_loss(rows: Rows, terms: PairTerms) -> TokenDPOOutput:
     """DPO with a mean over pairs: two operations and nothing else. Without weights tokens count 1 each."""
-    columns = STATE | BIT["logsumexp"]
-    if rows.reference is not None:
-        columns |= BIT["reference_logps"]
+    columns = _DEFAULT if rows.reference is None else _DEFAULT_WITH_MODEL
     loss, rewards, stats, tokens = DefaultLoss.apply(rows.logits, rows.call(columns), terms, rows.inplace)
-    by_name = {name: stats[column_index(columns, name)] for name in ("logps", "logsumexp")}
+    by_name = {"logps": stats[_LOGPS], "logsumexp": stats[column_index(columns, "logsumexp")]}
     return preference.assemble(loss, rewards, by_name, tokens.unbind(0), rows.shape)

@@ -130,11 +130,13 @@ class LossRequest(NamedTuple):
         """
         cu_seqlens = self.cu_seqlens
         if cu_seqlens is None:
-            checks.pairs(labels.shape[0], f"{self.policy_name} holds")
+            sequences = labels.shape[0]
+            checks.pairs(sequences, f"{self.policy_name} holds")
         else:
             cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
-        weights = check_token_weights(self.token_weights, labels, ignore_index)
-        sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            sequences = cu_seqlens.shape[0] - 1
+        given = self.token_weights
+        weights = None if given is None else check_token_weights(given, labels, ignore_index)
         reference = self._reference(loss.spec, labels, has_model, sequences)
         return LossInputs(weights, cu_seqlens, reference.to(dtype), sequences)
 
@@ -370,24 +372,25 @@ def assemble(
         shape: of the caller's labels.
     """
     chosen_rewards, rejected_rewards = rewards.chunk(2)
+    logps, logsumexp = stats["logps"], stats["logsumexp"]
+    if logps.requires_grad:
+        logps = logps.detach()
+    if logsumexp.requires_grad:
+        logsumexp = logsumexp.detach()
     token_rewards, reference_tokens = per_token or (None, None)
+    if logps.shape != shape:
+        logps, logsumexp = logps.view(shape), logsumexp.view(shape)
+        if token_rewards is not None and reference_tokens is not None:
+            token_rewards, reference_tokens = token_rewards.view(shape), reference_tokens.view(shape)
     return TokenDPOOutput(
         loss=loss,
         chosen_rewards=chosen_rewards,
         rejected_rewards=rejected_rewards,
-        token_logps=_shaped(_constant(stats["logps"]), shape),
-        reference_token_logps=None if reference_tokens is None else _shaped(reference_tokens, shape),
-        token_rewards=None if token_rewards is None else _shaped(token_rewards, shape),
-        logsumexp=_shaped(_constant(stats["logsumexp"]), shape),
+        token_logps=logps,
+        reference_token_logps=reference_tokens,
+        token_rewards=token_rewards,
+        logsumexp=logsumexp,
     )
-
-
-def _constant(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _shaped(rows: Tensor, shape: torch.Size) -> Tensor:
-    return rows if rows.shape == shape else rows.view(shape)
 
 
 def loss_gradient(

@@ -130,20 +130,21 @@ class RowsRequest(NamedTuple):
             refuse_overwritten(checks.tensor(reference, "reference_logits"), "reference_logits")
             reference = checks.reference_logits(reference, logits, name)
         return Rows(
-            logits=_as_3d(logits, name),
+            logits=logits if logits.dim() == 3 else _as_3d(logits, name),
             labels=_as_2d(labels),
-            reference=None if reference is None else _as_3d(reference, "reference_logits"),
+            reference=reference if reference is None or reference.dim() == 3 else _as_3d(reference, "reference_logits"),
             shape=labels.shape,
             temperature=checks.positive(self.temperature, "temperature"),
             ignore_index=checks.ignore_index(self.ignore_index),
-            inplace=checks.inplace(self.inplace_backward, logits, name, {"reference_logits": reference}),
-            backend=backends.resolve(self.backend, logits),
+            inplace=(
+                self.inplace_backward is not False
+                and checks.inplace(self.inplace_backward, logits, name, {"reference_logits": reference})
+            ),
+            backend=backends.resolve_for(self.backend, logits.device, logits.dtype),
         )
 
 
 def _as_3d(logits: Tensor, name: str) -> Tensor:
-    if logits.dim() == 3:
-        return logits
     if logits.dim() == 2:
         return logits.unsqueeze(0)
     try:
