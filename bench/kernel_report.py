@@ -2,11 +2,13 @@
 
     python -m bench.kernel_report                          print the table
     python -m bench.kernel_report --write                  write it to bench/results/machine-code.md, the estimates to
+                                                           kernel-estimates.md beside it, and what they come to in
                                                            docs/kernels.md between the markers
 
 Needs no GPU. Every variant of the Triton kernels is compiled ahead of time, for NVIDIA and for AMD, where triton is
 installed; the CUDA kernels (csrc/cuda) are compiled to cubins where there is an nvcc. Machine code for NVIDIA is read
-with cuobjdump and nvdisasm, of the CUDA toolkit or of the triton wheel. The last column is an estimate, no measurement.
+with cuobjdump and nvdisasm, of the CUDA toolkit or of the triton wheel. The estimates are
+those of `kernel_estimate`, no measurements.
 """
 
 from __future__ import annotations
@@ -20,19 +22,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-# The machine of the estimate: an H200 moving 4.3 TB/s, 132 processors with 128 lanes at 1.8 GHz.
-BYTES_PER_SECOND = 4.3e12
-INSTRUCTIONS_PER_SECOND = 132 * 128 * 1.8e9
+from . import kernel_estimate
+from .kernel_estimate import NEAR, Estimate, Kernel, Work
+
 ROWS, VOCAB = 8192, 128256
+# What estimates are printed for: rows, and the vocabularies of Llama 2, SmolLM2, Llama 3, Qwen 2.5, Qwen 3.5, Gemma 3.
+BATCHES, VOCABULARIES = (16, 512, 8192), (32000, 49152, 128256, 151936, 248320, 262144)
+MOST_SPLITS = 64  # kMaxSplits of csrc/cuda/cuda.h
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
+# Targets that are not in the table; the tests compile for them where the compilers know them.
+NEWER, NEWER_AMD = ("sm_103", "sm_120"), "gfx950"
 BEGIN, END = "<!-- kernel_report: begin -->", "<!-- kernel_report: end -->"
-DETAILS, PAGE = Path("bench/results/machine-code.md"), Path("docs/kernels.md")
+DETAILS, ESTIMATES = Path("bench/results/machine-code.md"), Path("bench/results/kernel-estimates.md")
+PAGE = Path("docs/kernels.md")
 
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -105,6 +113,7 @@ VARIANTS: tuple[Variant, ...] = (
     _stats("with KLs", 72, reference="bf16", REFERENCE=2),
     _stats("all columns", 80, reference="bf16", REFERENCE=2, ENTROPY=True, EXTRAS=True),
     _stats("all columns, fp32", 80, "fp32", "fp32", REFERENCE=2, ENTROPY=True, EXTRAS=True),
+    _stats("with KLs, fp32", 72, "fp32", "fp32", REFERENCE=2),
     _stats("with KLs, fp32 reference", 72, reference="fp32", REFERENCE=2),
     _stats("with KLs, reference aligned otherwise", 96, reference="bf16", REFERENCE=2, ALIGNED=False),
     Variant("combine split rows", "combine", reference="bf16", flags=(("REFERENCE", 2), ("ENTROPY", True))),
@@ -114,6 +123,7 @@ VARIANTS: tuple[Variant, ...] = (
     _grad("gradient of log-probs, fp32 to bf16", 56, "fp32", gradient="bf16"),
     _grad("gradient, five coefficients", 64, FULL=True),
     _grad("gradient with KLs", 72, reference="bf16", FULL=True, WITH_REFERENCE=True),
+    _grad("gradient with KLs, fp32", 72, "fp32", "fp32", FULL=True, WITH_REFERENCE=True),
     _grad("gradient with KLs, fp32 to bf16", 72, "fp32", "fp32", "bf16", FULL=True, WITH_REFERENCE=True),
     _grad("gradient of log-probs, input aligned otherwise", 56, ALIGNED=False),
     Variant("pair loss", "pair_loss", "fp32", flags=(("PACKED", True),)),
@@ -169,6 +179,7 @@ CUDA_VARIANTS: tuple[Variant, ...] = (
     _cuda_grad("gradient of log-probs, fp32 to fp16", 64, 0, "fp32", gradient="fp16"),
     _cuda_grad("gradient, five coefficients", 64, 1),
     _cuda_grad("gradient with KLs", 80, 2, reference="bf16"),
+    _cuda_grad("gradient with KLs, fp32", 80, 2, "fp32", "fp32"),
     _cuda_grad("gradient with KLs, fp32 to bf16", 80, 2, "fp32", "fp32", "bf16"),
     _cuda_grad("gradient, any types and alignments", 80, 2, reference="bf16", any=True),
     Variant("pair loss", "pair_loss", "fp32", symbol=r"_ZN2qk4cuda\w*16pair_loss_kernel"),
@@ -240,6 +251,26 @@ def _tool(name: str) -> str | None:
         assert spec.origin is not None
         found.append(shutil.which(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)))
     return next(filter(None, found), None)
+
+
+def unknown(compiler: str, architecture: str) -> str | None:
+    """Why the compiler at hand does not compile for a target; None if it does."""
+    if compiler == "CUDA":
+        listed = _run_tool([str(_nvcc()), "--list-gpu-code"]).split()
+        return None if architecture in listed else f"this nvcc compiles for {', '.join(listed)}"
+    from triton.backends import amd, nvidia
+
+    if not architecture.startswith("sm_"):
+        named = "".join(path.read_text(encoding="utf-8") for path in Path(amd.__file__).parent.glob("*.py"))
+        return None if re.search(rf"\b{architecture}\b", named) else "this triton does not name it"
+    bundled = Path(nvidia.__file__).parent / "bin"
+    newest = bundled / "ptxas-blackwell"
+    ptxas = newest if int(architecture[3:]) >= 100 and newest.exists() else bundled / "ptxas"
+    return None if architecture in _run_tool([str(ptxas), "--help"]) else "this triton's ptxas does not list it"
+
+
+def _run_tool(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _target(architecture: str) -> Any:
@@ -452,22 +483,45 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_tool(tool)), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def moving_and_issuing(variant: Variant, loop: Loop, rows: int = ROWS, vocab: int = VOCAB) -> tuple[float, float]:
-    """Milliseconds for moving the bytes of a call, and for issuing the instructions of its main loop."""
-    twice = 2 if dict(variant.flags).get("REFERENCE") == 1 else 1  # each model's row by itself
-    moving = rows * vocab * variant.bytes_per_logit / BYTES_PER_SECOND * 1e3
-    return moving, rows * vocab * loop.per_element * twice / INSTRUCTIONS_PER_SECOND * 1e3
+def kernel_of(variant: Variant, architecture: str = "sm_90") -> Kernel:
+    """What `kernel_estimate` needs to know of a row kernel."""
+    found = facts(variant, architecture)
+    if variant.compiler == "CUDA":
+        threads = CUDA_THREADS
+    else:
+        from qkernels.backends.triton import common
+
+        threads = 32 * common.OPTIONS["num_warps"]
+    loads = sum(size * count for size, count in found.loop.loads.items())
+    kernel = Kernel(threads, found.registers, found.shared, loads, found.loop.per_element)
+    counted = kernel_estimate.counts().get(variant.compiler, {})
+    if variant.name not in counted or architecture != "sm_90":
+        return kernel
+    own, whole, split = (counted[name] for name in (variant.name, "log-probs", "log-probs, split rows"))
+    return replace(
+        kernel,
+        ptx_per_entry=own["slots_per_entry"],
+        ptx_per_row=own["slots_per_row"],
+        ptx_longest=own["longest_warp_per_row"],
+        ptx_combine=max(0.0, split["longest_warp_per_row"] - whole["longest_warp_per_row"]),
+    )
 
 
-def estimate(variant: Variant, loop: Loop) -> str:
-    """Milliseconds for 8192 rows of 128256 entries: the longer of moving bytes and issuing instructions.
+def work_of(variant: Variant, rows: int, vocab: int) -> Work:
+    """A call on an H200, its rows split as the backend does."""
+    if variant.compiler == "CUDA":
+        from qkernels.backends import cuda
 
-    Nothing for narrow loads, which are limited by neither, and where not all of the loop's instructions are executed.
-    """
-    if variant.kernel not in ("row_stats", "row_grad") or set(loop.loads) != {16} or "elements" in dict(variant.flags):
-        return ""
-    moving, issuing = moving_and_issuing(variant, loop)
-    return f"{max(moving, issuing):.2f} ({'memory' if moving >= issuing else 'issue'}: {moving:.2f} / {issuing:.2f})"
+        splits = cuda.splits_for(rows, vocab, kernel_estimate.SMS, MOST_SPLITS)
+    else:
+        from qkernels.backends.triton import common
+
+        vector = 16 // min(_SIZES[dtype] for dtype in (variant.dtype, variant.gradient) if dtype)
+        splits = common.pieces_for(rows, vocab, common.LANES * vector, kernel_estimate.SMS)
+    each_by_itself = dict(variant.flags).get("REFERENCE") == 1
+    loaded = _SIZES[variant.dtype] + (_SIZES[variant.reference] if variant.reference and not each_by_itself else 0)
+    moved = loaded if each_by_itself else variant.bytes_per_logit
+    return Work(rows, vocab, moved, loaded, splits, 2 if each_by_itself else 1, variant.kernel == "row_stats")
 
 
 # What the kernels were written to reach on an H200 with bf16 logits: work, aim, the variants that do it, rows, V.
@@ -484,11 +538,63 @@ AIMS: tuple[tuple[str, str, tuple[str, ...], int, int], ...] = (
 )
 
 
+def _named(compiler: str) -> dict[str, Variant]:
+    return {variant.name: variant for variant in (*CUDA_VARIANTS, *VARIANTS) if variant.compiler == compiler}
+
+
 def estimated(compiler: str, names: Sequence[str], rows: int, vocab: int) -> tuple[float, float]:
     """Milliseconds on sm_90 for variants of a compiler one after the other, and for moving their bytes alone."""
-    named = {variant.name: variant for variant in (*CUDA_VARIANTS, *VARIANTS) if variant.compiler == compiler}
-    times = [moving_and_issuing(named[name], facts(named[name], "sm_90").loop, rows, vocab) for name in names]
-    return sum(max(pair) for pair in times), sum(moving for moving, _ in times)
+    named = _named(compiler)
+    found = [kernel_estimate.estimate(kernel_of(named[name]), work_of(named[name], rows, vocab)) for name in names]
+    return 1e3 * sum(each.seconds for each in found), 1e3 * sum(each.floor for each in found)
+
+
+def estimates(compilers: Sequence[str]) -> dict[tuple[str, str, int, int], Estimate]:
+    """(compiler, variant, rows, V) -> the estimate, of every variant whose instructions were counted."""
+    found = {}
+    for compiler in compilers:
+        named = _named(compiler)
+        for name in kernel_estimate.counts().get(compiler, {}):
+            if name not in named or "split" in name:
+                continue
+            kernel = kernel_of(named[name])
+            for rows in BATCHES:
+                for vocab in VOCABULARIES:
+                    work = work_of(named[name], rows, vocab)
+                    found[compiler, name, rows, vocab] = kernel_estimate.estimate(kernel, work)
+    return found
+
+
+def estimate_tables(compilers: Sequence[str]) -> str:
+    """Markdown: microseconds and the multiple of the copy, a table per number of rows."""
+    found = estimates(compilers)
+    lines = []
+    for rows in BATCHES:
+        lines += [f"## {rows} rows", "", "| kernel | compiler | " + " | ".join(f"V = {v}" for v in VOCABULARIES) + " |"]
+        lines += ["|---|---|" + "--:|" * len(VOCABULARIES)]
+        for compiler, name in dict.fromkeys((c, n) for c, n, *_ in found):
+            each = [found[compiler, name, rows, vocab] for vocab in VOCABULARIES]
+            cells = [
+                f"{1e6 * e.seconds:.0f} us, {e.ratio:.2f} x{'' if e.at_the_floor else f' ({e.bound})'}" for e in each
+            ]
+            lines.append(f"| {name} | {compiler} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def off_the_floor(compilers: Sequence[str]) -> str:
+    """A line per number of rows: how many estimates are at the memory's floor, and the farthest that are not."""
+    found = estimates(compilers)
+    lines = []
+    for rows in BATCHES:
+        here = {key: e for key, e in found.items() if key[2] == rows}
+        off = sorted((e.ratio, key, e.bound) for key, e in here.items() if not e.at_the_floor)
+        line = f"- {rows} rows: {len(here) - len(off)} of {len(here)} within {100 * (NEAR - 1):.0f} % of the copy"
+        if off:
+            shortest, (compiler, name, _, vocab), bound = off[-1]
+            line += f"; farthest is {name} of {compiler} at V = {vocab}, {shortest:.2f} x, bound by {bound}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def aims(compilers: Sequence[str]) -> str:
@@ -508,11 +614,15 @@ def _counts(widths: dict[int, int]) -> str:
     return f"{widths.get(16, 0)} + {narrow}"
 
 
+def _in_flight(variant: Variant, architecture: str) -> str:
+    return f"{kernel_of(variant, architecture).in_flight >> 10} KiB" if architecture.startswith("sm_") else ""
+
+
 def table(architectures: Sequence[str], variants: Sequence[Variant]) -> str:
     """The report as Markdown."""
     lines = [
         "| kernel | compiler | target | registers | stack | spills | shared bytes | loads 16 B + narrower | stores"
-        " | EX2 | instructions per element | bytes per logit | *estimate*, ms (memory / issue) |",
+        " | EX2 | instructions per element | bytes per logit | bytes in flight per SM |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for variant in variants:
@@ -527,7 +637,7 @@ def table(architectures: Sequence[str], variants: Sequence[Variant]) -> str:
                 _counts(loop.loads) if streams else "", _counts(loop.stores) if variant.kernel == "row_grad" else "",
                 loop.exponentials if streams else "", f"{loop.per_element:.1f}" if streams else "",
                 variant.bytes_per_logit if streams else "",
-                estimate(variant, loop) if architecture == "sm_90" else "",
+                _in_flight(variant, architecture) if streams else "",
             ]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -549,24 +659,47 @@ def report(architectures: Sequence[str] = (*ARCHITECTURES, AMD)) -> str:
     return (
         "# Machine code of the GPU kernels\n\nWritten by `python -m bench.kernel_report --write`.\n\n"
         f"Compiled with {' and '.join(compilers)}. Loads, stores, EX2 and instructions are those of one iteration of"
-        " the main loop of one thread. The estimate is for N = 8192 rows of V = 128256 on an H200 (4.3 TB/s; 132 x 128"
-        " lane-instructions per clock at 1.8 GHz) from the machine code for sm_90: whichever takes longer, moving the"
-        " bytes or issuing the main loop's instructions. It is not a measurement, and leaves out what a row costs"
-        " besides: the tiles that go element by element, and the end. Of the kernels for any types and alignments the"
-        " loop holds the loads for each type, and not all of its instructions are executed.\n\n"
-        + table(architectures, variants)
-        + "\n"
+        " the main loop of one thread. Bytes in flight: half of the loads of an iteration, of as many threads as the"
+        " registers, the threads and the shared memory of an SM of an H200 leave room for; it takes 26 KiB to cover"
+        " 800 ns at 4.3 TB/s. Of the kernels for any types and alignments the loop holds the loads for each type, and"
+        " not all of its instructions are executed.\n\n" + table(architectures, variants) + "\n"
     )
 
 
+def estimates_page() -> str:
+    """The estimates for all sizes, and what they rest on."""
+    assumed = (
+        f"{kernel_estimate.LATENCY * 1e9:.0f} ns until a load comes back, {kernel_estimate.DEPENDENT_CLOCKS} clocks"
+        " between two instructions of a warp that wait for each other,"
+        f" {kernel_estimate.NEXT_KERNEL * 1e6:.0f} us from a kernel to the one that waits for it"
+    )
+    return (
+        "# Estimated times of the GPU kernels\n\nWritten by `python -m bench.kernel_report --write`.\n\n"
+        "No measurement: the model of `bench/kernel_estimate.py` for an H200 (4.3 TB/s, 132 SMs at 1.8 GHz), in"
+        " microseconds and as a multiple of a copy of the same bytes. It rests on the"
+        " [machine code](machine-code.md) for sm_90, on what a row costs besides its main loop, counted by an emulator"
+        f" in `instruction-counts.json` (`python -m bench.instruction_counts`), and on assumptions: {assumed}. The"
+        " launch from the host is not in it. In brackets, beyond 10 % of the copy: what the time is bound by.\n\n"
+        + estimate_tables(_compilers())
+    )
+
+
+def _compilers() -> list[str]:
+    return [name for name in ("CUDA", "Triton") if unavailable(name) is None]
+
+
 def summary() -> str:
-    """The estimates beside the aims."""
+    """The estimates beside the aims, and how many of all are at the memory's floor."""
     return (
         f"Estimates beside what the kernels were written to reach (N = {ROWS}, V = {VOCAB}, bf16, an H200;"
-        " 'copy': the same bytes at 4.3 TB/s). The launch of a kernel and the first bytes take microseconds, which"
-        " decide for 16 rows and are not in them. Times, host overhead of a launch (aim: 80 us for the whole loss on a"
-        " tiny input) and other packages (aim: 1.3 x TRL's Triton kernel) can only be measured: not measured yet.\n\n"
-        + aims([name for name in ("CUDA", "Triton") if unavailable(name) is None])
+        " 'copy': the same bytes at 4.3 TB/s). They include what a row costs besides its main loop, and not the launch"
+        " from the host. Times, host overhead of a launch (aim: 80 us for the whole loss on a tiny input) and other"
+        " packages (aim: 1.3 x TRL's Triton kernel) can only be measured: not measured yet.\n\n"
+        + aims(_compilers())
+        + "\n\n"
+        + "All kernels at six vocabularies from 32000 to 262144 entries, by the same model"
+        + " ([table](../bench/results/kernel-estimates.md)):\n\n"
+        + off_the_floor(_compilers())
     )
 
 
@@ -581,7 +714,9 @@ def write(path: Path, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"write {DETAILS} and the marked section of {PAGE}")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {DETAILS}, {ESTIMATES} and the marked section of {PAGE}"
+    )
     parser.add_argument("--targets", nargs="+", default=[*ARCHITECTURES, AMD], help="sm_80, sm_90, sm_100, gfx942 ...")
     options = parser.parse_args()
     reasons = {compiler: unavailable(compiler) for compiler in ("CUDA", "Triton")}
@@ -592,9 +727,10 @@ def main() -> int:
         return 1
     if options.write:
         DETAILS.write_text(report(options.targets), encoding="utf-8")
+        ESTIMATES.write_text(estimates_page(), encoding="utf-8")
         write(PAGE, summary())
     else:
-        print(report(options.targets), summary(), sep="\n")
+        print(report(options.targets), estimates_page(), summary(), sep="\n")
     return 0
 
 

@@ -14,11 +14,15 @@ REASON = kernel_report.unavailable("CUDA")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no CUDA kernels can be compiled and read here: {REASON}")
 
 VARIANTS = {variant.name: variant for variant in kernel_report.CUDA_VARIANTS}
-CASES = [(name, architecture) for architecture in kernel_report.ARCHITECTURES for name in VARIANTS]
+TARGETS = [sm for sm in (*kernel_report.ARCHITECTURES, *kernel_report.NEWER) if REASON is None and
+           kernel_report.unknown("CUDA", sm) is None]  # fmt: skip
+CASES = [(name, architecture) for architecture in TARGETS for name in VARIANTS]
 STREAMS = [(name, sm) for name, sm in CASES if VARIANTS[name].kernel in ("row_stats", "row_grad")]
 IN_STEP = [name for name in VARIANTS if "any types" not in name]
 
 
+# nvcc takes half a minute for each target.
+@pytest.mark.nightly_except(architecture=("sm_90",))
 @pytest.mark.parametrize("name, architecture", CASES)
 def test_no_spills_and_registers_within_the_planned_occupancy(name, architecture):
     """`__launch_bounds__` in the kernels and `kernel_report.CUDA_PLAN` state the same plan."""
@@ -36,6 +40,7 @@ def test_no_spills_and_registers_within_the_planned_occupancy(name, architecture
             assert blocks * kernel_report.CUDA_THREADS * 32 * streams >= 26 << 10, "too few bytes under way"
 
 
+@pytest.mark.nightly_except(architecture=("sm_90",))
 @pytest.mark.parametrize("name, architecture", STREAMS)
 def test_main_loops_load_and_store_16_bytes(name, architecture):
     """Nothing is known of V, strides or addresses when these are compiled, so this holds for V = 128257 too."""
@@ -63,6 +68,11 @@ def test_estimates_are_within_the_aims():
     for work, aim, names, rows, vocab in kernel_report.AIMS:
         if aim.endswith(" ms"):
             assert kernel_report.estimated("CUDA", names, rows, vocab)[0] <= float(aim.removesuffix(" ms")), work
+
+
+def test_a_target_that_nvcc_does_not_know_is_told():
+    assert kernel_report.unknown("CUDA", "sm_90") is None
+    assert "compiles for" in kernel_report.unknown("CUDA", "sm_77")
 
 
 def test_the_build_compiles_for_what_is_tested():

@@ -89,12 +89,16 @@ def processors(device: torch.device) -> int:
 
 
 def splits_for(rows: int, vocab: int, tile: int, device: torch.device) -> int:
-    """Over how many programs a row is split: 1 unless there are fewer than ROWS_PER_SM rows per SM.
+    """Over how many programs a row is split on a device."""
+    return pieces_for(rows, vocab, tile, processors(device))
+
+
+def pieces_for(rows: int, vocab: int, tile: int, count: int) -> int:
+    """Over how many programs a row is split on `count` SMs: 1 unless there are fewer than ROWS_PER_SM rows per SM.
 
     Then enough programs for PROGRAMS_PER_SM, of at least SMALLEST_PIECE tiles each, and no more than the combining
     program reads at once.
     """
-    count = processors(device)
     if rows >= ROWS_PER_SM * count:
         return 1
     wanted = -(-PROGRAMS_PER_SM * count // max(rows, 1))

@@ -1,0 +1,73 @@
+"""`bench.kernel_estimate`: the model by hand, its limits, and the counts that it reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+model = pytest.importorskip("bench.kernel_estimate", reason="bench/ lies in the source tree only")
+kernel_report = pytest.importorskip("bench.kernel_report")
+
+# 4 blocks of 256 threads with four 16-byte loads each: 8 KiB in flight per block.
+KERNEL = model.Kernel(256, 64, 2080, 64, 6.4, ptx_per_entry=0.4, ptx_per_row=7000, ptx_longest=900, ptx_combine=300)
+REST = 0.5 * 900 * 8 / 1.8e9  # half as many machine instructions as PTX
+
+
+def test_many_rows_take_what_moving_their_bytes_takes():
+    found = model.estimate(KERNEL, model.Work(132 * 64, 128000, 2, 2))
+    assert found.floor == pytest.approx(132 * 64 * 256000 / 4.3e12, rel=1e-12)
+    assert found.seconds == pytest.approx(found.floor + 1.6e-6 + REST, rel=1e-12)
+    assert found.bound == "memory" and found.at_the_floor
+
+
+def test_rows_of_one_sm_more_than_others_count():
+    even, odd = (model.estimate(KERNEL, model.Work(rows, 128000, 2, 2)) for rows in (1320, 1321))
+    assert odd.seconds - even.seconds == pytest.approx(4 * 64000 * 132 / 4.3e12, rel=1e-9)
+
+
+def test_a_few_rows_wait_for_the_memory():
+    """One block per SM draws 8 KiB per 800 ns, and waits twice before."""
+    found = model.estimate(KERNEL, model.Work(132, 128000, 2, 2))
+    assert found.seconds == pytest.approx(256000 / (8192 / 800e-9) + 2 * (1.6e-6 + REST), rel=1e-12)
+    assert found.bound == "latency" and found.ratio > 2
+
+
+def test_split_rows_wait_for_the_kernel_that_combines_them():
+    one = model.Work(16, 128000, 2, 2, splits=33)
+    combined, alone = (model.estimate(KERNEL, replace(one, combined=c)).seconds for c in (True, False))
+    assert combined - alone == pytest.approx(1e-6 + 1.6e-6 + 0.5 * 300 * 8 / 1.8e9, rel=1e-9)
+
+
+def test_many_instructions_bound_what_the_memory_does_not():
+    slow = replace(KERNEL, per_entry=64.0, ptx_per_entry=4.0)
+    found = model.estimate(slow, model.Work(132 * 64, 128000, 2, 2))
+    slots = 64 * (128000 * 2 + 0.5 * 7000)
+    assert found.seconds == pytest.approx(slots / (4 * 1.8e9) + 1.6e-6 + REST, rel=1e-12)
+    assert found.bound == "issue"
+
+
+def test_two_models_are_two_blocks():
+    both, one = (model.estimate(KERNEL, model.Work(1320, 128000, 2, 2, models=m)) for m in (2, 1))
+    assert both.floor == 2 * one.floor and both.seconds > 1.9 * one.seconds
+
+
+@pytest.mark.parametrize("plan, threads", [(kernel_report.CUDA_PLAN, 256), (kernel_report.PLAN, 128)])
+def test_occupancy_is_that_of_the_plans(plan, threads):
+    for registers, blocks in plan.items():
+        kernel = replace(KERNEL, threads=threads, registers=registers, shared=0)
+        assert kernel.blocks == blocks
+        assert kernel.in_flight == kernel.blocks * threads * 32
+    assert replace(KERNEL, threads=1024, registers=32).blocks == 2, "2048 threads per SM"
+    assert replace(KERNEL, threads=32, registers=16).blocks == 32
+    assert replace(KERNEL, shared=100 << 10).blocks == 2
+
+
+def test_every_count_is_of_a_kernel_of_the_report():
+    """As many machine instructions as PTX, more or less: a kernel that changed is to be counted again."""
+    for compiler, counted in model.counts().items():
+        named = kernel_report._named(compiler)
+        assert counted.keys() & named.keys() and "log-probs, split rows" in counted
+        for name, counts in counted.items():
+            assert 0.2 < counts["slots_per_entry"] < 3, name
+            assert 0 < counts["longest_warp_per_row"] < counts["slots_per_row"], name
