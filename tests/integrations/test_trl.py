@@ -18,7 +18,6 @@ import pytest
 import torch
 from torch import nn
 
-import qkernels
 from qkernels import fused_linear_token_dpo, shift_labels
 
 pytest.importorskip("trl", reason="TRL is not installed")
@@ -136,6 +135,8 @@ LOSSES = ["sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair
 SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 
 
+# Each formula is held against the oracle in test_formulas.py; here, by kind: how the trainers call it.
+@pytest.mark.nightly_except(loss=("sigmoid", "bco_pair", "sppo_hard", "aot", "discopop", "sft", "sigmoid_norm"))
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_of_trl(loss, tmp_path):
     options = {"loss_type": loss, "label_smoothing": 0.1 if loss in SMOOTHED else 0.0, "beta": 0.2}
@@ -144,25 +145,30 @@ def test_every_loss_of_trl(loss, tmp_path):
     assert_same(train(TokenDPOTrainer, tmp_path, **options), stock(tmp_path, **options))
 
 
+NIGHTLY = pytest.mark.nightly  # another case runs the same lines
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 0.5]},
-        {"loss_type": ["ipo", "hinge"], "learning_rate": 1e-3},
-        {"f_divergence_type": "forward_kl"},
+        pytest.param({"loss_type": ["ipo", "hinge"], "learning_rate": 1e-3}, marks=NIGHTLY),
+        pytest.param({"f_divergence_type": "forward_kl"}, marks=NIGHTLY),
         {"f_divergence_type": "js_divergence", "loss_type": "hinge"},
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.6},
-        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+        pytest.param(
+            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, marks=pytest.mark.nightly
+        ),
         {"use_weighting": True},
-        {"ld_alpha": 0.4},
+        pytest.param({"ld_alpha": 0.4}, marks=NIGHTLY),
         {"ld_alpha": 0.4, "loss_type": ["sigmoid", "sft"], "precompute_ref_log_probs": True},
         {"precompute_ref_log_probs": True},
-        {"gradient_checkpointing": True},
+        pytest.param({"gradient_checkpointing": True}, marks=NIGHTLY),
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-        {"max_length": 9},
+        pytest.param({"max_length": 9}, marks=NIGHTLY),
         {"max_length": 9, "truncation_mode": "keep_end", "precompute_ref_log_probs": True},
-        {"pad_to_multiple_of": 8},
+        pytest.param({"pad_to_multiple_of": 8}, marks=NIGHTLY),
         {"per_device_train_batch_size": 1, "sync_ref_model": True, "ref_model_sync_steps": 2},
     ],
     ids=str,
@@ -231,6 +237,7 @@ def test_pictures(options, tmp_path):
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
+@pytest.mark.nightly  # what is compiled is tested in test_linear_compile.py and test_transformers.py
 def test_compiled(tmp_path):
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -372,6 +379,7 @@ def test_packed_equals_padded(options, tmp_path):
     assert packed.padding_free and packed.args.padding_free
 
 
+@pytest.mark.nightly
 def test_packed_and_compiled(tmp_path):
     options = {"padding_free": True, "evaluate": False, "steps": 1}
     compiled, plain = (
@@ -788,11 +796,3 @@ def test_other_trainers_on_the_patched_head(name, tmp_path):
     with patch_trl():
         ours = trained()
     assert_same(ours, theirs)
-
-
-def test_importing_the_package_imports_nothing_of_this():
-    import subprocess
-
-    code = "import sys, qkernels; print([m for m in sys.modules if m.startswith('qkernels.integrations')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]" and qkernels.__version__

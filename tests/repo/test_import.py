@@ -30,18 +30,22 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_import_is_light():
-    """The heavy and the optional stay out, also while `info()` looks for them."""
+    """The heavy and the optional stay out, also while `info()` looks for them, and of the demo until it runs."""
     code = (
         "import json, sys, torch; before = set(sys.modules); import qkernels; after = set(sys.modules); "
-        "str(qkernels.info()); print(json.dumps([sorted(after - before), sorted(set(sys.modules) - before)]))"
+        "str(qkernels.info()); informed = set(sys.modules); "
+        "import qkernels.cli, qkernels.demo, qkernels.data, qkernels.report; "
+        "print(json.dumps([sorted(s - before) for s in (after, informed, set(sys.modules))]))"
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "importing qkernels prints"
-    for modules in json.loads(done.stdout):
-        added = {name.partition(".")[0] for name in modules}
-        heavy = {"transformers", "matplotlib", "triton", "trl", "tokenizers", "tqdm", "datasets", "pandas", "pytest"}
-        assert not added & heavy
+    after, informed, with_demo = json.loads(done.stdout)
+    assert not [name for name in after if name.startswith("qkernels.integrations")]
+    heavy = {"transformers", "matplotlib", "triton", "trl", "tokenizers", "tqdm", "datasets", "pandas", "pytest"}
+    for modules in (after, informed):
+        assert not {name.partition(".")[0] for name in modules} & heavy
+    assert not {name.partition(".")[0] for name in with_demo} & {"transformers", "tokenizers", "matplotlib"}
 
 
 def test_public_modules_are_found_by_name():
