@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import importlib.util
 import re
 import shutil
@@ -371,16 +372,27 @@ def facts(variant: Variant, architecture: str) -> Facts:
 
 @functools.cache
 def _cuda_code(architecture: str) -> dict[str, tuple[str, str]]:
-    """Every kernel of csrc/cuda by its mangled name: resource usage and assembly. Compiled as the build does."""
+    """Every kernel of csrc/cuda by its mangled name: resource usage and assembly. Compiled as the build does.
+
+    It takes half a minute, so the cubins of these sources, this compiler and this target are kept in build/.
+    """
     nvcc = _nvcc()
     assert nvcc is not None
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-cubin"]
+    digest = hashlib.sha256(_run_tool([nvcc, "--version"]).encode() + " ".join(flags).encode())
+    for path in sorted(path for folder in ("cuda", "core") for path in (SOURCES.parent / folder).iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    kept = SOURCES.parents[1] / "build" / "cubins" / f"{architecture}-{digest.hexdigest()[:16]}"
+    kept.mkdir(parents=True, exist_ok=True)
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted(SOURCES.glob("*.cu")):
-            cubin = Path(folder, source.stem + ".cubin")
-            flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch={architecture}", "-cubin"]
-            subprocess.run([nvcc, *flags, "-o", str(cubin), str(source)], check=True)
-            found |= _read_cubin(str(cubin))
+    for source in sorted(SOURCES.glob("*.cu")):
+        cubin = kept / f"{source.stem}.cubin"
+        if not cubin.exists():
+            with tempfile.TemporaryDirectory(dir=kept) as part:  # several processes may do the same
+                made = Path(part, cubin.name)
+                subprocess.run([nvcc, *flags, "-o", str(made), str(source)], check=True)
+                made.replace(cubin)
+        found |= _read_cubin(str(cubin))
     return found
 
 

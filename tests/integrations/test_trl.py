@@ -156,9 +156,7 @@ NIGHTLY = pytest.mark.nightly  # another case runs the same lines
         pytest.param({"f_divergence_type": "forward_kl"}, marks=NIGHTLY),
         {"f_divergence_type": "js_divergence", "loss_type": "hinge"},
         {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.6},
-        pytest.param(
-            {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0}, marks=pytest.mark.nightly
-        ),
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
         {"use_weighting": True},
         pytest.param({"ld_alpha": 0.4}, marks=NIGHTLY),
         {"ld_alpha": 0.4, "loss_type": ["sigmoid", "sft"], "precompute_ref_log_probs": True},
