@@ -67,8 +67,8 @@ def module() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (configure, ["cmake", "--build", str(build), "--target", "_cuda_emulation"]):
             done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert "warning:" not in done.stdout, done.stdout
+            assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+            assert "warning:" not in done.stdout, done.stdout[-4000:]
     (path,) = build.glob("_cuda_emulation*.so")
     return path
 
@@ -85,8 +85,9 @@ def run(module: Path, code: list[str]) -> subprocess.CompletedProcess[str]:
 def run_tests(module: Path, files: tuple[str, ...], expression: str, *options: str) -> int:
     """Runs tests of these files; how many passed."""
     found = [str(next(TESTS.rglob(name))) for name in files if next(TESTS.rglob(name), None)]
-    done = run(module, ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", expression, *options, *found])
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    how = ["-m", "pytest", "-q", "-r", "fE", "--maxfail", "5", "-p", "no:cacheprovider", "-k", expression]
+    done = run(module, [*how, *options, *found])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout[-2000:]
     return int(passed[1])
