@@ -1101,17 +1101,6 @@ def test_rewards_that_are_no_numbers_reach_summary_and_report(models: tuple, fol
     assert "rewards that are no numbers" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 
-def test_importing_the_scorer_is_light() -> None:
-    code = (
-        "import sys, qkernels, qkernels.cli, qkernels.score, qkernels.heatmap, qkernels.preference_classifier;"
-        "heavy = ('transformers', 'tokenizers', 'pyarrow', 'pandas', 'matplotlib', 'peft');"
-        "print([m for m in heavy if m in sys.modules])"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0 and result.stdout.strip() == "[]", result
-
-
 @pytest.mark.skipif(not REAL_PAIRS.exists(), reason="the shared data set is not here")
 def test_real_pairs_are_scored(folders: Path, tmp_path: Path) -> None:
     status, _, err = score(*usual(folders, tmp_path / "out", "--data", REAL_PAIRS, "--max-length", 96, "--limit", 40))

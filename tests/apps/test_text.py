@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -41,23 +39,3 @@ def test_an_error_is_printable() -> None:
 def test_a_cut_keeps_the_answer_first() -> None:
     assert kept_lengths(10, 100) == (90, 10) and kept_lengths(90, 100) == (25, 75) and kept_lengths(500, 8) == (2, 6)
     assert list(batches_by_length([3, 9, 3, 3], 9)) == [[1], [0, 2, 3]]
-
-
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("qkernels.text.lengths, qkernels.text.characters", "qkernels.score"),
-        ("qkernels.demo, qkernels.demo.encode", "qkernels.score"),
-        ("qkernels.preference_classifier", "qkernels.score"),
-        ("qkernels.monitor", "qkernels.integrations"),
-        ("qkernels.score", "qkernels.demo"),
-    ],
-)
-def test_who_imports_whom(module: str, absent: str) -> None:
-    if "demo" in module:
-        pytest.importorskip("transformers")
-    code = f"import sys, {module}; print([name for name in sys.modules if name.startswith({absent!r})])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0 and done.stdout.strip() == "[]", done

@@ -29,29 +29,64 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_import_is_light():
-    """The heavy and the optional stay out, also while `info()` looks for them, and of the demo until it runs."""
-    code = (
-        "import json, sys, torch; before = set(sys.modules); import qkernels; after = set(sys.modules); "
-        "str(qkernels.info()); informed = set(sys.modules); "
-        "import qkernels.cli, qkernels.demo, qkernels.data, qkernels.report; "
-        "print(json.dumps([sorted(s - before) for s in (after, informed, set(sys.modules))]))"
-    )
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "", "importing qkernels prints"
-    after, informed, with_demo = json.loads(done.stdout)
-    assert not [name for name in after if name.startswith("qkernels.integrations")]
-    heavy = {"transformers", "matplotlib", "triton", "trl", "tokenizers", "tqdm", "datasets", "pandas", "pytest"}
-    for modules in (after, informed):
-        assert not {name.partition(".")[0] for name in modules} & heavy
-    assert not {name.partition(".")[0] for name in with_demo} & {"transformers", "tokenizers", "matplotlib"}
+HEAVY = ("transformers", "matplotlib", "triton", "trl", "tokenizers", "tqdm", "datasets", "pandas", "pytest")
+# Statement -> what must not have been imported once it has run.
+STAYS_OUT = {
+    "import qkernels": (*HEAVY, "qkernels.integrations"),
+    "import qkernels; str(qkernels.info())": HEAVY,  # also while it looks for them
+    "import qkernels.cli, qkernels.demo, qkernels.data, qkernels.report": ("transformers", "tokenizers", "matplotlib"),
+    "import qkernels.cli, qkernels.score, qkernels.heatmap, qkernels.preference_classifier": (
+        "transformers", "tokenizers", "pyarrow", "pandas", "matplotlib", "peft",
+    ),
+    "import qkernels.integrations.transformers, qkernels.integrations.trl": (
+        "transformers", "trl", "peft", "accelerate", "datasets",
+    ),
+    "import qkernels; assert 'score' in dir(qkernels); qkernels.score.ScoreOptions": ("qkernels.demo", "transformers"),
+    # who imports whom
+    "import qkernels.text.lengths, qkernels.text.characters": ("qkernels.score",),
+    "import qkernels.demo, qkernels.demo.encode": ("qkernels.score",),
+    "import qkernels.preference_classifier": ("qkernels.score",),
+    "import qkernels.monitor": ("qkernels.integrations",),
+    "import qkernels.score": ("qkernels.demo",),
+}  # fmt: skip
+# Importing torch takes seconds: one process does it, and runs each statement in a fork of itself.
+FORKS = """
+import json, os, sys, torch
+before = set(sys.modules)
+for statement in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        try:
+            exec(statement, {})
+            told = sorted(set(sys.modules) - before)
+        except BaseException as error:
+            told = repr(error)
+        print(json.dumps([statement, told]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
-def test_public_modules_are_found_by_name():
-    code = "import qkernels; assert 'score' in dir(qkernels); print(qkernels.score.ScoreOptions.__module__)"
-    done = python("-c", code)
-    assert done.returncode == 0 and done.stdout.strip() == "qkernels.score.options", done.stderr
+@pytest.fixture(scope="module")
+def imported():
+    """Statement -> the modules that it imports, torch's aside, or the error that it ends with."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork")
+    done = python("-c", FORKS, json.dumps(list(STAYS_OUT)))
+    assert done.returncode == 0 and done.stderr == "", f"importing prints: {done.stderr[-2000:]}"
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("statement", STAYS_OUT)
+def test_the_heavy_and_the_optional_stay_out(imported, statement):
+    if "demo.encode" in statement:
+        pytest.importorskip("transformers")
+    found = imported[statement]
+    assert isinstance(found, list), found
+    inside = [n for n in found if any(n == out or n.startswith(f"{out}.") for out in STAYS_OUT[statement])]
+    assert inside == []
+
+
+def test_a_name_that_is_no_module():
     with pytest.raises(AttributeError, match="no attribute 'scores'"):
         qkernels.scores  # noqa: B018
 
