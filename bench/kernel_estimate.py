@@ -31,7 +31,7 @@ SMS, CLOCK, ISSUED_PER_CLOCK = 132, 1.8e9, 4
 REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 227 << 10
 # Assumptions: latency of the memory under load; clocks between two instructions of a warp that wait for each other;
 # from the end of a kernel to the first instruction of the next.
-LATENCY, DEPENDENT_CLOCKS, NEXT_KERNEL = 800e-9, 8, 1e-6
+LATENCY, DEPENDENT_CLOCKS, NEXT_KERNEL = 800e-9, 4, 1e-6
 
 COUNTS = Path(__file__).parent / "results" / "instruction-counts.json"
 NEAR = 1.1  # at the memory's floor: within 10 % of moving the bytes

@@ -11,7 +11,7 @@ kernel_report = pytest.importorskip("bench.kernel_report")
 
 # 4 blocks of 256 threads with four 16-byte loads each: 8 KiB in flight per block.
 KERNEL = model.Kernel(256, 64, 2080, 64, 6.4, ptx_per_entry=0.4, ptx_per_row=7000, ptx_longest=900, ptx_combine=300)
-REST = 0.5 * 900 * 8 / 1.8e9  # half as many machine instructions as PTX
+REST = 0.5 * 900 * 4 / 1.8e9  # half as many machine instructions as PTX
 
 
 def test_many_rows_take_what_moving_their_bytes_takes():
@@ -36,7 +36,7 @@ def test_a_few_rows_wait_for_the_memory():
 def test_split_rows_wait_for_the_kernel_that_combines_them():
     one = model.Work(16, 128000, 2, 2, splits=33)
     combined, alone = (model.estimate(KERNEL, replace(one, combined=c)).seconds for c in (True, False))
-    assert combined - alone == pytest.approx(1e-6 + 1.6e-6 + 0.5 * 300 * 8 / 1.8e9, rel=1e-9)
+    assert combined - alone == pytest.approx(1e-6 + 1.6e-6 + 0.5 * 300 * 4 / 1.8e9, rel=1e-9)
 
 
 def test_many_instructions_bound_what_the_memory_does_not():
