@@ -69,5 +69,5 @@ def test_every_count_is_of_a_kernel_of_the_report():
         named = kernel_report._named(compiler)
         assert counted.keys() & named.keys() and "log-probs, split rows" in counted
         for name, counts in counted.items():
-            assert 0.2 < counts["slots_per_entry"] < 3, name
+            assert 0.15 < counts["slots_per_entry"] < 3, name
             assert 0 < counts["longest_warp_per_row"] < counts["slots_per_row"], name
