@@ -16,6 +16,7 @@ from torch.utils import _python_dispatch
 
 _TYPES = {
     Tensor: "Tensor",
+    bool: "bool",
     int: "int",
     float: "float",
     str: "str",

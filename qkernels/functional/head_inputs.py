@@ -48,6 +48,7 @@ class HeadInputs(NamedTuple):
     dtype, reference_dtype: of the GEMMs.
     shard: this rank's shard of the vocabulary; None where it holds all of it.
     temperatures: `[N]`, of each row, besides `temperature`; None for 1.
+    rounded: whether logits are rounded to the dtype of the GEMMs.
     """
 
     policy: Model
@@ -66,6 +67,7 @@ class HeadInputs(NamedTuple):
     valid_rows: int | None = None
     shard: Shard | None = None
     temperatures: Tensor | None = None
+    rounded: bool = False
 
     @property
     def vocab(self) -> int:
@@ -88,13 +90,13 @@ class HeadInputs(NamedTuple):
         """
         labels, shard = self.labels.view(self.shape), None
         if ranks is not None:
-            how = (self.temperature, self.softcap, self.logit_scale, self.ignore_index)
+            how = (self.temperature, self.softcap, self.logit_scale, self.rounded, self.ignore_index)
             fields = {
                 **fields,
                 "dtype": self.dtype,
                 "a reference": self.reference is not None,
                 "requires_grad of hidden states, weight, bias": self.needs(),
-                "temperature, softcap, logit_scale, ignore_index": how,
+                "temperature, softcap, logit_scale, logits_dtype, ignore_index": how,
                 "max_chunk_bytes": self.max_chunk_bytes,
             }
             shard = vocab_parallel.agree(
@@ -125,6 +127,7 @@ class HeadInputs(NamedTuple):
             backend=self.backend,
             valid_rows=self.valid_rows,
             shard=self.shard,
+            rounded=self.rounded,
         )
         return HeadCall(
             policy=self.policy,
@@ -201,6 +204,7 @@ class HeadRequest(NamedTuple):
     ignore_index: Any
     max_chunk_bytes: Any
     backend: str
+    logits_dtype: Any = "float32"
     tp_group: Any = None
     sp_group: Any = None
     hint: str = ""
@@ -262,6 +266,7 @@ class HeadRequest(NamedTuple):
             ignore_index=ignore_index,
             backend=backends.resolve_for(self.backend, self.hidden.device, stats_dtype(dtype)),
             max_chunk_bytes=budget,
+            rounded=checks.choice(self.logits_dtype, "logits_dtype", ("float32", "input")) == "input",
         )
 
     def _reference(self) -> Model | None:

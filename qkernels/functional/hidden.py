@@ -38,6 +38,7 @@ def linear_token_stats(
     detached: Sequence[str] = (),
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: str = "float32",
     temperature: float = 1.0,
     ignore_index: int = -100,
     valid_rows: int | None = None,
@@ -61,6 +62,8 @@ def linear_token_stats(
             log-probs and an entropy with gradient take three.
         softcap: of Gemma; None for none.
         logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
+        logits_dtype: "float32" keeps logits exact; "input" rounds them to the dtype of the GEMMs, to match an engine
+            whose head has a 16-bit result. The gradient takes no notice of the rounding.
         temperature: divides the logits; above 0.
         ignore_index: the label that marks a row to be left out.
         valid_rows: how many labels are not `ignore_index`, exactly, counted where the labels were on the CPU. With it
@@ -97,6 +100,7 @@ def linear_token_stats(
         temperature=temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        logits_dtype=logits_dtype,
         ignore_index=ignore_index,
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
@@ -159,6 +163,7 @@ def linear_token_logps(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: str = "float32",
     temperature: float = 1.0,
     ignore_index: int = -100,
     valid_rows: int | None = None,
@@ -187,6 +192,7 @@ def linear_token_logps(
         outputs=("logps",),
         softcap=softcap,
         logit_scale=logit_scale,
+        logits_dtype=logits_dtype,
         temperature=temperature,
         ignore_index=ignore_index,
         valid_rows=valid_rows,
@@ -222,6 +228,7 @@ def plan_linear(
     reduction: str = "mean",
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: str = "float32",
     plan: str = "auto",
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
@@ -262,6 +269,7 @@ def plan_linear(
         reduction=reduction,
         softcap=softcap,
         logit_scale=logit_scale,
+        logits_dtype=logits_dtype,
         plan=plan,
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
@@ -297,6 +305,7 @@ def fused_linear_token_dpo(
     reduction: str = "mean",
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: str = "float32",
     plan: str = "auto",
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
@@ -326,6 +335,8 @@ def fused_linear_token_dpo(
             host then never waits for a GPU (but see `tp_group`), without them once per call.
         softcap: of Gemma; None for none.
         logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
+        logits_dtype: "float32" keeps logits exact; "input" rounds them to the dtype of the GEMMs, to match an engine
+            whose head has a 16-bit result. The gradient takes no notice of the rounding.
         plan: "auto", "frozen_head", "pair_chunks" or "recompute"; see `qkernels.head.plan` and `plan_linear`.
         max_chunk_bytes: memory for a chunk's logits and their gradient; None takes a share of the free memory.
         backend: "auto", or by name; `qkernels.info()` lists what can run.
@@ -370,6 +381,7 @@ def fused_linear_token_dpo(
         reduction=reduction,
         softcap=softcap,
         logit_scale=logit_scale,
+        logits_dtype=logits_dtype,
         plan=plan,
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,

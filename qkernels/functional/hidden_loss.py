@@ -54,6 +54,7 @@ class HiddenLossRequest(NamedTuple):
     reduction: Any = "mean"
     softcap: Any = None
     logit_scale: Any = 1.0
+    logits_dtype: Any = "float32"
     plan: str = "auto"
     max_chunk_bytes: Any = None
     backend: str = "auto"
@@ -76,6 +77,7 @@ class HiddenLossRequest(NamedTuple):
             temperature=self.temperature,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
+            logits_dtype=self.logits_dtype,
             ignore_index=self.ignore_index,
             max_chunk_bytes=self.max_chunk_bytes,
             backend=self.backend,

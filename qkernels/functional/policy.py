@@ -152,6 +152,7 @@ def fused_linear_policy_loss(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: str = "float32",
     plan: str = "auto",
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
@@ -172,7 +173,7 @@ def fused_linear_policy_loss(
         valid_rows: S ints, how many labels of each sequence are not `ignore_index`; see `fused_linear_token_dpo`. With
             it, rows without a gradient stay in the GEMMs on a GPU.
         temperature: a number, or a tensor shaped like `labels`, which takes no copy here.
-        softcap, logit_scale, max_chunk_bytes, backend, tp_group: as in `fused_linear_token_dpo`.
+        softcap, logit_scale, logits_dtype, max_chunk_bytes, backend, tp_group: as in `fused_linear_token_dpo`.
         plan: "auto", "frozen_head", "token_chunks" or "sequence_chunks" (as the unit of the loss is), or "recompute".
         advantages, old_logps, on_policy, reference_logps, sampling_logps, loss_type, beta, epsilon, epsilon_high,
             delta, importance_sampling_level, importance_correction, correction_min, correction_max, entropy_coef,

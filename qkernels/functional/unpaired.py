@@ -118,6 +118,7 @@ def fused_linear_sequence_loss(
     reduction: str = "mean",
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    logits_dtype: str = "float32",
     plan: str = "auto",
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
@@ -135,7 +136,7 @@ def fused_linear_sequence_loss(
         reference_hidden, reference_weight, reference_bias: of the reference, which may have an H of its own; constants.
         valid_rows: S ints, how many rows of each sequence count; see `fused_linear_token_dpo`.
         temperature: a number, or a tensor shaped like `labels`, which takes no copy here.
-        softcap, logit_scale, max_chunk_bytes, backend, tp_group: as in `fused_linear_token_dpo`.
+        softcap, logit_scale, logits_dtype, max_chunk_bytes, backend, tp_group: as in `fused_linear_token_dpo`.
         plan: "auto", "frozen_head", "sequence_chunks" or "recompute".
         desirable, reference_logps, kl, kl_logps, kl_reference_logps, beta, loss_type, loss_kwargs, token_weights,
             outputs, cu_seqlens, ignore_index, reduction: as in `fused_sequence_loss`.

@@ -27,6 +27,7 @@ class HeadConfig(NamedTuple):
     dtype, reference_dtype: of the GEMMs (autocast's, or the inputs' own).
     chunk_rows: rows of logits that exist at a time.
     backend: name of the one that runs the row operations.
+    rounded: whether logits are rounded to the dtype of the GEMMs, as a head with a 16-bit result rounds them.
     valid_rows: the number of valid rows, where the caller has given it.
     shard: this rank's shard of the vocabulary, whose columns the heads hold; None where they hold all. All ranks go
         through the same chunks: two small all-reduces make their per-row results those of whole rows, and dX is summed.
@@ -41,6 +42,7 @@ class HeadConfig(NamedTuple):
     reference_dtype: torch.dtype
     chunk_rows: int
     backend: str
+    rounded: bool
     valid_rows: int | None = None
     shard: Shard | None = None
 

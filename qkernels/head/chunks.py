@@ -94,7 +94,7 @@ class Pass:
     def _head(self, model: Model, dtype: torch.dtype) -> Head:
         config = self.call.config
         bias = None if model.bias is None else model.bias.to(stats_dtype(dtype))
-        return Head(model.weight.to(dtype), bias, config.softcap, config.logit_scale)
+        return Head(model.weight.to(dtype), bias, config.softcap, config.logit_scale, config.rounded)
 
     def selections(self) -> list[Selection]:
         """The valid rows in chunks, in order."""

@@ -117,13 +117,15 @@ class Head(NamedTuple):
     """Weight `[V, H]` and bias `[V]` of one model's head, in the dtype of its products, and what shapes its logits.
 
     z = softcap * tanh(logit_scale * l / softcap), l = x W^T + b. Without a softcap `logits` leaves the scale out: the
-    caller folds it into the temperature, which costs nothing.
+    caller folds it into the temperature, which costs nothing. With `rounded`, l and the capped z are rounded to the
+    dtype of the weight, as an engine's head with a 16-bit result does; the gradient takes no notice of it.
     """
 
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
     logit_scale: float
+    rounded: bool = False
 
     @property
     def vocab(self) -> int:
@@ -148,8 +150,16 @@ class Head(NamedTuple):
                 torch.mm(wide, w[block].to(out.dtype).t(), out=out[:, block])
             if b is not None:
                 out.add_(b)
+        self._round(out)
         if self.softcap is not None:
             out.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
+            self._round(out)
+
+    def _round(self, out: Tensor) -> None:
+        """Round logits `[n, V]` to the dtype of the weight where that is asked for, a block at a time."""
+        if self.rounded and self.weight.dtype != out.dtype:
+            for block in out.split(max(1, BLOCK_ELEMENTS // max(1, self.vocab))):
+                block.copy_(block.to(self.weight.dtype))
 
     def uncap(self, capped: Tensor, grad: Tensor, out: Tensor) -> None:
         """dL/dz in `grad` -> dL/dl in `out`, given the capped logits z; both are overwritten."""

@@ -99,6 +99,7 @@ def compute_token_stats(
     labels: Tensor | None = None,
     reference_model: nn.Module | None = None,
     temperature: float = 1.0,
+    logits_dtype: str = "float32",
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
@@ -115,7 +116,7 @@ def compute_token_stats(
         reference_model: for the outputs that compare with a reference: another model with the same vocabulary, softcap
             and logit scale, or `model` itself if it is a PEFT model, whose adapter is then switched off. It is called
             without gradients.
-        temperature, max_chunk_bytes, backend: as in `qkernels.linear_token_stats`.
+        temperature, logits_dtype, max_chunk_bytes, backend: as in `qkernels.linear_token_stats`.
         ignore_index: the label that marks a token as not to be scored.
 
     Returns:
@@ -134,6 +135,7 @@ def compute_token_stats(
         reference=None if reference_model is None else reference_rows(reference_model, inputs, model),
         options={
             "temperature": temperature,
+            "logits_dtype": logits_dtype,
             "ignore_index": ignore_index,
             "max_chunk_bytes": max_chunk_bytes,
             "backend": backend,
@@ -151,6 +153,7 @@ def compute_token_logps(
     *,
     labels: Tensor | None = None,
     temperature: float = 1.0,
+    logits_dtype: str = "float32",
     ignore_index: int = -100,
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
@@ -172,6 +175,7 @@ def compute_token_logps(
         outputs=("logps",),
         labels=labels,
         temperature=temperature,
+        logits_dtype=logits_dtype,
         ignore_index=ignore_index,
         max_chunk_bytes=max_chunk_bytes,
         backend=backend,
