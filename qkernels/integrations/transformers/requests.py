@@ -20,7 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ...functional.hidden import linear_token_dpo, linear_token_stats
+from ...functional.policy import fused_linear_policy_loss
+from ...functional.policy_loss import PolicyOutput
 from ...functional.results import TokenDPOOutput, TokenStats
+from ...functional.sequence_loss import SequenceOutput
+from ...functional.unpaired import fused_linear_sequence_loss
 from .parameters import HiddenAndHead, LogitsTransform
 
 
@@ -74,7 +78,23 @@ class LossRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-HeadRequest: TypeAlias = HiddenStatesRequest | StatsRequest | LossRequest
+@dataclass(frozen=True)
+class UnitLossRequest:
+    """A policy loss, or a loss on sequences that are not paired.
+
+    kind: "policy" for `fused_linear_policy_loss`, "sequence" for `fused_linear_sequence_loss`.
+    length: positions of a sequence as the caller has them, as in `LossRequest`.
+    fp32: run the head in fp32, outside autocast.
+    arguments: further arguments of that function; per-token tensors are `[B, T]`.
+    """
+
+    kind: str
+    length: int
+    fp32: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+HeadRequest: TypeAlias = HiddenStatesRequest | StatsRequest | LossRequest | UnitLossRequest
 
 
 class HeadCall:
@@ -91,6 +111,7 @@ class HeadResult(NamedTuple):
     weight, bias: copies of the head's, with `copy_head`.
     stats: the outputs of `StatsRequest` and `LossRequest`, `[B, T]` or packed `[N]` each.
     loss: of `LossRequest`.
+    unit_loss: of `UnitLossRequest`.
     aux_loss: `[]`, the load-balancing loss of a mixture of experts.
     head_probe: `[]`, a value that depends on the head's parameters, with `HiddenStatesRequest`. The caller applies them
         outside of the model; an output that depends on them keeps DDP from taking them for unused.
@@ -102,6 +123,7 @@ class HeadResult(NamedTuple):
     bias: Tensor | None = None
     stats: TokenStats | None = None
     loss: TokenDPOOutput | None = None
+    unit_loss: PolicyOutput | SequenceOutput | None = None
     aux_loss: Tensor | None = None
     head_probe: Tensor | None = None
     sentinel_logits: Tensor | None = None
@@ -134,6 +156,8 @@ def compute_at_head(
     labels = labels.to(head.hidden.device)
     if isinstance(request, LossRequest):
         return _loss(request, head, labels, transform)
+    if isinstance(request, UnitLossRequest):
+        return _unit_loss(request, head, labels, transform)
     return HeadResult(stats=_stats(request, head, labels, transform))
 
 
@@ -154,12 +178,15 @@ def _reference_arguments(reference: HiddenAndHead | None) -> dict[str, Any]:
     }
 
 
-def _stats(request: StatsRequest, head: HiddenAndHead, labels: Tensor, transform: LogitsTransform) -> TokenStats:
+def _in_fp32(head: HiddenAndHead) -> tuple[HiddenAndHead, contextlib.AbstractContextManager[Any]]:
+    """Hidden states and head in fp32, and the context in which autocast leaves them so."""
     hidden, weight, bias = head
-    autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if request.fp32:
-        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
-        autocast = torch.autocast(hidden.device.type, enabled=False)
+    wide = HiddenAndHead(hidden.float(), weight.float(), None if bias is None else bias.float())
+    return wide, torch.autocast(hidden.device.type, enabled=False)
+
+
+def _stats(request: StatsRequest, head: HiddenAndHead, labels: Tensor, transform: LogitsTransform) -> TokenStats:
+    (hidden, weight, bias), autocast = _in_fp32(head) if request.fp32 else (head, contextlib.nullcontext())
     with autocast:
         return linear_token_stats(
             hidden,
@@ -202,3 +229,21 @@ def _loss(request: LossRequest, head: HiddenAndHead, labels: Tensor, transform: 
     )
     # A plain tuple of tensors: wrappers rebuild it field by field, and would lose the attribute `plan`.
     return HeadResult(stats=stats, loss=TokenDPOOutput(*output))
+
+
+def _unit_loss(request: UnitLossRequest, head: HiddenAndHead, labels: Tensor, transform: LogitsTransform) -> HeadResult:
+    virtual_tokens = labels.shape[1] - request.length
+    function: Any = fused_linear_policy_loss if request.kind == "policy" else fused_linear_sequence_loss
+    given: dict[str, Any] = {
+        name: nn.functional.pad(value, (virtual_tokens, 0))
+        if virtual_tokens and isinstance(value, Tensor) and value.shape[1:] == (request.length,)
+        else value
+        for name, value in request.arguments.items()
+    }
+    (hidden, weight, bias), autocast = _in_fp32(head) if request.fp32 else (head, contextlib.nullcontext())
+    with autocast:
+        output = function(
+            hidden, weight, labels, bias=bias, softcap=transform.softcap, logit_scale=transform.logit_scale, **given
+        )
+    # As above: a plain tuple of tensors.
+    return HeadResult(unit_loss=(PolicyOutput if request.kind == "policy" else SequenceOutput)(*output))

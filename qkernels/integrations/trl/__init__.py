@@ -1,6 +1,7 @@
 """TRL: a DPO trainer whose per-token log-probs and losses are computed here, and the same heads for other trainers.
 
     from qkernels.integrations.trl import TokenDPOTrainer   # instead of trl.DPOTrainer: the losses too
+    from qkernels.integrations.trl import TokenGRPOTrainer, TokenKTOTrainer   # the same for GRPO and KTO
     from qkernels.integrations.trl import patch_trl         # or keep your trainer: the heads alone
 
     version.py      which TRL this package works with
@@ -11,6 +12,8 @@
     constructor.py  what is replaced in TRL while the constructor of its trainer runs
     trainer.py      `TokenDPOTrainer`
     results.py      `TokenResults`: the per-token results of a step, and TRL's metrics from them
+    grpo.py         `TokenGRPOTrainer`: policy losses
+    kto.py          `TokenKTOTrainer`
 
 TRL is imported when one of the names below is used, not before. Needs TRL 1.16 or a later 1.x.
 """
@@ -27,12 +30,16 @@ from .version import require_trl
 if TYPE_CHECKING:
     from .collator import TokenPreferenceCollator
     from .config import TokenDPOConfig
+    from .grpo import TokenGRPOTrainer
+    from .kto import TokenKTOTrainer
     from .results import TokenResults
     from .trainer import TokenDPOTrainer
 
 __all__ = [
     "TokenDPOConfig",
     "TokenDPOTrainer",
+    "TokenGRPOTrainer",
+    "TokenKTOTrainer",
     "TokenPreferenceCollator",
     "TokenResults",
     "add_token_head",
@@ -45,6 +52,8 @@ __all__ = [
 _LAZY = {
     "TokenDPOConfig": "config",
     "TokenDPOTrainer": "trainer",
+    "TokenGRPOTrainer": "grpo",
+    "TokenKTOTrainer": "kto",
     "TokenPreferenceCollator": "collator",
     "TokenResults": "results",
 }

@@ -1,0 +1,174 @@
+"""TRL's GRPO and KTO trainers on this package's losses: TRL's numbers over short runs, for every loss and option.
+
+Both trainers run for a few steps on a tiny model with equal seeds and plain SGD.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed")
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from datasets import Dataset, disable_progress_bars
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+
+import hf_models
+from assertions import refuses
+from qkernels.integrations.trl import TokenGRPOTrainer, TokenKTOTrainer
+
+disable_progress_bars()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+_PAIRS = hf_models.preferences(8)
+PROMPTS = Dataset.from_list([{"prompt": pair["prompt"]} for pair in _PAIRS])
+ANSWERS = Dataset.from_list(
+    [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in _PAIRS
+        for side in ("chosen", "rejected")
+    ]
+)
+
+
+def reward(completions, **_):
+    """A number of the text; equal for the first prompt's completions, whose advantages are 0 then."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def half(prompts, completions, **_):
+    """As `reward`, and 0 for every second prompt: its completions have no advantage."""
+    return [r * (sum(map(ord, p)) % 2) for r, p in zip(reward(completions), prompts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The model in a folder: from a name or path TRL makes a reference of its own."""
+    folder = tmp_path_factory.mktemp("model")
+    hf_models.model().save_pretrained(folder)
+    return str(folder)
+
+
+def train(trainer, config, data, tmp_path, *, steps=2, extra=None, model=None, **options):
+    options = {
+        "per_device_train_batch_size": 4, "max_steps": steps, "logging_steps": 1, "learning_rate": 0.05, "seed": 1,
+        "optim": "sgd", "lr_scheduler_type": "constant", "report_to": [], "use_cpu": True, "save_strategy": "no",
+        "disable_tqdm": True, "log_level": "error", "gradient_checkpointing": False, "bf16": False, **options,
+    }  # fmt: skip
+    made = trainer(
+        model=hf_models.model() if model is None else model,
+        args=config(output_dir=str(tmp_path), **options),
+        train_dataset=data,
+        processing_class=hf_models.tokenizer(),
+        **(extra or {}),
+    )
+    made.remove_callback(PrinterCallback)
+    made.train()
+    return made
+
+
+def numbers(trainer):
+    """What a trainer has logged, without times."""
+    timing = ("runtime", "per_second", "total_flos", "step_time")
+    return [{k: v for k, v in e.items() if not any(w in k for w in timing)} for e in trainer.state.log_history]
+
+
+def assert_same(ours, theirs, tolerance=1e-4):
+    for one, other in zip(numbers(ours), numbers(theirs), strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            exact = other[name]  # None where a metric has no value
+            exact = exact if exact is None else pytest.approx(exact, rel=tolerance, abs=tolerance, nan_ok=True)
+            assert one[name] == exact, name
+    mine, its = dict(ours.model.named_parameters()), dict(theirs.model.named_parameters())
+    for name, value in mine.items():
+        torch.testing.assert_close(value, its[name], rtol=tolerance, atol=tolerance)
+    moved = hf_models.model().state_dict()
+    assert any(not torch.equal(moved[name], value) for name, value in mine.items()), "nothing was trained"
+
+
+def grpo(trainer, tmp_path, reward_function=reward, **options):
+    options = {"num_generations": 2, "max_completion_length": 6, "temperature": 0.9, **options}
+    return train(trainer, GRPOConfig, PROMPTS, tmp_path, extra={"reward_funcs": reward_function}, **options)
+
+
+GRPO = {
+    **{name: {"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo", "luspo")},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "num_iterations": 2},
+    "iterations": {"num_iterations": 2, "delta": 1.1, "epsilon": 0.01, "epsilon_high": 0.02, "steps": 4},
+    "kl": {"beta": 0.2, "num_iterations": 2, "model": ...},
+    "corrected kl": {"beta": 0.2, "use_bias_correction_kl": True, "num_iterations": 2, "model": ...},
+    "entropy": {"entropy_coef": 0.1, "loss_type": "grpo"},
+    "entropy, accumulation": {"entropy_coef": 0.1, "gradient_accumulation_steps": 2, "loss_type": "dapo"},
+    "high entropy": {"top_entropy_quantile": 0.5},
+    "off-policy mask": {"off_policy_mask_threshold": 1e-4, "num_iterations": 2},
+    "truncated": {"mask_truncated_completions": True},
+    "fp32 head": {"cast_lm_head_to_fp32": True},
+}
+QUICK = ("dapo", "gspo", "entropy, accumulation", "kl")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, id=name, marks=() if name in QUICK else pytest.mark.nightly) for name, o in GRPO.items()],
+)
+def test_grpo(options, tmp_path, saved):
+    options = {**options, "model": saved} if "model" in options else options
+    assert_same(grpo(TokenGRPOTrainer, tmp_path, **options), grpo(GRPOTrainer, tmp_path, **options))
+
+
+def test_completions_without_advantage_cost_no_backward(tmp_path):
+    ours = grpo(TokenGRPOTrainer, tmp_path, half, steps=2, scale_rewards="none")
+    assert_same(ours, grpo(GRPOTrainer, tmp_path, half, steps=2, scale_rewards="none"))
+    assert ours.last_idle_rows is not None and ours.last_idle_rows > 0
+
+
+def test_what_is_left_to_trl_is_named(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    refuses(
+        ValueError, "top_entropy_quantile=0.5", "patch_trl",
+        call=lambda: grpo(TokenGRPOTrainer, tmp_path, top_entropy_quantile=0.5, num_generations=4),
+    )  # fmt: skip
+
+
+def kto(trainer, tmp_path, **options):
+    extra = {} if "model" in options else {"ref_model": copy.deepcopy(hf_models.model(seed=7))}
+    return train(trainer, KTOConfig, ANSWERS, tmp_path, extra=extra, **options)
+
+
+KTO = {
+    "kto": {"desirable_weight": 1.3, "undesirable_weight": 0.7, "beta": 0.4},
+    "apo_zero_unpaired": {"loss_type": "apo_zero_unpaired"},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "accumulation": {"gradient_accumulation_steps": 2, "model": ...},
+}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, id=name, marks=() if name == "kto" else pytest.mark.nightly) for name, o in KTO.items()],
+)
+def test_kto(options, tmp_path, saved):
+    options = {**options, "model": saved} if "model" in options else options
+    assert_same(kto(TokenKTOTrainer, tmp_path, **options), kto(KTOTrainer, tmp_path, **options))
+
+
+def test_one_percent_is_seen(tmp_path, monkeypatch):
+    theirs = kto(KTOTrainer, tmp_path, beta=0.4)
+    from qkernels.head import chunks
+
+    known = chunks.coefficients_of
+    monkeypatch.setattr(chunks, "coefficients_of", lambda *a: 1.01 * known(*a))
+    with pytest.raises(AssertionError):
+        assert_same(kto(TokenKTOTrainer, tmp_path, beta=0.4), theirs)
