@@ -78,7 +78,8 @@ def carry_out(command: str, run: Callable[[], str], errors: tuple[type[Exception
     except KeyboardInterrupt:
         print(f"\nqkernels {command}: interrupted; {interrupted}", file=sys.stderr)
         return 130
-    print(printable(text, keep=" \n"))
+    if text:  # of several processes, the first one speaks
+        print(printable(text, keep=" \n"))
     return 0
 
 

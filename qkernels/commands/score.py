@@ -13,7 +13,7 @@ entropy, both KL divergences.
 
 Writes OUT/tokens.parquet (a row per token), OUT/pairs.parquet, OUT/summary.json and OUT/report.html, which shows the
 most suspicious answers and tokens first. An interrupted run, also by Ctrl-C, keeps what it has scored; the same command
-with --resume goes on.
+with --resume goes on. `torchrun --nproc-per-node N -m qkernels score ...` shares the pairs among N processes.
 """
 
 

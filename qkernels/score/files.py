@@ -28,6 +28,7 @@ TOKENS, PAIRS, SUMMARY, REPORT, SETTINGS, CHECKSUMS, LOCK, PARTS = (
     ".lock",
     "parts",
 )
+RANKS = "ranks"
 TEMPORARY = ".partial-"
 FORMAT = 2  # 1: no checksums, no lock
 ALWAYS = ("logps", "reference_logps", "implicit_rewards")  # outputs of every run
@@ -37,7 +38,24 @@ RESTORE = "restore the file from a copy, or score again with --overwrite"
 
 _METADATA = b"qkernels"
 _PART = re.compile(rf"{PARTS}/\d{{6}}\.parquet")
+_RANK = re.compile(rf"{RANKS}/\d{{5}}")
 _LARGEST = 2**31 - 1  # of a pair's number and of counts
+
+
+def rank_folder(rank: int) -> str:
+    """Where a rank of a run of many writes, a folder like that of a run of its own."""
+    return f"{RANKS}/{rank:05d}"
+
+
+def is_rank_folder(name: str) -> bool:
+    """Whether a path inside the folder is a rank's folder."""
+    return _RANK.fullmatch(name) is not None
+
+
+def in_rank(name: str) -> str:
+    """A path inside the folder without the rank's folder that it may begin with."""
+    head, rest = name[: len(RANKS) + 7], name[len(RANKS) + 7 :]
+    return rest if _RANK.fullmatch(head[:-1]) and head.endswith("/") else name
 
 
 def part_name(number: int) -> str:

@@ -23,6 +23,7 @@ from .files import (
     LOCK,
     PAIRS,
     PARTS,
+    RANKS,
     REPORT,
     RESTORE,
     SETTINGS,
@@ -31,7 +32,9 @@ from .files import (
     TOKENS,
     are_settings,
     as_json,
+    in_rank,
     is_part,
+    is_rank_folder,
     read_json,
     temporary_name,
 )
@@ -47,18 +50,19 @@ _BLOCK = 1 << 20
 
 def is_own_name(name: str) -> bool:
     """Whether a run writes a file of this path, relative to its folder."""
-    head, slash, last = name.rpartition("/")
+    head, slash, last = in_rank(name).rpartition("/")
     plain = head + slash + _OLD_TEMPORARY.sub(TEMPORARY, last).removeprefix(TEMPORARY)
     return plain in (*_FILES, CHECKSUMS, LOCK) or is_part(plain)
 
 
-def _is_own_folder(name: str) -> bool:
-    return name == PARTS
+def is_own_folder(name: str) -> bool:
+    """Whether a run makes a folder of this path, relative to its own."""
+    return name == RANKS or is_rank_folder(name) or in_rank(name) == PARTS
 
 
 def foreign(out: Path) -> list[str]:
     """What a folder holds that no run writes."""
-    return folders.foreign(out, is_own_name, _is_own_folder)
+    return folders.foreign(out, is_own_name, is_own_folder)
 
 
 def is_run(out: Path) -> bool:
@@ -80,7 +84,7 @@ def is_blank(out: Path) -> bool:
 
 def clear(out: Path) -> None:
     """Delete what a run has written, by name; the settings, by which the folder is known, and the lock stay."""
-    folders.remove(out, lambda name: is_own_name(name) and name not in (SETTINGS, LOCK), _is_own_folder)
+    folders.remove(out, lambda name: is_own_name(name) and name not in (SETTINGS, LOCK), is_own_folder)
 
 
 # --- who writes to it -------------------------------------------------------------------------------------------------

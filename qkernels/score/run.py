@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
+import io
 import itertools
 import platform
 import sys
@@ -24,10 +26,11 @@ from ..text.characters import first_line
 from ..text.lengths import position_limit
 from . import models
 from .encode import EncodedAnswer, Encoder, place
-from .files import ALWAYS, PAIRS, REPORT, SUMMARY, TOKENS, as_json
+from .files import ALWAYS, PAIRS, REPORT, SUMMARY, TOKENS, as_json, rank_folder
 from .folder import RunLock
 from .options import ScoreError, ScoreOptions
 from .page import make_page
+from .ranks import Ranks, bitmap, in_bitmap, launched
 from .store import WINDOW, CachedReference, Results, Scored
 from .summary import Overview
 from .table import SIDES, TokenTable, prompt_of
@@ -42,27 +45,44 @@ Cached = Callable[[str, int, str, list[int]], "np.ndarray"]
 
 # Pairs with their numbers, ascending.
 Numbered = Iterable[tuple[int, Preference]]
+# Neighbouring pairs that are batched together.
+Window = dict[int, Preference]
 
 
 class _Sequence(NamedTuple):
-    """An answer ready to be scored; `known` is the reference's log-probs, if they are cached."""
+    """An answer ready to be scored.
+
+    known: the reference's log-probs, if they are cached.
+    is_done: it has been scored before, and is there because the others were in a batch with it.
+    """
 
     number: int
     pair: Preference
     side: str
     answer: EncodedAnswer
     known: np.ndarray | None
+    is_done: bool
+
+
+def _windows(pairs: Numbered) -> Iterator[Window]:
+    """Neighbours together; where a window begins depends on the numbers of the pairs alone."""
+    for _, group in itertools.groupby(pairs, lambda numbered: numbered[0] // WINDOW):
+        yield dict(group)
 
 
 def _encode(
     scorer: TokenScorer,
     encoder: Encoder,
-    pairs: Numbered,
+    windows: Iterable[Window],
     cached: Cached | None,
+    done: bytes = b"",
 ) -> Iterator[list[_Sequence]]:
-    """Tokenise pairs, a window of neighbours at a time, and check that they can be scored."""
-    for _, group in itertools.groupby(pairs, lambda numbered: numbered[0] // WINDOW):
-        neighbours = dict(group)
+    """Tokenise pairs, a window of neighbours at a time, and check that they can be scored.
+
+    Args:
+        done: `bitmap` of the pairs that are scored.
+    """
+    for neighbours in windows:
         window = []
         for (number, pair), answers in zip(neighbours.items(), encoder.pairs(neighbours), strict=True):
             for side, answer in zip(SIDES, answers, strict=True):
@@ -73,18 +93,20 @@ def _encode(
                         " columns does not have"
                     )
                 known = None if cached is None else cached(where, number, side, answer.ids)
-                window.append(_Sequence(number, pair, side, answer, known))
+                window.append(_Sequence(number, pair, side, answer, known, in_bitmap(done, number)))
         yield window
 
 
 def _score(scorer: TokenScorer, windows: Iterable[list[_Sequence]]) -> Iterator[tuple[int, Preference, list[Scored]]]:
-    """Score window after window; a pair comes when both its answers have been scored."""
+    """Score what is missing of window after window; a pair comes when both its answers have been scored."""
     for window in windows:
         answers = [Answer(s.answer.prompt, s.answer.ids, s.answer.between) for s in window]
         known = [sequence.known for sequence in window] if scorer.cached else None
         done: dict[int, dict[str, Scored]] = {}
-        for i, scores in scorer.scores(answers, known):
+        for i, scores in scorer.scores(answers, known, wanted=[not sequence.is_done for sequence in window]):
             sequence = window[i]
+            if sequence.is_done:
+                continue
             both = done.setdefault(sequence.number, {})
             both[sequence.side] = (sequence.side, sequence.answer, scores)
             if len(both) == len(SIDES):
@@ -148,7 +170,7 @@ def score_preferences(
     limits = [position_limit(m) for m in (model, reference) if m is not None]
     encoder = Encoder(tokenizer, prompt_format, max_length, min((n for n in limits if n), default=None))
     cached = None if reference_logps is None else _from_table(reference_logps)
-    windows = list(_encode(scorer, encoder, enumerate(checked), cached))
+    windows = list(_encode(scorer, encoder, _windows(enumerate(checked)), cached))
     rows: list[tuple[int, str, EncodedAnswer, Mapping[str, np.ndarray]]] = []
     phase = None if progress is None else Progress(progress).phase("scoring", len(checked))
     try:
@@ -190,17 +212,93 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
         options: what to do.
         stream: where progress goes; standard error by default.
 
+    Under `torchrun`, or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, the ranks share the
+    pairs; `out` has to be on a file system that all of them see. Results do not depend on how many there are.
+
     Returns:
-        The contents of `summary.json`.
+        The contents of `summary.json`; an empty dict on ranks other than 0.
 
     Raises:
-        ScoreError: an option, the folder, a model, a tokenizer or an answer stands in the way.
+        ScoreError: an option, the folder, a model, a tokenizer, an answer or a lost rank stands in the way.
         DataError: the preference file cannot be used.
         On these and on any other exception, what has been scored is in the folder, and a run with `resume` goes on
         from there.
     """
     options.check()
     models.require_packages(options)
+    progress = Progress(stream or sys.stderr)
+    if not launched():
+        return _score_into(options, progress, None)
+    with Ranks() as ranks:
+        try:
+            if options.device == "auto" and torch.cuda.is_available():
+                options = dataclasses.replace(options, device=f"cuda:{ranks.device}")
+            return _score_into(options, progress, ranks) if ranks.is_first else _join(options, ranks)
+        except BaseException as error:
+            ranks.fail(error)
+            raise
+
+
+class _Prepared(NamedTuple):
+    """All that scoring needs, loaded and checked.
+
+    data, records: the pairs, and how many there are.
+    cached: the reference's log-probs; None with a model.
+    settings: what results depend on.
+    note: what to tell of the models; None for nothing.
+    """
+
+    data: PreferenceData
+    records: int
+    cached: CachedReference | None
+    loaded: models.Loaded
+    scorer: TokenScorer
+    encoder: Encoder
+    settings: dict[str, Any]
+    note: str | None
+
+    @property
+    def logps(self) -> Cached | None:
+        """The reference's log-probs of an answer, if they are cached."""
+        return None if self.cached is None else self.cached.logps
+
+
+def _prepare(options: ScoreOptions) -> _Prepared:
+    """Read the data and load the models."""
+    outputs = _outputs(options)
+    data = open_preferences(
+        options.data, split=options.split, config=options.data_config, skip_invalid=options.skip_invalid
+    )
+    records = sum(1 for _ in data)  # and every one of them is checked
+    if not records:
+        raise DataError(f"{data.name}: expected at least 1 preference pair, found 0")
+    cached = None if options.reference_logps is None else CachedReference(options.reference_logps)
+    with quiet_transformers():
+        loaded = models.load(options)
+    try:
+        scorer = TokenScorer(
+            loaded.model,
+            loaded.reference,
+            cached=cached is not None,
+            beta=options.beta,
+            outputs=outputs,
+            batch_tokens=options.batch_tokens,
+        )
+    except (TypeError, ValueError) as error:
+        raise ScoreError(f"--model {options.model}: {error}") from error
+    notes = [
+        models.check_heads(scorer.vocabularies, loaded.tokenizer),
+        models.check_difference(options),
+        models.check_beta(options),
+    ]
+    encoder = Encoder(loaded.tokenizer, options.prompt_format, options.max_length, loaded.limit, loaded.other_tokenizer)
+    settings = _settings(options, scorer, loaded, encoder)
+    note = " ".join(filter(None, notes)) or None
+    return _Prepared(data, records, cached, loaded, scorer, encoder, settings, note)
+
+
+def _score_into(options: ScoreOptions, progress: Progress, ranks: Ranks | None) -> dict[str, Any]:
+    """The whole run; of many ranks, the part of rank 0."""
     with RunLock(options.out) as lock:
         Results.refuse(options.out, options.resume, options.overwrite, lock)
         try:
@@ -210,78 +308,84 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
                 folders.try_to_make(options.out)
         except OSError as error:
             raise ScoreError(f"--out {options.out}: cannot be written ({error.strerror or error})") from None
-        return _score_into(options, lock, Progress(stream or sys.stderr))
-
-
-def _score_into(options: ScoreOptions, lock: RunLock, progress: Progress) -> dict[str, Any]:
-    outputs = _outputs(options)
-    began = time.monotonic()
-    data = open_preferences(
-        options.data, split=options.split, config=options.data_config, skip_invalid=options.skip_invalid
-    )
-    records = sum(1 for _ in data)  # and every one of them is checked
-    if not records:
-        raise DataError(f"{data.name}: expected at least 1 preference pair, found 0")
-    skipped = data.skipped_line()
-    cached = None if options.reference_logps is None else CachedReference(options.reference_logps)
-    with quiet_transformers():
-        loaded = models.load(options)
-        try:
-            scorer = TokenScorer(
-                loaded.model,
-                loaded.reference,
-                cached=cached is not None,
-                beta=options.beta,
-                outputs=outputs,
-                batch_tokens=options.batch_tokens,
-            )
-        except (TypeError, ValueError) as error:
-            raise ScoreError(f"--model {options.model}: {error}") from error
-        notes = [
-            models.check_heads(scorer.vocabularies, loaded.tokenizer),
-            models.check_difference(options),
-            models.check_beta(options),
-        ]
-        note = " ".join(filter(None, notes)) or None
-        encoder = Encoder(
-            loaded.tokenizer, options.prompt_format, options.max_length, loaded.limit, loaded.other_tokenizer
-        )
-        results = Results(options.out, _settings(options, scorer, loaded, encoder), lock)
+        began = time.monotonic()
+        prepared = _prepare(options)
+        data, loaded, scorer = prepared.data, prepared.loaded, prepared.scorer
+        skipped = data.skipped_line()
+        results = Results(options.out, prepared.settings, lock)
         if options.resume:
             results.open(options.resume, options.overwrite)
             results.check(data.numbered(), options.max_length)
             for text in results.notes:
                 progress.say(text)
         ignored = f"; ignored fields: {', '.join(data.ignored_fields)}" if data.ignored_fields else ""
-        todo = _Todo(data, options.limit, results)
-        kept = f"; {len(results.info)} scored before" if results.info else ""
-        progress.say(f"Data: {todo.wanted(records)} of {records} pairs from {options.data}{kept}{ignored}")
+        before = len(results.info)
+        todo = _Todo(data, options.limit, bitmap(results.info))
+        kept = f"; {before} scored before" if before else ""
+        progress.say(
+            f"Data: {todo.wanted(prepared.records)} of {prepared.records} pairs from {options.data}{kept}{ignored}"
+        )
         if skipped:
             progress.say(f"--skip-invalid {skipped}")
-        progress.say(_model_line(loaded, scorer))
-        if note is not None:
-            progress.say(note)
-        _check(scorer, encoder, todo, cached, progress)
+        progress.say(_model_line(loaded, scorer) + (f"; {ranks.size} ranks" if ranks is not None else ""))
+        if prepared.note is not None:
+            progress.say(prepared.note)
+        _check(prepared, todo, ranks, progress)
         if not options.resume:
             results.open(options.resume, options.overwrite)
-        tokens = _run(scorer, encoder, todo, cached, results, progress)
-    device = next(loaded.model.parameters()).device
-    facts = {
-        "note": note,
-        "skipped": dict(data.skipped),
-        "sources": {
-            "model": options.model,
-            "reference": _reference_name(options),
-            "data": str(options.data) + (f", split {options.split}" if options.split else ""),
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        },
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "backend": backends.resolve("auto", torch.zeros(1, 1, device=device)),
-        "elapsed_seconds": {"scoring": round(time.monotonic() - began, 2), "tokens_scored": tokens},
-    }
-    progress.say("Writing tables and report")
-    return _finish(options, results, data, facts)
+        if ranks is not None:
+            ranks.publish(_shared_settings(prepared), todo.done)
+        tokens = _run(prepared, todo, results, ranks, progress)
+        device = next(loaded.model.parameters()).device
+        facts = {
+            "note": prepared.note,
+            "skipped": dict(data.skipped),
+            "sources": {
+                "model": options.model,
+                "reference": _reference_name(options),
+                "data": str(options.data) + (f", split {options.split}" if options.split else ""),
+                "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            },
+            "device": str(device),
+            "ranks": 1 if ranks is None else ranks.size,
+            "threads": torch.get_num_threads(),
+            "backend": backends.resolve("auto", torch.zeros(1, 1, device=device)),
+            "elapsed_seconds": {"scoring": round(time.monotonic() - began, 2), "tokens_scored": tokens},
+        }
+        if ranks is not None:
+            _adopt(results, before + ranks.scored(0))
+        progress.say("Writing tables and report")
+        return _finish(options, results, data, facts)
+
+
+def _join(options: ScoreOptions, ranks: Ranks) -> dict[str, Any]:
+    """The part of a rank that is not the first: it scores into a folder of its own."""
+    silent = Progress(io.StringIO())
+    prepared = _prepare(options)
+    _check(prepared, _Todo(prepared.data, options.limit, b""), ranks, silent)
+    todo = _Todo(prepared.data, options.limit, ranks.await_folder(_shared_settings(prepared)))
+    out = options.out / rank_folder(ranks.rank)
+    with RunLock(out) as lock:
+        results = Results(out, prepared.settings, lock)
+        results.open(resume=False, overwrite=False)
+        tokens = _run(prepared, todo, results, ranks, silent)
+    ranks.end(tokens)
+    return {}
+
+
+def _shared_settings(prepared: _Prepared) -> dict[str, Any]:
+    return {**prepared.settings, "the number of pairs": prepared.records}
+
+
+def _adopt(results: Results, expected: int) -> None:
+    """Take over what the other ranks have scored."""
+    results.flush()
+    results.adopt()
+    if len(results.info) != expected:
+        raise ScoreError(
+            f"--out {results.out}: {expected} pairs have been scored, and {len(results.info)} of them can be seen from"
+            " rank 0: the folder has to be on a file system that all ranks share"
+        )
 
 
 def _outputs(options: ScoreOptions) -> tuple[str, ...]:
@@ -294,55 +398,86 @@ def _outputs(options: ScoreOptions) -> tuple[str, ...]:
 
 
 class _Todo:
-    """The pairs that are wanted and not scored yet, read anew each time they are iterated over.
+    """The pairs that are wanted and not scored yet, read anew each time they are asked for.
 
     Args:
         data: all pairs.
         limit: how many of them are wanted, from the first on; None for all.
-        results: what is scored.
+        done: `bitmap` of the pairs that are scored.
     """
 
-    def __init__(self, data: PreferenceData, limit: int | None, results: Results):
-        self._data, self._limit, self._results = data, limit, results
+    def __init__(self, data: PreferenceData, limit: int | None, done: bytes):
+        self._data, self._limit, self.done = data, limit, done
 
     def wanted(self, records: int) -> int:
         """How many are wanted, scored or not."""
         return records if self._limit is None else min(records, self._limit)
 
-    def __iter__(self) -> Iterator[tuple[int, Preference]]:
-        wanted = itertools.islice(self._data.numbered(), self._limit)
-        return ((number, pair) for number, pair in wanted if number not in self._results.info)
-
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        """How many are missing."""
+        wanted = itertools.islice(self._data.numbered(), self._limit)
+        return sum(not in_bitmap(self.done, number) for number, _ in wanted)
+
+    def windows(self) -> Iterator[Window]:
+        """The windows in which a pair is missing, whole: batches are made of windows, whatever is scored of them."""
+        for window in _windows(itertools.islice(self._data.numbered(), self._limit)):
+            if not all(in_bitmap(self.done, number) for number in window):
+                yield window
+
+    def share(self, ranks: Ranks | None) -> Iterator[Window]:
+        """The windows that this rank gets, one after the other as it asks for them; without ranks all."""
+        if ranks is None:
+            yield from self.windows()
+            return
+        tickets = ranks.tickets()
+        wanted = next(tickets)
+        for i, window in enumerate(self.windows()):
+            if i == wanted:
+                yield window
+                wanted = next(tickets)
 
 
-def _check(
-    scorer: TokenScorer, encoder: Encoder, pairs: _Todo, cached: CachedReference | None, progress: Progress
-) -> None:
-    """Tokenise everything once and let it go: what is wrong with a row should be known before hours of work."""
-    with progress.phase("checking", len(pairs)) as phase:
-        for window in _encode(scorer, encoder, pairs, None if cached is None else cached.logps):
-            phase.step(steps=len(window) // len(SIDES))
+def _check(prepared: _Prepared, todo: _Todo, ranks: Ranks | None, progress: Progress) -> None:
+    """Tokenise everything once and let it go: what is wrong with a row should be known before hours of work.
+
+    Of many ranks, each takes its share, and rank 0 waits for all.
+    """
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    windows = itertools.islice(todo.windows(), rank, None, size)
+    with progress.phase("checking", len(todo)) as phase:
+        for window in _encode(prepared.scorer, prepared.encoder, windows, prepared.logps, todo.done):
+            phase.step(steps=sum(not sequence.is_done for sequence in window) // len(SIDES))
+    if ranks is not None:
+        ranks.checked()
 
 
-def _run(
-    scorer: TokenScorer,
-    encoder: Encoder,
-    todo: _Todo,
-    cached: CachedReference | None,
-    results: Results,
-    progress: Progress,
-) -> int:
-    """Score what is missing; number of answer tokens."""
-    tokens, start = 0, time.monotonic()
+def _run(prepared: _Prepared, todo: _Todo, results: Results, ranks: Ranks | None, progress: Progress) -> int:
+    """Score what is missing, or this rank's share of it; number of answer tokens, on rank 0 of all."""
+    tokens, start, shown = 0, time.monotonic(), 0
+    scorer = prepared.scorer
     try:
         with progress.phase("scoring", len(todo)) as phase:
-            windows = _encode(scorer, encoder, todo, None if cached is None else cached.logps)
+
+            def show(pairs: int, note: str = "") -> None:
+                """Pairs that all ranks have scored by now."""
+                nonlocal shown
+                if pairs > shown:
+                    phase.step(note, steps=pairs - shown)
+                    shown = pairs
+
+            windows = _encode(scorer, prepared.encoder, todo.share(ranks), prepared.logps, todo.done)
             for number, pair, answers in _score(scorer, windows):
                 results.add(number, answers, pair)
                 tokens += sum(len(encoded.ids) for _, encoded, _ in answers)
-                phase.step(f"{tokens / (time.monotonic() - start):.0f} answer tokens/s")
+                rate = f"{tokens / (time.monotonic() - start):.0f} answer tokens/s"
+                if ranks is None:
+                    show(shown + 1, rate)
+                else:
+                    show(ranks.scored(1), f"{rate} on rank 0")
+            if ranks is not None and ranks.is_first:
+                ranks.end(tokens)
+                tokens = ranks.await_all(lambda: show(ranks.scored(0)))
+                show(ranks.scored(0))
     except torch.OutOfMemoryError as error:
         raise ScoreError(
             f"out of memory ({first_line(error)}); a smaller --batch-tokens than {scorer.batch_tokens} takes less"
@@ -495,7 +630,9 @@ def _versions() -> dict[str, str]:
 
 
 def summary(figures: Mapping[str, Any], options: ScoreOptions) -> str:
-    """What a run has come to, in a few lines for the terminal."""
+    """What a run has come to, in a few lines for the terminal; nothing on ranks other than the first."""
+    if not figures:
+        return ""
     rows = [
         ("pairs", f"{figures['pairs']} ({figures['tokens']} answer tokens)"),
         (

@@ -7,6 +7,7 @@
     settings.json    what makes results comparable; a run that resumes must agree
     checksums.json   SHA-256 of the others; what was changed or lost since is found and named, and never merged
     parts/           while a run is under way or was interrupted: what has been scored
+    ranks/           of a run of many processes: folders like this one, of all ranks but the first
     .lock            while a run is under way: its process, so that no other one writes to the folder
 
 Every file is written under a temporary name and renamed when it is complete.
@@ -15,8 +16,10 @@ Every file is written under a temporary name and renamed when it is complete.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
@@ -32,6 +35,7 @@ from .files import (
     LOCK,
     PAIRS,
     PARTS,
+    RANKS,
     REPORT,
     RESTORE,
     SETTINGS,
@@ -44,6 +48,7 @@ from .files import (
     check_rows,
     digest,
     is_part,
+    is_rank_folder,
     metadata_of,
     part_name,
     part_number,
@@ -197,9 +202,37 @@ class Results:
             checksums.settle(name, place)
             with TokenFile(self.out / name, self._columns, _AGAIN) as part:
                 self.info |= part.info()
+        self.adopt()
         # What a run left that was struck between two steps: files that were not complete, parts that were merged.
         wanted = {*checksums.files, TOKENS, PAIRS, SUMMARY, REPORT, CHECKSUMS, LOCK}
         folders.remove(self.out, lambda name: is_own_name(name) and name not in wanted, _is_parts)
+
+    def adopt(self) -> None:
+        """Take over the parts of other ranks, which wrote each into a folder of its own.
+
+        A part is copied, noted here, and then removed there: struck in between, it is there twice, which `merge` can
+        tell.
+
+        Raises:
+            ScoreError: a rank is still writing, or what it wrote is damaged, or not of this run.
+        """
+        for folder in rank_folders(self.out):
+            lock = RunLock(folder)
+            if lock.is_held():
+                raise ScoreError(f"--out {self.out}: {lock.holder()} is still writing to {folder}; wait for its end")
+            for place in _parts_of_rank(folder, self.settings, _AGAIN):
+                with TokenFile(place, self._columns, _AGAIN) as part:
+                    info = part.info()
+                last = max((part_number(name) for name in self._checksums.parts()), default=-1)
+                self.replace(part_name(last + 1), functools.partial(shutil.copyfile, place))
+                self.info |= info
+            try:
+                if not folders.remove(folder, is_own_name, _is_parts):
+                    folder.rmdir()
+            except OSError as error:
+                raise ScoreError(f"{folder}: cannot be removed ({error.strerror or error})") from None
+        with contextlib.suppress(OSError):  # not there, or somebody else's files in it
+            (self.out / RANKS).rmdir()
 
     def _again(self, name: str, consequence: str) -> None:
         self.notes.append(f"{self.out / name} is missing, though the run wrote it: {consequence}")
@@ -350,6 +383,23 @@ class Results:
             yield from windows_of(file, self.info)
 
 
+def rank_folders(out: Path) -> list[Path]:
+    """The folders of the ranks of a run of many, as far as they are there."""
+    found = sorted((out / RANKS).iterdir()) if (out / RANKS).is_dir() else []
+    return [path for path in found if is_rank_folder(f"{RANKS}/{path.name}") and path.is_dir()]
+
+
+def _parts_of_rank(folder: Path, settings: Mapping[str, Any], advice: str) -> list[Path]:
+    """The verified parts in the folder of a rank; none where it was struck before it wrote one."""
+    if not (folder / SETTINGS).is_file():
+        return []
+    if read_settings(folder) != json.loads(as_json(settings)):
+        raise ScoreError(f"{folder}: a run with other settings wrote it; {advice}")
+    checksums = Checksums.read(folder)
+    places = [checksums.find(name, advice) for name in checksums.parts()]
+    return [place for place in places if place is not None]
+
+
 def _is_parts(name: str) -> bool:
     return name == PARTS
 
@@ -388,6 +438,8 @@ def _sources(out: Path, settings: Mapping[str, Any]) -> _Sources:
         names = [TOKENS, PAIRS, *(f"{PARTS}/{path.name}" for path in sorted((out / PARTS).glob("*.parquet")))]
         found = {name: out / name for name in names if (out / name).is_file() and is_own_name(name)}
     parts = [found[name] for name in sorted(filter(is_part, found))]
+    for folder in rank_folders(out):
+        parts += _parts_of_rank(folder, settings, RESTORE)
     tokens = [found[TOKENS], *parts] if TOKENS in found else parts
     if not tokens:
         raise ScoreError(f"{out}: nothing has been scored there yet")

@@ -155,13 +155,19 @@ class TokenScorer:
 
     @torch.no_grad()
     def scores(
-        self, answers: Sequence[Answer], reference_logps: Sequence[Any] | None = None
+        self,
+        answers: Sequence[Answer],
+        reference_logps: Sequence[Any] | None = None,
+        *,
+        wanted: Sequence[bool] | None = None,
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """The wanted numbers of each answer, longest sequences first.
 
         Args:
             answers: token ids.
             reference_logps: per answer, one number per token of it (`cached`).
+            wanted: per answer, whether it is needed; batches without one that is are left out, and the others stay as
+                they are, so that the results do not depend on what is wanted. None for all.
 
         Yields:
             (index of the answer, arrays `[tokens]` by output): fp32 (fp64 of a float64 model), `is_top1` bool.
@@ -179,6 +185,8 @@ class TokenScorer:
         try:
             lengths = [answer.length for answer in answers]
             for group in batches_by_length(lengths, self.batch_tokens):
+                if wanted is not None and not any(wanted[i] for i in group):
+                    continue
                 known = None if reference_logps is None else [reference_logps[i] for i in group]
                 yield from zip(group, self._batch([answers[i] for i in group], known), strict=True)
         finally:

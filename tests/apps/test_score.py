@@ -561,8 +561,8 @@ def test_options_reach_the_results(folders: Path, tmp_path: Path) -> None:
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, answers: int, error: BaseException) -> None:
     real = TokenScorer.scores
 
-    def interrupted(self, *arguments):
-        for i, found in enumerate(real(self, *arguments)):
+    def interrupted(self, *arguments, **more):
+        for i, found in enumerate(real(self, *arguments, **more)):
             if i == answers:
                 raise error
             yield found
