@@ -331,6 +331,20 @@ class RewardMonitor:
             return Finding(name, now.step, "note", _alone_text(now))
         return Finding(name, now.step, "warning", _length_text(now))
 
+    def state_dict(self) -> dict[str, Any]:
+        """All observations and findings as JSON values, for a checkpoint."""
+        return {
+            "history": [observation._asdict() for observation in self.history],
+            "findings": [finding._asdict() for finding in self.findings],
+            "running": dict(self._running),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` has returned, in place of what was observed so far."""
+        self.history = [RewardStats(**observation) for observation in state["history"]]
+        self.findings = [Finding(**finding) for finding in state["findings"]]
+        self._running = {**dict.fromkeys(self._running, 0), **state["running"]}
+
     def logs(self, prefix: str = "qkernels/") -> dict[str, float]:
         """The last observation as flat numbers for a logger; empty before the first."""
         if not self.history:

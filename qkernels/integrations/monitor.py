@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..monitor import PairRewards, RewardMonitor, concatenate, pair_rewards
+from ..monitor import Finding, PairRewards, RewardMonitor, concatenate, pair_rewards
 from .transformers import batch_labels, compute_token_stats
 
 logger = logging.getLogger(__name__)
+_STATE = "reward_monitor.json"  # in a checkpoint
 
 
 def measure_rewards(
@@ -93,7 +96,8 @@ class RewardMonitorCallback(TrainerCallback):
     An observation's numbers join the trainer's log entry of the same step under "qkernels/..."; other entries have
     none, so that a curve shows no value at a step where nothing was measured. Findings go to this module's logger, as
     warnings, and into `monitor.findings`. Every process of a distributed run scores the pairs
-    (sharded models need that); the main one speaks.
+    (sharded models need that); the main one speaks. Checkpoints hold the observations, and a run that is resumed goes on
+    with them.
 
     With TRL, batches are had from the trainer itself:
 
@@ -171,7 +175,20 @@ class RewardMonitorCallback(TrainerCallback):
             )
         if self._monitor is None:
             self._monitor = RewardMonitor(self.beta)
+        self._restore(args, state)
         self._observe(state, model)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the observations in the checkpoint, so that a resumed run has them, and finds what it would have."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._monitor is not None and state.is_world_process_zero and folder.is_dir():
+            (folder / _STATE).write_text(json.dumps(self._monitor.state_dict()), encoding="utf-8")
+
+    def _restore(self, args: Any, state: Any) -> None:
+        path = Path(str(getattr(args, "output_dir", ""))) / f"checkpoint-{state.global_step}" / _STATE
+        if not state.global_step or self.monitor.history or not path.is_file():
+            return
+        self.monitor.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         every = self.every or max(1, int(getattr(args, "logging_steps", 1) or 1))
@@ -194,6 +211,11 @@ class RewardMonitorCallback(TrainerCallback):
         if history and history[-1].step >= state.global_step:  # training goes on after an interruption
             return
         pairs = measure_rewards(model, self.reference_model or model, self.batches, beta=self.beta)
-        for finding in self.monitor.observe(state.global_step, pairs):
-            if state.is_world_process_zero:
-                logger.warning("%s", finding)
+        findings = self.monitor.observe(state.global_step, pairs)
+        if findings and state.is_world_process_zero:
+            self.report_findings(findings)
+
+    def report_findings(self, findings: Sequence[Finding]) -> None:
+        """Called on the main process with findings that are new; warns through this module's logger."""
+        for finding in findings:
+            logger.warning("%s", finding)

@@ -21,7 +21,7 @@ class Phase:
         self._name, self._total, self._stream = name, total, stream
         self._done, self._start = 0, time.monotonic()
         self._bar = None
-        if total and _can_redraw(stream):
+        if total and can_redraw(stream):
             from tqdm import tqdm  # comes with transformers
 
             self._bar = tqdm(total=total, desc=name, file=stream, dynamic_ncols=True, bar_format=_BAR)
@@ -49,7 +49,7 @@ class Phase:
             print(f"  {self._name} {self._done}/{self._total}  {note}  {seconds:.0f} s", file=self._stream, flush=True)
 
 
-def _can_redraw(stream: TextIO) -> bool:
+def can_redraw(stream: TextIO) -> bool:
     """Whether a bar can be drawn over itself: a terminal that knows its size (a bare pseudo-terminal has none)."""
     try:
         return stream.isatty() and min(os.get_terminal_size(stream.fileno())) > 0
@@ -61,15 +61,15 @@ class Progress:
     """Where a run says what it is doing."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+        self.stream = stream
 
     def say(self, text: str) -> None:
         """A line of its own, made `printable`."""
-        print(printable(text), file=self._stream, flush=True)
+        print(printable(text), file=self.stream, flush=True)
 
     def phase(self, name: str, total: int) -> Phase:
         """Begin `total` steps of work."""
-        return Phase(name, total, self._stream)
+        return Phase(name, total, self.stream)
 
 
 @contextmanager

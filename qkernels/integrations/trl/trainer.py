@@ -86,6 +86,7 @@ class TokenDPOTrainer(DPOTrainer):
     - `precompute_ref_log_probs=True` keeps a log-prob for each token (columns `ref_chosen_token_logps` and
       `ref_rejected_token_logps`; NaN for tokens cut off), so that weights and `ld_alpha` may change afterwards. A data
       set that has these columns already is taken as it is.
+    - A data set with the columns `prompt_ids`, `chosen_ids` and `rejected_ids` is tokenised already, and not again.
     - LoRA on the head.
     - `label_smoothing` smooths `sigmoid` as well (cDPO; with a warning, since TRL ignores it there).
     - `on_token_results` sees the per-token results of every step.
@@ -161,6 +162,13 @@ class TokenDPOTrainer(DPOTrainer):
             raise ValueError("padding_free=True and prompt-learning PEFT do not go together: one row holds 2B prompts")
 
     # --- data ------------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, *others: Any, **options: Any) -> Any:
+        """As TRL; a data set that has token ids already is taken as it is."""
+        columns = getattr(dataset, "column_names", None) or ()
+        if {"prompt_ids", "chosen_ids", "rejected_ids"} <= set(columns):
+            return dataset
+        return super()._prepare_dataset(dataset, *others, **options)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -21,7 +21,13 @@ _NAMES = {
         "DPOTrainer",
     ),
 }
-_METHODS = ("_compute_loss", "compute_ref_log_probs", "_precompute_ref_logps", "_set_signature_columns_if_needed")
+_METHODS = (
+    "_compute_loss",
+    "_prepare_dataset",
+    "compute_ref_log_probs",
+    "_precompute_ref_logps",
+    "_set_signature_columns_if_needed",
+)
 
 
 def is_known() -> bool:

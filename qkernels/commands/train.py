@@ -1,0 +1,24 @@
+"""`qkernels train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import stopped_cleanly
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train",
+        add_help=False,  # its options are those of TRL's dataclasses, which only `run` imports
+        help="train your own model with preferences: TRL's DPO with this package's losses, heads and reports",
+    )
+    train.set_defaults(run=run)
+    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="--help lists them")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..train import main
+
+    with stopped_cleanly():
+        return main(args.arguments)

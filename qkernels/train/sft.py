@@ -1,0 +1,93 @@
+"""Supervised fine-tuning on the chosen answers, before preference training: TRL's SFTTrainer with this package's head."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .dataset import CHOSEN, load
+from .folder import SFT, last_checkpoint
+from .options import TrainOptions
+
+_DONE = "qkernels_sft_done"
+
+
+def is_done(out: Path) -> bool:
+    """Whether an earlier run has finished it."""
+    return (out / SFT / _DONE).is_file()
+
+
+def sft_arguments(options: TrainOptions, args: Any) -> Any:
+    """The configuration of SFT: that of preference training, but for how long and how fast."""
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    shared = {one.name: getattr(args, one.name) for one in fields(TrainingArguments) if one.init}
+    shared |= {"max_length": args.max_length, "trust_remote_code": args.trust_remote_code}
+    shared |= {
+        "output_dir": str(options.folder / SFT),
+        "learning_rate": options.sft_learning_rate,
+        "num_train_epochs": options.sft_epochs or 1.0,
+        "max_steps": options.sft_steps or -1,
+        "resume_from_checkpoint": None,
+        "load_best_model_at_end": False,
+        "eval_strategy": "no",
+        "push_to_hub": False,
+        "hub_model_id": None,
+    }
+    return SFTConfig(**shared)
+
+
+def run_sft(
+    options: TrainOptions, args: Any, model: str, tokenizer: Any, peft_config: Any, data: Path, callback: Any
+) -> tuple[str, list[dict[str, float]]]:
+    """Train, and save the model that preference training starts from.
+
+    Args:
+        options, args: of the run.
+        model: folder or hub name to start from.
+        tokenizer: its tokenizer.
+        peft_config: for LoRA, whose adapter is merged at the end; None for all weights.
+        data: folder with the Arrow files.
+        callback: for progress.
+
+    Returns:
+        The folder of the result, and the curve: step, loss.
+    """
+    import torch
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    from ..integrations.trl import patch_trl
+
+    config = sft_arguments(options, args)
+    config.model_init_kwargs = args.model_init_kwargs
+    with patch_trl():
+        trainer = SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=load(data / CHOSEN),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=[callback],
+        )
+    trainer.remove_callback(PrinterCallback)
+    checkpoint, _ = last_checkpoint(Path(config.output_dir)) if options.resume else (None, [])
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    folder = Path(config.output_dir)
+    if peft_config is not None:
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        if trainer.accelerator.is_main_process:
+            merged.save_pretrained(folder)
+    else:
+        trainer.save_model(str(folder))
+    if trainer.accelerator.is_main_process:
+        tokenizer.save_pretrained(folder)
+        (folder / _DONE).touch()
+    trainer.accelerator.wait_for_everyone()
+    curve = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
+    del trainer
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return str(folder), curve
