@@ -96,8 +96,8 @@ class RewardMonitorCallback(TrainerCallback):
     An observation's numbers join the trainer's log entry of the same step under "qkernels/..."; other entries have
     none, so that a curve shows no value at a step where nothing was measured. Findings go to this module's logger, as
     warnings, and into `monitor.findings`. Every process of a distributed run scores the pairs
-    (sharded models need that); the main one speaks. Checkpoints hold the observations, and a run that is resumed goes on
-    with them.
+    (sharded models need that); the main one speaks. Checkpoints hold the observations, and a run that is resumed
+    goes on with them.
 
     With TRL, batches are had from the trainer itself:
 

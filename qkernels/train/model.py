@@ -1,4 +1,4 @@
-"""The model's folder before anything is loaded: are there weights, a tokenizer, a GGUF file; how long may sequences be."""
+"""The model's folder before anything is loaded: its weights, a GGUF file, its tokenizer, how long sequences may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training run from options to a finished folder: data, SFT if asked for, preference training, scores, report, card."""
+"""A training run from options to a finished folder: data, SFT if asked for, preference training, scores, report."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .._version import __version__
+from ..data import DataError
 from ..report import folders
 from ..report.progress import Progress, quiet_transformers
 from ..score.encode import Encoder
@@ -43,8 +45,6 @@ _LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo"
 def main(argv: Sequence[str]) -> int:
     """`qkernels train`: 0 on success, 2 on an error that the user can mend (its text on standard error), 130 when
     interrupted."""
-    from ..data import DataError
-
     try:
         figures = run_train(argv)
     except (DataError, ScoreError, TrainError, ImportError) as error:
@@ -87,11 +87,8 @@ def run_train(argv: Sequence[str], stream: TextIO | None = None) -> dict[str, An
     with _locked(options.folder):
         if is_main_process() and options.overwrite and options.folder.is_dir():
             folder.clear(options.folder)
-        try:
-            with quiet_transformers(), _errors(options.folder):
-                return _Run(options, args, model_args, given, progress).run(gguf)
-        except (TrainError, ScoreError):
-            raise
+        with quiet_transformers(), _quiet_warnings(), _errors(options.folder):
+            return _Run(options, args, model_args, given, progress).run(gguf)
 
 
 def _require_packages() -> None:
@@ -127,6 +124,24 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _quiet_warnings() -> Iterator[None]:
+    """Without what TRL and transformers say of each other, which no user of the command can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is deprecated and will be removed", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*pin_memory", category=UserWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _bad_options() -> Iterator[None]:
+    """What a trainer's constructor says of its options, as an error of the user's."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise TrainError(str(error)) from error
+
+
+@contextlib.contextmanager
 def _errors(out: Path) -> Iterator[None]:
     """What ends a run from outside, told with what is kept."""
     import torch
@@ -140,7 +155,9 @@ def _errors(out: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise TrainError(f"--out {out}: cannot be written ({error.strerror or error}). {_kept(out)}") from error
-    except (RuntimeError, Exception) as error:
+    except (TrainError, ScoreError, DataError):
+        raise
+    except Exception as error:
         text = str(error)
         if any(sign in text for sign in _FULL):
             raise TrainError(f"--out {out}: cannot be written ({first_line(error)}). {_kept(out)}") from error
@@ -296,7 +313,7 @@ class _Run:
         if evaluates and held_out is None:
             raise TrainError("--eval-strategy needs held-out pairs, and --held-out 0 leaves none")
         shown = TrainProgress(self.progress, "training")
-        try:
+        with _bad_options():
             trainer = TokenDPOTrainer(
                 model=first,
                 args=args,
@@ -307,8 +324,6 @@ class _Run:
                 quantization_config=get_quantization_config(self.model_args),
                 callbacks=[shown],
             )
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise TrainError(str(error)) from error
         trainer.remove_callback(PrinterCallback)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         self.progress.say(
@@ -361,8 +376,10 @@ class _Run:
             batches.append(batch)
         watch = Watch(batches, trainer.ref_model, trainer.args.beta, self.options.monitor_every, self.progress)
         watch.attach(trainer)
+        often = self.options.monitor_every
         self.progress.say(
-            f"Reward monitor: {count} held-out pairs, scored before the first step and ten times after it"
+            f"Reward monitor: {count} held-out pairs, scored before the first step and"
+            f" {f'every {often} steps' if often else 'ten times'} after it"
         )
         return watch
 
@@ -500,7 +517,7 @@ def _versions() -> dict[str, str]:
 def summary(figures: Mapping[str, Any]) -> str:
     """What a run has come to, in a few lines for the terminal."""
     out, results, training = Path(figures["out"]), figures["results"], figures["training"]
-    rows = [("steps", f"{training['steps']} of {training['pairs_a_step']} pairs, beta {training['beta']:g}")]
+    rows = [("trained", f"{training['steps']} steps of {training['pairs_a_step']} pairs, beta {training['beta']:g}")]
     if results is not None:
         rows += [
             ("held-out pairs", f"{results['pairs']} ({results['tokens']} answer tokens)"),

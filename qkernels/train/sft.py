@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the chosen answers, before preference training: TRL's SFTTrainer with this package's head."""
+"""Supervised fine-tuning on the chosen answers, before: TRL's SFTTrainer with this package's head."""
 
 from __future__ import annotations
 

@@ -1,0 +1,398 @@
+"""`qkernels train`: from a model and pairs to a trained model, a report and a card; interruptions; what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed")
+pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+
+import tiny_models
+from qkernels.cli import main
+from qkernels.data import as_preferences
+from qkernels.train import TrainError, callbacks, dataset, folder
+from qkernels.train.intervals import share_interval
+from qkernels.train.options import parse
+
+TOWNS = ("Lima", "Oslo", "Rome", "Quito")
+
+
+def records(count: int) -> list[dict]:
+    return [
+        {
+            "prompt": f"Tell me about place {i}, please.",
+            "chosen": f"Its capital is {TOWNS[i % 4]}." + " It is old." * (i % 3),
+            "rejected": f"Its capital is {TOWNS[(i + 1) % 4]}. Yes" + " and so on" * (i % 4),
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and its pairs."""
+    made = tmp_path_factory.mktemp("train")
+    tokenizer = tiny_models.tokenizer([text for record in records(20) for text in record.values()])
+    tiny_models.llama(len(tokenizer), 0, max_position_embeddings=64).save_pretrained(made / "model")
+    tokenizer.save_pretrained(made / "model")
+    (made / "pairs.jsonl").write_text("\n".join(map(json.dumps, records(20))), encoding="utf-8")
+    return made
+
+
+def arguments(given: Path, out: Path, *more: object) -> list[str]:
+    usual = [
+        "--model", given / "model", "--data", given / "pairs.jsonl", "--out", out, "--max-steps", 6, "--save-steps", 3,
+        "--logging-steps", 1, "--per-device-train-batch-size", 2, "--learning-rate", 1e-2, "--held-out", 4,
+        "--gradient-checkpointing", "false", "--use-cpu", *more,
+    ]  # fmt: skip
+    return ["train", *map(str, usual)]
+
+
+def train(given: Path, out: Path, *more: object) -> tuple[int, str, str]:
+    """Run the command in this process; status, standard output, standard error."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = main(arguments(given, out, *more))
+    return status, stdout.getvalue(), stderr.getvalue()
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (file,) = out.glob("*model.safetensors")
+    return load_file(file)
+
+
+def metrics(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing has interrupted, with dropout, whose random numbers a resumed run has to repeat."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    status, _, err = train(given, out, "--seed", 5)
+    assert status == 0, err
+    return out
+
+
+def test_a_run_leaves_a_model_a_report_and_a_card(given: Path, finished: Path) -> None:
+    figures = metrics(finished)
+    assert figures["results"]["pairs"] == 4 and figures["results"]["mean_margin"] > 0.1
+    assert figures["data"]["train_pairs"] == 16 and figures["training"]["steps"] == 6
+    margins = [entry["rewards/margins"] for entry in figures["curves"]["log"] if "rewards/margins" in entry]
+    assert len(margins) == 6 and margins[0] == 0 < margins[-1]
+    assert [one["step"] for one in figures["monitor"]["history"]] == [0, 1, 2, 3, 4, 5, 6]
+    card = (finished / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "95 % interval" in card
+    assert f"--reference {given / 'model'}" in card
+    report = (finished / "report.html").read_text()
+    assert "What the reward monitor found" in report and "Held-out answers" in report
+    assert not (finished / "data").exists() and not (finished / ".lock").exists()
+    # The figures are those of the model that was saved.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qkernels.score import score_preferences
+
+    model, reference = (AutoModelForCausalLM.from_pretrained(path) for path in (finished, given / "model"))
+    table = score_preferences(
+        model, AutoTokenizer.from_pretrained(finished), records(20), reference=reference, beta=0.1
+    )
+    rewards = dict(zip(table.pair_rewards()["pair"].tolist(), table.pair_rewards()["margins"].tolist(), strict=True))
+    held_out = dataset.hold_out([str(i).encode() for i in range(20)], 4, 5)[0]
+    assert figures["results"]["mean_margin"] == pytest.approx(sum(rewards[i] for i in held_out) / 4, abs=1e-5)
+
+
+def test_a_resumed_run_is_the_run_that_was_interrupted(
+    given: Path, finished: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Bit for bit: weights, log entries, observations of the monitor."""
+    out = tmp_path / "out"
+
+    def interrupt(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.TrainProgress, "on_step_end", interrupt)
+        status, _, err = train(given, out, "--seed", 5)
+    assert status == 130 and "--resume goes on from the last checkpoint" in err
+    status, _, err = train(given, out, "--seed", 5)
+    assert status == 2 and "the folder holds an unfinished run; continue it with --resume" in err
+    status, _, err = train(given, out, "--seed", 5, "--resume", "--beta", 0.3)
+    assert status == 2 and "beta was None and is 0.3" in err
+    (out / "checkpoint-4").mkdir()  # as a full disk leaves one
+    status, _, err = train(given, out, "--seed", 5, "--resume")
+    assert status == 0, err
+    assert "checkpoint-4 is incomplete and left aside" in err and "From checkpoint-3" in err
+    resumed, whole = weights(out), weights(finished)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole) and resumed.keys() == whole.keys()
+
+    def log(path: Path) -> list[dict]:
+        timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+        return [{k: v for k, v in entry.items() if k not in timed} for entry in metrics(path)["curves"]["log"]]
+
+    assert log(out) == log(finished)
+    assert metrics(out)["monitor"] == metrics(finished)["monitor"]
+    assert metrics(out)["results"] == metrics(finished)["results"]
+    status, _, err = train(given, out, "--seed", 5, "--resume")
+    assert status == 2 and "the run there is finished" in err
+
+
+def test_lora_after_sft_from_a_yaml_file_of_trls(given: Path, tmp_path: Path) -> None:
+    """TRL's names are taken, and SFT's result is what preference training starts from."""
+    (tmp_path / "dpo.yaml").write_text(
+        f"model_name_or_path: {given / 'model'}\ndataset_name: {given / 'pairs.jsonl'}\nmax_steps: 2\nuse_cpu: true\n"
+        "sft-steps: 2\nlora_r: 2\nlora_target_modules: [q_proj, v_proj]\nlearning_rate: 5e-3\nloss_type: [sigmoid, sft]\n"
+        "loss_weights: [1.0, 0.5]\nlogging_steps: 1\nheld_out: 2\ndataset_train_split: null\n"
+    )
+    out = tmp_path / "out"
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+        assert main(["train", "--config", str(tmp_path / "dpo.yaml"), "--output_dir", str(out), "--seed=3"]) == 0
+    assert "1. Supervised fine-tuning" in stderr.getvalue() and "loss sigmoid + sft" in stderr.getvalue()
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert adapter["r"] == 2 and adapter["base_model_name_or_path"] == str(out / "sft")
+    first, before = weights(out / "sft"), weights(given / "model")
+    changed = [name for name in before if not torch.equal(first[name], before[name])]
+    assert changed and all("q_proj" in name or "v_proj" in name for name in changed)
+    figures = metrics(out)
+    assert len(figures["curves"]["sft"]) == 2 and figures["training"]["lora_rank"] == 2
+    assert "library_name: peft" in (out / "README.md").read_text()
+    repeat = (out / "train.yaml").read_text()
+    assert "lora_r: 2" in repeat and "seed: 3" in repeat and "out:" not in repeat.replace("layout:", "")
+
+
+def test_only_the_assistants_turns_are_trained(given: Path, tmp_path: Path) -> None:
+    def say(role: str, content: str) -> dict:
+        return {"role": role, "content": content}
+
+    pairs = [
+        {
+            "prompt": record["prompt"],
+            "chosen": [say("assistant", "I look."), say("tool", "Peru is far."), say("assistant", record["chosen"])],
+            "rejected": [say("assistant", record["rejected"])],
+        }
+        for record in records(8)
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    out = tmp_path / "out"
+    more = ("--data", tmp_path / "pairs.json", "--max-steps", 1, "--held-out", 2, "--save-strategy", "no")
+    status, _, err = train(given, out, *more, "--loss-type", "tdpo2", "--loss-kwargs", '{"alpha": 0.3}')
+    assert status == 0, err
+    assert "only what the assistant said in them is trained" in err and "loss tdpo2" in err
+    figures = metrics(out)
+    assert figures["data"]["trajectories"] and "ranked right" in (out / "README.md").read_text()
+
+
+def test_rows_of_a_trajectory_have_weights_of_0_between_the_turns(given: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from qkernels.score import Encoder
+
+    tokenizer = AutoTokenizer.from_pretrained(given / "model")
+    turns = [{"role": r, "content": c} for r, c in (("assistant", "Yes."), ("tool", "Lima"), ("assistant", "It is."))]
+    pairs = as_preferences([{"prompt": "Is it?", "chosen": turns, "rejected": turns[:1]}])
+    (answers,) = Encoder(tokenizer).pairs(dict(enumerate(pairs)))
+    row = dataset._row(*answers, True)
+    ids = torch.tensor(row["chosen_ids"])
+    scored = torch.tensor(row["chosen_token_weights"]) == 1
+    assert tokenizer.decode(ids[scored]) == "Yes.<|end|>It is.<|end|>"
+    assert tokenizer.decode(ids[~scored]) == "<|tool|>Lima<|end|><|assistant|>"
+    assert tokenizer.decode(row["prompt_ids"]) == "<|user|>Is it?<|end|><|assistant|>"
+    assert row["rejected_token_weights"] == [1.0] * len(row["rejected_ids"])
+
+
+def test_token_ids_are_those_of_trl(given: Path) -> None:
+    """Of pairs with single answers."""
+    import datasets
+    from transformers import AutoTokenizer
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    from qkernels.score import Encoder
+
+    tokenizer = AutoTokenizer.from_pretrained(given / "model")
+    pairs = as_preferences(records(3))
+    encoded = Encoder(tokenizer).pairs(dict(enumerate(pairs)))
+    ours = [dataset._row(*answers, False) for answers in encoded]
+
+    rows = datasets.Dataset.from_list([pair.as_messages() for pair in pairs])
+    args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
+    theirs = DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), rows, tokenizer, args, "train")
+    assert ours == [{name: list(row[name]) for name in ours[0]} for row in theirs]
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def test_options_are_trls_and_ours(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("beta: 0.3\nlora-r: 4\nenv:\n  QKERNELS_TEST_VARIABLE: 7\nmodel: m\ndata: d\n")
+    ours, args, model, given = parse(
+        ["--config", str(tmp_path / "a.yaml"), "--out", "o", "--beta", "0.2", "--model_name_or_path=other"]
+    )
+    assert (ours.model, ours.data, ours.out, args.output_dir) == ("other", "d", "o", "o")
+    assert args.beta == 0.2 and model.lora_r == 4 and model.use_peft and args.disable_tqdm
+    assert given == {"beta": 0.2, "lora_r": 4, "model": "other", "data": "d", "out": "o"}
+
+    assert os.environ.pop("QKERNELS_TEST_VARIABLE") == "7"
+    assert parse(["--loss-type", "ipo", "--backend", "torch"])[1].backend == "torch"
+
+
+BAD_OPTIONS = {
+    "nothing": ([], "--model is missing: give it as a flag, or as `model:`"),
+    "unknown": (["--betta", "1"], "betta"),
+    "a value of another kind": (["--beta", "much"], "invalid float value"),
+    "both": (["--resume", "--overwrite"], "either --resume or --overwrite"),
+    "below 0": (["--held-out", "-1"], "--held-out must be 0 or more, got -1"),
+    "two lengths of SFT": (["--sft-steps", "1", "--sft-epochs", "1"], "either --sft-epochs or --sft-steps"),
+    "an unknown loss": (["--loss-type", "sigmod"], "sigmod"),
+    "no file": (["--config", "absent.yaml"], r"--config absent\.yaml: cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("more", "message"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_wrong_options_are_refused(given: Path, tmp_path: Path, more: list[str], message: str, capsys) -> None:
+
+    status = main(["train"] if not more else arguments(given, tmp_path / "out", *more))
+    err = capsys.readouterr().err
+    assert status == 2 and re.search(message, err), err
+    assert err.count("\n") == 1 or "Data:" in err
+    assert not (tmp_path / "out").exists() or (tmp_path / "out/train.json").exists()
+
+
+def test_wrong_names_in_the_file_are_refused(tmp_path: Path) -> None:
+    for text, message in (
+        ("betaa: 1", r"betaa: there is no such option; did you mean beta\?"),
+        ("dataset_streaming: true", "dataset_streaming: True is an option of TRL's own command"),
+        ("[1]", "expected options by name, found list"),
+        ("a: [", "not valid YAML"),
+    ):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(TrainError, match=message):
+            parse(["--config", str(tmp_path / "a.yaml")])
+    (tmp_path / "a.yaml").write_text("dataset_streaming: false")
+    parse(["--config", str(tmp_path / "a.yaml")])
+
+
+# --- folders, models, data that cannot be used ------------------------------------------------------------------------
+
+
+def test_models_that_cannot_be_trained_are_refused(given: Path, tmp_path: Path) -> None:
+    empty, adapter, ggufs = tmp_path / "empty", tmp_path / "adapter", tmp_path / "ggufs"
+    for path in (empty, adapter, ggufs):
+        path.mkdir()
+    (empty / "config.json").write_text("{}")
+    (adapter / "adapter_config.json").write_text("{}")
+    for name in "ab":
+        (ggufs / f"{name}.gguf").write_bytes(b"GGUF")
+    for model, message in (
+        (empty, "the folder has no weights (model.safetensors, pytorch_model.bin or a GGUF file), only config.json"),
+        (adapter, "a PEFT adapter, whose reference would be the adapter itself; merge it into its base"),
+        (ggufs, "expected one GGUF file, found a.gguf, b.gguf"),
+        (tmp_path / "absent", "no such folder"),
+        (given / "pairs.jsonl", "expected the folder of a model, found a file"),
+    ):
+        status, _, err = train(given, tmp_path / "out", "--model", model)
+        assert status == 2 and message in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_file_needs_its_package(given: Path, tmp_path: Path, monkeypatch) -> None:
+    from qkernels.train import model
+
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    with pytest.raises(TrainError, match=r"reading a\.gguf needs the package gguf: pip install gguf"):
+        model.check_folder(str(tmp_path))
+
+
+def test_data_and_lengths_that_cannot_be_used_are_refused(given: Path, tmp_path: Path) -> None:
+    same = [{**records(1)[0], "rejected": records(1)[0]["chosen"]}]
+    for name, rows in (("same", same), ("columns", [{"text": "a"}]), ("one", records(1))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    for more, message in (
+        (("--data", tmp_path / "same.json"), "record 1: expected two different answers"),
+        (("--data", tmp_path / "columns.json"), "expected the field 'chosen', found only 'text'"),
+        (("--data", tmp_path / "one.json", "--held-out", 1), "--held-out 0 holds none out"),
+        (("--max-length", 65), "--max-length 65 is more than the 64 tokens the model takes"),
+        (("--max-length", 4), "the prompt alone of all 16 fills max_length=4"),
+    ):
+        status, _, err = train(given, tmp_path / "out", *more)
+        assert status == 2 and message in err, err
+        assert not (tmp_path / "out/train.json").exists()
+
+
+def test_a_folder_is_written_to_by_one_run_and_cleared_only_of_its_own(
+    given: Path, finished: Path, tmp_path: Path
+) -> None:
+    from qkernels.score.folder import RunLock
+
+    status, _, err = train(given, finished)
+    assert status == 2 and "the folder holds a finished run; choose another one, or replace" in err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    status, _, err = train(given, tmp_path / "mine", "--overwrite")
+    assert status == 2 and "has no train.json of one and holds thesis.txt" in err
+    with RunLock(tmp_path / "mine") as lock:
+        lock.acquire()
+        (tmp_path / "mine/thesis.txt").unlink()
+        status, _, err = train(given, tmp_path / "mine")
+        assert status == 2 and "is writing to it; wait for its end" in err, err
+    out = tmp_path / "earlier"
+    out.mkdir()
+    (out / "train.json").write_text("{}")
+    (out / "checkpoint-7").mkdir()
+    (out / "checkpoint-7/optimizer.pt").write_text("x")
+    (out / "notes.txt").write_text("x")
+    with pytest.raises(TrainError, match=r"the folder also holds notes\.txt"):
+        folder.refuse(out, False, True)
+    (out / "notes.txt").unlink()
+    folder.refuse(out, False, True)
+    folder.clear(out)
+    assert list(out.iterdir()) == []
+
+
+def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_stays(given: Path, tmp_path: Path, monkeypatch) -> None:
+    from transformers import Trainer
+
+    save = Trainer._save_optimizer_and_scheduler
+
+    def fail(self, output_dir) -> None:
+        if output_dir.endswith("checkpoint-6"):
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+        save(self, output_dir)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", fail)
+    status, _, err = train(given, tmp_path / "out", "--monitor-pairs", 0)
+    assert status == 2 and "cannot be written" in err, err
+    assert "checkpoint-3 is kept, and --resume goes on from it" in err
+    assert folder.last_checkpoint(tmp_path / "out")[0] == tmp_path / "out/checkpoint-3"
+
+
+def test_held_out_pairs_are_whole_prompts() -> None:
+    prompts = [bytes([i // 3]) for i in range(30)]  # 10 prompts of 3 pairs
+    places, words = dataset.hold_out(prompts, 7, 0)
+    assert len(places) == 6 and len({prompts[i] for i in places}) == 2 and "do not occur in training" in words
+    places, words = dataset.hold_out(prompts, 2, 0)
+    assert len(places) == 2 and "share prompts" in words
+    assert (
+        dataset.hold_out(prompts, 0, 0)[0] == []
+        and len(dataset.hold_out([b"%d" % i for i in range(5000)], None, 0)[0]) == 200
+    )
+
+
+def test_intervals_are_wilsons() -> None:
+    # The ends are the shares whose own standard error reaches the one that was seen.
+    low, high = share_interval(0.8, 50)
+    for end in (low, high):
+        assert abs(0.8 - end) == pytest.approx(1.96 * (end * (1 - end) / 50) ** 0.5, rel=1e-9)
+    assert share_interval(1.0, 4)[1] == 1.0 and share_interval(0.0, 4)[0] == 0.0
