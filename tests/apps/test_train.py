@@ -23,6 +23,10 @@ from qkernels.train import TrainError, callbacks, dataset, folder
 from qkernels.train.intervals import share_interval
 from qkernels.train.options import parse
 
+FSDP = (
+    "--fsdp", "full_shard", "--fsdp-config",
+    '{"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}',
+)  # fmt: skip
 TOWNS = ("Lima", "Oslo", "Rome", "Quito")
 
 
@@ -138,7 +142,15 @@ def test_a_resumed_run_is_the_run_that_was_interrupted(
     assert all(torch.equal(resumed[name], whole[name]) for name in whole) and resumed.keys() == whole.keys()
 
     def log(path: Path) -> list[dict]:
-        timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+        # Times, sums over the process' own steps, and TRL's count of tokens, which begins anew.
+        timed = (
+            "num_tokens",
+            "train_runtime",
+            "train_samples_per_second",
+            "train_steps_per_second",
+            "train_loss",
+            "total_flos",
+        )
         return [{k: v for k, v in entry.items() if k not in timed} for entry in metrics(path)["curves"]["log"]]
 
     assert log(out) == log(finished)
@@ -152,7 +164,8 @@ def test_lora_after_sft_from_a_yaml_file_of_trls(given: Path, tmp_path: Path) ->
     """TRL's names are taken, and SFT's result is what preference training starts from."""
     (tmp_path / "dpo.yaml").write_text(
         f"model_name_or_path: {given / 'model'}\ndataset_name: {given / 'pairs.jsonl'}\nmax_steps: 2\nuse_cpu: true\n"
-        "sft-steps: 2\nlora_r: 2\nlora_target_modules: [q_proj, v_proj]\nlearning_rate: 5e-3\nloss_type: [sigmoid, sft]\n"
+        "sft-steps: 2\nlora_r: 2\nlora_target_modules: [q_proj, v_proj]\nlearning_rate: 5e-3\n"
+        "loss_type: [sigmoid, sft]\n"
         "loss_weights: [1.0, 0.5]\nlogging_steps: 1\nheld_out: 2\ndataset_train_split: null\n"
     )
     out = tmp_path / "out"
@@ -169,7 +182,7 @@ def test_lora_after_sft_from_a_yaml_file_of_trls(given: Path, tmp_path: Path) ->
     assert len(figures["curves"]["sft"]) == 2 and figures["training"]["lora_rank"] == 2
     assert "library_name: peft" in (out / "README.md").read_text()
     repeat = (out / "train.yaml").read_text()
-    assert "lora_r: 2" in repeat and "seed: 3" in repeat and "out:" not in repeat.replace("layout:", "")
+    assert "lora_r: 2" in repeat and "seed: 3" in repeat and "\nout:" not in repeat
 
 
 def test_only_the_assistants_turns_are_trained(given: Path, tmp_path: Path) -> None:
@@ -396,3 +409,56 @@ def test_intervals_are_wilsons() -> None:
     for end in (low, high):
         assert abs(0.8 - end) == pytest.approx(1.96 * (end * (1 - end) / 50) ** 0.5, rel=1e-9)
     assert share_interval(1.0, 4)[1] == 1.0 and share_interval(0.0, 4)[0] == 0.0
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def as_rank(rank: int, port: int, given: str, out: str, more: list[str]) -> None:
+    """One process of two, as torchrun starts it."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    status, _, err = train(Path(given), Path(out), *more)
+    Path(f"{out}.rank{rank}").write_text(f"{status}\n{err}")
+
+
+def on_two_processes(given: Path, out: Path, *more: object) -> list[str]:
+    """What each process said, after its status."""
+    import multiprocessing
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")  # so that the children need not import torch again
+    arguments = [(rank, port, str(given), str(out), list(map(str, more))) for rank in range(2)]
+    processes = [context.Process(target=as_rank, args=one, daemon=True) for one in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0, process.exitcode
+    return [Path(f"{out}.rank{rank}").read_text() for rank in range(2)]
+
+
+@pytest.mark.parametrize("more", [(), pytest.param(FSDP, marks=pytest.mark.nightly)], ids=["DDP", "FSDP2"])
+def test_two_processes_train_as_one_does(given: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    usual = ("--max-steps", 3, "--save-strategy", "no")
+    said = on_two_processes(given, tmp_path / "two", *usual, *more)
+    assert [text.split("\n")[0] for text in said] == ["0", "0"], said
+    assert "training 3/3" in said[0] and "\n" not in said[1].strip()  # the main process speaks, the other is silent
+    status, _, err = train(given, tmp_path / "one", *usual, "--per-device-train-batch-size", 4)
+    assert status == 0, err
+    two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name in one:  # sums over processes in another order; Adam's step is the learning rate, 0.01, whatever the size
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4)
+    figures = [metrics(tmp_path / name) for name in ("two", "one")]
+    assert figures[0]["results"]["mean_margin"] == pytest.approx(figures[1]["results"]["mean_margin"], abs=1e-3)
+    assert figures[0]["training"]["pairs_a_step"] == figures[1]["training"]["pairs_a_step"] == 4
