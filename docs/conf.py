@@ -52,6 +52,7 @@ NAVIGATION: dict[str, list[tuple[str, str]]] = {
         ("Losses", "docs/losses"),
         ("Which loss", "docs/objectives"),
         ("TRL and transformers", "docs/integrations"),
+        ("Training", "docs/train"),
         ("Data formats", "docs/data"),
         ("Use it in ...", "docs/frameworks"),
         ("Scoring", "docs/score"),
@@ -69,6 +70,7 @@ NAVIGATION: dict[str, list[tuple[str, str]]] = {
         ("TRL and transformers", "docs/api/integrations"),
         ("Scoring and monitoring", "docs/api/scores"),
         ("Search and decoding", "docs/api/search"),
+        ("Training", "docs/api/train"),
         ("Data, reports, command line", "docs/api/data"),
     ],
     "Project": [

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 PACKAGES = (
     "objectives",
     "score",
+    "train",
     "judge",
     "report",
     "integrations.transformers",

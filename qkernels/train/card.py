@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..intervals import wilson
 from ..monitor import RewardMonitor
 from .folder import CONFIG, REPORT, write
-from .intervals import share_interval
 from .page import facts
 
 
@@ -75,7 +75,7 @@ def _figures(metrics: Mapping[str, Any]) -> list[str]:
     results = metrics["results"]
     if results is None:
         return ["None were held out."]
-    low, high = share_interval(results["pair_accuracy"], results["pairs"])
+    _, low, high, _ = wilson(results["pair_accuracy"], results["pairs"])
     before = results["pair_accuracy_of_reference_logps"]
     return [
         "| | |",

@@ -74,34 +74,30 @@ def check_folder(name: str) -> Path | None:
 
 def from_gguf(file: Path, out: Path) -> str:
     """A GGUF file as a folder in transformers format, which training and its reference are loaded from."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     folder = out / BASE
     if (folder / "config.json").is_file():
         return str(folder)
     partial = out / f"{BASE}.partial"
     try:
-        tokenizer = _with_own_tokenizer(file.parent, file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
+        beside = {} if (file.parent / "tokenizer.json").is_file() else {"gguf_file": file.name}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **beside)
+        how: dict[str, Any] = {"gguf_file": file.name, "dtype": "float32"}
+        if hasattr(transformers, "GgufConfig"):  # newer versions keep the weights quantised unless told otherwise
+            how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **how)
     except TrainError:
         raise
     except Exception as error:
         raise TrainError(f"--model {file}: cannot be loaded ({first_line(error)})") from error
     try:
         model.save_pretrained(partial)
-        (tokenizer or AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         partial.rename(folder)
     except OSError as error:
         raise TrainError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     return str(folder)
-
-
-def _with_own_tokenizer(folder: Path, gguf: str) -> Any:
-    from transformers import AutoTokenizer
-
-    if (folder / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
 
 
 def load_start(name: str, chat_template: str | None, prompt_format: str, trusted: bool, revision: str) -> Start:

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..intervals import wilson
 from ..monitor import RewardMonitor
 from ..report.page import (
     REWARD_FORMULA,
@@ -23,7 +24,6 @@ from ..report.page import (
 )
 from ..text.characters import printable
 from .folder import write
-from .intervals import share_interval
 
 _EXPLANATION = f"""<div class="prose">
 <p>How much more, or less, likely preference training has made a token than it was under the model that training started
@@ -78,7 +78,7 @@ def _tiles(metrics: Mapping[str, Any]) -> str:
     results, training = metrics["results"], metrics["training"]
     figures = []
     if results is not None:
-        low, high = share_interval(results["pair_accuracy"], results["pairs"])
+        _, low, high, _ = wilson(results["pair_accuracy"], results["pairs"])
         figures += [
             Figure(
                 f"{100 * results['pair_accuracy']:.1f}\u00a0%",

@@ -324,6 +324,8 @@ class _Run:
                 quantization_config=get_quantization_config(self.model_args),
                 callbacks=[shown],
             )
+        if args.fsdp and not trainer.is_fsdp_enabled:
+            raise TrainError("--fsdp: accelerate shards models on accelerators alone, and there is none; leave it out")
         trainer.remove_callback(PrinterCallback)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         self.progress.say(
