@@ -22,10 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 on a usage or input error (its text on stderr), 130 when interrupted, 141 when
     what read the output (`head`, a pager) has closed it."""
     parser = _parser()
-    args = parser.parse_args(argv)
-    if args.command is None:
-        parser.print_help(sys.stderr)
-        parser.exit(2)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:  # argparse would take flags that it hands on for its own
+        args = argparse.Namespace(run=importlib.import_module(".train", __name__).run, arguments=argv[1:])
+    else:
+        args = parser.parse_args(argv)
+        if args.command is None:
+            parser.print_help(sys.stderr)
+            parser.exit(2)
     try:
         status = int(args.run(args))
         sys.stdout.flush()

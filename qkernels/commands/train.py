@@ -8,13 +8,12 @@ from .common import stopped_cleanly
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    train = commands.add_parser(
+    # Listed here alone: its options are those of TRL's dataclasses, which only `run` imports.
+    commands.add_parser(
         "train",
-        add_help=False,  # its options are those of TRL's dataclasses, which only `run` imports
+        add_help=False,
         help="train your own model with preferences: TRL's DPO with this package's losses, heads and reports",
     )
-    train.set_defaults(run=run)
-    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="--help lists them")
 
 
 def run(args: argparse.Namespace) -> int:
