@@ -34,11 +34,11 @@ from os import PathLike
 from typing import Any, NamedTuple
 
 from .records.layouts import preference
-from .records.pairs import ROLES, DataError, Message, Preference, Unusable
+from .records.pairs import ROLES as ROLES
+from .records.pairs import DataError, Message, Preference, Unusable
 from .records.sources import Source
 
 __all__ = [
-    "ROLES",
     "DataError",
     "Message",
     "Preference",

@@ -122,7 +122,7 @@ def last_checkpoint(folder: Path) -> tuple[Path | None, list[Path]]:
         (path for path in folder.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir()),
         key=lambda path: -int(path.name.split("-")[1]),
     )
-    broken = []
+    broken: list[Path] = []
     for path in found:
         if _is_complete(path):
             return path, broken

@@ -207,7 +207,7 @@ class _Run:
                 folder.begin(self.out, settings)
             folder.write(self.out / folder.CONFIG, as_yaml(self.given))
         self.state.wait_for_everyone()
-        first, sft_curve = start.model, []
+        first, sft_curve = start.model, list[dict[str, float]]()
         if self.options.wants_sft:
             first, sft_curve = self._sft(start, peft_config, prepared)
         trainer, watch = self._train(first, start, peft_config, prepared)
