@@ -10,6 +10,10 @@ Both losses here are objects with a memory: make one for a training run and pass
     loss = OSPO()
     out = fused_token_dpo(logits, labels, reference_logits=reference, loss_type=loss)
 
+What a policy trained this way knows of the reward is its order, up to a sign and a scale: a link that is free fits t
+and 2 t, and a link that need not increase (OSPO's) fits t and -t. Warming up as plain DPO settles the sign, `sign` says
+whether it held, and the scale is chosen after training: `qkernels.search.scan_beta`.
+
 `rspo`, which only ranks and needs no memory, is an ordinary name of `qkernels.objectives.OBJECTIVES`.
 """
 
@@ -81,13 +85,27 @@ class LearnedLink(ABC):
         """One loss per pair, `[B]`. Scores whose t is not finite are left out of the memory."""
         t = beta * scores.margins
         spread = self.past.square().mean().sqrt().item() if len(self.past) else 0.0
-        ready = self.seen >= self.warm_up and spread > 0
+        ready = self.seen >= self.warm_up and spread > 0 and self._has_link()
         loss = self._loss(t, spread) if ready else -logsigmoid(t)
         if t.requires_grad and torch.is_grad_enabled():
             new = t.detach().double().cpu()
             self.past = torch.cat([self.past, new[new.isfinite()]])[-self.memory :]
             self.seen += len(t)
         return loss
+
+    @property
+    def sign(self) -> float:
+        """1.0, or -1.0 if over the memory t has fallen where the chosen answer won: align the policy with it.
+
+        The sign of the covariance of t and the label, each pair counted as (t, 1) and as (-t, 0), which is that of the
+        mean of t. With -1, the reward is -beta log(pi / pi_ref), and the policy to use is pi_ref^(1 + 1/b) pi^(-1/b), which
+        `qkernels.search.scan_beta(..., sign=-1)` samples from. 1.0 while the memory is empty.
+        """
+        return -1.0 if len(self.past) and self.past.mean().item() < 0 else 1.0
+
+    def _has_link(self) -> bool:
+        """Whether there is a link to use once the memory is warm."""
+        return True
 
     @abstractmethod
     def _loss(self, t: Tensor, spread: float) -> Tensor:
@@ -108,6 +126,11 @@ class LearnedLink(ABC):
 @stateful("ospo")
 class OSPO(LearnedLink):
     """OSPO: the link is a kernel regression over the memory, and t moves through it.
+
+    This is the loss of the authors' released code. The paper's "O" stands for orthogonalised, that is for a gradient to
+    which the error of the link contributes in second order only; neither their code by default nor this class does
+    that, since both hold the memory constant. (Their option that differentiates through the memory was unstable in
+    their own simulation.)
 
     Psi(t) = sum_m K((t - t_m)/h) / sum_m [K((t - t_m)/h) + K((t + t_m)/h)], loss -log Psi(t), with the Gaussian K and
     h = bandwidth * spread * n^(-1/5) over n remembered t_m and their mirror images (spread: root of their mean square).
@@ -139,11 +162,20 @@ class PSPO(LearnedLink):
     1 - floor]. A constant link has no slope, so Psi is mixed with `logistic_share` of sigma(t). The loss is -log of the
     mixture.
 
+    The authors fit to the t of the whole data set under the policy as it stands, which the memory approximates by those
+    of past steps. `refit_on="data"` is their way; then the training loop passes these t, whenever `refit_due` says so:
+
+        if loss.refit_due:
+            loss.fit_to(beta * margins_of_the_whole_data_set)
+
+    (`TokenDPOTrainer` does it by itself, with one forward pass over the training data.)
+
     Args:
         memory, warm_up: as in `LearnedLink`.
         refit: steps from one fit to the next.
         logistic_share: in [0, 1].
         floor: in (0, 1/2).
+        refit_on: "memory" or "data".
     """
 
     def __init__(
@@ -153,6 +185,7 @@ class PSPO(LearnedLink):
         refit: int = 10,
         logistic_share: float = 0.05,
         floor: float = 1e-4,
+        refit_on: str = "memory",
     ):
         super().__init__(memory, warm_up)
         if isinstance(refit, bool) or not isinstance(refit, int):
@@ -163,16 +196,38 @@ class PSPO(LearnedLink):
             raise ValueError(f"logistic_share must lie in [0, 1], got {logistic_share}")
         if not 0 < floor < 0.5:
             raise ValueError(f"floor must lie in (0, 0.5), got {floor}")
-        self.refit, self.logistic_share, self.floor = refit, logistic_share, floor
+        if refit_on not in ("memory", "data"):
+            raise ValueError(f'refit_on must be "memory" or "data", got {refit_on!r}')
+        self.refit, self.logistic_share, self.floor, self.refit_on = refit, logistic_share, floor, refit_on
         self.knots: tuple[list[float], list[float]] | None = None
         self._until_refit = 0
 
+    @property
+    def refit_due(self) -> bool:
+        """Whether it is time for `fit_to`: always False with `refit_on="memory"`, which needs no call."""
+        return self.refit_on == "data" and self.seen >= self.warm_up and self._until_refit == 0
+
+    def fit_to(self, t: Tensor) -> None:
+        """Fit the link to these t = beta D, `[N]`; those that are not finite are left out.
+
+        Raises:
+            ValueError: not one of them is finite and other than 0.
+        """
+        t = checks.tensor(t, "t").detach().double().cpu().reshape(-1)
+        t = t[t.isfinite()]
+        if not bool((t != 0).any()):
+            raise ValueError(f"t must hold a finite number other than 0, got {len(t)} finite ones")
+        self.knots = self.fit(t.tolist())
+        self._until_refit = self.refit
+
+    def _has_link(self) -> bool:
+        return self.refit_on == "memory" or self.knots is not None
+
     def _loss(self, t: Tensor, spread: float) -> Tensor:
-        if self.knots is None or self._until_refit == 0:
-            self.knots = self.fit(self.past.tolist())
-            self._until_refit = self.refit
+        if self.refit_on == "memory" and (self.knots is None or self._until_refit == 0):
+            self.fit_to(self.past)
         if t.requires_grad and torch.is_grad_enabled():
-            self._until_refit -= 1
+            self._until_refit = max(0, self._until_refit - 1)
         link = self._interpolate(t)
         mixed = (1 - self.logistic_share) * link + self.logistic_share * torch.sigmoid(t)
         return -mixed.clamp(self.floor, 1 - self.floor).log()
