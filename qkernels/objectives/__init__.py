@@ -8,7 +8,7 @@ the next.
 from . import formulas as formulas  # registers every loss
 from .learned_link import OSPO, PSPO, LearnedLink, isotonic_fit
 from .policy import POLICY_OBJECTIVES, PolicyObjective, PolicyScores
-from .registry import OBJECTIVES, STATEFUL, LossSpec, LossType, Objective, create, objective, resolve, stateful
+from .registry import OBJECTIVES, STATEFUL, LossSpec, LossType, Objective, create, for_run, objective, resolve, stateful
 from .scores import F_DIVERGENCES, PairScores
 from .units import UNITS, declare_unit
 from .unpaired import SEQUENCE_OBJECTIVES, SequenceObjective, SequenceScores
@@ -36,6 +36,7 @@ __all__ = [
     "SequenceScores",
     "create",
     "declare_unit",
+    "for_run",
     "isotonic_fit",
     "objective",
     "resolve",

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -80,10 +81,13 @@ class LearnedLink(ABC):
         self.memory, self.warm_up = memory, warm_up
         self.seen = 0
         self.past = torch.empty(0, dtype=torch.float64)
+        self._collected: list[Tensor] | None = None
 
     def __call__(self, scores: PairScores, beta: float) -> Tensor:
         """One loss per pair, `[B]`. Scores whose t is not finite are left out of the memory."""
         t = beta * scores.margins
+        if self._collected is not None:
+            self._collected.append(t.detach())
         spread = self.past.square().mean().sqrt().item() if len(self.past) else 0.0
         ready = self.seen >= self.warm_up and spread > 0 and self._has_link()
         loss = self._loss(t, spread) if ready else -logsigmoid(t)
@@ -93,13 +97,22 @@ class LearnedLink(ABC):
             self.seen += len(t)
         return loss
 
+    @contextmanager
+    def collecting(self) -> Iterator[list[Tensor]]:
+        """A list that every call appends its t to, detached, until the block ends."""
+        self._collected = []
+        try:
+            yield self._collected
+        finally:
+            self._collected = None
+
     @property
     def sign(self) -> float:
         """1.0, or -1.0 if over the memory t has fallen where the chosen answer won: align the policy with it.
 
         The sign of the covariance of t and the label, each pair counted as (t, 1) and as (-t, 0), which is that of the
-        mean of t. With -1, the reward is -beta log(pi / pi_ref), and the policy to use is pi_ref^(1 + 1/b) pi^(-1/b), which
-        `qkernels.search.scan_beta(..., sign=-1)` samples from. 1.0 while the memory is empty.
+        mean of t. With -1, the reward is -beta log(pi / pi_ref), and the policy to use is pi_ref^(1 + 1/b) pi^(-1/b),
+        which `qkernels.search.scan_beta(..., sign=-1)` samples from. 1.0 while the memory is empty.
         """
         return -1.0 if len(self.past) and self.past.mean().item() < 0 else 1.0
 

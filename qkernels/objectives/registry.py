@@ -208,6 +208,12 @@ class LossSpec:
         return total
 
 
+def _made_with(term: Objective) -> list[str]:
+    """Options of the class that a loss with a memory is an object of; none for a function."""
+    kind = type(term.function)
+    return _constructor_options(kind) if kind in STATEFUL.values() else []
+
+
 def _label(term: Objective) -> str:
     return repr(term.name) if term.name else getattr(term.function, "__name__", type(term.function).__name__)
 
@@ -272,6 +278,38 @@ def create(name: str, **options: Any) -> str | Callable[..., Tensor]:
     if options:
         raise TypeError(f"{name!r} takes its options as loss_kwargs of the loss function, got {sorted(options)} here")
     return name
+
+
+def for_run(
+    loss_type: LossType, loss_kwargs: Mapping[str, Any] | None = None
+) -> tuple[list[str | Callable[..., Tensor]], dict[str, Any]]:
+    """The losses of a whole training run and what is left of their options: names of `STATEFUL` become new objects.
+
+    What the trainers call once, so that "ospo" and "pspo" are names like any other there: options of their classes are
+    taken off `loss_kwargs`, and the rest is for `resolve`.
+
+    Args:
+        loss_type: as in `resolve`.
+        loss_kwargs: options of the losses and of the classes of `STATEFUL` (`qkernels.semiparametric`) that are named.
+
+    Raises:
+        TypeError, ValueError: an option of a class that is of the wrong type or out of range.
+    """
+    entries = list(loss_type) if isinstance(loss_type, (list, tuple)) else [loss_type]
+    kwargs = dict(loss_kwargs or {})
+    taken: set[str] = set()
+    made: list[Any] = []
+    for entry in entries:
+        if isinstance(entry, str) and entry in STATEFUL:
+            own = {name: kwargs[name] for name in _constructor_options(STATEFUL[entry]) if name in kwargs}
+            taken.update(own)
+            entry = create(entry, **own)
+        made.append(entry)
+    return made, {name: value for name, value in kwargs.items() if name not in taken}
+
+
+def _constructor_options(made: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(made).parameters)
 
 
 def resolve(
@@ -357,7 +395,11 @@ def _resolve(
     allowed = own | set(_SHARED_OPTIONS) | (set(_LINK_OPTIONS) if scored else set())
     unknown = sorted(set(kwargs) - allowed, key=str)
     if unknown:
-        raise ValueError(f"loss_kwargs {unknown} unknown to loss_type {names}; known: {sorted(allowed)}")
+        made = {name for term in objectives for name in _made_with(term)}
+        raise ValueError(
+            f"loss_kwargs {unknown} unknown to loss_type {names}; known: {sorted(allowed)}"
+            + (f"; and when the object is made, or by name in a trainer: {sorted(made)}" if made else "")
+        )
     missing = sorted(
         key
         for term in objectives

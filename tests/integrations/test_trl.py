@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.metadata
+import json
 import math
 import os
 import sys
@@ -31,7 +32,7 @@ from trl.trainer import dpo_trainer, utils
 import hf_models
 from processes import Ranks
 from qkernels.integrations import trl as integration
-from qkernels.integrations.transformers import compute_token_logps, head_parameters, hidden_states
+from qkernels.integrations.transformers import compute_token_logps, compute_token_stats, head_parameters, hidden_states
 from qkernels.integrations.trl import (
     TokenDPOConfig,
     TokenDPOTrainer,
@@ -41,6 +42,8 @@ from qkernels.integrations.trl import (
     require_trl,
     unpatch_trl,
 )
+from qkernels.integrations.trl.links import load_links
+from qkernels.semiparametric import OSPO
 
 disable_progress_bars()
 pytestmark = [
@@ -419,6 +422,110 @@ def test_options_of_losses(tmp_path):
     assert simpo.ref_model is None
     first = numbers(simpo)[0]
     assert first["rewards/chosen"] == pytest.approx(2.0 * first["logps/chosen"], rel=1e-5)
+
+
+LEARNED = {
+    "ospo": {"memory": 12, "warm_up": 8, "bandwidth": 0.7},
+    "pspo": {"memory": 12, "warm_up": 8, "refit": 2},
+    "pspo on the data": {"warm_up": 8, "refit": 2, "refit_on": "data"},
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_links_by_name_and_resumed(name, tmp_path):
+    """By name with options; a run that stops after 3 of 6 steps and goes on is the uninterrupted one to the bit."""
+    options = {
+        "config": TokenDPOConfig, "loss_type": name[:4], "loss_kwargs": LEARNED[name], "learning_rate": 0.02,
+        "evaluate": False, "beta": 1.0, "max_steps": 6,
+    }  # fmt: skip
+    whole = train(TokenDPOTrainer, tmp_path / "whole", save_strategy="steps", save_steps=3, **options)
+    assert json.loads(whole.args.to_json_string())["loss_type"] == [name[:4]]
+    (link,) = whole.learned_links
+    assert link.seen == 24 and len(link.past) == min(24, link.memory) and link.sign == 1.0
+    if name == "ospo":
+        assert link.bandwidth == 0.7
+    else:
+        assert link.knots is not None
+    made = []
+
+    class Resumed(TokenDPOTrainer):
+        def train(self):
+            made.append(self)
+            return super().train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+
+    again = train(Resumed, tmp_path / "again", **options)
+    assert made == [again] and again.state.global_step == 6
+    for (key, value), other in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+    states = [trainer.learned_links[0].state_dict() for trainer in (whole, again)]
+    assert torch.equal(states[0].pop("past"), states[1].pop("past")) and states[0] == states[1]
+    plain = train(TokenDPOTrainer, tmp_path / "plain", **{**options, "loss_type": "sigmoid", "loss_kwargs": None})
+    lost = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    dpo = [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
+    assert lost[:2] == pytest.approx(dpo[:2], rel=1e-5), "plain DPO until 8 pairs are seen"
+    assert lost[2] != pytest.approx(dpo[2], rel=1e-3), "and not after"
+    (tmp_path / "whole/checkpoint-3/loss_state_0.pt").unlink()
+    with pytest.warns(UserWarning, match="begins with an empty memory"):
+        load_links(again.learned_links, str(tmp_path / "whole/checkpoint-3"), 0)
+
+
+def test_a_link_is_fitted_to_the_whole_data_set(tmp_path):
+    """The t of the fit are those of every pair of the training data under the policy before the step, once each."""
+    fitted = []
+
+    class Watching(TokenDPOTrainer):
+        def training_step(self, *args, **kwargs):
+            (link,) = self.learned_links
+            before, weights = link.knots, copy.deepcopy(self.model.state_dict())
+            result = super().training_step(*args, **kwargs)
+            if link.knots != before:
+                fitted.append((link.knots, weights))
+            return result
+
+    data = PAIRS.select(range(10))
+    trainer = train(
+        Watching, tmp_path, data=data, config=TokenDPOConfig, loss_type="pspo", beta=0.7, evaluate=False, steps=4,
+        loss_kwargs={"refit_on": "data", "warm_up": 8, "refit": 2}, per_device_eval_batch_size=4, learning_rate=0.02,
+    )  # fmt: skip
+    ((knots, weights),) = fitted
+    policy = hf_models.model()
+    policy.load_state_dict(weights)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    stats = compute_token_stats(
+        policy.eval(), {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")},
+        outputs=("logps", "reference_logps"), reference_model=REFERENCE.eval(),
+    )  # fmt: skip
+    chosen, rejected = (stats.logps - stats.reference_logps).double().sum(1).chunk(2)
+    where, levels = trainer.learned_links[0].fit((0.7 * (chosen - rejected)).tolist())
+    assert knots[1] == pytest.approx(levels, abs=1e-9) and knots[0] == pytest.approx(where, abs=1e-4)
+    assert len(chosen) == 10 and len(levels) > 2
+
+
+def test_a_wrong_sign_is_announced(tmp_path):
+    class Reversed(TokenDPOTrainer):
+        def training_step(self, *args, **kwargs):
+            result = super().training_step(*args, **kwargs)
+            (link,) = self.learned_links
+            link.past = -link.past.abs() - 1
+            return result
+
+    with pytest.warns(UserWarning, match="OSPO: the implicit rewards of chosen answers are below"):
+        train(Reversed, tmp_path, loss_type="ospo", steps=1, evaluate=False)
+
+
+def test_objects_that_are_losses_have_a_name_in_json(tmp_path):
+    config = TokenDPOConfig(str(tmp_path), loss_type=[OSPO(), "sft"], use_cpu=True, bf16=False, report_to=[])
+    assert json.loads(config.to_json_string())["loss_type"] == ["OSPO", "sft"]
+    with pytest.raises(
+        ValueError, match=r"\['band'\] unknown to loss_type OSPO; .*by name in a trainer: \['bandwidth'"
+    ):
+        train(TokenDPOTrainer, tmp_path, config=TokenDPOConfig, loss_type="ospo", loss_kwargs={"band": 1})
+    with pytest.raises(ValueError, match="bandwidth must be"):
+        train(TokenDPOTrainer, tmp_path, config=TokenDPOConfig, loss_type="ospo", loss_kwargs={"bandwidth": -1.0})
+    streamed = PAIRS.to_iterable_dataset()
+    with pytest.raises(ValueError, match='refit_on="data" needs a map-style Dataset'):
+        train(TokenDPOTrainer, tmp_path, config=TokenDPOConfig, loss_type="pspo", data=streamed, evaluate=False,
+              loss_kwargs={"refit_on": "data"})  # fmt: skip
 
 
 def hinge_with_margin(scores, beta, margin=1.0):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from trl.trainer.dpo_config import DPOConfig
 
+from ... import objectives
 from ...objectives import LossSpec
 
 
@@ -15,9 +16,10 @@ from ...objectives import LossSpec
 class TokenDPOConfig(DPOConfig):
     """TRL's `DPOConfig` and the options of this package. `TokenDPOTrainer` takes either.
 
-    loss_type: names of `qkernels.objectives.OBJECTIVES` (TRL's fifteen, and tdpo1, tdpo2, simpo), callables on
-        `qkernels.PairScores`, or a list of these.
-    loss_kwargs: options of losses that TRL has no field for: `alpha` (tdpo2), `gamma` (simpo), those of a callable.
+    loss_type: names of `qkernels.objectives.OBJECTIVES` (TRL's fifteen, and tdpo1, tdpo2, simpo, rspo among others) and
+        of `STATEFUL` (ospo, pspo), callables on `qkernels.PairScores`, or a list of these.
+    loss_kwargs: options of losses that TRL has no field for: `alpha` (tdpo2), `gamma` (simpo), `memory` and the other
+        options of `qkernels.semiparametric` (ospo, pspo), those of a callable.
     max_chunk_bytes, backend: as in `qkernels.fused_linear_token_dpo`.
     """
 
@@ -39,8 +41,13 @@ class TokenDPOConfig(DPOConfig):
     def to_dict(self) -> dict[str, Any]:
         """As TRL's; a loss that is a function is named."""
         result: dict[str, Any] = super().to_dict()
-        result["loss_type"] = [getattr(loss, "__name__", loss) for loss in self.loss_type]
+        result["loss_type"] = [_name(loss) for loss in self.loss_type]
         return result
+
+
+def _name(loss: Any) -> str:
+    """A loss as a line of JSON has it: its name, or that of the function or class."""
+    return loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
 
 
 # Options of the loss that TRL has a field for: their names in `loss_kwargs`, and the fields.
@@ -54,7 +61,7 @@ _FIELDS = {
 
 
 def loss_options(args: Any) -> dict[str, Any]:
-    """TRL's options of the loss, as keyword arguments of `linear_token_dpo`.
+    """TRL's options of the loss, as keyword arguments of `fused_linear_token_dpo`; losses with a memory are new.
 
     Args:
         args: a `DPOConfig` or `TokenDPOConfig`.
@@ -76,9 +83,10 @@ def loss_options(args: Any) -> dict[str, Any]:
         kwargs["f_alpha_divergence_coef"] = args.f_alpha_divergence_coef
     if "discopop" in args.loss_type:
         kwargs["discopop_tau"] = args.discopop_tau
+    losses, kwargs = objectives.for_run(list(args.loss_type), kwargs)
     return {
         "beta": args.beta,
-        "loss_type": list(args.loss_type),
+        "loss_type": losses,
         "loss_weights": args.loss_weights or None,
         "label_smoothing": args.label_smoothing,
         "loss_kwargs": kwargs,

@@ -37,6 +37,7 @@ from ...core.sequences import log_ratios
 from ...functional.logits import shift_labels
 from ...functional.preference import Batch
 from ...functional.results import TokenDPOOutput, TokenStats
+from ...objectives import PSPO
 from ..transformers.hook import run
 from ..transformers.parameters import HiddenAndHead, check_same_logits_transform
 from ..transformers.requests import LossRequest, StatsRequest
@@ -45,6 +46,7 @@ from ..transformers.wrappers import unwrap
 from .collator import REFERENCE_COLUMNS, WEIGHT_COLUMNS
 from .config import check_options, head_options, loss_options
 from .constructor import patched_constructor
+from .links import DataPass, learned_links, load_links, save_links, warn_of_wrong_signs
 from .results import METRIC_OUTPUTS, TokenResults, metric_averages, metric_sums
 
 IGNORE = -100
@@ -89,6 +91,9 @@ class TokenDPOTrainer(DPOTrainer):
     - A data set with the columns `prompt_ids`, `chosen_ids` and `rejected_ids` is tokenised already, and not again.
     - LoRA on the head.
     - `label_smoothing` smooths `sigmoid` as well (cDPO; with a warning, since TRL ignores it there).
+    - `loss_type` may be "ospo" or "pspo", whose link function is learned; their options (`qkernels.semiparametric`) go
+      through `loss_kwargs`. The objects are in `learned_links`; checkpoints hold their state, so a resumed run equals
+      an uninterrupted one. `refit_on="data"` of "pspo" takes a forward pass over the training data each time.
     - `on_token_results` sees the per-token results of every step.
 
     Metrics have TRL's names and meaning; averages over tokens are over the valid tokens (weight not 0). With TDPO,
@@ -128,10 +133,18 @@ class TokenDPOTrainer(DPOTrainer):
         ):
             super().__init__(model, ref_model, args, data_collator, *others, **options)
         self.padding_free = padding_free
+        self.learned_links = learned_links(self._loss_spec)
+        self._data_pass: DataPass | None = None
         self._check_model()
 
     def _check_model(self) -> None:
         """Raise for what only shows once model and data are there."""
+        on_data = [link for link in self.learned_links if isinstance(link, PSPO) and link.refit_on == "data"]
+        if on_data and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError(
+                'loss_kwargs refit_on="data" needs a map-style Dataset, and the data set is an IterableDataset; use'
+                ' refit_on="memory"'
+            )
         first = next(iter(self.train_dataset), None)
         if first is None:
             raise ValueError(
@@ -300,6 +313,47 @@ class TokenDPOTrainer(DPOTrainer):
         with self._as_reference():
             logps = self._reference_logps(model, inputs, batch.labels)
         return batch.sequences.sums(batch.weights * logps).chunk(2)
+
+    # --- losses that learn their link ------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; a warning at the end where a loss with a learned link has found rewards of the wrong sign."""
+        result = super().train(*args, **kwargs)
+        warn_of_wrong_signs(self.learned_links)
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; a link that is fitted to the whole data set is fitted before the step for which it is due."""
+        for link in self.learned_links:
+            if isinstance(link, PSPO) and link.refit_due:
+                if self._data_pass is None:
+                    self._data_pass = DataPass(self.train_dataset, self)
+                model = args[0] if args else kwargs["model"]
+                self._data_pass.fit(link, self._forward_passes(model, self._data_pass))
+        return super().training_step(*args, **kwargs)
+
+    def _forward_passes(self, model: Any, batches: Any) -> Iterator[None]:
+        """The loss of one batch after another, for what it leaves behind; no gradients, no metrics, no dropout."""
+        training = model.training
+        model.eval()
+        try:
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                labelled = self._labelled(inputs)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    run(model, model_inputs(inputs), self._loss_request(inputs, labelled), labelled.labels)
+                yield
+        finally:
+            model.train(training)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_links(self.learned_links, output_dir, self.args.process_index)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_links(self.learned_links, checkpoint, self.args.process_index)
 
     # --- the loss --------------------------------------------------------------------------------------------------
 
