@@ -27,7 +27,7 @@ from transformers import LogitsProcessor
 from .core import checks
 from .functional.logits import token_stats
 from .integrations.transformers import head_parameters, unwrap
-from .search import left_padding
+from .text.padding import left_padding
 
 
 class _Step(NamedTuple):
@@ -263,7 +263,12 @@ class _LogRatioProcessor(_PromptProcessor):
             if self.plausibility > 0:
                 least = scores.amax(-1, keepdim=True) + math.log(self.plausibility)
                 tuned = tuned.masked_fill(scores < least, -torch.inf)
-            return _normalised(tuned)
+            result = _normalised(tuned)
+            self._observe(result, sides[1])
+            return result
+
+    def _observe(self, result: Tensor, denominator: Tensor) -> None:
+        """What a subclass wants to know of a step: log-probs of the result, logits of the denominator, `[R, V]`."""
 
     def _fit(self, logits: Tensor, model: _Auxiliary, vocab: int) -> Tensor:
         """Cut or fill logits to the generating model's vocabulary, as `shared_vocab` allows."""
@@ -382,6 +387,27 @@ class ImplicitRewardGuidance(_LogRatioProcessor):
             shared_vocab,
             attention_mask,
         )
+
+
+class MeasuredGuidance(ImplicitRewardGuidance):
+    """`ImplicitRewardGuidance` that keeps the divergence of what it makes from the reference, for each step and row.
+
+    `divergences` has a tensor `[R]` for each step since the last `reset`: KL(result || reference) of the next token, in
+    nats. Their sum over the tokens of a sampled completion is an unbiased estimate of the divergence of whole
+    completions, with less variance than the log-ratio of the completion. Arguments as in `ImplicitRewardGuidance`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.divergences: list[Tensor] = []
+        super().__init__(*args, **kwargs)
+
+    def reset(self) -> None:
+        super().reset()
+        self.divergences = []
+
+    def _observe(self, result: Tensor, denominator: Tensor) -> None:
+        terms = result.exp() * (result - _normalised(denominator))
+        self.divergences.append(torch.where(result == -torch.inf, 0.0, terms).sum(-1))
 
 
 class CopyMixture(_PromptProcessor):

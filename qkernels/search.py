@@ -23,7 +23,8 @@ from .core import checks
 from .core.sequences import log_ratios
 from .functional.results import summarised
 from .integrations.transformers import compute_token_stats, unwrap
-from .report.progress import Progress
+from .report.progress import Phase, Progress
+from .text.padding import left_padding
 
 # What keeps `generate` to the policy's own distribution, whatever the model's generation_config says, unless the caller
 # does: the sum of log-probs as the score, and no processors that change it.
@@ -228,35 +229,163 @@ def best_of(
     if by == "reward" and reference is None:
         raise ValueError('by="reward" needs a reference: the implicit reward is beta * log(pi / pi_ref)')
     sampler = policy if sampler is None else sampler
-    _check_generates(sampler, generate_kwargs, "best_of")
+    kwargs = _sampling(sampler, generate_kwargs, max_new_tokens, "best_of")
     _check_models(policy=policy, reference=reference, sampler=sampler)
+    with Progress(progress or _Nowhere()).phase("sampling", len(input_ids) * n) as phase:
+
+        def write(prompts: Tensor, count: int) -> _Generated:
+            given = (input_ids[prompts], attention_mask[prompts])
+            return _generate(sampler, *given, count, logits_processor, kwargs)
+
+        drawn = _in_batches(write, len(input_ids), n, batch_size, _pad(sampler, kwargs), phase)
+    found = _beams(drawn, attention_mask, policy, reference, beta, batch_size)
+    if callable(by):
+        return _ranked(found, _scores_of(by, found, "by"))
+    scores = found.rewards if by == "reward" else found.logps
+    assert scores is not None
+    return _ranked(found, scores)
+
+
+class BetaScan(NamedTuple):
+    """Samples of pi_b = pi_ref^(1 - s/b) pi^(s/b), normalised at each token, for W strengths b and the sign s.
+
+    strengths: b; 1 is the policy as trained, above it nearer to the reference.
+    divergences: fp32 `[W]`, KL(pi_b || pi_ref) of whole completions in nats: the mean over all samples of the sum of
+        the exact KL of each token's distribution.
+    divergence_errors: fp32 `[W]`, its standard error over samples.
+    scores: fp32 `[W]`, mean of the judge's scores; None without a judge.
+    score_errors: fp32 `[W]`, its standard error over samples; None without a judge.
+    found: the samples of each strength, `Beams` in the order in which they were drawn. Log-probs are those of the
+        policy, not of pi_b.
+    """
+
+    strengths: tuple[float, ...]
+    divergences: Tensor
+    divergence_errors: Tensor
+    scores: Tensor | None
+    score_errors: Tensor | None
+    found: tuple[Beams, ...]
+
+    def within(self, budget: float) -> int:
+        """Index of the strength that goes furthest from the reference with a divergence of at most `budget` nats.
+
+        Raises:
+            ValueError: none stays within it.
+        """
+        allowed = [i for i, value in enumerate(self.divergences.tolist()) if value <= budget]
+        if not allowed:
+            raise ValueError(
+                f"no strength has a divergence of at most {budget}; the least is {self.divergences.min().item():.4g} at"
+                f" strength {self.strengths[int(self.divergences.argmin())]:g}: scan larger ones"
+            )
+        return max(allowed, key=lambda i: self.divergences[i].item())
+
+
+def scan_beta(
+    policy: nn.Module,
+    reference: nn.Module,
+    input_ids: Tensor | Mapping[str, Tensor],
+    attention_mask: Tensor | None = None,
+    *,
+    strengths: Sequence[float] = (0.25, 0.5, 1.0, 2.0, 4.0),
+    sign: float = 1.0,
+    judge: Callable[[Beams], Tensor] | None = None,
+    n: int = 1,
+    beta: float = 0.1,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    progress: TextIO | None = None,
+    **generate_kwargs: Any,
+) -> BetaScan:
+    """Sample from pi_ref^(1 - 1/b) pi^(1/b) for several b, and say how far each is from the reference. No gradients.
+
+    The strength of the KL constraint, chosen after training. A loss that learns its link (`qkernels.semiparametric`)
+    leaves the scale of the reward open, so this choice is a part of the method (Kallus 2025); after DPO it trades
+    reward for divergence, as decoding-time realignment does. Take the b whose judged score is best, or the largest
+    divergence that is allowed (`BetaScan.within`), and go on with `ImplicitRewardGuidance(reference=..., weight=sign /
+    b - 1, beta=1.0)` on the policy.
+
+    Args:
+        policy: a causal language model of transformers, in eval mode.
+        reference: that its training started from; the policy itself if it is a PEFT model, whose adapter is then
+            switched off.
+        input_ids, attention_mask: as in `beam_search`.
+        strengths: values of b; above 0.
+        sign: 1, or -1 where a learned link has found the reward upside down (`LearnedLink.sign`).
+        judge: of `Beams`, returns `[B, n]` scores.
+        n: samples per prompt and strength.
+        beta: of the policy's training; the unit of the values and rewards in `found`.
+        max_new_tokens, batch_size, progress, generate_kwargs: as in `best_of`.
+
+    Returns:
+        `BetaScan`.
+
+    Raises:
+        TypeError, ValueError: as `best_of`; strengths that are not above 0; a sign other than 1 and -1.
+    """
+    from .decoding import MeasuredGuidance
+
+    input_ids, attention_mask = _prompts(input_ids, attention_mask)
+    beta = checks.positive(beta, "beta")
+    for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        _at_least_one(value, name)
+    strengths = tuple(checks.positive(value, f"strengths[{i}]") for i, value in enumerate(strengths))
+    if not strengths:
+        raise ValueError("strengths must hold at least one value of b, got none")
+    if sign not in (1, -1):
+        raise ValueError(f"sign must be 1 or -1, got {sign!r}")
+    kwargs = _sampling(policy, generate_kwargs, max_new_tokens, "scan_beta")
+    _check_models(policy=policy, reference=reference)
+    found, divergences = [], []
+    with Progress(progress or _Nowhere()).phase("sampling", len(strengths) * len(input_ids) * n) as phase:
+        for strength in strengths:
+            guidance = MeasuredGuidance(
+                reference=reference, weight=sign / strength - 1, beta=1.0, adapter_off=reference is policy
+            )
+            sums: list[Tensor] = []
+
+            def write(prompts: Tensor, count: int, guidance: Any = guidance, sums: list[Tensor] = sums) -> _Generated:
+                part = _generate(policy, input_ids[prompts], attention_mask[prompts], count, [guidance], kwargs)
+                steps = torch.stack(guidance.divergences, -1).view(part.completion_mask.shape)
+                sums.append((steps * part.completion_mask).double().sum(-1).flatten())
+                return part
+
+            drawn = _in_batches(write, len(input_ids), n, batch_size, _pad(policy, kwargs), phase)
+            divergences.append(torch.cat(sums))
+            found.append(_beams(drawn, attention_mask, policy, reference, beta, batch_size))
+    means, errors = _means(divergences)
+    if judge is None:
+        return BetaScan(strengths, means, errors, None, None, tuple(found))
+    scores = [_scores_of(judge, beams, "judge").double().flatten() for beams in found]
+    return BetaScan(strengths, means, errors, *_means(scores), tuple(found))
+
+
+def _means(samples: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard error of each; the error of a single sample is not known, NaN."""
+    means = torch.stack([x.mean() for x in samples])
+    errors = torch.stack([x.std() / len(x) ** 0.5 if len(x) > 1 else x.new_full((), float("nan")) for x in samples])
+    return means.float(), errors.float()
+
+
+def _sampling(model: nn.Module, generate_kwargs: dict[str, Any], max_new_tokens: int, caller: str) -> dict[str, Any]:
+    """Keyword arguments of `generate` that draw from the model's own distribution, unless the caller says otherwise."""
+    _check_generates(model, generate_kwargs, caller)
     for name in ("num_beams", "num_return_sequences", "do_sample"):
         if name in generate_kwargs:
-            raise ValueError(f"{name} is best_of's own: it draws n samples, without beams")
-    kwargs: dict[str, Any] = {**_PLAIN, **_PLAIN_SAMPLING, **generate_kwargs, "do_sample": True, "num_beams": 1}
-    kwargs["max_new_tokens"] = max_new_tokens
-    pad = next(iter(_token_ids(sampler, kwargs, "pad_token_id") + _token_ids(sampler, kwargs, "eos_token_id")), 0)
-    together, rows = min(n, batch_size), max(1, batch_size // n)
-    with Progress(progress or _Nowhere()).phase("sampling", len(input_ids) * n) as phase:
-        groups = []
-        for prompts in torch.arange(len(input_ids), device=input_ids.device).split(rows):
-            parts = []
-            for start in range(0, n, together):
-                count = min(together, n - start)
-                given = (input_ids[prompts], attention_mask[prompts])
-                parts.append(_generate(sampler, *given, count, logits_processor, kwargs))
-                phase.step(steps=count * len(prompts))
-            groups.append(_joined(parts, 1, pad))
-        drawn = _joined(groups, 0, pad)
-    found = _beams(drawn, attention_mask, policy, reference, beta, batch_size)
-    scores = by(found) if callable(by) else found.rewards if by == "reward" else found.logps
-    scores = checks.tensor(scores, "by(...)").to(found.logps.device)
+            raise ValueError(f"{name} is {caller}'s own: it draws n samples, without beams")
+    own = {"do_sample": True, "num_beams": 1, "max_new_tokens": max_new_tokens}
+    return {**_PLAIN, **_PLAIN_SAMPLING, **generate_kwargs, **own}
+
+
+def _scores_of(judge: Callable[[Beams], Tensor], found: Beams, name: str) -> Tensor:
+    """What a user's function says of samples, checked, `[B, n]`."""
+    scores = checks.tensor(judge(found), f"{name}(...)").to(found.logps.device)
     if scores.shape != found.logps.shape or bool(scores.isnan().any()):
         raise ValueError(
-            f"by must return one number per sample, none of them NaN, [B, n] = {tuple(found.logps.shape)}; got"
+            f"{name} must return one number per sample, none of them NaN, [B, n] = {tuple(found.logps.shape)}; got"
             f" {tuple(scores.shape)}{' with NaN' if bool(scores.isnan().any()) else ''}"
         )
-    return _ranked(found, scores)
+    return scores
 
 
 class _Generated(NamedTuple):
@@ -305,6 +434,21 @@ def _generate(
         exists=exists.unflatten(0, shape),
         scores=None if scores is None else scores.unflatten(0, shape),
     )
+
+
+def _in_batches(
+    write: Callable[[Tensor, int], _Generated], prompts: int, n: int, batch_size: int, pad: int, phase: Phase
+) -> _Generated:
+    """n samples of each prompt, `batch_size` sequences in a call. write: prompts `[b]` and how many of each."""
+    groups = []
+    for group in torch.arange(prompts).split(max(1, batch_size // n)):
+        parts = []
+        for start in range(0, n, batch_size):
+            count = min(batch_size, n - start)
+            parts.append(write(group, count))
+            phase.step(steps=count * len(group))
+        groups.append(_joined(parts, 1, pad))
+    return _joined(groups, 0, pad)
 
 
 def _joined(parts: Sequence[_Generated], dim: int, pad: int) -> _Generated:
@@ -517,6 +661,11 @@ def _token_ids(model: Any, kwargs: dict[str, Any], name: str) -> list[int]:
     return torch.as_tensor([] if value is None else value).reshape(-1).tolist()
 
 
+def _pad(model: Any, kwargs: dict[str, Any]) -> int:
+    """The id that `generate` fills up with."""
+    return next(iter(_token_ids(model, kwargs, "pad_token_id") + _token_ids(model, kwargs, "eos_token_id")), 0)
+
+
 def _prompts(input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
     """Checked prompts and their mask, int64 `[B, P]`."""
     if isinstance(input_ids, Mapping) and attention_mask is None:  # what a tokenizer returns
@@ -535,17 +684,6 @@ def _prompts(input_ids: Any, attention_mask: Any) -> tuple[Tensor, Tensor]:
             f" {tuple(attention_mask.shape)}"
         )
     return input_ids, attention_mask
-
-
-def left_padding(attention_mask: Any) -> Tensor:
-    """An attention mask `[B, P]` of prompts that are padded on the left, checked, as int64."""
-    attention_mask = checks.tensor(attention_mask, "attention_mask")
-    if attention_mask.dim() != 2 or 0 in attention_mask.shape:
-        raise ValueError(f"attention_mask must have shape [B, P], got {tuple(attention_mask.shape)}")
-    attended = attention_mask != 0
-    if bool((attended[:, 1:] < attended[:, :-1]).any()) or not bool(attended[:, -1].all()):
-        raise ValueError("attention_mask: prompts must be padded on the left (padding_side='left'), and not be empty")
-    return attended.long()
 
 
 def _at_least_one(value: Any, name: str) -> None:

@@ -52,9 +52,10 @@ def hinge(scores: PairScores, beta: float) -> Tensor:
 
 
 @objective()
-def ipo(scores: PairScores, beta: float) -> Tensor:
-    """IPO (Azar et al. 2023, eq. 17), length-normalised as its authors' experiments were."""
-    return (scores.mean_margins - 1 / (2 * beta)) ** 2
+def ipo(scores: PairScores, beta: float, length_normalised: bool = True) -> Tensor:
+    """IPO (Azar et al. 2023, eq. 17), length-normalised as its authors' experiments were; or summed over tokens with
+    `length_normalised=False`, as in the code of the DPO authors."""
+    return ((scores.mean_margins if length_normalised else scores.margins) - 1 / (2 * beta)) ** 2
 
 
 @objective(smoothing=SMOOTHED)
@@ -160,7 +161,11 @@ def tdpo2(scores: PairScores, beta: float, alpha: float = 0.5) -> Tensor:
 
 @objective(scored=False, reference_free=True)
 def simpo(scores: PairScores, beta: float, gamma: float = 0.5) -> Tensor:
-    """SimPO (Meng et al. 2024): mean log-probs, target margin gamma, no reference."""
+    """SimPO (Meng et al. 2024): mean log-probs, target margin gamma, no reference.
+
+    gamma is outside of beta, and the published settings have beta at 2 and above: at the functions' default of 0.1 the
+    margin counts twenty times less. Pass a beta.
+    """
     chosen = per_token(scores.chosen_logps, scores.chosen_counts)
     rejected = per_token(scores.rejected_logps, scores.rejected_counts)
     return -logsigmoid(beta * (chosen - rejected) - gamma)

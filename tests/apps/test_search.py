@@ -18,7 +18,7 @@ from assertions import assert_within
 from cases import generator
 from qkernels import token_stats
 from qkernels.decoding import CopyMixture, ImplicitRewardGuidance, ProxyTuning
-from qkernels.search import beam_search, best_of, score_completions
+from qkernels.search import beam_search, best_of, scan_beta, score_completions
 from qkernels.tabular import random_mdp
 from toy_models import END, PAD, gpt2, llama, next_logps, tabular_models
 
@@ -171,6 +171,76 @@ def test_samples_come_from_the_sampler(models):
     truth = sum(next_logps(policy, [*PROMPTS[1], *[7] * t])[7] for t in range(3))
     assert_within(found.logps[1, 0], truth, 2e-5, "the policy's log-prob")
     assert "sampling 6/6" in progress.getvalue()
+
+
+def combined(policy, reference, exponent: float) -> Logps:
+    """log of pi_ref^(1 - exponent) pi^exponent, by full forwards."""
+    return lambda ids: ((1 - exponent) * next_logps(reference, ids) + exponent * next_logps(policy, ids)).log_softmax(
+        -1
+    )
+
+
+@pytest.mark.parametrize("sign, batch_size", [(1, 16), (-1, 4)])
+def test_strengths_after_training(models, sign, batch_size):
+    """Every token of every sample has the divergence of the mixture, by full forwards, and the means are theirs."""
+    policy, reference = models[:2]
+    ids, mask = padded()
+    torch.manual_seed(5)
+    scan = scan_beta(
+        policy, reference, ids, mask, strengths=(0.5, 50.0), sign=sign, n=2, max_new_tokens=4,
+        batch_size=batch_size, judge=lambda found: found.lengths.float(),
+    )  # fmt: skip
+    assert scan.strengths == (0.5, 50.0) and scan.divergences.shape == (2,)
+    assert scan.divergences[1] < 0.1 < scan.divergences[0], "nearer to the reference"
+    for i, strength in enumerate(scan.strengths):
+        mixture, found = combined(policy, reference, sign / strength), scan.found[i]
+        sums = []
+        for b, prompt in enumerate(PROMPTS):
+            for k in range(2):
+                tokens = found.completions[b, k][found.completion_mask[b, k]].tolist()
+                total = 0.0
+                for t in range(len(tokens)):
+                    logps, base = mixture(prompt + tokens[:t]), next_logps(reference, prompt + tokens[:t])
+                    total += float((logps.exp() * (logps - base)).sum())
+                sums.append(total)
+        sums = torch.tensor(sums, dtype=torch.float64)
+        assert_within(scan.divergences[i], sums.mean(), 1e-4, "divergence")
+        assert_within(scan.divergence_errors[i], sums.std() / 6**0.5, 1e-4, "its standard error")
+        lengths = found.lengths.double()
+        assert_within(scan.scores[i], lengths.mean(), 1e-6, "score")
+        assert_within(scan.score_errors[i], lengths.flatten().std() / 6**0.5, 1e-6, "its standard error")
+    assert scan.within(1e9) == int(scan.divergences.argmax()) and scan.within(0.1) == 1
+    with pytest.raises(ValueError, match="no strength has a divergence of at most 1e-09; the least is"):
+        scan.within(1e-9)
+
+
+def test_samples_of_a_strength_follow_its_distribution(models):
+    """400 first tokens against the mixture, by a chi-square test."""
+    policy, reference = models[:2]
+    torch.manual_seed(7)
+    found = scan_beta(
+        policy, reference, torch.tensor([[5, 2, 9]]), strengths=(2.0,), n=400, max_new_tokens=1, batch_size=400
+    ).found[0]
+    expected = 400 * combined(policy, reference, 0.5)([5, 2, 9]).exp()
+    counts = torch.bincount(found.completions[0, :, 0], minlength=13).double()
+    chi_square = ((counts - expected) ** 2 / expected.clamp(min=1)).sum().item()
+    assert chi_square < 40, "13 cells; above 40 once in 10,000 times"
+
+
+def test_scan_errors(models):
+    policy, reference = models[:2]
+    ids, mask = padded()
+    for arguments, message in (
+        ({"strengths": ()}, "strengths must hold at least one"),
+        ({"strengths": (1.0, 0.0)}, r"strengths\[1\] must be"),
+        ({"sign": 0.5}, "sign must be 1 or -1"),
+        ({"judge": lambda found: found.lengths[0].float()}, r"judge must return one number per sample"),
+        ({"num_beams": 2}, "num_beams is scan_beta's own"),
+        ({"reference": policy}, "no PEFT model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scan_beta(**{"policy": policy, "reference": reference, "input_ids": ids, "attention_mask": mask,
+                         "max_new_tokens": 2, **arguments})  # fmt: skip
 
 
 def test_best_of_errors(models):

@@ -148,6 +148,15 @@ def test_forms_of_cpo(form, power):
     check("cpo", options_of("cpo", **how), scale=0.5)
 
 
+@pytest.mark.quick
+def test_ipo_of_sums():
+    check("ipo", options_of("ipo", length_normalised=False))
+    with pytest.raises(AssertionError):
+        check(
+            "ipo", options_of("ipo", length_normalised=False), lambda *args: ours(args[0], args[1], options_of("ipo"))
+        )
+
+
 def test_cpo_refuses_an_unknown_form():
     with pytest.raises(ValueError, match=r"'form'.*'simpo'.*'kto_pair'"):
         ours("cpo", leaves(0, 1.0), options_of("cpo", form="kto_pair"))

@@ -162,6 +162,47 @@ def test_equal_margins_have_one_knot():
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
+def test_pspo_on_the_data_waits_for_its_fits():
+    """Plain DPO until the first fit; the link of the fit, and no other, until the next one."""
+    loss = PSPO(warm_up=8, refit=2, refit_on="data", logistic_share=0.0)
+    batches = [normal(8, seed) for seed in range(4)]
+    data = normal(50, 9)
+    assert not loss.refit_due
+    (before,) = train(loss, batches[:1])
+    assert loss.refit_due and torch.equal(before, -torch.nn.functional.logsigmoid(batches[0]))
+    (late,) = train(loss, batches[1:2])
+    assert torch.equal(late, -torch.nn.functional.logsigmoid(batches[1])), "nobody has passed the data"
+    with pytest.raises(ValueError, match="t must hold a finite number other than 0"):
+        loss.fit_to(torch.tensor([0.0, float("nan")]))
+    loss.fit_to(torch.cat([data, torch.tensor([float("inf")], dtype=torch.float64)]))
+    knots = loss.knots
+    assert knots == loss.fit(data.tolist()) and not loss.refit_due
+    twin = PSPO(warm_up=8, refit=2, refit_on="data", logistic_share=0.0)
+    (after,) = train(loss, batches[2:3])
+    assert after.tolist() == pytest.approx([-math.log(loss.link(t)) for t in batches[2].tolist()], rel=1e-6)
+    twin.load_state_dict(loss.state_dict())
+    for one in (loss, twin):
+        assert one.knots == knots and not one.refit_due
+        train(one, batches[3:])
+        assert one.refit_due and one.knots == knots
+    with pytest.raises(ValueError, match='refit_on must be "memory" or "data"'):
+        PSPO(refit_on="everything")
+
+
+@pytest.mark.parametrize("kind", [OSPO, PSPO])
+def test_the_sign_is_that_of_the_covariance_with_the_label(kind):
+    for shift, sign in ((0.5, 1.0), (-0.5, -1.0)):
+        loss = kind(warm_up=16)
+        assert loss.sign == 1.0
+        t = normal(200, 3, shift)
+        train(loss, [t])
+        mirrored, labels = torch.cat([t, -t]), torch.cat([torch.ones(200), torch.zeros(200)]).double()
+        assert loss.sign == sign == math.copysign(1, torch.cov(torch.stack([mirrored, labels]))[0, 1])
+        with loss.collecting() as seen, torch.no_grad():
+            loss(scores_of(t), 2.0)
+        assert torch.equal(torch.cat(seen), 2.0 * t) and len(loss.past) == 200
+
+
 @pytest.mark.parametrize("kind", [OSPO, PSPO])
 def test_until_warm_and_without_spread_it_is_dpo(kind):
     loss = kind(warm_up=12)
@@ -225,6 +266,17 @@ def test_they_are_loss_types(kind):
     assert not plan.separable
     with pytest.raises(ValueError, match=kind.__name__):
         objectives.resolve(kind(), label_smoothing=0.1)
+
+
+def test_losses_of_a_run():
+    """Names become objects with their options, and only they."""
+    losses, rest = objectives.for_run(["ospo", "simpo", "pspo"], {"memory": 9, "bandwidth": 2.0, "gamma": 1.0})
+    ospo, simpo, pspo = losses
+    assert (ospo.memory, ospo.bandwidth, simpo, pspo.memory, rest) == (9, 2.0, "simpo", 9, {"gamma": 1.0})
+    assert objectives.for_run(ospo, {"bandwidth": 1.0}) == ([ospo], {"bandwidth": 1.0})
+    assert objectives.for_run("sigmoid") == (["sigmoid"], {})
+    with pytest.raises(ValueError, match=r"\['bandwidth'\] unknown to loss_type OSPO; .* is made, .*: \['bandwidth'"):
+        objectives.resolve(ospo, loss_kwargs={"bandwidth": 1.0})
 
 
 def test_names_with_a_memory_say_how_they_are_had():

@@ -107,12 +107,14 @@ def test_the_snippets_of_scoring(trained, capsys):
 
 
 def test_the_snippets_of_search(trained, capsys):
-    search, best, tuning = blocks("search.md")
+    search, best, scan, tuning = blocks("search.md")
     namespace: dict = {}
     run(search, "docs/search.md", namespace)
     assert namespace["found"].rewards.shape == (2, 5)
     run(best, "docs/search.md, best of n", namespace)
     assert namespace["found"].scores.shape == (2, 8)
+    run(scan, "docs/search.md, strengths", namespace)
+    assert namespace["scan"].scores.shape == (4,)
     run(tuning, "docs/search.md, processors", namespace)
     assert namespace["ids"].shape[1] > namespace["inputs"]["input_ids"].shape[1]
     assert len(capsys.readouterr().out.splitlines()) >= 2

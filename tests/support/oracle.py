@@ -352,6 +352,7 @@ class Options:
     alpha: float = 0.5
     gamma: float = 0.5
     power: float | None = None  # AlphaPO's alpha; None for the objective's default
+    length_normalised: bool = True
     form: str = "sigmoid"
     cpo_alpha: float = 1.0
     simpo_gamma: float = 0.5
@@ -424,7 +425,9 @@ def objective(name: str, batch: list[Pair], o: Options) -> Tensor:
         if name == "hinge":
             return torch.clamp(1 - x, min=0)
         if name == "ipo":
-            return (_mean(score(pair.r_w), pair.n_w) - _mean(score(pair.r_l), pair.n_l) - 1 / (2 * beta)) ** 2
+            sums = score(pair.r_w), score(pair.r_l)
+            w, l = (_mean(sums[0], pair.n_w), _mean(sums[1], pair.n_l)) if o.length_normalised else sums  # noqa: E741
+            return (w - l - 1 / (2 * beta)) ** 2
         if name == "robust":
             return ((1 - eps) * _nls(x) - eps * _nls(-x)) / (1 - 2 * eps)
         if name == "exo_pair":
