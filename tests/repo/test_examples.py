@@ -25,7 +25,7 @@ def example(monkeypatch):
     if not EXAMPLES.is_dir():
         pytest.skip("the examples are not here")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("common", "credit", "beam", "decline", "pretrained", "make_pretrained")
+    names = ("common", "credit", "beam", "decline", "pretrained", "make_pretrained", "single_index", "search", "qstar")
     yield lambda name: __import__(name)
     for name in names:
         sys.modules.pop(name, None)
@@ -107,6 +107,32 @@ def test_decline(example, tmp_path, capsys):
         checks = results["runs"][name]["equation_16"][0]
         assert checks[0]["float64"]["expectation"] == 0 and checks[-1]["float64"]["expectation"] < 0
         assert not any("reference_mismatch" in finding for run in results["runs"][name]["findings"] for finding in run)
+
+
+@pytest.mark.nightly
+def test_single_index(example, tmp_path, capsys):
+    results = run(example("single_index"), tmp_path, capsys)
+    assert set(results["shifts"]) == {"0", "1.5"} and results["seeds"] == 2
+    for rows in results["shifts"].values():
+        assert set(rows) == {"sigmoid", "rspo", "pspo", "pspo, memory", "ospo"}
+        assert all(row["reward"] > 0.2 and row["flipped"] == 0 for row in rows.values())
+
+
+def test_single_index_meets_the_budget(example):
+    """A policy that is the teacher has the largest reward at every divergence, and the interpolation is between two."""
+    module = example("single_index")
+    torch.manual_seed(0)
+    teacher, other = module.network(), module.network()
+    data = module.draw(teacher, 50, 1.5, 0)
+    best, worse = (module.frontier(policy, teacher, data, 1.0) for policy in (teacher, other))
+    assert module.at_budget(*best, 0.2) > module.at_budget(*worse, 0.2)
+    for divergences, values in (best, worse):
+        low = max(i for i, kl in enumerate(divergences) if kl >= 0.01)
+        assert min(values) <= module.at_budget(divergences, values, divergences[low]) <= max(values)
+        assert module.at_budget(divergences, values, divergences[low]) == pytest.approx(values[low], rel=1e-6)
+    reversed_ = module.frontier(other, teacher, data, -1.0)
+    assert reversed_[0] != worse[0], "the sign matters"
+    assert module.margins(teacher, data).mean() > 0, "the teacher prefers what has won"
 
 
 def test_equation_16_fails_when_it_should(example, monkeypatch):
