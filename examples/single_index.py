@@ -150,9 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs = [run(name, shift, seed, pairs, epochs) for seed in seeds]
             found = [reward for reward, _, _ in runs]
             error = float(np.std(found, ddof=1) / math.sqrt(len(found)))
+            more = np.subtract(found, rows["sigmoid"]["by_seed"] if rows else found)
             rows[name] = {
                 "reward": float(np.mean(found)),
                 "standard_error": error,
+                "more_than_sigmoid": float(np.mean(more)),
+                "its_standard_error": float(np.std(more, ddof=1) / math.sqrt(len(more))),
                 "by_seed": found,
                 "flipped": sum(sign < 0 for _, sign, _ in runs),
             }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
@@ -23,6 +24,7 @@ from .core import checks
 from .core.sequences import log_ratios
 from .functional.results import summarised
 from .integrations.transformers import compute_token_stats, unwrap
+from .planning.planner import Leaves, Planner, Settings, prefix_models
 from .report.progress import Phase, Progress
 from .text.padding import left_padding
 
@@ -386,6 +388,148 @@ def _scores_of(judge: Callable[[Beams], Tensor], found: Beams, name: str) -> Ten
             f" {tuple(scores.shape)}{' with NaN' if bool(scores.isnan().any()) else ''}"
         )
     return scores
+
+
+class TreeSearch(NamedTuple):
+    """What a tree search found, and what it took.
+
+    beams: the best completions of each prompt, best first; `scores` is the value of the plan, in units of reward.
+    simulations: int64 `[B]`, leaves that were looked at.
+    forwards: int64 `[B]`, positions that the policy was run on after the prompt, before the final scoring; a beam
+        search of width W takes W for each token.
+    proven: bool `[B]`, whether there is no completion of a higher value than those returned.
+    """
+
+    beams: Beams
+    simulations: Tensor
+    forwards: Tensor
+    proven: Tensor
+
+
+def tree_search(
+    policy: nn.Module,
+    input_ids: Tensor | Mapping[str, Tensor],
+    attention_mask: Tensor | None = None,
+    *,
+    reference_model: nn.Module | None = None,
+    beta: float = 0.1,
+    simulations: int = 32,
+    max_new_tokens: int = 128,
+    num_return_sequences: int = 1,
+    value: str | Callable[[Leaves], Tensor] = "policy",
+    reward: str | Callable[[Leaves], Tensor] = "implicit",
+    exploration: float = 1.0,
+    width: int = 16,
+    rollout: int | None = None,
+    parallel: int = 4,
+    max_forwards: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    use_cache: bool = True,
+    batch_size: int = 16,
+    progress: TextIO | None = None,
+) -> TreeSearch:
+    """Monte Carlo tree search for the completion of the highest value (12), with the policy as prior. No gradients.
+
+    The value of a completion as a plan is the sum of r + beta log pi_ref over its tokens, plus V where it stops short
+    of an end. With the policy's own rewards and values that is V(s_0) + beta log pi (13), what a beam search by
+    likelihood maximises, and no other model is asked while searching; with a reward or value from outside it is guided
+    decoding.
+
+    Each simulation goes down the tree by PUCT (`qkernels.planning.tree`), reads the leaf it comes to, and follows the
+    policy's likeliest tokens from there (a rollout). Everything read stays in the tree, with its keys and values. With
+    the policy's own rewards and values, prefixes that cannot beat what was found are cut off, so that the search may
+    end early with the certainty that there is nothing better (`proven`).
+
+    Args:
+        policy: a causal language model of transformers, in eval mode.
+        input_ids, attention_mask: as in `beam_search`.
+        reference_model: the frozen reference; for implicit rewards in the result, and with a reward of your own for
+            beta log pi_ref in (12). None: no implicit rewards, and the policy itself stands for it.
+        beta: strength of the KL constraint; the unit of rewards and values.
+        simulations: leaves to look at, per prompt.
+        max_new_tokens: longest completion.
+        num_return_sequences: K.
+        value: "policy" for V = beta * logsumexp(logits) of an unfinished leaf, or a function of `Leaves` that returns
+            what is still to come, `[S]`, in units of reward; finished leaves have 0.
+        reward: "implicit" for the policy's own (10), or a function of `Leaves` that returns the reward of the
+            completion so far, `[S]`.
+        exploration: c of PUCT, in nats; 0 goes where the best was found.
+        width: children of a node, its likeliest tokens.
+        rollout: tokens that are followed from a leaf before it is valued; None for all until the end. The first
+            simulation always goes to the end, and with a number the path of the most visits does at last.
+        parallel: simulations of a prompt in one batch.
+        max_forwards: positions per prompt that the policy may be run on; the first completion is finished in any case.
+        eos_token_id: end tokens; the model's own by default.
+        use_cache: keep the keys and values of all nodes. False reads prefixes again, as does a model without such a
+            cache.
+        batch_size: sequences per forward of the final scoring.
+        progress: where to draw a progress bar, such as `sys.stderr`; None for none.
+
+    Returns:
+        `TreeSearch`.
+
+    Raises:
+        TypeError, ValueError: as `beam_search`; a function that returns other than one number per leaf.
+    """
+    input_ids, attention_mask = _prompts(input_ids, attention_mask)
+    sizes = {
+        "simulations": simulations, "max_new_tokens": max_new_tokens, "num_return_sequences": num_return_sequences,
+        "width": width, "parallel": parallel, "batch_size": batch_size,
+        **({} if max_forwards is None else {"max_forwards": max_forwards}),
+        **({} if rollout in (None, 0) else {"rollout": rollout}),
+    }  # fmt: skip
+    for name, size in sizes.items():
+        _at_least_one(size, name)
+    for name, given, word in (("value", value, "policy"), ("reward", reward, "implicit")):
+        if given != word and not callable(given):
+            raise ValueError(f'{name} must be "{word}" or a function of Leaves, got {given!r}')
+    if isinstance(exploration, bool) or not isinstance(exploration, (int, float)) or not 0 <= exploration < math.inf:
+        raise ValueError(f"exploration must be a finite number of 0 or more, got {exploration!r}")
+    _check_models(policy=policy, reference_model=reference_model)
+    ends = {} if eos_token_id is None else {"eos_token_id": eos_token_id}
+    settings = Settings(
+        beta=checks.positive(beta, "beta"),
+        simulations=simulations,
+        max_new_tokens=max_new_tokens,
+        exploration=float(exploration),
+        width=width,
+        rollout=rollout,
+        parallel=parallel,
+        max_forwards=max_forwards,
+        keep=num_return_sequences,
+        ends=frozenset(_token_ids(policy, ends, "eos_token_id")),
+        pad=_pad(policy, ends),
+        value=value if callable(value) else None,
+        reward=reward if callable(reward) else None,
+    )
+    models = prefix_models(policy, reference_model if callable(reward) else None, use_cache)
+    with Progress(progress or _Nowhere()).phase("simulations", len(input_ids) * simulations) as phase:
+        planner = Planner(settings, *models, input_ids, attention_mask)
+        planner.run(lambda count: phase.step(steps=count))
+    return _tree_search(planner, policy, reference_model, batch_size)
+
+
+def _tree_search(planner: Planner, policy: nn.Module, reference: nn.Module | None, batch_size: int) -> TreeSearch:
+    """The completions of a search in rows, with the numbers of a teacher-forced forward."""
+    trees, count, beta = planner.trees, planner.settings.keep, planner.settings.beta
+    best = [(prompt, node) for prompt, tree in enumerate(trees) for _, node in tree.found]
+    rows = [prompt * count + k for prompt, tree in enumerate(trees) for k in range(len(tree.found))]
+    leaves = planner.leaves(best)
+    device, length = leaves.sequences.device, leaves.completion_mask.shape[1]
+    place, shape = torch.tensor(rows, device=device), (len(trees), count)
+    tokens = torch.full((len(trees) * count, length), planner.settings.pad, device=device)
+    tokens[place] = leaves.sequences[:, -length:]
+    mask, finished, exists = (torch.zeros(len(tokens), dtype=torch.bool, device=device) for _ in range(3))
+    mask = mask[:, None].repeat(1, length)
+    mask[place], finished[place], exists[place] = leaves.completion_mask, leaves.finished, True
+    scores = torch.full((len(tokens),), -torch.inf, device=device)
+    scores[place] = beta * torch.tensor([value for tree in trees for value, _ in tree.found], device=device)
+    sequences = torch.cat([planner.input_ids.repeat_interleave(count, 0), tokens], 1)
+    found = _Generated(*(x.unflatten(0, shape) for x in (sequences, mask, finished, exists, scores)))
+    return TreeSearch(
+        _beams(found, planner.attention_mask, policy, reference, beta, batch_size),
+        *(torch.tensor([getattr(tree, name) for tree in trees]) for name in ("simulations", "forwards", "proven")),
+    )
 
 
 class _Generated(NamedTuple):

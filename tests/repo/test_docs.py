@@ -107,10 +107,12 @@ def test_the_snippets_of_scoring(trained, capsys):
 
 
 def test_the_snippets_of_search(trained, capsys):
-    search, best, scan, tuning = blocks("search.md")
+    search, tree, best, scan, tuning = blocks("search.md")
     namespace: dict = {}
     run(search, "docs/search.md", namespace)
     assert namespace["found"].rewards.shape == (2, 5)
+    run(tree, "docs/search.md, tree", namespace)
+    assert namespace["tree"].beams.scores.isfinite().all()
     run(best, "docs/search.md, best of n", namespace)
     assert namespace["found"].scores.shape == (2, 8)
     run(scan, "docs/search.md, strengths", namespace)
