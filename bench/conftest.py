@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """GEMMs alone are timed by the clock that the contenders are timed by."""
-    timer = config.getoption("benchmark_timer", None)
-    measure.clock = measure.clock if timer is None else getattr(timer, "target", timer)
+    if str(config.getoption("benchmark_timer", "")) == "time.process_time":
+        measure.clock = time.process_time
 
 
 @dataclass(frozen=True)

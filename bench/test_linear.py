@@ -36,7 +36,7 @@ def work(dtype_name: str, pytestconfig: pytest.Config) -> Iterator[Work]:
     hidden = torch.randn(8, rows // 8, hidden_size, generator=generator).to(dtype)
     weight = (3 * hidden_size**-0.5 * torch.randn(vocab, hidden_size, generator=generator)).to(dtype)
     labels = torch.randint(0, vocab, hidden.shape[:2], generator=generator)
-    yield Work.of(hidden, weight, labels)
+    yield Work.of(hidden, weight, labels, rounds=min(5, pytestconfig.getoption("--rounds")))
 
 
 def record(

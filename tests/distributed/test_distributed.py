@@ -298,3 +298,11 @@ def test_a_group_needs_processes():
     logits, labels = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"tp_group needs torch.distributed: call .*init_process_group first"):
         qkernels.token_logps(logits, labels, tp_group="world")
+
+
+# --- policy losses and plain sequences: the vocabulary over ranks ------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["grpo", "gspo", "grpo, frozen head", "kto", "logits"])
+def test_unit_losses(two, how):
+    two.run(checks.unit_losses, how)

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import oracle
+import qkernels
 from assertions import assert_row_output, assert_within, gradient_allowance
 from cases import IGNORE, PairBatch, Rows, make_pairs, make_rows, normal, pack
 from comparisons import random_upstream, row_sizes
@@ -790,3 +792,44 @@ def wrong_groups() -> dict[str, str]:
             lambda: token_logps(meta, torch.zeros(2, 3, dtype=torch.int64, device="meta"), tp_group=world())
         ),
     }
+
+
+def unit_losses(how: str) -> None:
+    """Policy losses and KTO with a split vocabulary: values, gradients and idle rows of one process; advantages that
+    differ are an error on every rank."""
+    made = make_head(torch.float32)
+    hidden, weight, labels = (made[name].detach() for name in ("hidden", "weight", "labels"))
+    columns, number = part(weight.shape[0]), hidden.shape[0]
+    advantages = torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0, -0.3])[:number]
+    old = torch.nn.functional.pad(torch.zeros_like(labels[:, 1:], dtype=torch.float32), (0, 1)) - 3.0
+    policy = {"advantages": advantages, "old_logps": old, "loss_type": "gspo" if how == "gspo" else "grpo"}
+
+    def call(weight: Tensor, group: Any, **more: Any) -> tuple[Any, list[Tensor | None]]:
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_("frozen" not in how)
+        if how == "logits":
+            out = qkernels.fused_policy_loss(leaves[0] @ leaves[1].t(), labels, tp_group=group, **{**policy, **more})
+        elif how == "kto":
+            wanted = torch.arange(number) % 2 == 0
+            out = qkernels.fused_linear_sequence_loss(
+                *leaves, labels, wanted, reference_logps=old, kl=0.1, tp_group=group, **more
+            )
+        else:
+            out = qkernels.fused_linear_policy_loss(*leaves, labels, tp_group=group, **{**policy, **more})
+        out.loss.backward()
+        return out, [leaf.grad for leaf in leaves]
+
+    want, (want_hidden, want_weight) = call(weight, None)
+    got, (got_hidden, got_weight) = call(weight[columns], world())
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.token_logps, want.token_logps, rtol=1e-5, atol=1e-5)
+    if how == "logits":  # dL/dhidden of this rank's columns is a part of the sum
+        dist.all_reduce(got_hidden)
+    torch.testing.assert_close(got_hidden, want_hidden, rtol=1e-4, atol=1e-6)
+    if want_weight is not None:
+        torch.testing.assert_close(got_weight, want_weight[columns], rtol=1e-4, atol=1e-6)
+    if how in ("grpo", "gspo"):
+        assert got.plan.name == want.plan.name and got.plan.idle_rows == want.plan.idle_rows > 0
+    if how != "kto":
+        own = advantages + dist.get_rank()
+        with pytest.raises(ValueError, match="advantages"):
+            call(weight[columns], world(), advantages=own)
