@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from .core import checks
+from .core.printed import summarised
 from .core.sequences import log_ratios
-from .functional.results import summarised
 from .integrations.transformers import compute_token_stats, unwrap
 from .planning.planner import Leaves, Planner, Settings, prefix_models
 from .report.progress import Phase, Progress

@@ -16,7 +16,6 @@
 
 #include "calls.h"
 #include "columns.h"
-#include "softmax.h"
 
 namespace qk {
 

@@ -1,4 +1,4 @@
-// The online softmax of one row: partial sums, how two partial sums merge, and what follows from the whole.
+// The online softmax of one row: partial sums, and how two partial sums merge. What follows from the whole: columns.h.
 //
 // With z the raw logits, T the temperature and m the running maximum of the z seen so far, let
 //   t_j = (z_j - m) log2(e) / T <= 0,     e_j = 2^t_j = exp((z_j - m) / T).
@@ -9,8 +9,8 @@
 //   sum e^2      <- 4^d sum e^2
 //   sum e (t-t') <- 2^d (sum e (t-t') + (d - d') sum e)      (t', d' of the other model of the pair)
 //
-// The label's own term is left out of all sums and added in `finish`. Then the sum over the other entries keeps its
-// relative precision when the model is almost certain, and with it log pi(label) = -log1p(sum of the others).
+// The label's own term is left out of all sums and added in `finish` (columns.h). Then the sum over the other entries
+// keeps its relative precision when the model is almost certain, and with it log pi(label) = -log1p(sum of the others).
 //
 // Differences are taken before anything is added back: the offset of the logits, however large, never meets the
 // logarithm of the sum, except in `logsumexp` itself.
@@ -19,7 +19,6 @@
 #include <cmath>
 #include <limits>
 
-#include "columns.h"
 #include "macros.h"
 
 namespace qk {
@@ -103,57 +102,6 @@ QK_HOST_DEVICE void merge(RowSums& a, RowSums b, double log2e_per_temperature) {
   rescale(b, policy_max, reference_max, log2e_per_temperature);
   add(a.policy, b.policy);
   add(a.reference, b.reference);
-}
-
-// The label's logit under one model, and the sums with its term added.
-struct Completed {
-  double t, e, exp, log_sum, logp;
-};
-
-QK_HOST_DEVICE Completed complete(const Sums& sums, float label_logit, double log2e_per_temperature) {
-  Completed c;
-  c.t = (static_cast<double>(label_logit) - static_cast<double>(sums.max)) * log2e_per_temperature;
-  c.e = exp2(c.t);
-  c.exp = sums.exp + c.e;
-  c.log_sum = label_logit == sums.max ? log_one_plus(sums.exp) : log(c.exp);
-  // Nothing but -inf, or a +inf: no softmax.
-  if (sums.max - sums.max != 0) c.log_sum = std::numeric_limits<double>::quiet_NaN();
-  c.logp = c.t * kLn2 - c.log_sum;
-  return c;
-}
-
-// e * x with 0 * inf = 0.
-QK_HOST_DEVICE double weighted(double e, double x) { return e == 0 ? 0 : e * x; }
-
-QK_HOST_DEVICE double at_least_zero(double x) { return x < 0 ? 0 : x; }
-
-// All columns of a row from its complete sums. `values` has kColumnCount entries; `top1` is decided by the caller, who
-// can read the row again. Columns whose sums were not accumulated hold meaningless numbers.
-QK_HOST_DEVICE void finish(const RowSums& sums, float label_logit, float reference_label_logit, bool has_reference,
-                           int64_t vocab, double temperature, bool top1, float* values) {
-  const double log2e_per_temperature = quotient(kLog2e, temperature);
-  const Completed p = complete(sums.policy, label_logit, log2e_per_temperature);
-  const double invalid = p.log_sum - p.log_sum;  // NaN if there is no softmax, else 0
-  values[kRowMax] = static_cast<float>(sums.policy.max + invalid);
-  values[kLogSum] = static_cast<float>(p.log_sum);
-  values[kLogps] = static_cast<float>(p.logp);
-  values[kLogsumexp] = static_cast<float>(quotient(sums.policy.max, temperature) + p.log_sum);
-  const double mean_t = quotient(sums.policy.exp_t + weighted(p.e, p.t), p.exp);
-  values[kEntropy] = static_cast<float>(at_least_zero(p.log_sum - kLn2 * mean_t));
-  values[kLogSumSqProbs] = static_cast<float>(log(sums.policy.exp_sq + p.e * p.e) - 2 * p.log_sum);
-  values[kMeanLogits] = static_cast<float>(
-      quotient(quotient(sums.policy.raw * (1.0 / kRawUnit), static_cast<double>(vocab)), temperature) + invalid);
-  values[kIsTop1] = static_cast<float>((top1 ? 1.0 : 0.0) + invalid);
-  if (!has_reference) return;
-  const Completed q = complete(sums.reference, reference_label_logit, log2e_per_temperature);
-  values[kReferenceRowMax] = static_cast<float>(sums.reference.max + (q.log_sum - q.log_sum));
-  values[kReferenceLogSum] = static_cast<float>(q.log_sum);
-  values[kReferenceLogps] = static_cast<float>(q.logp);
-  values[kReferenceLogsumexp] = static_cast<float>(quotient(sums.reference.max, temperature) + q.log_sum);
-  const double forward = quotient(sums.policy.cross + weighted(p.e, p.t - q.t), p.exp);
-  const double backward = quotient(sums.reference.cross + weighted(q.e, q.t - p.t), q.exp);
-  values[kKlPolicyReference] = static_cast<float>(at_least_zero(kLn2 * forward - p.log_sum + q.log_sum));
-  values[kKlReferencePolicy] = static_cast<float>(at_least_zero(kLn2 * backward - q.log_sum + p.log_sum));
 }
 
 }  // namespace qk

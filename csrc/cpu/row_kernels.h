@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/calls.h"
-#include "../core/softmax.h"
+#include "../core/columns.h"
 
 namespace qk {
 

@@ -9,7 +9,7 @@
 // equal bits.
 #pragma once
 
-#include "../core/softmax.h"
+#include "../core/columns.h"
 #include "row_tiling.h"
 
 namespace qk {

@@ -1,13 +1,20 @@
 """The vocabulary of the row operations: which numbers a row of logits yields, and in which order they are stored.
 
 A backend implements two operations on rows (`row_stats`, `row_grad`); their results travel as one buffer whose
-leading dimension enumerates *columns*. This file fixes the order of those columns for every backend, Python and C++
-alike (`csrc/core/columns.h` repeats it; a test compares the two).
+leading dimension enumerates *columns*. This file is the declaration of each: its place in that buffer, what it needs,
+the field in which users get it, and how the numbers of vocabulary shards combine (`csrc/core/columns.h` repeats the
+order; a test compares the two).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
 import torch
+from torch import Tensor
+
+from .printed import summarised
 
 # Order of the per-row results of `row_stats`. z = logits / temperature, m = max of the raw logits of the row.
 COLUMNS: tuple[str, ...] = (
@@ -35,6 +42,121 @@ REFERENCE_STATE = BIT["reference_row_max"] | BIT["reference_log_sum"] | BIT["ref
 # Columns that read the reference row, and columns that have a gradient with respect to the policy's logits.
 NEEDS_REFERENCE = REFERENCE_STATE | BIT["reference_logsumexp"] | BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "logsumexp", "entropy", "kl_reference_policy", "kl_policy_reference")
+
+
+class TokenStats(NamedTuple):
+    """Per-token results of `token_stats`, each shaped like `labels`; None where not asked for.
+
+    logps: log pi(label), nats. Differentiable.
+    logsumexp: log sum exp(logits / temperature), nats; V(s) = beta * logsumexp. Differentiable.
+    entropy: of pi, nats. Differentiable.
+    kl_reference_policy: KL(pi_ref || pi), nats. Differentiable in the policy.
+    kl_policy_reference: KL(pi || pi_ref), nats. Differentiable in the policy.
+    log_sum_sq_probs: log sum pi^2, as WPO uses it.
+    mean_logits: mean over the vocabulary of logits / temperature.
+    is_top1: bool, whether the label has the largest logit (the first of equals).
+    reference_logps, reference_logsumexp: the same of the reference.
+    """
+
+    logps: Tensor | None = None
+    logsumexp: Tensor | None = None
+    entropy: Tensor | None = None
+    kl_reference_policy: Tensor | None = None
+    kl_policy_reference: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    reference_logps: Tensor | None = None
+    reference_logsumexp: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return summarised(self)
+
+    @staticmethod
+    def of(stats: Mapping[str, Tensor], outputs: Sequence[str], shape: torch.Size, detach: bool = False) -> TokenStats:
+        """The named outputs out of per-row results by name, shaped like the caller's labels."""
+        found = {name: stats[name].detach() if detach else stats[name] for name in outputs}
+        return TokenStats(**{name: (x > 0 if name == "is_top1" else x).view(shape) for name, x in found.items()})
+
+
+# --- shards of the vocabulary -----------------------------------------------------------------------------------------
+
+
+class ModelShard(Protocol):
+    """One model's rows as this rank's shard of the vocabulary sees them, and, once the sums over all shards are known,
+    as the whole rows are. All `[S, T]` in float64.
+
+    With m the maximum of the whole row and e_j = exp((z_j - m) / temperature):
+
+    log_mass: log of the shard's sum of e_j.
+    total, log_sum: the whole row's sum of e_j and its log.
+    invalid: 0, and NaN in a row that has no softmax.
+    width_share: the share of the vocabulary that this shard holds.
+    """
+
+    log_mass: Tensor
+    total: Tensor
+    log_sum: Tensor
+    invalid: Tensor
+    width_share: float
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """The shard's sum of e_j, times a mean over the shard's own softmax; 0 where the sum is 0."""
+
+    def label_is_first(self, in_shard: Tensor) -> Tensor:
+        """Sums over all shards to 1 where the label is the first maximum of the whole row, to 0 or less elsewhere."""
+
+
+class Combined(NamedTuple):
+    """How a result of whole rows follows from those of vocabulary shards, by one sum over the shards.
+
+    Both functions take the policy's shard and the reference's, or the policy's once more where there is no reference.
+
+    share: from the backend's result for a shard's own softmax to what the shard adds to the sum.
+    whole: from the sum to the result.
+    of_nothing: what a backend would say of a shard whose entries are all -inf.
+    """
+
+    share: Callable[[Tensor, ModelShard, ModelShard], Tensor]
+    whole: Callable[[Tensor, ModelShard, ModelShard], Tensor]
+    of_nothing: float = 0.0
+
+
+# By column; those of the states and both logsumexp follow from the sums of e_j themselves.
+COMBINED: dict[str, Combined] = {
+    "entropy": Combined(
+        share=lambda entropy, policy, _: policy.weighted(entropy - policy.log_mass),
+        whole=lambda total, policy, _: (total / policy.total + policy.log_sum).clamp_min(0.0),
+    ),
+    "kl_reference_policy": Combined(
+        share=lambda kl, policy, reference: reference.weighted(kl + (reference.log_mass - policy.log_mass)),
+        whole=lambda total, policy, reference: (total / reference.total - reference.log_sum + policy.log_sum).clamp_min(
+            0.0
+        ),
+    ),
+    "kl_policy_reference": Combined(
+        share=lambda kl, policy, reference: policy.weighted(kl + (policy.log_mass - reference.log_mass)),
+        whole=lambda total, policy, reference: (total / policy.total - policy.log_sum + reference.log_sum).clamp_min(
+            0.0
+        ),
+    ),
+    "log_sum_sq_probs": Combined(
+        share=lambda log_sum_sq, policy, _: torch.exp(log_sum_sq + 2 * policy.log_mass),
+        whole=lambda total, policy, _: total.log() - 2 * policy.log_sum,
+    ),
+    "mean_logits": Combined(
+        share=lambda mean, policy, _: mean * policy.width_share,
+        whole=lambda total, policy, _: total + policy.invalid,
+        of_nothing=-torch.inf,
+    ),
+    "is_top1": Combined(
+        share=lambda in_shard, policy, _: policy.label_is_first(in_shard),
+        whole=lambda total, policy, _: (total > 0) + policy.invalid,
+    ),
+}
+
+
+# --- masks of columns -------------------------------------------------------------------------------------------------
 
 
 def bits(names: tuple[str, ...] | list[str]) -> int:

@@ -33,6 +33,7 @@ from ..core import checks
 from ..core.calls import RowGrad, RowStats
 from ..core.columns import (
     BIT,
+    COMBINED,
     NEEDS_REFERENCE,
     REFERENCE_STATE,
     STATE,
@@ -47,7 +48,8 @@ from .groups import Ranks
 IGNORED = -100
 
 _NO_COLUMN = BIT["logsumexp"] | BIT["reference_logsumexp"]  # follow from the states
-_KLS = BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
+# Of both models at once: the divergences.
+_JOINT = [name for name in COMBINED if BIT[name] & NEEDS_REFERENCE]
 _BLOCK = 64  # rows that are recomputed at a time
 
 
@@ -102,41 +104,31 @@ class Shard(NamedTuple):
         have = columns & ~_NO_COLUMN | STATE | (0 if reference is None else REFERENCE_STATE)
         part = _part(call._replace(labels=local, reference=reference, columns=have, ignore_index=IGNORED))
         at = local.clamp(0, self.width - 1).unsqueeze(-1)
-        models = [_Model("", part, logits, at, mine)]
+        place = _Place(mine, labels >= self.first + self.width, self.width / self.vocab)
+        models = [_Model("", part, logits, at, place)]
         if reference is not None:
-            models.append(_Model("reference_", part, reference, at, mine))
+            models.append(_Model("reference_", part, reference, at, place))
         top = torch.stack([torch.where(model.max.isnan(), -torch.inf, model.max) for model in models])
         groups.all_reduce_(top, "max", self.group)
         for model, maximum in zip(models, top, strict=True):
             model.relative_to(maximum.double(), temperature)
-        sums = self._sums(columns, models, part)
-        if columns & BIT["is_top1"]:
-            # 1 from the shard whose first maximum is the label, -1 from each earlier one that reaches the maximum too.
-            at_top = models[0].max == models[0].top
-            earlier = labels >= self.first + self.width
-            sums["is_top1"] = (at_top & mine & (part["is_top1"] > 0)).double() - (at_top & earlier).double()
-        packed = torch.stack(list(sums.values()))
-        groups.all_reduce_(packed, "sum", self.group)
-        out = _whole_rows(columns, models, dict(zip(sums, packed, strict=True)), temperature)
-        stats = torch.stack([out[name] for name in column_names(columns)])
-        return stats.masked_fill(local == IGNORED, 0.0).to(stats_dtype(logits.dtype))
-
-    def _sums(self, columns: int, models: list[_Model], part: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this shard contributes to the sums over all shards, by name, `[S, T]` float64."""
-        policy = models[0]
+        policy, other = models[0], models[-1]
         sums: dict[str, Tensor] = {}
         for model in models:
             sums[model.prefix + "others"], sums[model.prefix + "label"] = model.others, model.label
-        if columns & BIT["entropy"]:
-            sums["entropy"] = policy.weighted(part["entropy"].double() - policy.log_mass)
-        if columns & BIT["log_sum_sq_probs"]:
-            sums["log_sum_sq_probs"] = torch.exp(part["log_sum_sq_probs"].double() + 2 * policy.log_mass)
-        if columns & BIT["mean_logits"]:
-            sums["mean_logits"] = part["mean_logits"].double() * (self.width / self.vocab)
-        for name, p, q in _divergences(models):
-            if columns & BIT[name]:
-                sums[name] = p.weighted(part[name].double() + (p.log_mass - q.log_mass))
-        return sums
+        combined = [name for name in COMBINED if columns & BIT[name]]
+        for name in combined:
+            sums[name] = COMBINED[name].share(part[name].double(), policy, other)
+        packed = torch.stack(list(sums.values()))
+        groups.all_reduce_(packed, "sum", self.group)
+        total = dict(zip(sums, packed, strict=True))
+        out: dict[str, Tensor] = {}
+        for model in models:
+            out |= model.whole(total, temperature)
+        for name in combined:
+            out[name] = COMBINED[name].whole(total[name], policy, other)
+        stats = torch.stack([out[name] for name in column_names(columns)])
+        return stats.masked_fill(local == IGNORED, 0.0).to(stats_dtype(logits.dtype))
 
     def gradient_inputs(self, call: RowGrad) -> RowGrad:
         """The call of `row_grad` for this shard: with other labels, state `[3, S, T]` and coefficients `[5, S, T]`.
@@ -226,11 +218,24 @@ def agree(
     return shard
 
 
-class _Model:
-    """One model's shard of the rows, `[S, T]` in float64, and what follows once the whole rows' maxima are known."""
+class _Place(NamedTuple):
+    """Where the labels `[S, T]` are, seen from a shard: in it, or in a later one; and its share of the vocabulary."""
 
-    def __init__(self, prefix: str, part: dict[str, Tensor], logits: Tensor, at: Tensor, mine: Tensor):
-        self.prefix, self.mine = prefix, mine
+    mine: Tensor
+    later: Tensor
+    width_share: float
+
+
+class _Model:
+    """One model's shard of the rows, `[S, T]` in float64, and what follows once the whole rows' maxima are known.
+
+    A `qkernels.core.columns.ModelShard`.
+    """
+
+    def __init__(self, prefix: str, part: dict[str, Tensor], logits: Tensor, at: Tensor, place: _Place):
+        mine = place.mine
+        self.prefix, self.mine, self.width_share = prefix, mine, place.width_share
+        self._label_is_later = place.later
         self.max = part[prefix + "row_max"]
         self._log_sum = part[prefix + "log_sum"].double()
         self._logps = part[prefix + "logps"].double()
@@ -249,6 +254,11 @@ class _Model:
         """S_i * values, where nothing has no value."""
         return torch.where(self.mass == 0, 0.0, self.mass * values)
 
+    def label_is_first(self, in_shard: Tensor) -> Tensor:
+        """1 from the shard whose first maximum is the label, -1 from each earlier one that reaches the maximum too."""
+        at_top = self.max == self.top
+        return (at_top & self.mine & (in_shard > 0)).double() - (at_top & self._label_is_later).double()
+
     def whole(self, total: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
         """The columns of the whole rows' state, from the sums over the shards."""
         others, label = total[self.prefix + "others"], total[self.prefix + "label"]
@@ -265,34 +275,6 @@ class _Model:
             "logsumexp": self.top / temperature + self.log_sum,
         }
         return {self.prefix + name: value for name, value in values.items()}
-
-
-def _whole_rows(columns: int, models: list[_Model], total: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
-    """The columns of the whole rows by name, `[S, T]` float64, from the sums over all shards."""
-    policy = models[0]
-    out: dict[str, Tensor] = {}
-    for model in models:
-        out |= model.whole(total, temperature)
-    if columns & BIT["entropy"]:
-        out["entropy"] = (total["entropy"] / policy.total + policy.log_sum).clamp_min(0.0)
-    if columns & BIT["log_sum_sq_probs"]:
-        out["log_sum_sq_probs"] = total["log_sum_sq_probs"].log() - 2 * policy.log_sum
-    if columns & BIT["mean_logits"]:
-        out["mean_logits"] = total["mean_logits"] + policy.invalid
-    if columns & BIT["is_top1"]:
-        out["is_top1"] = (total["is_top1"] > 0) + policy.invalid
-    for name, p, q in _divergences(models):
-        if columns & BIT[name]:
-            out[name] = (total[name] / p.total - p.log_sum + q.log_sum).clamp_min(0.0)
-    return out
-
-
-def _divergences(models: list[_Model]) -> list[tuple[str, _Model, _Model]]:
-    """Name, p and q of each KL(p || q) that the models allow."""
-    if len(models) == 1:
-        return []
-    policy, reference = models
-    return [("kl_policy_reference", policy, reference), ("kl_reference_policy", reference, policy)]
 
 
 def _part(call: RowStats) -> dict[str, Tensor]:
@@ -316,12 +298,13 @@ def _part(call: RowStats) -> dict[str, Tensor]:
 
 def _recompute(call: RowStats, part: dict[str, Tensor], where: tuple[Tensor, ...]) -> None:
     """Fill in the rows of which at least one model's shard is empty or holds a NaN."""
-    empty = {"row_max": -torch.inf, "log_sum": -torch.inf, "logps": -torch.inf, "mean_logits": -torch.inf}
+    empty = {"row_max": -torch.inf, "log_sum": -torch.inf, "logps": -torch.inf}
+    empty |= {name: rule.of_nothing for name, rule in COMBINED.items()}
     one_is_empty = torch.zeros_like(where[0], dtype=torch.bool)
     for prefix, model in (("", call.logits), ("reference_", call.reference)):
         if model is None:
             continue
-        columns = [name for name in part if name.startswith("reference_") == bool(prefix) and not BIT[name] & _KLS]
+        columns = [name for name in part if name.startswith("reference_") == bool(prefix) and name not in _JOINT]
         own_names = [name.removeprefix(prefix) for name in columns]
         x = model[where].unsqueeze(0)
         alone = backends.get(call.backend).row_stats(
@@ -333,5 +316,5 @@ def _recompute(call: RowStats, part: dict[str, Tensor], where: tuple[Tensor, ...
             part[prefix + name][where] = torch.where(is_empty, empty.get(name, 0.0), value)
         one_is_empty |= is_empty
     for name in part:
-        if BIT[name] & _KLS:  # nothing here, or everything: the masses of the shards say which
+        if name in _JOINT:  # nothing here, or everything: the masses of the shards say which
             part[name][where] = torch.where(one_is_empty, 0.0, part[name][where])

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.printed import summarised
 from ..core.sequences import Sequences, log_ratios
 from .logits import token_stats
-from .results import summarised
 
 
 class TokenMDP(NamedTuple):

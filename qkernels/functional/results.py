@@ -2,69 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.columns import BIT, NEEDS_REFERENCE, bits
+from ..core.columns import BIT, NEEDS_REFERENCE, TokenStats, bits
+from ..core.printed import summarised
 from ..head.plan import LinearPlan
-
-_PRINTED = 4  # entries of a tensor that is shown by its values
-
-
-def summarised(result: Any) -> str:
-    """The representation of a named tuple of tensors: shapes and types, values of the smallest; nothing of None."""
-    fields = [f"{name}={_in_short(value)}" for name, value in result._asdict().items() if value is not None]
-    return f"{type(result).__name__}({', '.join(fields)})"
-
-
-def _in_short(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    kind = str(value.dtype).removeprefix("torch.")
-    place = "" if value.device.type == "cpu" else f" on {value.device}"
-    if type(value) is Tensor and value.device.type != "meta" and value.dim() < 2 and value.numel() <= _PRINTED:
-        values = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in value.reshape(-1).tolist()]
-        return (f"[{', '.join(values)}]" if value.dim() else values[0]) + place
-    return f"<{kind} {list(value.shape)}{place}>"
-
-
-class TokenStats(NamedTuple):
-    """Per-token results of `token_stats`, each shaped like `labels`; None where not asked for.
-
-    logps: log pi(label), nats. Differentiable.
-    logsumexp: log sum exp(logits / temperature), nats; V(s) = beta * logsumexp. Differentiable.
-    entropy: of pi, nats. Differentiable.
-    kl_reference_policy: KL(pi_ref || pi), nats. Differentiable in the policy.
-    kl_policy_reference: KL(pi || pi_ref), nats. Differentiable in the policy.
-    log_sum_sq_probs: log sum pi^2, as WPO uses it.
-    mean_logits: mean over the vocabulary of logits / temperature.
-    is_top1: bool, whether the label has the largest logit (the first of equals).
-    reference_logps, reference_logsumexp: the same of the reference.
-    """
-
-    logps: Tensor | None = None
-    logsumexp: Tensor | None = None
-    entropy: Tensor | None = None
-    kl_reference_policy: Tensor | None = None
-    kl_policy_reference: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
-    reference_logps: Tensor | None = None
-    reference_logsumexp: Tensor | None = None
-
-    def __repr__(self) -> str:
-        return summarised(self)
-
-    @staticmethod
-    def of(stats: Mapping[str, Tensor], outputs: Sequence[str], shape: torch.Size, detach: bool = False) -> TokenStats:
-        """The named outputs out of per-row results by name, shaped like the caller's labels."""
-        found = {name: stats[name].detach() if detach else stats[name] for name in outputs}
-        return TokenStats(**{name: (x > 0 if name == "is_top1" else x).view(shape) for name, x in found.items()})
 
 
 class Outputs(NamedTuple):

@@ -13,6 +13,7 @@ import torch
 
 import distributed_checks as checks
 from processes import Ranks
+from qkernels.core.columns import COMBINED
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -55,8 +56,12 @@ def test_rows_of_logits_in_place(two):
     two.run(checks.rows_of_logits, torch.bfloat16, "auto", 67, True)
 
 
-# others and label of each model, entropy, sum of squares, mean, both divergences; then what the backward takes
-@pytest.mark.parametrize("column", [*map(str, range(9)), "state", "coefficients"])
+# Others and label of each model and what combines by a sum of its own, but is_top1, which is 0 or 1; then what the
+# backward takes.
+SUMS = [0, 1, 2, 3, *(4 + i for i, name in enumerate(COMBINED) if name != "is_top1")]
+
+
+@pytest.mark.parametrize("column", [*map(str, SUMS), "state", "coefficients"])
 def test_every_sum_is_checked(two, column):
     for error in two.run(checks.spoiled_rows, column):
         assert "values are wrong" in error

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import oracle
 import qkernels
 from qkernels import backends, objectives
-from qkernels.core.columns import COLUMNS
+from qkernels.core.columns import COLUMNS, COMBINED
 from qkernels.objectives import formulas
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +80,7 @@ def names(path: str, output: str) -> bool:
 
 
 def test_the_recipe_names_places():
-    assert len(places()) >= 5
+    assert len(places()) == 5, "one declaration, three implementations (torch, C++, Triton), one independent definition"
     assert not names("qkernels/core/columns.py", "entropy_of_nothing")
     assert not names("csrc/core/columns.h", "entropy_of_nothing")
 
@@ -89,6 +90,14 @@ def test_every_output_is_in_every_place(path):
     """So that a new output that is in all of them is complete."""
     missing = [output for output in OUTPUTS if not names(path, output)]
     assert not missing, f"{path}, a place of the recipe in CONTRIBUTING.md, lacks {', '.join(missing)}"
+
+
+def test_an_output_is_declared_whole():
+    """Its field, and how vocabulary shards of it combine; what follows from the states combines by itself."""
+    fields = {name for name in COLUMNS if name.removeprefix("reference_") not in STATE}
+    assert fields == set(qkernels.TokenStats._fields) == set(oracle.STATS)
+    by_itself = {"logps", "logsumexp", "reference_logps", "reference_logsumexp"}
+    assert set(COMBINED) == fields - by_itself
 
 
 def test_no_place_is_missing():

@@ -19,18 +19,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STATS = (
-    "logps",
-    "logsumexp",
-    "entropy",
-    "kl_reference_policy",
-    "kl_policy_reference",
-    "log_sum_sq_probs",
-    "mean_logits",
-    "is_top1",
-    "reference_logps",
-    "reference_logsumexp",
-)
+# Every per-row result, in the order of `TokenStats`, with its error bound: error <= bound * max(1, |truth|). eps32 is
+# 6e-8, half an ulp of fp32 relative to the number. fp32 and 16-bit logits have the same bounds: 16-bit logits are exact
+# inputs and everything after the load is fp32.
+#
+# logps, reference_logps   2e-6. The design's number. x = z_y - m carries one rounding of the subtraction and one of the
+#                          temperature quotient (2 eps32 |x|), the rest is log(sum) and the drift of a blocked sum.
+# logsumexp                5e-7. The same log(sum) plus m, which is exact: two roundings and nothing that cancels.
+# entropy, both KLs        1e-6. sum p_j x_j: each p_j carries the rounding of its exponent, |x_j| eps32, so terms err
+#                          by p_j |x_j|^2 eps32, and the sum of these stays near (log V)^2 eps32 with signs that
+#                          average out. A KL is a mean of differences log p - log q, so its error follows
+#                          E(|log p| + |log q|) and not itself: that is `size` (never below 1).
+# log_sum_sq_probs         2e-6. 2 |x| eps32 in the exponents, and twice log(sum).
+# mean_logits              3e-7 of the mean size of the entries (`size`), which may cancel in the mean.
+# is_top1                  exact.
+ROW_BOUNDS = {
+    "logps": 2e-6,
+    "logsumexp": 5e-7,
+    "entropy": 1e-6,
+    "kl_reference_policy": 1e-6,
+    "kl_policy_reference": 1e-6,
+    "log_sum_sq_probs": 2e-6,
+    "mean_logits": 3e-7,
+    "is_top1": 0.0,
+    "reference_logps": 2e-6,
+    "reference_logsumexp": 5e-7,
+}
+STATS = tuple(ROW_BOUNDS)
 WITH_REFERENCE = ("kl_reference_policy", "kl_policy_reference", "reference_logps", "reference_logsumexp")
 WITH_GRADIENT = ("logps", "logsumexp", "entropy", "kl_reference_policy", "kl_policy_reference")
 

@@ -9,7 +9,7 @@ When a lane's maximum changes, with d = (m_old - m_new) scale, its running sums 
 becomes 2^d exp, exp_t becomes 2^d (exp_t + d exp), cross becomes 2^d (cross + (d - d of the other model) exp). That is
 one exponential per tile and lane, none per element. At the end the lanes' sums are merged by the same rule. The label's
 entry is left out of all sums (and of m); `_complete` adds it in fp64, so that log pi = -log1p(sum of the others) keeps
-its relative precision when the model is almost certain. The formulas of the columns are those of csrc/core/softmax.h.
+its relative precision when the model is almost certain. The formulas of the columns are those of csrc/core/columns.h.
 
 Programs. One per row, of 4 warps; two where both models' log-probs are asked for but no divergence (one per model,
 which needs fewer registers than both models in one program). Divergences need both rows jointly. Where there are fewer
