@@ -305,7 +305,7 @@ def test_a_group_needs_processes():
         qkernels.token_logps(logits, labels, tp_group="world")
 
 
-# --- policy losses and plain sequences: the vocabulary over ranks ------------------------------------------------------
+# --- policy losses and plain sequences: the vocabulary over ranks -----------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["grpo", "gspo", "grpo, frozen head", "kto", "logits"])
