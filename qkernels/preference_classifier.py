@@ -8,12 +8,13 @@ distribution p after that question, and sums over the ids that spell either answ
 The softmax's denominator cancels: the score needs the logits of those few ids alone, in one row. They are made from the
 last hidden state and those rows of the head, in fp32; nothing of the vocabulary's size is computed.
 
-(This is "Implicit Preference Optimization", arXiv 2502.16182, not the IPO loss of Azar et al.)
+(This is "Implicit Preference Optimization", arXiv 2502.16182. The authors call it IPO; `loss_type="ipo"` is another
+method, the squared loss of Azar et al. `qkernels.self_preference` makes preference data and trains with these scores.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,23 @@ Response:
 {response}
 
 Is this a good response to the instruction? Please answer with just Yes/No"""
+
+_PUBLISHED = {
+    "chat": "Below is a question, along with a response to that question. Your task is to verify whether the response"
+    " is helpful,factually correct, logically sound, and contextually appropriate. Answer with just Yes/No",
+    "code": "Below is a coding-related question along with a response containing code. Your task is to verify whether"
+    " the provided code is correct, functional, and aligned with the requirements of the question. Answer with just"
+    " Yes/No",
+    "math": "Below is a math question along with a response containing a solution. Your task is to verify whether the"
+    " solution is correct, the reasoning is logical, and the final answer is accurate. Answer with just Yes/No",
+    "safety": "Inspect the response to ensure it is safe and appropriate for the question below. Answer Yes/No.",
+}
+PUBLISHED_TEMPLATES: dict[str, str] = {
+    category: f"{asked}\n    User : {{prompt}}\n    Response : {{response}}\n    "
+    for category, asked in _PUBLISHED.items()
+}
+"""The questions of the authors' code (Apache-2.0), by category: "chat", "code", "math", "safety"."""
+PUBLISHED_LENGTH = 1024
 
 YES = ("Yes", " Yes", "yes", " yes", "YES", " YES")
 NO = ("No", " No", "no", " no", "NO", " NO")
@@ -117,9 +135,12 @@ class PreferenceClassifier:
     Args:
         model: a causal language model of transformers, bare or inside PEFT; instruction-tuned, or it will not know what
             to do with the question.
-        tokenizer: its tokenizer. With a chat template the question is asked as a user's message.
-        template: the question, with `{prompt}` and `{response}` in it.
+        tokenizer: its tokenizer. With a chat template the question is asked as a user's message; without one, a newline
+            follows it.
+        template: the question, with `{prompt}` and `{response}` in it; or one for each category of prompts, by name.
         yes, no: spellings of either answer. Those that are one token count; of the others none does.
+        exact: ask the template's text as it is, with the tokenizer's own special tokens: no chat template, no newline.
+        max_length: cut questions to their first tokens; None refuses those that the model cannot take.
         batch_tokens: padded tokens of a forward pass, at most, unless a single question has more; None for 8192 on a
             GPU, 1024 on a CPU.
 
@@ -135,20 +156,59 @@ class PreferenceClassifier:
         model: torch.nn.Module,
         tokenizer: Any,
         *,
-        template: str = TEMPLATE,
+        template: str | Mapping[str, str] = TEMPLATE,
         yes: Sequence[str] = YES,
         no: Sequence[str] = NO,
+        exact: bool = False,
+        max_length: int | None = None,
         batch_tokens: int | None = None,
     ):
-        for field in ("{prompt}", "{response}"):
-            if field not in template:
-                raise ValueError(f"template must contain {field}")
+        templates = {"": template} if isinstance(template, str) else dict(template)
+        if not templates:
+            raise ValueError("template must be a text, or a text for each of one or more categories; got no category")
+        for category, text in templates.items():
+            for field in ("{prompt}", "{response}"):
+                if field not in text:
+                    where = f" (of category {category!r})" if category else ""
+                    raise ValueError(f"template must contain {field}{where}")
+        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
+            raise TypeError(f"max_length must be an int or None, got {type(max_length).__name__}")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be 1 or more, got {max_length}")
         if batch_tokens is None:
             batch_tokens = default_batch_tokens(next(model.parameters()).device)
         if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
             raise ValueError(f"batch_tokens must be an int of 1 or more, got {batch_tokens!r}")
         self.model, self.tokenizer, self.template, self.batch_tokens = model, tokenizer, template, batch_tokens
+        self.exact, self.max_length = bool(exact), max_length
         self.yes_ids, self.no_ids = self._tokens(yes, "yes"), self._tokens(no, "no")
+
+    @classmethod
+    def published(
+        cls, model: torch.nn.Module, tokenizer: Any, *, batch_tokens: int | None = None
+    ) -> PreferenceClassifier:
+        """The classifier of the authors' code, token for token: `PUBLISHED_TEMPLATES` by category, no chat template,
+        questions cut to 1024 tokens, and the tokens " Yes" and " No" alone as answers."""
+        return cls(
+            model,
+            tokenizer,
+            template=PUBLISHED_TEMPLATES,
+            yes=(" Yes",),
+            no=(" No",),
+            exact=True,
+            max_length=PUBLISHED_LENGTH,
+            batch_tokens=batch_tokens,
+        )
+
+    def _template(self, category: str | None) -> str:
+        if isinstance(self.template, str):
+            return self.template
+        if category is None and len(self.template) == 1:
+            return next(iter(self.template.values()))
+        if category is None or category not in self.template:
+            known = ", ".join(map(repr, self.template))
+            raise ValueError(f"category must be one of {known}, for which there are templates; got {category!r}")
+        return self.template[category]
 
     def _tokens(self, spellings: Sequence[str], name: str) -> list[int]:
         if isinstance(spellings, str):
@@ -158,38 +218,50 @@ class PreferenceClassifier:
         unknown = self.tokenizer.unk_token_id
         ids = [i for i in ids if i != unknown]
         if not ids:
-            raise ValueError(f"{name}: none of {', '.join(map(repr, spellings))} is a single token of this tokenizer")
+            raise ValueError(
+                f"{name}: none of {', '.join(map(repr, spellings))} is a single token of this tokenizer; pass {name}="
+                " with spellings that are"
+            )
         return ids
 
-    def question(self, prompt: str, response: str) -> list[int]:
-        """Token ids of the question about one response."""
+    def question(self, prompt: str, response: str, category: str | None = None) -> list[int]:
+        """Token ids of the question about one response, by the template of a category where there are several."""
+        template = self._template(category)
         # Not str.format: braces in the texts are text, and so is "{response}" inside a prompt.
-        before, _, rest = self.template.partition("{prompt}")
+        before, _, rest = template.partition("{prompt}")
         if "{response}" in before:
             head, _, middle = before.partition("{response}")
             text = head + response + middle + prompt + rest
         else:
             middle, _, tail = rest.partition("{response}")
             text = before + prompt + middle + response + tail
-        if getattr(self.tokenizer, "chat_template", None):
+        if self.exact:
+            ids = self.tokenizer(text)["input_ids"]
+        elif getattr(self.tokenizer, "chat_template", None):
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return list(self.tokenizer(text + "\n")["input_ids"])
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(text + "\n")["input_ids"]
+        return list(ids)[: self.max_length]
 
     @torch.no_grad()
-    def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    def scores(
+        self, prompts: Sequence[str], responses: Sequence[str], categories: Sequence[str | None] | None = None
+    ) -> Tensor:
         """p_yes / (p_yes + p_no) of each response to its prompt.
 
         Args:
             prompts, responses: one each, `[N]`.
+            categories: of the prompts, `[N]`, where there is a template for each category; None for none.
 
         Returns:
             `[N]` fp32 on the CPU, between 0 and 1.
 
         Raises:
-            ValueError: not as many prompts as responses; a question longer than the model takes.
+            ValueError: not as many prompts as responses; a category without a template; a question longer than the
+                model takes.
         """
         from .integrations.transformers import head_parameters, hidden_states
 
@@ -197,7 +269,11 @@ class PreferenceClassifier:
             raise TypeError("prompts and responses must be sequences of strings")
         if len(prompts) != len(responses):
             raise ValueError(f"got {len(prompts)} prompts for {len(responses)} responses")
-        questions = [self.question(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        if categories is None:
+            categories = [None] * len(prompts)
+        if isinstance(categories, str) or len(categories) != len(prompts):
+            raise ValueError(f"categories must be a sequence of {len(prompts)} names, one for each prompt")
+        questions = [self.question(*asked) for asked in zip(prompts, responses, categories, strict=True)]
         self._check_lengths(questions)
         head = head_parameters(self.model)
         device = head.weight.device
@@ -230,9 +306,19 @@ class PreferenceClassifier:
         limit = position_limit(self.model)
         for i, question in enumerate(questions):
             if limit is not None and len(question) > limit:
-                raise ValueError(f"question {i} has {len(question)} tokens, more than the {limit} that the model takes")
+                raise ValueError(
+                    f"question {i} has {len(question)} tokens, more than the {limit} that the model takes; shorten the"
+                    f" response, or cut questions with max_length={limit}"
+                )
 
-    def compare(self, prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def compare(
+        self,
+        prompts: Sequence[str],
+        chosen: Sequence[str],
+        rejected: Sequence[str],
+        categories: Sequence[str | None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Scores of chosen and rejected responses, `[N]` each; the pair is ranked right where the first is larger."""
-        both = self.scores([*prompts, *prompts], [*chosen, *rejected])
+        twice = None if categories is None else [*categories, *categories]
+        both = self.scores([*prompts, *prompts], [*chosen, *rejected], twice)
         return both[: len(prompts)], both[len(prompts) :]

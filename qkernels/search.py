@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .core import checks
 from .core.printed import summarised
 from .core.sequences import log_ratios
-from .integrations.transformers import compute_token_stats, unwrap
+from .integrations.transformers import compute_token_stats, head_parameters, hidden_states, unwrap
 from .planning.planner import Leaves, Planner, Settings, prefix_models
 from .report.progress import Phase, Progress
 from .text.padding import left_padding
@@ -691,20 +691,27 @@ def score_completions(
     reference_model: nn.Module | None = None,
     beta: float = 0.1,
     batch_size: int = 16,
+    processors: Sequence[Any] | None = None,
 ) -> ScoredSequences:
     """Log-probs, values and implicit rewards of completions that are at hand, however they were made. No gradients.
+
+    With `processors`, the log-probs are those of the distribution that they make of the model's at each token, as
+    `generate` would draw from it: how likely given texts are under proxy tuning, say, or a copy mixture.
 
     Args:
         model, reference_model, beta, batch_size: as in `beam_search`.
         sequences: int64 `[S, L]`, prompt and completion; padding anywhere that `attention_mask` says.
         attention_mask: `[S, L]`, 0 at padding.
         completion_mask: bool `[S, T]` over the last T tokens: those to be scored.
+        processors: logits processors, transformers' or `qkernels.decoding`'s, in the order in which they apply; the
+            latter are told the prompts' padding. They are called once per completion token with all S rows, and their
+            results are normalised. Values and rewards stay those of the models. None for none.
 
     Returns:
         `ScoredSequences`, `[S, T]` and `[S]`, fp32, on the device of `sequences`.
 
     Raises:
-        As `beam_search`.
+        As `beam_search`; with processors, prompts padded on the right and completions with gaps.
     """
     beta = checks.positive(beta, "beta")
     _at_least_one(batch_size, "batch_size")
@@ -757,10 +764,55 @@ def score_completions(
     empty = torch.zeros(0, length, device=sequences.device)
     logps, logsumexp, *reference = (torch.cat(part) if part else empty for part in parts)
     values = beta * logsumexp * completion_mask
-    if not reference:
+    rewards = beta * log_ratios(logps, reference[0]) if reference else None
+    if processors:
+        logps = _processed_logps(model, sequences, attention_mask, completion_mask, processors, batch_size)
+    if rewards is None:
         return ScoredSequences(logps, values, None, None, _sums(logps), None)
-    rewards = beta * log_ratios(logps, reference[0])
     return ScoredSequences(logps, values, reference[0], rewards, _sums(logps), _sums(rewards))
+
+
+def _processed_logps(
+    model: nn.Module,
+    sequences: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    processors: Sequence[Any],
+    batch_size: int,
+) -> Tensor:
+    """Log-probs `[S, T]` of completions under what processors make of the model's distributions.
+
+    The hidden states of all completion tokens come from one teacher-forced forward; the logits are formed, and the
+    processors called, one token after another, as in `generate`.
+    """
+    length = completion_mask.shape[1]
+    start = sequences.shape[1] - length
+    prompts, attended = left_padding(attention_mask[:, :start]), attention_mask[:, start:] != 0
+    if bool((completion_mask & (attended.long().cumprod(1) == 0)).any()):
+        raise ValueError("with processors, attention_mask must not have gaps before the tokens of completion_mask")
+    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    takes_positions = "position_ids" in inspect.signature(type(unwrap(model)).forward).parameters
+    states = []
+    with torch.no_grad():
+        for rows in torch.arange(len(sequences)).split(batch_size):
+            span = slice(int(rows[0]), int(rows[-1]) + 1)
+            batch = {"input_ids": sequences[span], "attention_mask": attention_mask[span]}
+            if takes_positions:
+                batch["position_ids"] = positions[span]
+            states.append(hidden_states(model, **_to_model(batch, model))[:, start - 1 : -1])
+        hidden, head = torch.cat(states), head_parameters(model)
+        for processor in processors:
+            if hasattr(processor, "for_prompt"):
+                processor.for_prompt(prompts)
+        logps = torch.zeros(completion_mask.shape, device=sequences.device)
+        scored = completion_mask.any(0).nonzero()
+        for t in range(int(scored[-1]) + 1 if len(scored) else 0):
+            scores = head.logits(hidden[:, t]).to(sequences.device)
+            for processor in processors:
+                scores = processor(sequences[:, : start + t], scores)
+            tokens = sequences[:, start + t, None]
+            logps[:, t] = scores.float().gather(1, tokens)[:, 0] - scores.float().logsumexp(1)
+    return torch.where(completion_mask, logps, 0.0)
 
 
 def _sums(tokens: Tensor) -> Tensor:

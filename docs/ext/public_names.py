@@ -18,10 +18,12 @@ log = logging.getLogger(__name__)
 
 # Packages with public names of their own. A file beside qkernels/__init__.py is public anyway.
 PACKAGES = (
+    "decoding",
     "objectives",
     "score",
     "train",
     "judge",
+    "self_preference",
     "report",
     "integrations.transformers",
     "integrations.trl",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from .._version import __version__
 
 # In the order in which `qkernels --help` lists them.
-COMMANDS = ("info", "demo", "train", "score", "show", "judge", "trl")
+COMMANDS = ("info", "demo", "train", "score", "show", "judge", "self_improve", "trl")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

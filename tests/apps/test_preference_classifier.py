@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ pytest.importorskip("tokenizers")
 
 import hf_models
 from qkernels.demo.tokenizer import train_tokenizer
-from qkernels.preference_classifier import PreferenceClassifier, yes_no_scores
+from qkernels.preference_classifier import PUBLISHED_TEMPLATES, PreferenceClassifier, yes_no_scores
 
 TEMPLATE = "Q: {prompt} A: {response} Answer with just Yes/No"
 
@@ -143,6 +145,18 @@ def test_what_cannot_be_asked(asked: tuple) -> None:
         PreferenceClassifier(model, tokenizer, yes="Yes")
     with pytest.raises(ValueError, match="batch_tokens must be an int of 1 or more, got 0"):
         PreferenceClassifier(model, tokenizer, batch_tokens=0)
+    for template, message in (({}, "got no category"), ({"code": "{prompt}"}, r"\{response\} \(of category 'code'\)")):
+        with pytest.raises(ValueError, match=message):
+            PreferenceClassifier(model, tokenizer, template=template)
+    for length, error in ((0, ValueError), (True, TypeError), (2.0, TypeError)):
+        with pytest.raises(error, match="max_length must be"):
+            PreferenceClassifier(model, tokenizer, max_length=length)
+    published = PreferenceClassifier.published(model, tokenizer)
+    for category in (None, "law"):
+        with pytest.raises(ValueError, match=f"category must be one of 'chat', .* got {category!r}"):
+            published.scores(["a"], ["b"], None if category is None else [category])
+    with pytest.raises(ValueError, match="categories must be a sequence of 2 names"):
+        published.scores(["a", "b"], ["c", "d"], ["chat"])
     classifier = PreferenceClassifier(model, tokenizer)
     with pytest.raises(ValueError, match="got 1 prompts for 2 responses"):
         classifier.scores(["a"], ["b", "c"])
@@ -150,3 +164,79 @@ def test_what_cannot_be_asked(asked: tuple) -> None:
         classifier.scores("a", "b")
     with pytest.raises(ValueError, match=r"question 1 has \d+ tokens, more than the 512"):
         classifier.scores(["a", "b"], ["c", "d" * 2000])
+
+
+# --- the authors' questions -------------------------------------------------------------------------------------------
+
+
+def authors_question(tokenizer, asked: str, instruction: str, response: str) -> list[int]:
+    """As the authors' code writes and encodes it: an f-string over three lines, cut to 1024 tokens."""
+    text = asked + "\n    User : " + instruction + "\n    Response : " + response + "\n    "
+    return tokenizer.encode(text, max_length=1024, truncation=True)
+
+
+def test_the_published_questions_token_for_token(asked: tuple) -> None:
+    """No chat template, no newline, the tokenizer's own begin token, cut at 1024; " Yes" and " No" alone count."""
+    model, tokenizer = asked
+    classifier = PreferenceClassifier.published(model, tokenizer)
+    assert tokenizer.chat_template
+    assert classifier.yes_ids == tokenizer(" Yes", add_special_tokens=False)["input_ids"]
+    assert classifier.no_ids == tokenizer(" No", add_special_tokens=False)["input_ids"]
+    starts = {
+        "chat": "Below is a question, along",
+        "code": "Below is a coding",
+        "math": "Below is a math",
+        "safety": "Ins",
+    }
+    assert set(PUBLISHED_TEMPLATES) == set(starts)
+    for category, start in starts.items():
+        sentence = PUBLISHED_TEMPLATES[category].partition("\n")[0]
+        assert sentence.startswith(start) and sentence.rstrip(".").endswith("Yes/No")
+        for response in ("Lima {prompt}.", "word " * 900):
+            expected = authors_question(tokenizer, sentence, "Capital of Peru?", response)
+            assert classifier.question("Capital of Peru?", response, category) == expected
+            assert len(expected) <= 1024
+
+
+def test_the_published_scores(asked: tuple) -> None:
+    """The probabilities of " Yes" and " No" in the whole softmax, one question after another."""
+    _, tokenizer = asked
+    model = llama(len(tokenizer), seed=3)
+    classifier = PreferenceClassifier.published(model, tokenizer, batch_tokens=100_000)
+    prompts, responses, categories = (
+        ["Why?", "How?", "Tell me."],
+        ["so", "thus " * 20, "no"],
+        ["chat", "math", "safety"],
+    )
+    expected = []
+    for prompt, response, category in zip(prompts, responses, categories, strict=True):
+        ids = authors_question(tokenizer, PUBLISHED_TEMPLATES[category].partition("\n")[0], prompt, response)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        expected.append(by_definition(logits, classifier.yes_ids, classifier.no_ids))
+    got = classifier.scores(prompts, responses, categories)
+    assert torch.allclose(got.double(), torch.stack(expected), atol=2e-6) and got.std() > 1e-5
+    better, worse = classifier.compare(prompts, responses, responses[::-1], categories)
+    assert torch.equal(better, got) and better[1] == worse[1]
+
+
+@pytest.mark.nightly
+def test_the_published_scores_of_a_real_model() -> None:
+    """QKERNELS_MODELS is a folder that holds an instruction-tuned model as `smollm2`."""
+    folder = os.path.join(os.environ.get("QKERNELS_MODELS", ""), "smollm2")
+    if not os.environ.get("QKERNELS_MODELS") or not os.path.isdir(folder):
+        pytest.skip("QKERNELS_MODELS names no folder with this model")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    prompt, responses = "What is the capital of Peru?", ["Lima.", "Quito.", "The capital of Peru is Lima.", "Blue."]
+    expected = []
+    for response in responses:
+        ids = authors_question(tokenizer, PUBLISHED_TEMPLATES["chat"].partition("\n")[0], prompt, response)
+        with torch.no_grad():
+            p = model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+        yes, no = (sum(p[i] for i in tokenizer.encode(word, add_special_tokens=False)) for word in (" Yes", " No"))
+        expected.append(yes / (yes + no))
+    got = PreferenceClassifier.published(model, tokenizer).scores([prompt] * 4, responses, ["chat"] * 4)
+    assert torch.allclose(got.double(), torch.stack(expected), atol=1e-5)
+    print([round(float(score), 3) for score in got])

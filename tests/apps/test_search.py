@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable
 
 import pytest
@@ -383,10 +384,12 @@ NAMES = ("eq. 14", "reward of others", "base is the reference", "base is the pol
 
 
 def copying(model, scale: float, layers=(1,), source: Callable[[list[int]], list[int]] | None = None) -> Logps:
-    """LargePiG by its definition: one full forward, loops over the vocabulary and the prompt.
+    """The calibrated rule by its definition: one full forward, loops over the vocabulary and the prompt.
 
-    The prompt is told from the completion by `PROMPTS`, one of which each prefix begins with.
+    The prompt is told from the completion by `PROMPTS`, one of which each prefix begins with. The vocabulary is smaller
+    than the number of candidates, so all tokens are compared.
     """
+    heads = CopyMixture(model).heads
 
     def logps(ids: list[int]) -> Tensor:
         prompt = next(p for p in PROMPTS if ids[: len(p)] == p)
@@ -399,12 +402,12 @@ def copying(model, scale: float, layers=(1,), source: Callable[[list[int]], list
         for other in read:
             middle = (last + other) / 2
             divergences.append(0.5 * ((last * (last / middle).log()).sum() + (other * (other / middle).log()).sum()))
-        c = min(max(scale * float(max(divergences)), 0.0), 0.5)
-        attention = out.attentions[-1][0, :, -1].double().mean(0)
-        total = float(sum(attention[i] for i in places))
-        mixed = (1 - c) * last
+        c = min(max(scale * float(sum(divergences)) / len(divergences) / math.log(2), 0.0), 0.5)
+        attention = torch.stack([out.attentions[layer][0, head, -1] for layer, head in heads]).double().mean(0)
+        places = [i for i in places if i != len(ids) - 1]
+        mixed = (1 - c * float(sum(attention[i] for i in places))) * last
         for i in places:
-            mixed[ids[i]] += c * attention[i] / total
+            mixed[ids[i]] += c * attention[i]
         return mixed.log()
 
     return logps
@@ -495,7 +498,7 @@ def test_a_step_is_one_pass_of_the_kernels_over_all_rows(models, width, monkeypa
         shapes.append(tuple(logits.shape))
         return token_stats(logits, *args, **kwargs)
 
-    monkeypatch.setattr("qkernels.decoding.token_stats", counted)
+    monkeypatch.setattr("qkernels.decoding.auxiliary.token_stats", counted)
     base.generate(
         input_ids=ids, attention_mask=mask, num_beams=width, max_new_tokens=4, do_sample=False, eos_token_id=-1,
         logits_processor=LogitsProcessorList([ProxyTuning(proxy, reference, attention_mask=mask)]),
@@ -656,6 +659,7 @@ def test_copying_from_a_given_source(models):
     assert_beams(found, definition, 3, 4)
     assert processor.copy_probabilities.shape == (9,)
     assert bool(((processor.copy_probabilities > 0) & (processor.copy_probabilities <= 0.5)).all())
+    assert len(set(processor.copy_probabilities.tolist())) > 3
     nothing = CopyMixture(model, torch.zeros_like(source), attention_mask=mask)
     scores = torch.randn(3, 13, generator=generator(1))
     assert_within(nothing(ids, scores), scores.double().log_softmax(-1), 1e-6, "nothing to copy")
@@ -703,11 +707,18 @@ def test_errors(models):
         (lambda: CopyMixture(base, layers=[2]), ValueError, "layers must name some of 0 to 1"),
         (lambda: CopyMixture(base, torch.ones(2, 3)), ValueError, "source_mask must be bool"),
         (lambda: ProxyTuning(llama(5).train(), reference)(ids[:1], scores), ValueError, "proxy is in training mode"),
+        (lambda: CopyMixture(llama(1, attn_implementation="sdpa")), ValueError, "attn_implementation='eager'"),
         (
-            lambda: CopyMixture(llama(1, attn_implementation="sdpa"))(ids[:1], scores),
+            lambda: CopyMixture(llama(1, attn_implementation="sdpa"), preset="largepig"),
             ValueError,
             "attn_implementation='eager'",
         ),
+        (lambda: CopyMixture(llama(1).train()), ValueError, "model is in training mode"),
+        (lambda: CopyMixture(base, preset="best"), ValueError, "preset must be one of 'calibrated', 'largepig'"),
+        (lambda: CopyMixture(base, cap=1.5), ValueError, "cap must lie in"),
+        (lambda: CopyMixture(base, heads=0), ValueError, "heads must be 1 or more"),
+        (lambda: CopyMixture(base, heads=5), ValueError, "heads must be at most the 4 heads"),
+        (lambda: CopyMixture(base, heads=[(2, 0)]), ValueError, "heads must be pairs of a layer below 2"),
         (lambda: CopyMixture(base, mask.bool())(ids[:2], scores.expand(2, -1)), ValueError, "another batch"),
     ):
         with pytest.raises(error, match=message):

@@ -96,7 +96,7 @@ def trained(tmp_path, monkeypatch):
 
 
 def test_the_snippets_of_scoring(trained, capsys):
-    scoring, credit, classifier = blocks("score.md")
+    scoring, credit, classifier, own = blocks("score.md")
     namespace: dict = {}
     run(scoring, "docs/score.md", namespace)
     assert len(namespace["table"]["logps"]) > 50
@@ -104,10 +104,12 @@ def test_the_snippets_of_scoring(trained, capsys):
     assert "Detection(auroc=" in capsys.readouterr().out
     run(classifier, "docs/score.md, classifier", namespace)
     assert 0 < float(namespace["chosen"]) < 1
+    run(own, "docs/score.md, pairs of a model's own", namespace)
+    assert Path("own.jsonl").exists() and namespace["made"].records
 
 
 def test_the_snippets_of_search(trained, capsys):
-    search, tree, best, scan, tuning = blocks("search.md")
+    search, tree, best, scan, tuning, copying = blocks("search.md")
     namespace: dict = {}
     run(search, "docs/search.md", namespace)
     assert namespace["found"].rewards.shape == (2, 5)
@@ -119,6 +121,8 @@ def test_the_snippets_of_search(trained, capsys):
     assert namespace["scan"].scores.shape == (4,)
     run(tuning, "docs/search.md, processors", namespace)
     assert namespace["ids"].shape[1] > namespace["inputs"]["input_ids"].shape[1]
+    run(copying, "docs/search.md, copying", namespace)
+    assert namespace["scored"].logps.shape == (1,) and 0 <= namespace["mixture"].copy_probabilities < 0.5
     assert len(capsys.readouterr().out.splitlines()) >= 2
 
 

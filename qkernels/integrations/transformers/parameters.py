@@ -24,6 +24,20 @@ class HeadParameters(NamedTuple):
     softcap: float | None = None
     logit_scale: float = 1.0
 
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The logits themselves, fp32, of a few hidden states: `[..., H]` to `[..., V]`; with token ids `[R, k]`, of
+        those alone, `[R, n, H]` to `[R, n, k]`."""
+        hidden = hidden.to(self.weight.device, self.weight.dtype)
+        bias = self.bias
+        if tokens is None:
+            logits = nn.functional.linear(hidden, self.weight, bias).float()
+        else:
+            tokens = tokens.to(self.weight.device)
+            logits = (hidden @ self.weight[tokens].transpose(1, 2)).float()
+            logits = logits if bias is None else logits + bias[tokens].float()[:, None]
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
 
 class HiddenAndHead(NamedTuple):
     """Hidden states and the head that belongs to them: logits before scale and softcap are hidden weight^T + bias.

@@ -1,0 +1,227 @@
+"""Copying from a source on a pretrained model: what `CopyMixture` does to answers, to given texts, and to the time.
+
+    python examples/copying.py --model DIR
+
+DIR is a causal language model in transformers format, with or without a chat template; nothing is downloaded. Twelve
+short texts with invented names stand in the prompt, each with a question. Printed as Markdown, for plain decoding and
+for each rule: how many greedy answers degenerate into one repeated token, how far the copy probability varies, and by
+how much the name that stands in the text is likelier than the best of two that do not, after the first words of an
+answer. Then the time of 12 answers by `generate`, with the same attention implementation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+from qkernels.decoding import CopyMixture, mark_source
+from qkernels.search import score_completions
+
+
+class Case(NamedTuple):
+    """A text, a question about it, the first words of an answer, the name that follows, and two wrong ones."""
+
+    text: str
+    question: str
+    lead: str
+    right: str
+    wrong: tuple[str, str]
+
+
+CASES = [
+    Case("The Harrow & Pell bakery opened in 1987 in the village of Tresmoor. Its founder, Ottoline Varga, sold rye"
+         " bread from a cart before she rented the old mill. Today the bakery employs 43 people.",
+         "Who founded the Harrow & Pell bakery?", "The bakery was founded by", "Ottoline Varga",
+         ("Margaret Lindqvist", "Thomas Harrow")),
+    Case("Flight QX-512 left Lisbon at 06:40 and was diverted to Zaragoza because of a hailstorm. The captain, Ilse"
+         " Brandauer, decided to wait there for three hours. The passengers reached Vienna at 15:05.",
+         "Who was the captain of flight QX-512?", "The captain was", "Ilse Brandauer", ("Anna Schmidt", "John Miller")),
+    Case("The Kestrel 9 telescope has a mirror of 3.7 metres and stands on Mount Aurelio in northern Chile. It was"
+         " built by the Nandor Institute and saw first light on 14 March 2011. It found the dwarf planet Ombrae.",
+         "What is the dwarf planet that Kestrel 9 found called?", "The dwarf planet is called", "Ombrae",
+         ("Pluto", "Ceres")),
+    Case("To descale the Brevino K3 coffee maker, fill the tank with 750 ml of water and one sachet of Calcinex. Press"
+         " the button with the drop for five seconds. The machine rinses itself twice, which takes 22 minutes.",
+         "What has to be added to the water to descale the Brevino K3?", "Add one sachet of", "Calcinex",
+         ("vinegar", "baking soda")),
+    Case("The contract between Dunmore Textiles and the port of Skelvik ends on 30 June 2031. Either side may end it"
+         " earlier with a notice of 90 days. Disputes are heard by the court of Aldersund.",
+         "Which court hears disputes about the contract?", "Disputes are heard by the court of", "Aldersund",
+         ("Copenhagen", "London")),
+    Case("In the trial, 214 patients received tolaxifen and 209 received a placebo. After eight weeks the pain score"
+         " had fallen by 31 percent with tolaxifen. The study was led by Dr. Priya Ramanujam in Pune.",
+         "Who led the study?", "The study was led by Dr.", "Priya Ramanujam", ("John Smith", "Sarah Johnson")),
+    Case("The museum of Ostrava bought the painting in 1962 from the collector Emil Szabados. It shows the harbour of"
+         " Piran in the evening. Restorers removed a yellow varnish in 1998.",
+         "From whom did the museum buy the painting?", "The museum bought it from", "Emil Szabados",
+         ("Peter Novak", "the Louvre")),
+    Case("The new library of Varnhem was designed by the office Lyngdal & Roe. Its roof is covered with 2,400 copper"
+         " tiles. The building was opened by Mayor Agneta Thorsell on 2 May.",
+         "Who opened the library?", "The library was opened by Mayor", "Agneta Thorsell",
+         ("Erik Johansson", "Anna Larsson")),
+    Case("Pilgrim Rock lighthouse was automated in 1974. Its last keeper, Duncan Abernathy, moved to Stornoway. The"
+         " lamp can be seen from 21 nautical miles.",
+         "Who was the last keeper of the lighthouse?", "The last keeper was", "Duncan Abernathy",
+         ("James Campbell", "Robert Stewart")),
+    Case("The parliament of Zubrowka passed the water act with 88 votes to 41. It was drafted by the deputy Ludmila"
+         " Horakova. The act obliges every town to publish the quality of its water once a month.",
+         "Who drafted the water act?", "The act was drafted by", "Ludmila Horakova", ("Maria Novakova", "Jan Dvorak")),
+    Case("The band Silver Thicket recorded its second album in a barn near Llanwrda. The producer was Gethin Probert."
+         " The album sold 12,000 copies in its first month.",
+         "Who produced the second album of Silver Thicket?", "The album was produced by", "Gethin Probert",
+         ("Brian Eno", "David Jones")),
+    Case("The ferry Halcyon Bay runs between Kirkwall and Lerwick. Its engine was replaced in 2019 by the yard"
+         " Remontowa Delta. The crossing takes seven hours and a half.",
+         "Which yard replaced the engine of the Halcyon Bay?", "The engine was replaced by the yard", "Remontowa Delta",
+         ("Harland Wolff", "Meyer Werft")),
+]  # fmt: skip
+
+RULES: dict[str, dict[str, Any]] = {
+    "calibrated": {},
+    "largepig": {"preset": "largepig"},
+    "largepig, normalised": {"preset": "largepig", "normalise": True},
+}
+DEGENERATE = 0.5  # share of an answer's tokens that are one and the same
+
+
+def prompt_of(tokenizer: Any, case: Case) -> str:
+    """What the model reads, by its chat template where it has one."""
+    if tokenizer.chat_template:
+        asked = f"Read the text and answer the question in one sentence.\n\nText: {case.text}\n\n{case.question}"
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True
+            )
+        )
+    return f"{case.text}\n\nQuestion: {case.question}\nAnswer:"
+
+
+def degenerate(tokens: Sequence[int]) -> bool:
+    """Whether an answer of six tokens or more is mostly one token."""
+    return len(tokens) >= 6 and Counter(tokens).most_common(1)[0][1] > DEGENERATE * len(tokens)
+
+
+class Bench:
+    """A model, its prompts, and what is measured on them."""
+
+    def __init__(self, model: Any, tokenizer: Any, cases: Sequence[Case], new_tokens: int):
+        self.model, self.tokenizer, self.cases, self.new_tokens = model, tokenizer, cases, new_tokens
+        self.prompts = [prompt_of(tokenizer, case) for case in cases]
+        self.begins = not tokenizer.chat_template
+        self.marked = [self.mark([prompt], [case.text]) for prompt, case in zip(self.prompts, cases, strict=True)]
+
+    def mark(self, prompts: list[str], texts: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        return mark_source(self.tokenizer, prompts, texts, add_special_tokens=self.begins)
+
+    def greedy(self, number: int, processor: Any = None) -> tuple[list[int], list[float]]:
+        """An answer, and the copy probability of each of its tokens."""
+        inputs, _ = self.marked[number]
+        seen: list[float] = []
+
+        def noted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores = processor(ids, scores)
+            seen.append(float(processor.copy_probabilities[0]))
+            return scores
+
+        if processor is not None:
+            processor.for_prompt(inputs["attention_mask"])
+        processors = LogitsProcessorList([] if processor is None else [noted])
+        ids = self.model.generate(
+            **inputs, do_sample=False, max_new_tokens=self.new_tokens, logits_processor=processors,
+            repetition_penalty=1.0, pad_token_id=self.tokenizer.pad_token_id or 0,
+        )  # fmt: skip
+        return ids[0, inputs["input_ids"].shape[1] :].tolist(), seen
+
+    def margin(self, case: Case, prompt: str, make: Callable[[torch.Tensor], Any] | None) -> tuple[float, float]:
+        """log-prob of the right name, and its lead over the best wrong one, after the first words of an answer."""
+        start = prompt + ("" if self.tokenizer.chat_template else " ") + case.lead
+        inputs, source = self.mark([start], [case.text])
+        names = [
+            self.tokenizer(" " + name, add_special_tokens=False)["input_ids"] for name in (case.right, *case.wrong)
+        ]
+        width = max(map(len, names))
+        rows = [inputs["input_ids"][0].tolist() + name + [0] * (width - len(name)) for name in names]
+        mask = torch.tensor([[True] * len(name) + [False] * (width - len(name)) for name in names])
+        attended = torch.cat([torch.ones(len(names), inputs["input_ids"].shape[1]), mask], 1).long()
+        processors = None if make is None else [make(source)]
+        scored = score_completions(self.model, torch.tensor(rows), attended, mask, processors=processors)
+        logps = scored.logps.tolist()
+        return logps[0], logps[0] - max(logps[1:])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="folder of a causal language model in transformers format")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="texts for the scored names (default: all)")
+    parser.add_argument("--answers", type=int, default=6, help="texts for the greedy answers (default: 6)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="of a greedy answer (default: 32)")
+    parser.add_argument("--heads", type=int, help="of the calibrated rule (default: its own)")
+    parser.add_argument("--rules", default=",".join(RULES), help="separated by commas (default: all)")
+    parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation="eager").eval()
+    cases = CASES[: options.cases]
+    bench = Bench(model, tokenizer, cases, options.new_tokens)
+    answers = range(min(options.answers, len(cases)))
+
+    plain = [bench.greedy(i)[0] for i in answers]
+    margins = {"plain": [bench.margin(c, p, None) for c, p in zip(cases, bench.prompts, strict=True)]}
+    rows = [("plain", sum(map(degenerate, plain)), len(plain), [0.0], margins["plain"], plain)]
+    for name in options.rules.split(","):
+        rule = dict(RULES[name])
+        if options.heads and name == "calibrated":
+            rule["heads"] = options.heads
+        found, copied = [], []
+        first = CopyMixture(model, **rule)
+        rule["heads"] = first.heads  # found once
+        for i in answers:
+            for source in (None, bench.marked[i][1]):
+                tokens, seen = bench.greedy(i, first if source is None else CopyMixture(model, source, **rule))
+                found.append(tokens)
+                copied += seen
+        scored = [
+            bench.margin(case, prompt, lambda source: CopyMixture(model, source, **rule))  # noqa: B023
+            for case, prompt in zip(cases, bench.prompts, strict=True)
+        ]
+        print(f"{name}: done", file=sys.stderr, flush=True)
+        rows.append((name, sum(map(degenerate, found)), len(found), copied, scored, found))
+    print(f"{options.model}: {len(cases)} texts, {options.threads} threads\n")
+    print("| | degenerate answers | copy probability, mean (10th to 90th percentile) | log-prob of the right name |"
+          " its lead over a wrong one | lead above plain's |\n|---|---|---|---|---|---|")  # fmt: skip
+    for name, bad, count, copied, scored, _ in rows:
+        low, high = (sorted(copied)[int(share * (len(copied) - 1))] for share in (0.1, 0.9))
+        better = sum(a[1] > b[1] for a, b in zip(scored, margins["plain"], strict=True))
+        mean = [statistics.mean(values) for values in zip(*scored, strict=True)]
+        print(f"| {name} | {bad} of {count} | {statistics.mean(copied):.3f} ({low:.3f} to {high:.3f}) | {mean[0]:.2f} |"
+              f" {mean[1]:.2f} | {better} of {len(scored)} |")  # fmt: skip
+    print()
+    for name, _, _, _, _, found in rows:
+        for tokens in found[:3]:
+            print(f"{name}: {tokenizer.decode(tokens)!r}")
+
+    mixture = CopyMixture(model, heads=options.heads)
+    times: dict[str, list[float]] = {"plain": [], "calibrated": []}
+    for i in answers:  # in turns, so that a busy machine is unfair to both alike
+        for name, processor in (("plain", None), ("calibrated", mixture)):
+            start = time.perf_counter()
+            tokens, _ = bench.greedy(i, processor)
+            times[name].append((time.perf_counter() - start) / len(tokens))
+    ratio = statistics.median(b / a for a, b in zip(times["plain"], times["calibrated"], strict=True))
+    print(f"\nseconds per token: plain {statistics.median(times['plain']):.3f}, calibrated"
+          f" {statistics.median(times['calibrated']):.3f}; median ratio {ratio:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings():
+        main()
