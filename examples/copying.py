@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -88,7 +86,7 @@ CASES = [
 RULES: dict[str, dict[str, Any]] = {
     "calibrated": {},
     "largepig": {"preset": "largepig"},
-    "largepig, normalised": {"preset": "largepig", "normalise": True},
+    "largepig-normalised": {"preset": "largepig", "normalise": True},
 }
 DEGENERATE = 0.5  # share of an answer's tokens that are one and the same
 
@@ -158,6 +156,21 @@ class Bench:
         return logps[0], logps[0] - max(logps[1:])
 
 
+def report(
+    name: str,
+    answers: Sequence[Sequence[int]],
+    copied: Sequence[float],
+    scored: Sequence[tuple[float, float]],
+    plain: Sequence[tuple[float, float]],
+) -> None:
+    """A row of the table."""
+    low, high = (sorted(copied)[int(share * (len(copied) - 1))] for share in (0.1, 0.9))
+    better = sum(a[1] > b[1] for a, b in zip(scored, plain, strict=True))
+    logp, lead = (statistics.mean(values) for values in zip(*scored, strict=True))
+    print(f"| {name} | {sum(map(degenerate, answers))} of {len(answers)} | {statistics.mean(copied):.3f} ({low:.3f} to"
+          f" {high:.3f}) | {logp:.2f} | {lead:.2f} | {better} of {len(scored)} |", flush=True)  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder of a causal language model in transformers format")
@@ -175,39 +188,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench(model, tokenizer, cases, options.new_tokens)
     answers = range(min(options.answers, len(cases)))
 
+    print(f"{options.model}: {len(cases)} texts, {len(answers)} answered, {options.threads} threads\n")
+    print("| | degenerate answers | copy probability, mean (10th to 90th percentile) | log-prob of the right name |"
+          " its lead over a wrong one | lead above plain's |\n|---|---|---|---|---|---|")  # fmt: skip
     plain = [bench.greedy(i)[0] for i in answers]
-    margins = {"plain": [bench.margin(c, p, None) for c, p in zip(cases, bench.prompts, strict=True)]}
-    rows = [("plain", sum(map(degenerate, plain)), len(plain), [0.0], margins["plain"], plain)]
+    margins = [bench.margin(c, p, None) for c, p in zip(cases, bench.prompts, strict=True)]
+    report("plain", plain, [0.0], margins, margins)
+    examples = [("plain", plain)]
     for name in options.rules.split(","):
         rule = dict(RULES[name])
         if options.heads and name == "calibrated":
             rule["heads"] = options.heads
         found, copied = [], []
-        first = CopyMixture(model, **rule)
-        rule["heads"] = first.heads  # found once
+        whole = CopyMixture(model, **rule)
+        rule["heads"] = whole.heads  # found once
         for i in answers:
             for source in (None, bench.marked[i][1]):
-                tokens, seen = bench.greedy(i, first if source is None else CopyMixture(model, source, **rule))
+                tokens, seen = bench.greedy(i, whole if source is None else CopyMixture(model, source, **rule))
                 found.append(tokens)
                 copied += seen
         scored = [
             bench.margin(case, prompt, lambda source: CopyMixture(model, source, **rule))  # noqa: B023
             for case, prompt in zip(cases, bench.prompts, strict=True)
         ]
-        print(f"{name}: done", file=sys.stderr, flush=True)
-        rows.append((name, sum(map(degenerate, found)), len(found), copied, scored, found))
-    print(f"{options.model}: {len(cases)} texts, {options.threads} threads\n")
-    print("| | degenerate answers | copy probability, mean (10th to 90th percentile) | log-prob of the right name |"
-          " its lead over a wrong one | lead above plain's |\n|---|---|---|---|---|---|")  # fmt: skip
-    for name, bad, count, copied, scored, _ in rows:
-        low, high = (sorted(copied)[int(share * (len(copied) - 1))] for share in (0.1, 0.9))
-        better = sum(a[1] > b[1] for a, b in zip(scored, margins["plain"], strict=True))
-        mean = [statistics.mean(values) for values in zip(*scored, strict=True)]
-        print(f"| {name} | {bad} of {count} | {statistics.mean(copied):.3f} ({low:.3f} to {high:.3f}) | {mean[0]:.2f} |"
-              f" {mean[1]:.2f} | {better} of {len(scored)} |")  # fmt: skip
+        report(name, found, copied, scored, margins)
+        examples.append((name, found))
     print()
-    for name, _, _, _, _, found in rows:
-        for tokens in found[:3]:
+    for name, found in examples:
+        for tokens in found[:4]:
             print(f"{name}: {tokenizer.decode(tokens)!r}")
 
     mixture = CopyMixture(model, heads=options.heads)
@@ -223,5 +231,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with warnings.catch_warnings():
-        main()
+    main()

@@ -25,7 +25,8 @@ def example(monkeypatch):
     if not EXAMPLES.is_dir():
         pytest.skip("the examples are not here")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    names = ("common", "credit", "beam", "decline", "pretrained", "make_pretrained", "single_index", "search", "qstar")
+    names = ("common", "credit", "beam", "decline", "pretrained", "make_pretrained", "single_index", "search", "qstar",
+             "copying", "self_improve")  # fmt: skip
     yield lambda name: __import__(name)
     for name in names:
         sys.modules.pop(name, None)
@@ -334,3 +335,46 @@ def test_step_of_a_pretrained_model(pretrained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         trl_step.main(["--dtype", "bf16"])
     assert "go with --model" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    """A folder with a random model and a tokenizer that has a chat template."""
+    import tiny_models
+
+    tokenizer = tiny_models.tokenizer(
+        ["Answer with just Yes/No, yes, no. What is the capital of France? Paris."] * 3, 500
+    )
+    tiny_models.llama(len(tokenizer), num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.mark.nightly
+def test_copying(example, small_model, capsys):
+    example("copying").main(["--model", small_model, "--cases", "2", "--answers", "1", "--new-tokens", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[1:]] == ["plain", "calibrated", "largepig", "largepig-normalised"]
+    assert " of 2 |" in rows[2] and "median ratio" in lines[-1]
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")
+def test_self_improve(example, small_model, tmp_path, capsys):
+    pytest.importorskip("trl")
+    example("self_improve").main(
+        ["--model", small_model, "--out", str(tmp_path / "out"), "--train", "3", "--held-out", "3", "--samples", "2",
+         "--new-tokens", "3", "--epochs", "1"]
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "right answers, held out: 0.000 before, 0.000 after" in out and "round 1: 3 pairs" in out
+
+
+def test_what_counts_as_degenerate_and_right(example):
+    copying, improve = example("copying"), example("self_improve")
+    assert copying.degenerate([5] * 8) and copying.degenerate([1, 5, 5, 5, 5, 2]) and not copying.degenerate([5, 5, 5])
+    assert not copying.degenerate([1, 2, 3, 1, 2, 3])
+    assert improve.is_right("Peru", "It is LIMA.") and not improve.is_right("Peru", "Quito")
+    for case in copying.CASES:
+        assert case.right in case.text and not any(name in case.text for name in case.wrong), case.question
