@@ -7,9 +7,11 @@ writes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ _METADATA = b"qkernels"
 _PART = re.compile(rf"{PARTS}/\d{{6}}\.parquet")
 _RANK = re.compile(rf"{RANKS}/\d{{5}}")
 _LARGEST = 2**31 - 1  # of a pair's number and of counts
+_COUNTS = struct.Struct(f"<{1 + len(CUT_COLUMNS) + len(COUNT_COLUMNS)}i")  # of a PairInfo
 
 
 def rank_folder(rank: int) -> str:
@@ -169,6 +172,36 @@ class PairInfo(NamedTuple):
         if any(type(count) is not int or not 0 <= count <= _LARGEST for count in counts):
             raise ValueError("not a pair's numbers")
         return PairInfo(digest, longest, tuple(cuts), tuple(tokens))
+
+
+class PairInfos(MutableMapping[int, PairInfo]):
+    """`PairInfo` by the pair's number, ascending as they come, in a fraction of the memory: there may be millions."""
+
+    def __init__(self, given: Mapping[int, PairInfo] | None = None):
+        self._packed: dict[int, bytes] = {}
+        self.update(given or {})
+
+    def __getitem__(self, pair: int) -> PairInfo:
+        packed = self._packed[pair]
+        longest, *counts = _COUNTS.unpack_from(packed)
+        cuts, tokens = counts[: len(CUT_COLUMNS)], counts[len(CUT_COLUMNS) :]
+        return PairInfo(packed[_COUNTS.size :].decode("utf-8", "surrogatepass"), longest, tuple(cuts), tuple(tokens))
+
+    def __setitem__(self, pair: int, info: PairInfo) -> None:
+        counts = _COUNTS.pack(info.longest, *info.cuts, *info.tokens)
+        self._packed[pair] = counts + info.digest.encode("utf-8", "surrogatepass")
+
+    def __delitem__(self, pair: int) -> None:
+        del self._packed[pair]
+
+    def __contains__(self, pair: object) -> bool:
+        return pair in self._packed
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
 
 
 def digest(pair: Preference) -> str:
@@ -306,12 +339,12 @@ class TokenFile:
         return table
 
 
-def read_pairs(path: Path, prompts: bool) -> tuple[dict[int, PairInfo], dict[int, list[tuple[str, str]]]]:
+def read_pairs(path: Path, prompts: bool) -> tuple[PairInfos, dict[int, list[tuple[str, str]]]]:
     """`pairs.parquet`: what is known of each pair, and its prompt's (role, text) by message if asked for."""
     names = ["pair", "digest", "longest", *CUT_COLUMNS, *COUNT_COLUMNS, *(["prompt"] if prompts else [])]
-    info, texts = {}, {}
+    info, texts = PairInfos(), {}
     with TokenFile(path, names) as file:
-        for row in file.arrow().to_pylist():
+        for row in itertools.chain.from_iterable(file.arrow(group).to_pylist() for group in range(file.groups)):
             try:
                 info[row["pair"]] = PairInfo.of(
                     (

@@ -42,6 +42,7 @@ from .files import (
     SUMMARY,
     TOKENS,
     PairInfo,
+    PairInfos,
     TokenFile,
     as_json,
     check_all_there,
@@ -86,7 +87,7 @@ class Results:
 
     def __init__(self, out: Path, settings: Mapping[str, Any], lock: RunLock):
         self.out, self.settings, self.lock = out, {"format": FORMAT, **settings}, lock
-        self.info: dict[int, PairInfo] = {}
+        self.info = PairInfos()
         self.notes: list[str] = []
         self._checksums = Checksums(out)
         self._columns = [*KEYS, *self.settings["outputs"]]
@@ -192,7 +193,7 @@ class Results:
         for name, place in merged.items():
             checksums.settle(name, place)
         if PAIRS in merged:
-            self.info |= read_pairs(self.out / PAIRS, prompts=False)[0]
+            self.info.update(read_pairs(self.out / PAIRS, prompts=False)[0])
         for name in checksums.parts():
             place = checksums.find(name, _AGAIN)
             if place is None:
@@ -201,7 +202,7 @@ class Results:
                 continue
             checksums.settle(name, place)
             with TokenFile(self.out / name, self._columns, _AGAIN) as part:
-                self.info |= part.info()
+                self.info.update(part.info())
         self.adopt()
         # What a run left that was struck between two steps: files that were not complete, parts that were merged.
         wanted = {*checksums.files, TOKENS, PAIRS, SUMMARY, REPORT, CHECKSUMS, LOCK}
@@ -225,7 +226,7 @@ class Results:
                     info = part.info()
                 last = max((part_number(name) for name in self._checksums.parts()), default=-1)
                 self.replace(part_name(last + 1), functools.partial(shutil.copyfile, place))
-                self.info |= info
+                self.info.update(info)
             try:
                 if not folders.remove(folder, is_own_name, _is_parts):
                     folder.rmdir()
@@ -298,7 +299,7 @@ class Results:
             info = {pair: known for pair, (_, known) in self._waiting.items()}
             last = max((part_number(name) for name in self._checksums.parts()), default=-1)
             self._write_tables(part_name(last + 1), tables, info)
-            self.info |= info
+            self.info.update(info)
             self._waiting, self._tokens_waiting = {}, 0
         self._flushed = time.monotonic()
 
@@ -476,7 +477,7 @@ def _read_scores(out: Path) -> TokenTable:
     settings = read_settings(out)
     sources = _sources(out, settings)
     columns = [*KEYS, *settings["outputs"]]
-    info: dict[int, PairInfo] = {}
+    info = PairInfos()
     prompts: Mapping[int, Any] = {}
     if sources.pairs is not None:
         info, prompts = read_pairs(sources.pairs, prompts=True)
@@ -485,7 +486,7 @@ def _read_scores(out: Path) -> TokenTable:
         with TokenFile(path, columns) as file:
             tables.append(file.table())
             if settings["format"] == FORMAT and path in sources.parts:
-                info |= file.info()
+                info.update(file.info())
     table = TokenTable.concat(tables)
     if not len(table):
         raise ScoreError(f"{out}: nothing has been scored there yet")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,25 @@ class PairFigures(NamedTuple):
     rejected_reference_logps: float
 
 
+class _Pairs:
+    """`PairFigures` in the order in which they were added, 80 bytes each: there may be millions."""
+
+    def __init__(self) -> None:
+        self._numbers = array("d")
+
+    def append(self, figures: PairFigures) -> None:
+        self._numbers.extend(figures)
+
+    def __len__(self) -> int:
+        return len(self._numbers) // len(PairFigures._fields)
+
+    def __iter__(self) -> Iterator[PairFigures]:
+        width = len(PairFigures._fields)
+        for start in range(0, len(self._numbers), width):
+            pair, chosen, rejected, *others = self._numbers[start : start + width]
+            yield PairFigures(int(pair), int(chosen), int(rejected), *others)
+
+
 class Overview:
     """Figures of all pairs that were added.
 
@@ -43,7 +63,7 @@ class Overview:
     """
 
     def __init__(self) -> None:
-        self.pairs: list[PairFigures] = []
+        self.pairs = _Pairs()
         self.positions: dict[str, tuple[list[float], list[int]]] = {side: ([], []) for side in SIDES}
         self.not_finite = 0
         self._sums: dict[str, dict[str, float]] = {side: {} for side in SIDES}
@@ -125,8 +145,8 @@ class Overview:
 
     def figures(self) -> dict[str, Any]:
         """The summary, as JSON values."""
-        rewards = [(pair.chosen_rewards, pair.rejected_rewards) for pair in self.pairs]
-        reference = [(pair.chosen_reference_logps, pair.rejected_reference_logps) for pair in self.pairs]
+        rewards = ((pair.chosen_rewards, pair.rejected_rewards) for pair in self.pairs)
+        reference = ((pair.chosen_reference_logps, pair.rejected_reference_logps) for pair in self.pairs)
         longer = [float(pair.chosen_tokens - pair.rejected_tokens) for pair in self.pairs]
         return {
             "pairs": len(self.pairs),
@@ -134,8 +154,8 @@ class Overview:
             "pair_accuracy": ranked_right(rewards),
             "pair_accuracy_of_reference_logps": ranked_right(reference),
             "mean_margin": mean(pair.margins for pair in self.pairs),
-            "mean_chosen_reward": mean(chosen for chosen, _ in rewards),
-            "mean_rejected_reward": mean(rejected for _, rejected in rewards),
+            "mean_chosen_reward": mean(pair.chosen_rewards for pair in self.pairs),
+            "mean_rejected_reward": mean(pair.rejected_rewards for pair in self.pairs),
             "correlation_of_margin_and_length": correlation(longer, [pair.margins for pair in self.pairs]),
             "rewards_not_finite": self.not_finite,
             "token_means": self.means(),

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -789,3 +790,23 @@ def test_numbers_of_a_pair_are_checked() -> None:
 
 def test_the_store_and_its_readers_agree_on_names() -> None:
     assert store.PARTS == "parts" and store.TOKENS == "tokens.parquet"
+
+
+def test_what_is_kept_of_a_pair_is_small():
+    """A million pairs: what a run keeps of each for its end, as packed numbers."""
+    from qkernels.score.files import PairInfos
+    from qkernels.score.summary import PairFigures
+
+    count = 5000
+    overview, infos = Overview(), PairInfos()
+    tracemalloc.start()
+    try:
+        for i in range(count):
+            infos[i] = PairInfo(f"{i:012x}", 300 + i, (i, 0, 2), (100 + i, 200 + i))
+            overview.pairs.append(PairFigures(i, 300 + i, 400 + i, *(0.5 * i + k for k in range(7))))
+        assert tracemalloc.get_traced_memory()[0] < 350 * count
+    finally:
+        tracemalloc.stop()
+    assert infos[7] == PairInfo("000000000007", 307, (7, 0, 2), (107, 207)) and list(infos) == list(range(count))
+    assert list(overview.pairs)[3] == PairFigures(3, 303, 403, *(1.5 + k for k in range(7)))
+    assert len(overview.pairs) == count and type(list(overview.pairs)[3].pair) is int
