@@ -58,6 +58,7 @@ NAVIGATION: dict[str, list[tuple[str, str]]] = {
         ("Scoring", "docs/score"),
         ("Judging", "docs/judge"),
         ("Search and decoding", "docs/search"),
+        ("Numbers beside an engine", "docs/numerics"),
         ("Monitoring", "docs/monitor"),
         ("Scaling", "docs/scaling"),
         ("The demo", "docs/demo"),

@@ -22,6 +22,7 @@ PACKAGES = (
     "objectives",
     "score",
     "train",
+    "compare",
     "judge",
     "self_preference",
     "report",

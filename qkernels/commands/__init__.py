@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from .._version import __version__
 
 # In the order in which `qkernels --help` lists them.
-COMMANDS = ("info", "demo", "train", "score", "show", "judge", "self_improve", "trl")
+COMMANDS = (
+    "info",
+    "demo",
+    "train",
+    "score",
+    "show",
+    "judge",
+    "self_improve",
+    "compare",
+    "trl",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

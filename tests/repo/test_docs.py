@@ -52,6 +52,11 @@ def test_snippet_of_the_integrations(number, setup, tmp_path, monkeypatch):
     run(SNIPPETS[number], f"docs/integrations.md, snippet {number + 1}", setup)
 
 
+@pytest.mark.parametrize("number", range(len(blocks("numerics.md"))))
+def test_snippet_of_numerics(number):
+    run(blocks("numerics.md")[number], f"docs/numerics.md, snippet {number + 1}", {"torch": torch})
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", range(len(blocks("troubleshooting.md"))))
 def test_snippet_of_troubleshooting(number):
