@@ -172,3 +172,11 @@ def test_one_percent_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "coefficients_of", lambda *a: 1.01 * known(*a))
     with pytest.raises(AssertionError):
         assert_same(kto(TokenKTOTrainer, tmp_path, beta=0.4), theirs)
+
+
+def test_a_method_that_trl_lacks_is_named():
+    from qkernels.integrations.trl.version import require_methods
+
+    require_methods(KTOTrainer, "_compute_loss")
+    refuses(ImportError, "KTOTrainer._loss_of_tomorrow", "1.16", call=lambda: require_methods(
+        KTOTrainer, "_loss_of_tomorrow"))  # fmt: skip

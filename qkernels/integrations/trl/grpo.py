@@ -20,6 +20,9 @@ from ..patches import Patch
 from ..transformers.hook import run
 from ..transformers.requests import UnitLossRequest
 from .head import add_token_head
+from .version import require_methods
+
+require_methods(GRPOTrainer, "_compute_loss", "_get_per_token_logps_and_entropies")
 
 # Losses whose sum over tokens is divided by the tokens of all ranks and accumulated steps.
 _BY_ITEMS = ("cispo", "dapo", "vespo")

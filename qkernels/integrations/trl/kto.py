@@ -21,6 +21,9 @@ from ..patches import Patch
 from ..transformers.hook import run
 from ..transformers.requests import UnitLossRequest
 from .head import add_token_head
+from .version import require_methods
+
+require_methods(KTOTrainer, "_compute_loss", "_compute_kl_logps", "compute_ref_log_probs")
 
 # Entries of a batch that are not for the model: those of `KTOTrainer._compute_loss`.
 _NOT_INPUTS = ("completion_mask", "KL_input_ids", "KL_attention_mask", "KL_completion_mask", "KL_token_type_ids",

@@ -73,3 +73,13 @@ def require_trl() -> ModuleType:
             f" {OLDEST[0]}.{OLDEST[1]}. Use that version, or a newer qkernels"
         )
     return dpo
+
+
+def require_methods(trainer: type, *names: str) -> None:
+    """ImportError for a trainer of TRL that lacks a method which this package overrides or calls."""
+    missing = [f"{trainer.__name__}.{name}" for name in names if not hasattr(trainer, name)]
+    if missing:
+        raise ImportError(
+            f"TRL {importlib.metadata.version('trl')} lacks {', '.join(missing)}, on which this integration stands; it"
+            f" was made for TRL {OLDEST[0]}.{OLDEST[1]}. Use that version, or a newer qkernels"
+        )
