@@ -28,6 +28,7 @@ from qkernels.demo.evaluate import pair_logps
 from qkernels.demo.options import Sizes
 from qkernels.demo.tokenizer import train_tokenizer
 from qkernels.demo.train import PreferenceCurves, build_model, train_preferences, train_sft
+from qkernels.intervals import bootstrap_mean
 from qkernels.report.progress import Progress
 
 BLUE, ORANGE, GREEN, GREY, DARK = "#0b6e99", "#c2410c", "#3f7d20", "#9aa1a8", "#22272b"
@@ -251,13 +252,10 @@ def save_png(figure: Any, path: Path) -> None:
         image.convert("RGB").quantize(128).save(path, optimize=True)
 
 
-def interval(values: Sequence[float], seed: int, draws: int = 2000) -> dict[str, float]:
+def interval(values: Sequence[float], seed: int) -> dict[str, float]:
     """A mean with its interval of 95 % by the bootstrap: `mean`, `low`, `high`."""
-    generator = torch.Generator().manual_seed(seed)
-    known = torch.tensor(values, dtype=torch.float64)
-    means = known[torch.randint(len(known), (draws, len(known)), generator=generator)].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"mean": known.mean().item(), "low": low, "high": high}
+    found = bootstrap_mean(list(values), seed=seed)
+    return {"mean": found.estimate, "low": found.low, "high": found.high}
 
 
 def _rounded(value: Any) -> Any:

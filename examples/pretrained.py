@@ -328,7 +328,14 @@ class _Recorder(TrainerCallback):
 
 def _named(name: str, made_with: Any) -> str:
     """The name and a hash of everything that something was made with."""
-    return f"{name}-{hashlib.sha256(repr(made_with).encode()).hexdigest()[:8]}"
+    return f"{name}-{hashlib.sha256(repr(_told(made_with)).encode()).hexdigest()[:8]}"
+
+
+def _told(value: Any) -> Any:
+    """Plain tuples; of a pair its texts, whatever else this version of the package notes."""
+    if isinstance(value, Preference):
+        return tuple((m.role, m.content) for m in value.prompt), value.chosen, value.rejected
+    return tuple(map(_told, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _end_of(prompt: Sequence[Message], longest: int) -> tuple[Message, ...]:
