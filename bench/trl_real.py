@@ -27,6 +27,7 @@ import torch
 from . import contenders, measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PAIRS, LONGEST = 2, 384  # of a batch; tokens of a sequence
 _FLOOR_ROWS = 256  # of the floor's GEMMs at a time
 
 
@@ -142,6 +143,7 @@ class Floor:
 
     def __init__(self, setup: Setup, now: Callable[[], float]):
         self.now = now
+        self.peak_bytes: int | None = None  # of the policy's body, forward and backward
         self.policy, self.reference = setup.policy, setup.reference
         self.inputs = {name: setup.batch[name] for name in ("input_ids", "attention_mask")}
         rows = setup.batch["completion_mask"][:, 1:] != 0
@@ -159,14 +161,17 @@ class Floor:
         found: dict[str, float] = {}
         with _timed(found, self.now, "reference body, forward"), torch.no_grad():
             self.reference.base_model(**self.inputs, use_cache=False)
-        with _timed(found, self.now, "policy body, forward"):
-            hidden = self.policy.base_model(**self.inputs, use_cache=False).last_hidden_state
-        upstream = torch.full_like(hidden, 1e-3)
-        with _timed(found, self.now, "policy body, backward"):
-            hidden.backward(upstream)
+        _give_back()
+        self.peak_bytes = measure.peak_memory(lambda: self._policy_body(found))
         with _timed(found, self.now, "GEMMs of the head"):
             self._products()
         return found
+
+    def _policy_body(self, found: dict[str, float]) -> None:
+        with _timed(found, self.now, "policy body, forward"):
+            hidden = self.policy.base_model(**self.inputs, use_cache=False).last_hidden_state
+        with _timed(found, self.now, "policy body, backward"):
+            hidden.backward(torch.full_like(hidden, 1e-3))
 
     @torch.no_grad()
     def _products(self) -> None:
@@ -216,8 +221,8 @@ def compare(
     trainers: dict[str, Callable[..., Any]],
     *,
     clock: str = "wall",
-    pairs: int = 2,
-    longest: int = 384,
+    pairs: int = PAIRS,
+    longest: int = LONGEST,
 ) -> dict[str, Any]:
     """Times and peaks of the contenders and times of the floor, in turn, round after round.
 
@@ -251,10 +256,12 @@ def compare(
             "seconds": {step.name: [] for step in setup.steps},
             "peak_bytes": {step.name: [] for step in setup.steps},
             "floor_seconds": [],
+            "body_peak_bytes": [],
         }
         for _ in range(rounds):
             _with_gradients(setup.policy)
             found["floor_seconds"].append(floor.seconds())
+            found["body_peak_bytes"].append(floor.peak_bytes)
             for step in setup.steps:
                 _with_gradients(setup.policy)
                 _give_back()
@@ -296,5 +303,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"  {name:16} {median:7.2f} s {median / floor:9.2f} {median / stock:7.2f} {memory}")
     parts = {name: statistics.median(p[name] for p in found["floor_seconds"]) for name in found["floor_seconds"][0]}
     lines.append(f"  {'floor':16} {floor:7.2f} s: " + ", ".join(f"{name} {s:.2f} s" for name, s in parts.items()))
+    if None not in found["body_peak_bytes"]:
+        lines.append(f"  {'peak of the body':16} {max(found['body_peak_bytes']) / 2**20:.0f} MiB, without a head")
     lines += [f"  {name}: left out, {why}" for name, why in found["absent"].items()]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,10 +143,14 @@ def compare(case: Case, rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def with_liger() -> dict[str, Callable[..., Any]]:
-    """The trainers, and TRL's with Liger's kernels for the layers (TRL has no loss of Liger's)."""
+CONTENDERS = ("TRL", "TRL, patch_trl()", "TokenDPOTrainer", "TRL, Liger")
+
+
+def with_liger(names: Sequence[str] = CONTENDERS) -> dict[str, Callable[..., Any]]:
+    """The trainers of these names and TRL's own; "TRL, Liger" has Liger's layers (TRL has no loss of Liger's)."""
     made = trainers()
-    return {**made, "TRL, Liger": made["TRL"]}
+    made["TRL, Liger"] = made["TRL"]
+    return {name: made[name] for name in CONTENDERS if name in names or name == "TRL"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -158,6 +162,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=tuple(trl_real.DTYPES), default=None, help="one dtype alone, with --model")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
                         help="cpu: this process' own time, where others slow the wall clock; with --model")  # fmt: skip
+    parser.add_argument("--pairs", type=int, default=trl_real.PAIRS, help="of its batch (default: 2)")
+    parser.add_argument("--max-length", type=int, default=trl_real.LONGEST, help="tokens of a sequence (default: 384)")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, metavar="NAME",
+                        help="some of them alone; TRL is always there")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: as it takes them)")
     parser.add_argument("--json", metavar="FILE", default=None, help="write all times there")
     options = parser.parse_args(arguments)
@@ -167,6 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--data and --dtype go with --model")
     if options.model is not None and not (options.model / "config.json").is_file():
         parser.error(f"--model: {options.model} is not the folder of a model, it has no config.json")
+    if options.pairs < 1 or options.max_length < 2:
+        parser.error(f"--pairs must be at least 1 and --max-length 2, got {options.pairs} and {options.max_length}")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     missing = [name for name in ("trl", "transformers", "datasets") if not contenders.installed(name)]
@@ -184,7 +194,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.model is not None:
         for dtype in [options.dtype] if options.dtype else trl_real.DTYPES:
             found = trl_real.compare(
-                options.model, dtype, options.data, options.rounds, with_liger(), clock=options.clock
+                options.model,
+                dtype,
+                options.data,
+                options.rounds,
+                with_liger(options.contenders),
+                clock=options.clock,
+                pairs=options.pairs,
+                longest=options.max_length,
             )
             print("\n" + trl_real.table(found), flush=True)
             results.append(found)

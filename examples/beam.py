@@ -53,7 +53,7 @@ BETAS = (0.02, 0.1, 0.5)
 WIDTHS = (1, 2, 3, 5, 10, 20)
 QUESTIONS = ("Tell me about {country}.", "What should I know about {country}?")
 LONGEST = 100
-LONGEST_PRETRAINED = 40
+LONGEST_PRETRAINED = 32
 PRETRAINED_BETA = 0.1
 
 
@@ -76,7 +76,7 @@ class PretrainedSizes(NamedTuple):
 
 
 PRETRAINED = PretrainedSizes(
-    32, 8, (1, 2, 3, 5, 10, 20), (1, 5), 8, Training(6, 8, 1e-4, 12), Training(10, 6, 1e-4, 12)
+    32, 6, (1, 2, 3, 5, 10, 20), (1, 5), 4, Training(6, 8, 1e-4, 12), Training(10, 6, 1e-4, 12)
 )
 PRETRAINED_TINY = PretrainedSizes(4, 2, (1, 3), (1,), 2, Training(1, 2, 1e-3, 1), Training(1, 2, 1e-3, 1))
 
@@ -235,8 +235,8 @@ class Searcher:
         self.study.progress.say(f"{who}: {search}")
         torch.manual_seed(self.study.seed)
         found: list[list[dict[str, Any]]] = []
-        for start in range(0, len(self.questions), 8):
-            asked = self.questions[start : start + 8]
+        for start in range(0, len(self.questions), 12):
+            asked = self.questions[start : start + 12]
             ids, mask = self._prompts(asked)
             beams = beam_search(self._model(who), ids, mask, max_new_tokens=LONGEST_PRETRAINED, batch_size=8, **search)
             k = beams.completions.shape[1]

@@ -12,7 +12,8 @@ baselines: log-probs and entropies of the models, and the token rewards of a mod
 twice: with logits as the model makes them, and rounded to bf16 before the softmax.
 
 On a pretrained model the text is natural: beginnings of answers out of a file of real pairs, in which words are
-replaced by others of the same kind. There, too, the least rewarded spans of real pairs are shown.
+replaced by others of the same kind. The policy that has learnt to tell these apart then reads whole real answers, and
+its least rewarded spans are shown.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from common import (
     setting,
     write,
 )  # fmt: skip
-from decline import REAL, REAL_TINY, train_on_real_pairs
 from pretrained import Study, Training, passages, plant_errors
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -58,22 +58,24 @@ class RealSizes(NamedTuple):
 
     prompt: characters of a prompt.
     shortest, longest: characters of a passage.
+    max_length: tokens of prompt and answer.
     sources: how many of the real pairs passages are taken from, for training and held out.
     held_out: passages with planted errors on which scores are measured.
-    spans: least rewarded spans of real pairs to report.
+    real: pairs of which the answers are read as they are, and how many of their least rewarded spans to report.
     """
 
     prompt: int
     shortest: int
     longest: int
+    max_length: int
     sources: tuple[int, int]
     held_out: int
-    spans: int
+    real: tuple[int, int]
     dpo: Training
 
 
-NATURAL = RealSizes(80, 60, 170, (110, 50), 36, 12, Training(16, 4, 1e-4, 12))
-NATURAL_TINY = RealSizes(80, 10, 200, (6, 6), 3, 2, Training(2, 2, 1e-3, 1))
+NATURAL = RealSizes(80, 60, 170, 128, (110, 50), 36, (8, 12), Training(16, 4, 1e-4, 12))
+NATURAL_TINY = RealSizes(80, 10, 200, 96, (6, 6), 3, (2, 2), Training(2, 2, 1e-3, 1))
 SYLLABLES = [a + b for a in "bdfghklmnprstvz" for b in "aeiou"]
 
 
@@ -121,23 +123,21 @@ def rejected_tokens(
     return logps, entropies
 
 
-def natural_text(study: Study, sizes: RealSizes) -> tuple[list[Preference], list[Preference]]:
-    """Passages with planted errors, to train on and held out: of different conversations."""
+def natural_text(study: Study, sizes: RealSizes) -> tuple[list[Preference], list[Preference], list[Preference]]:
+    """Passages with planted errors, to train on and held out, and real pairs: all of different conversations."""
     rng = random.Random(f"natural {study.seed}")
-    pairs = study.real_pairs(sizes.prompt, sum(sizes.sources))
-    train, held_out = (
-        plant_errors(rng, passages(part, sizes.shortest, sizes.longest))
-        for part in (pairs[: sizes.sources[0]], pairs[sizes.sources[0] :])
-    )
-    return train, held_out[: sizes.held_out]
+    pairs = study.real_pairs(sizes.prompt, sum(sizes.sources) + sizes.real[0])
+    parts = pairs[: sizes.sources[0]], pairs[sizes.sources[0] : sum(sizes.sources)]
+    train, held_out = (plant_errors(rng, passages(part, sizes.shortest, sizes.longest)) for part in parts)
+    return train, held_out[: sizes.held_out], pairs[sum(sizes.sources) :]
 
 
 def on_natural_text(chosen: Options) -> None:
     """The experiment on a pretrained model."""
     clock = Clock()
-    sizes, real = (NATURAL_TINY, REAL_TINY) if chosen.tiny else (NATURAL, REAL)
-    study = Study(chosen, real.max_length)
-    train, held_out = natural_text(study, sizes)
+    sizes = NATURAL_TINY if chosen.tiny else NATURAL
+    study = Study(chosen, sizes.max_length)
+    train, held_out, real = natural_text(study, sizes)
     rng = random.Random(f"shuffled {chosen.seed}")
     shuffled = [
         pair._replace(chosen=pair.rejected, rejected=pair.chosen) if rng.random() < 0.5 else pair for pair in train
@@ -176,8 +176,7 @@ def on_natural_text(chosen: Options) -> None:
             "hit_at_1_interval": interval([hit for _, hit in each], chosen.seed),
         }
     chance = credit.mean(credit.hit_at_k([0.0] * len(flags), flags, 1) for flags in planted if any(flags))
-    run = train_on_real_pairs(study, sft_first=True)
-    spans, shown = real_spans(study, run.reference, run.policy, run.held_out, sizes.spans)
+    spans, shown = real_spans(study, policies[""], real, sizes.real[1])
     results = {
         "answers": len(planted),
         "answers_with_two_errors": sum(len(credit.error_spans(flags)) > 1 for flags in planted),
@@ -210,7 +209,7 @@ def rejected_scores(
 
 
 def real_spans(
-    study: Study, reference: str | None, policy: str, pairs: Sequence[Preference], limit: int
+    study: Study, policy: str, pairs: Sequence[Preference], limit: int
 ) -> tuple[list[dict[str, Any]], list[tuple[str, list[str], list[float]]]]:
     """The least rewarded spans of real answers that no training has seen.
 
@@ -220,7 +219,7 @@ def real_spans(
     sides = [(number, side, answer) for number, pair in enumerate(study.encode(pairs))
              for side, answer in zip(("chosen", "rejected"), pair, strict=True)]  # fmt: skip
     answers = [answer for _, _, answer in sides]
-    logps = [rejected_scores(study, name, answers)[0] for name in (reference, policy)]
+    logps = [rejected_scores(study, name, answers)[0] for name in (None, policy)]
     found = []
     for (number, side, answer), before, after in zip(sides, *logps, strict=True):
         rewards = [BETA * (p - q) for p, q in zip(after, before, strict=True)]
