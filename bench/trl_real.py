@@ -103,29 +103,43 @@ def prepare(
     reference.requires_grad_(False).eval()
     steps, absent, batch = [], {}, {}
     for name, make in trainers.items():
-        options: dict[str, Any] = {"use_liger_kernel": True} if "Liger" in name else {}
-        try:
-            if options and not contenders.installed("liger_kernel"):
-                raise RuntimeError("liger-kernel is not installed")
-            trainer = make(
-                model=_around_the_same_parameters(policy),
-                ref_model=_around_the_same_parameters(reference),
-                args=DPOConfig(
-                    out, use_cpu=True, report_to=[], bf16=False, disable_tqdm=True, log_level="error",
-                    gradient_checkpointing=False, max_length=longest, **options,
-                ),
-                train_dataset=Dataset.from_list(list(data)),
-                processing_class=tokenizer,
-            )  # fmt: skip
-            batch = dict(trainer.data_collator(list(trainer.train_dataset)))
-            trainer.current_gradient_accumulation_steps = 1  # as the training loop has it
-            run = _runner(trainer, batch)
-            if options:
-                _runner(trainer, {key: value[:, :8] for key, value in batch.items()})()  # whether its kernels run here
-            steps.append(Step(name, run))
-        except Exception as error:
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        liger = "Liger" in name
+        refusal = _liger_refusal() if liger else None
+        if refusal is not None:
+            absent[name] = refusal
+            continue
+        trainer = make(
+            model=_around_the_same_parameters(policy),
+            ref_model=_around_the_same_parameters(reference),
+            args=DPOConfig(
+                out, use_cpu=True, report_to=[], bf16=False, disable_tqdm=True, log_level="error",
+                gradient_checkpointing=False, max_length=longest,
+            ),
+            train_dataset=Dataset.from_list(list(data)),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        if liger:  # as its train() does; but the rotary embedding would be replaced for every model of the process
+            from transformers.integrations.liger import apply_liger_kernel
+
+            for model in (trainer.model, trainer.ref_model):
+                apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "rope": False})
+        batch = dict(trainer.data_collator(list(trainer.train_dataset)))
+        trainer.current_gradient_accumulation_steps = 1  # as the training loop has it
+        steps.append(Step(name, _runner(trainer, batch)))
     return Setup(policy, reference, batch, steps, absent)
+
+
+def _liger_refusal() -> str | None:
+    """Why Liger's layers cannot run here; None if they can."""
+    if not contenders.installed("liger_kernel"):
+        return "liger-kernel is not installed"
+    try:
+        from liger_kernel.transformers import LigerRMSNorm
+
+        LigerRMSNorm(8)(torch.randn(2, 8))
+    except Exception as error:  # of Triton: "0 active drivers", without a GPU
+        return f"its Triton kernels do not run on this device ({type(error).__name__}: {error})"
+    return None
 
 
 def _runner(trainer: Any, batch: dict[str, torch.Tensor]) -> Callable[[], float]:

@@ -284,6 +284,10 @@ def on_pretrained(chosen: Options) -> None:
     """The experiment on a pretrained model."""
     clock = Clock()
     sizes = PRETRAINED_TINY if chosen.tiny else PRETRAINED
+    if chosen.widths is not None:
+        sizes = sizes._replace(widths=chosen.widths)
+    if chosen.samples is not None:
+        sizes = sizes._replace(samples=chosen.samples)
     study = Study(chosen, 128)
     base, pairs, questions = country_pairs(sizes, chosen.seed)
     reference = study.sft("countries", base, sizes.sft)
@@ -294,7 +298,7 @@ def on_pretrained(chosen: Options) -> None:
         for width in widths:
             found = searcher.answers(who, num_beams=width, num_return_sequences=1)
             first[who][f"{width} beams"] = [records[0] for records in found]
-    for who, ways in first.items():
+    for who, ways in first.items() if sizes.samples else ():
         drawn = searcher.answers(who, num_beams=1, num_return_sequences=sizes.samples, do_sample=True)
         ways["sampled"] = [records[0] for records in drawn]
         for key in ("logp", "reward"):
@@ -377,11 +381,13 @@ def pretrained_figure(chosen: Options, results: dict[str, Any], sizes: Pretraine
             axis.plot(widths, [rows[way][key]["mean"] for way in ways], "o-", ms=3.5, color=colour, label=who)
             axis.fill_between(widths, [rows[way][key]["low"] for way in ways],
                               [rows[way][key]["high"] for way in ways], color=colour, alpha=0.15, lw=0)  # fmt: skip
-            best = rows[f"best of {sizes.samples} by {'reward' if who == 'policy' else 'logp'}"][key]["mean"]
-            axis.axhline(best, color=colour, ls=":", lw=1.2)
+            if sizes.samples:
+                best = rows[f"best of {sizes.samples} by {'reward' if who == 'policy' else 'logp'}"][key]["mean"]
+                axis.axhline(best, color=colour, ls=":", lw=1.2)
         for axis, key in zip(axes[2:], ("length", "reward"), strict=True):
             axis.plot(widths, [rows[way][key] for way in ways], "o-", ms=3.5, color=colour, label=who)
-    axes[0].plot([], [], color=GREEN, ls=":", label=f"dotted: best of {sizes.samples}")
+    if sizes.samples:
+        axes[0].plot([], [], color=GREEN, ls=":", label=f"dotted: best of {sizes.samples}")
     axes[1].axhline(0.5, color=ORANGE, lw=0.8)
     for axis in axes:
         axis.set_xlabel("beams")

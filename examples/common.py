@@ -44,6 +44,7 @@ class Options(NamedTuple):
     command: what was typed, but for folders.
     model: folder of a pretrained model; None for the small one that is trained from scratch.
     pairs: file of real preference pairs; None if none was given.
+    widths, samples: of the search on a pretrained model; None for those of the experiment.
     """
 
     out: Path
@@ -53,6 +54,8 @@ class Options(NamedTuple):
     command: str
     model: Path | None = None
     pairs: Path | None = None
+    widths: tuple[int, ...] | None = None
+    samples: int | None = None
 
     def name(self, experiment: str) -> str:
         """What the experiment's files are called."""
@@ -78,6 +81,9 @@ def options(
     add("--tiny", action="store_true", help="seconds; shows that everything works, not what is found")
     text = "a pretrained model in transformers format (default: a small model, trained here on generated texts)"
     add("--model", type=Path, metavar="DIR", help=text)
+    if not needs_pairs:
+        add("--widths", type=int, nargs="+", metavar="N", help="of the beams, with --model")
+        add("--samples", type=int, metavar="N", help="of which the best is taken, with --model; 0 for no sampling")
     if needs_pairs:
         add("--pairs", type=Path, metavar="FILE", help="real preference pairs, JSON or JSONL; with --model")
     if base_steps is not None:
@@ -92,6 +98,11 @@ def options(
         parser.error(f"--model: {chosen.model} is not the folder of a model, it has no config.json")
     if needs_pairs and (chosen.model is None) != (pairs is None):
         parser.error("--model and --pairs go together: the pretrained model is given real text")
+    widths, samples = getattr(chosen, "widths", None), getattr(chosen, "samples", None)
+    if chosen.model is None and (widths is not None or samples is not None):
+        parser.error("--widths and --samples go with --model")
+    if min(widths or [1]) < 1 or (samples or 0) < 0:
+        parser.error("--widths must be 1 or more and --samples 0 or more")
     torch.set_num_threads(chosen.threads)
     command = f"--seed {chosen.seed}"
     if chosen.model is not None:
@@ -100,9 +111,14 @@ def options(
         command += f" --pairs {pairs.name}"
     if steps != base_steps:
         command += f" --base-steps {steps}"
+    if widths is not None:
+        command += " --widths " + " ".join(map(str, widths))
+    if samples is not None:
+        command += f" --samples {samples}"
     if chosen.tiny:
         command += " --tiny"
-    return Options(chosen.out, chosen.seed, chosen.tiny, steps, command, chosen.model, pairs)
+    widths = None if widths is None else tuple(widths)
+    return Options(chosen.out, chosen.seed, chosen.tiny, steps, command, chosen.model, pairs, widths, samples)
 
 
 class Texts(NamedTuple):

@@ -274,9 +274,9 @@ def natural_figure(
             row, colour = table[name][f"{key}_interval"], BLUE if name == "token reward" else GREY
             axis.barh(i, row["mean"], color=colour, height=0.6)
             axis.plot([row["low"], row["high"]], [i, i], color=DARK, lw=1)
-            axis.text(0.02, i, f"{row['mean']:.3f}", va="center", fontsize=7, color="white")
+            axis.text(row["high"] + 0.02, i, f"{row['mean']:.3f}", va="center", fontsize=7, color=DARK)
         axis.set_yticks(range(len(names)), names if axis is bars else [""] * len(names))
-        axis.set_xlim(0, 1.02)
+        axis.set_xlim(0, 1.15)
         axis.grid(axis="y", visible=False)
     texts.axis("off")
     scale = max((abs(x) for _, _, rewards in shown for x in rewards), default=1.0)
@@ -289,7 +289,7 @@ def natural_figure(
         y, x = y - 0.05, 0.0
         for token, reward in zip(tokens, rewards, strict=True):
             for part in token.replace("\n", " ").splitlines() or [""]:
-                width = 0.0098 * len(part)
+                width = 0.0128 * len(part)
                 if x + width > 1:
                     x, y = 0.0, y - 0.05
                 if y < title_room(shown, title):
