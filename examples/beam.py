@@ -285,7 +285,8 @@ def on_pretrained(chosen: Options) -> None:
     clock = Clock()
     sizes = PRETRAINED_TINY if chosen.tiny else PRETRAINED
     if chosen.widths is not None:
-        sizes = sizes._replace(widths=chosen.widths)
+        narrower = tuple(width for width in sizes.reference_widths if width == 1 or width in chosen.widths)
+        sizes = sizes._replace(widths=chosen.widths, reference_widths=narrower)
     if chosen.samples is not None:
         sizes = sizes._replace(samples=chosen.samples)
     study = Study(chosen, 128)
