@@ -71,7 +71,7 @@ def _with(module: Any, values: dict[str, Any], call: Callable[[], object]) -> Ca
 
 
 def _of_a_step(bench: Bench, backend: str) -> dict[str, Callable[[], object]]:
-    """The kernels of a training step and the one with the most to do, by name."""
+    """The kernels of a training step, the one with the most to do, and one on short rows, by name."""
     import qkernels
     from qkernels.backends import ops
     from qkernels.core.columns import STATE
@@ -83,8 +83,11 @@ def _of_a_step(bench: Bench, backend: str) -> dict[str, Callable[[], object]]:
     state = ops.row_stats.op(one, label_rows, None, STATE, *how)
     ones = torch.ones(1, 1, bench.rows, device=bench.device)
     stats = functools.partial(qkernels.token_stats, logits, labels, backend=backend)
+    short = logits[:, : bench.vocab // 4]
+    short_labels = labels % short.shape[1]
     return {
         "log-probs": functools.partial(stats, outputs=("logps",)),
+        "log-probs of short rows": functools.partial(qkernels.token_logps, short, short_labels, backend=backend),
         "with KLs": functools.partial(stats, outputs=("logps", "kl_policy_reference"), reference_logits=reference),
         "gradient": functools.partial(ops.row_grad.op, one, label_rows, None, state, None, ones, None, *how),
     }
