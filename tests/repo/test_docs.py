@@ -101,7 +101,8 @@ def trained(tmp_path, monkeypatch):
 
 
 def test_the_snippets_of_scoring(trained, capsys):
-    scoring, credit, classifier, own = blocks("score.md")
+    recipe, scoring, credit, classifier, own = blocks("score.md")
+    assert "import ray" in recipe  # tests/apps/test_ray.py runs it, where Ray is installed
     namespace: dict = {}
     run(scoring, "docs/score.md", namespace)
     assert len(namespace["table"]["logps"]) > 50
