@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("rounds", 5), ("threads", 1),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
+    parser.add_argument("--only", default="", metavar="TEXT", help="contenders with this in their name (default: all)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     base, proxy, reference = (_model(arguments, seed, "sdpa") for seed in (1, 2, 3))
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     def tuning(use_cache: bool) -> list[object]:
         return [ProxyTuning(proxy, reference, use_cache=use_cache, attention_mask=mask)]
 
+    copying = CopyMixture(eager, attention_mask=mask)
+    published = CopyMixture(eager, preset="largepig", attention_mask=mask)
+
     contenders: dict[str, Callable[[], object]] = {
         "generate": lambda: plain(base),
         "beam_search": lambda: beam_search(base, ids, mask, **shared),
@@ -61,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "generate with ProxyTuning (two models more)": lambda: plain(base, tuning(True)),
         "the same, use_cache=False": lambda: plain(base, tuning(False)),
         "generate, eager attention": lambda: plain(eager),
-        "generate with CopyMixture, eager attention": lambda: plain(eager, [CopyMixture(eager, attention_mask=mask)]),
+        "generate with CopyMixture, eager attention": lambda: plain(eager, [copying]),
+        "the same with preset='largepig', eager attention": lambda: plain(eager, [published]),
     }
+    contenders = {name: run for name, run in contenders.items() if arguments.only in name}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(arguments.rounds + 1):
         for name, run in contenders.items():  # in turns, so that a busy machine is unfair to all alike

@@ -12,6 +12,7 @@ answer. Then the time of 12 answers by `generate`, with the same attention imple
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections import Counter
@@ -164,9 +165,10 @@ def report(
     plain: Sequence[tuple[float, float]],
 ) -> None:
     """A row of the table."""
-    low, high = (sorted(copied)[int(share * (len(copied) - 1))] for share in (0.1, 0.9))
+    copied = sorted(copied or [0.0])
+    low, high = (copied[int(share * (len(copied) - 1))] for share in (0.1, 0.9))
     better = sum(a[1] > b[1] for a, b in zip(scored, plain, strict=True))
-    logp, lead = (statistics.mean(values) for values in zip(*scored, strict=True))
+    logp, lead = (statistics.mean(values) for values in zip(*(scored or [(math.nan, math.nan)]), strict=True))
     print(f"| {name} | {sum(map(degenerate, answers))} of {len(answers)} | {statistics.mean(copied):.3f} ({low:.3f} to"
           f" {high:.3f}) | {logp:.2f} | {lead:.2f} | {better} of {len(scored)} |", flush=True)  # fmt: skip
 
@@ -184,15 +186,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation="eager").eval()
-    cases = CASES[: options.cases]
+    cases = CASES[: max(options.cases, options.answers)]
+    judged = list(zip(cases, [prompt_of(tokenizer, case) for case in cases], strict=True))[: options.cases]
     bench = Bench(model, tokenizer, cases, options.new_tokens)
-    answers = range(min(options.answers, len(cases)))
+    answers = range(options.answers)
 
-    print(f"{options.model}: {len(cases)} texts, {len(answers)} answered, {options.threads} threads\n")
+    print(
+        f"{options.model}: {len(judged)} texts with scored names, {len(answers)} answered, {options.threads} threads\n"
+    )
     print("| | degenerate answers | copy probability, mean (10th to 90th percentile) | log-prob of the right name |"
           " its lead over a wrong one | lead above plain's |\n|---|---|---|---|---|---|")  # fmt: skip
     plain = [bench.greedy(i)[0] for i in answers]
-    margins = [bench.margin(c, p, None) for c, p in zip(cases, bench.prompts, strict=True)]
+    margins = [bench.margin(case, prompt, None) for case, prompt in judged]
     report("plain", plain, [0.0], margins, margins)
     examples = [("plain", plain)]
     for name in options.rules.split(","):
@@ -209,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 copied += seen
         scored = [
             bench.margin(case, prompt, lambda source: CopyMixture(model, source, **rule))  # noqa: B023
-            for case, prompt in zip(cases, bench.prompts, strict=True)
+            for case, prompt in judged
         ]
         report(name, found, copied, scored, margins)
         examples.append((name, found))
@@ -218,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for tokens in found[:4]:
             print(f"{name}: {tokenizer.decode(tokens)!r}")
 
+    if not answers:
+        return
     mixture = CopyMixture(model, heads=options.heads)
     times: dict[str, list[float]] = {"plain": [], "calibrated": []}
     for i in answers:  # in turns, so that a busy machine is unfair to both alike
