@@ -448,7 +448,7 @@ def test_held_out_pairs_are_whole_prompts() -> None:
 
 
 def as_rank(rank: int, port: int, given: str, out: str, more: list[str]) -> None:
-    """One process of two, as torchrun starts it."""
+    """One process of two, as torchrun starts it; the second is lost at step 5 if there are so many."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     for state in (AcceleratorState, GradientState, PartialState):
@@ -458,6 +458,12 @@ def as_rank(rank: int, port: int, given: str, out: str, more: list[str]) -> None
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
+
+    def lost(self, args, state, control, **kwargs) -> None:
+        if rank and state.global_step == 5:
+            os._exit(0)
+
+    callbacks.TrainProgress.on_step_end = lost  # of this process alone
     status, _, err = train(Path(given), Path(out), *more)
     Path(f"{out}.rank{rank}").write_text(f"{status}\n{err}")
 
@@ -478,7 +484,7 @@ def on_two_processes(given: Path, out: Path, *more: object) -> list[str]:
     for process in processes:
         process.join(240)
         assert process.exitcode == 0, process.exitcode
-    return [Path(f"{out}.rank{rank}").read_text() for rank in range(2)]
+    return [path.read_text() if (path := Path(f"{out}.rank{rank}")).exists() else "lost" for rank in range(2)]
 
 
 def test_two_processes_train_as_one_does(given: Path, tmp_path: Path) -> None:
@@ -499,3 +505,10 @@ def test_two_processes_train_as_one_does(given: Path, tmp_path: Path) -> None:
 def test_sharding_that_would_not_happen_is_refused(given: Path, tmp_path: Path) -> None:
     said = on_two_processes(given, tmp_path / "out", "--fsdp", "full_shard", "--fsdp-config", '{"version": 2}')
     assert all("--fsdp: accelerate shards models on accelerators alone, and there is none" in text for text in said)
+
+
+def test_a_lost_process_ends_in_one_sentence_and_the_checkpoint_stays(given: Path, tmp_path: Path) -> None:
+    said = on_two_processes(given, tmp_path / "out", "--monitor-pairs", 0)
+    assert said[1] == "lost" and said[0].startswith("2\n"), said
+    assert "a process of the run was lost" in said[0], said[0]
+    assert "checkpoint-3 is kept, and --resume goes on from it with the same number of processes" in said[0]
