@@ -155,7 +155,7 @@ def facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("data", f"{data['source']}; {data['train_pairs']} training pairs; {data['split']}"),
         ("prompts", "chat template" if training["chat_template"] else "plain text"),
         ("cut", cut),
-        ("left out", data["skipped"] or "nothing"),
+        ("left out", _left_out(data, training["max_length"])),
         ("loss", f"{' + '.join(map(str, training['loss']))}, β = {training['beta']:g}"),
         (
             "training",
@@ -167,3 +167,11 @@ def facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())),
     ]
     return [(name, printable(text)) for name, text in rows]
+
+
+def _left_out(data: Mapping[str, Any], max_length: int | None) -> str:
+    """Records that cannot be used, and pairs of which a cut would leave only the prompt."""
+    parts = [data["skipped"].removeprefix("left out ")] if data["skipped"] else []
+    if data["dropped_pairs"]:
+        parts.append(f"{data['dropped_pairs']} pairs, whose prompt alone has {max_length} tokens or more")
+    return "; ".join(parts) or "nothing"

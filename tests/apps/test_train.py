@@ -502,11 +502,13 @@ def test_two_processes_train_as_one_does(given: Path, tmp_path: Path) -> None:
     assert figures[0]["training"]["pairs_a_step"] == figures[1]["training"]["pairs_a_step"] == 4
 
 
+@pytest.mark.nightly
 def test_sharding_that_would_not_happen_is_refused(given: Path, tmp_path: Path) -> None:
     said = on_two_processes(given, tmp_path / "out", "--fsdp", "full_shard", "--fsdp-config", '{"version": 2}')
     assert all("--fsdp: accelerate shards models on accelerators alone, and there is none" in text for text in said)
 
 
+@pytest.mark.nightly
 def test_a_lost_process_ends_in_one_sentence_and_the_checkpoint_stays(given: Path, tmp_path: Path) -> None:
     said = on_two_processes(given, tmp_path / "out", "--monitor-pairs", 0)
     assert said[1] == "lost" and said[0].startswith("2\n"), said
