@@ -142,7 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clock = Clock()
     seeds = range(chosen.seed, chosen.seed + (2 if chosen.tiny else SEEDS))
     pairs, epochs = (256, 12) if chosen.tiny else (PAIRS, EPOCHS)
-    results: dict[str, Any] = {"pairs": pairs, "seeds": len(seeds), "budget": BUDGET, "shifts": {}}
+    results: dict[str, Any] = {
+        "pairs": pairs,
+        "seeds": len(seeds),
+        "budget": BUDGET,
+        "link_shifts": list(SHIFTS),
+        "shifts": {},
+    }
     curves: dict[str, Any] = {}
     for shift in SHIFTS:
         rows: dict[str, Any] = {}
