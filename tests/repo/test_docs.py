@@ -173,8 +173,7 @@ def test_the_losses_page(number):
     run(blocks("losses.md")[number], f"docs/losses.md, snippet {number + 1}", {})
 
 
-RUN_ELSEWHERE = {
-    "frameworks.md",  # integrations/test_frameworks.py"linear.md", "logits.md", "scaling.md"}
+RUN_ELSEWHERE = {"frameworks.md", "linear.md", "logits.md", "scaling.md"}
 
 
 def test_every_snippet_is_run():
