@@ -255,7 +255,7 @@ def test_the_command_line_of_trl_starts_ours(monkeypatch):
     assert qkernels.__version__
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft"])
+@pytest.mark.parametrize("name", ["dpo", "kto", "sft"])
 def test_training_by_the_command_line_of_trl(name, tmp_path, monkeypatch):
     """TRL's own script in this process, as a process of accelerate runs it."""
     pytest.importorskip("trl", reason="TRL is not installed")
@@ -270,6 +270,9 @@ def test_training_by_the_command_line_of_trl(name, tmp_path, monkeypatch):
     rows = hf_models.preferences()
     if name == "sft":
         rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    elif name == "kto":
+        sides = (("chosen", True), ("rejected", False))
+        rows = [{"prompt": r["prompt"], "completion": r[side], "label": good} for r in rows for side, good in sides]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
@@ -279,18 +282,17 @@ def test_training_by_the_command_line_of_trl(name, tmp_path, monkeypatch):
     }  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["trl", *(part for k, v in options.items() for part in (f"--{k}", str(v)))])
     made = []
-    if name == "dpo":
-        from qkernels.integrations.trl import TokenDPOTrainer
-
-        initial = TokenDPOTrainer.__init__
-        monkeypatch.setattr(TokenDPOTrainer, "__init__", lambda self, **kw: (made.append(self), initial(self, **kw))[1])
+    if name in command.OURS:
+        trainer = getattr(importlib.import_module("qkernels.integrations.trl"), f"Token{name.upper()}Trainer")
+        initial = trainer.__init__
+        monkeypatch.setattr(trainer, "__init__", lambda self, **kw: (made.append(self), initial(self, **kw))[1])
     try:
         with patches.Patch() as patch:
             command._train(name, patch)
     finally:
         unpatch_trl()
     assert (tmp_path / "out" / "config.json").exists()
-    assert len(made) == (name == "dpo")
+    assert len(made) == (name in command.OURS)
 
 
 # --- the recipes of the documentation ------------------------------------------------------------------------------

@@ -19,7 +19,11 @@ from .patch import patch_trl
 from .version import require_trl
 
 # TRL's command -> its names that are replaced, with ours.
-OURS = {"dpo": {"DPOTrainer": "TokenDPOTrainer", "DPOConfig": "TokenDPOConfig"}}
+OURS = {
+    "dpo": {"DPOTrainer": "TokenDPOTrainer", "DPOConfig": "TokenDPOConfig"},
+    "kto": {"KTOTrainer": "TokenKTOTrainer"},
+    "grpo": {"GRPOTrainer": "TokenGRPOTrainer"},
+}
 
 
 def run_trl(arguments: Sequence[str]) -> int:
