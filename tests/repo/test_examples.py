@@ -325,7 +325,18 @@ def test_published_qstar_meets_the_requirement():
 
 
 @pytest.mark.parametrize(
-    "name", ["credit", "beam", "decline", "credit-smollm2", "beam-smollm2", "decline-smollm2", "qstar", "single_index"]
+    "name",
+    [
+        "credit",
+        "beam",
+        "decline",
+        "credit-smollm2",
+        "beam-smollm2",
+        "decline-smollm2",
+        "qstar",
+        "single_index",
+        "search",
+    ],
 )
 def test_published_figures_are_those_of_the_files(name):
     """Every decimal and percentage that docs/results.md gives of an experiment is some number of its file."""
