@@ -258,7 +258,7 @@ def _raise(error: BaseException):
         (["--max-length", "4"], "--max-length must be 16 or more"),
         (["--seed", "-1"], "--seed must be 0 or more"),
         (["--seed", str(2**64)], "--seed must be below"),
-        (["--loss", "dpo"], "--loss must be one of aot, "),
+        (["--loss", "dpo"], "--loss must be one of alphapo, aot, "),
         (["--data", "absent.json"], "absent.json: no such file"),
         (["--colour"], "unrecognized arguments"),
     ],

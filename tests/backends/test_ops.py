@@ -188,7 +188,7 @@ def linear_args(backend, dtype, columns, live=False, bias=True, softcap=None, st
     reference = (None,) * 3
     if live:
         reference = (batch.reference_hidden.flatten(0, 1), batch.reference_weight, batch.reference_bias)
-    how = (columns, 0.7, softcap, 1.3, -100, dtype, dtype, 3, backend.name)
+    how = (columns, 0.7, softcap, 1.3, -100, dtype, dtype, 3, backend.name, False)
     return (hidden, batch.weight, batch.bias, *reference, batch.labels.flatten()), how
 
 

@@ -205,8 +205,8 @@ class Described:
         self.shape, self.dtype, self.device, self._strides = tensor.shape, tensor.dtype, tensor.device, strides
         self._address = (1 << 40) + 2 * offset
 
-    def stride(self, dim):
-        return self._strides[dim]
+    def stride(self, dim=None):
+        return tuple(self._strides) if dim is None else self._strides[dim]
 
     def element_size(self):
         return 2
