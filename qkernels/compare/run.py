@@ -55,6 +55,11 @@ def run_compare(options: CompareOptions, stream: TextIO | None = None) -> dict[s
     """
     options.check()
     _refuse_folder(options)
+    try:
+        models.refuse_absent("--model", options.model)
+        models.refuse_absent("--tokenizer", options.tokenizer)
+    except ScoreError as error:
+        raise CompareError(str(error)) from None
     progress = Progress(stream or sys.stderr)
     rollouts = read_rollouts(options.engine, options.limit)
     engine = [torch.tensor(rollout.logps, dtype=torch.float64) for rollout in rollouts]
@@ -109,7 +114,6 @@ def _of_model(
     if missing:
         raise CompareError(f"a model needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     try:
-        models.refuse_absent("--model", options.model)
         device = models.device_of(options.device)
         with quiet_transformers():
             model = models.load_model("--model", options.model, options, device)
