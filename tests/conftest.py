@@ -95,6 +95,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker("quick")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _threads_of_wider_fixtures():
+    """Fixtures of a module or session run before `_seed_and_threads`: what they compute is on the tests' threads too.
+
+    Torch's products have other bits on another number of threads, and several tests compare such a fixture's run with
+    a run of their own bit for bit.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("QKERNELS_TEST_THREADS", 1)))
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_threads(request):
     """Each test draws the same numbers whatever ran before it, and leaves torch's thread count as it was.
