@@ -12,10 +12,9 @@
 // Aliasing: `out` of a gradient may be the logits themselves: each vector is read before the same vector is written.
 // The reference is never written.
 //
-// Numerics: see core/softmax.h. Within a block, 2 * kLanes partial sums of 2048 / (2 * kLanes) terms each are kept in
-// fp32; blocks are added in double. So no fp32 sum has more than 256 terms (64 with AVX-512), and what a sum loses does
-// not grow with the vocabulary. The sum of exponentials has the same bits whatever else is gathered and whether the
-// other model is there: cached and live reference log-probs are equal.
+// Numerics: see core/softmax.h. Partial sums of at most kTerms terms each are kept in fp32, and added in double. So
+// what a sum loses grows neither with the vocabulary nor with narrower vectors. The sum of exponentials has the same
+// bits whatever else is gathered and whether the other model is there: cached and live reference log-probs are equal.
 #include "row_kernels.h"
 
 #include <algorithm>
@@ -34,6 +33,11 @@ namespace {
 constexpr int kUnroll = 2;
 constexpr int kStep = kUnroll * kLanes;
 static_assert(kBlock % kStep == 0, "a block is a whole number of unrolled steps");
+
+// Terms of an fp32 sum. Next to the maximum's own term, 1, each other one is rounded to a multiple of 2^-23: where they
+// are all about that small, a lane loses up to kTerms 2^-24, and nearly as much in one direction.
+constexpr int64_t kTerms = 64;
+constexpr int64_t kRun = kTerms * kStep;
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -134,9 +138,9 @@ float max_of_block(const T* z, int64_t n) {
   return maximum(m);
 }
 
-// Sums of a block of one model, and its maximum.
+// Sums of at most kRun elements of one model, and their maximum.
 template <Gather kGather, class T>
-Sums sum_block(const T* z, int64_t n, const Shift& shift) {
+Sums sum_run(const T* z, int64_t n, const Shift& shift) {
   const Exp2<5> exp2(1);
   Vec m[kUnroll], s[kUnroll] = {}, st[kUnroll] = {}, sq[kUnroll] = {}, raw[kUnroll] = {};
   for (int u = 0; u < kUnroll; ++u) m[u] = splat(kMinusInfinity);
@@ -167,9 +171,17 @@ Sums sum_block(const T* z, int64_t n, const Shift& shift) {
   return sums;
 }
 
-// The same of both models at once, with sum e (t - t of the other model) of each.
+// The same of a block.
 template <Gather kGather, class T>
-RowSums sum_pair(const T* policy, const T* reference, int64_t n, const Shift& shift, const Shift& reference_shift) {
+Sums sum_block(const T* z, int64_t n, const Shift& shift) {
+  Sums sums;
+  for (int64_t i = 0; i < n; i += kRun) add(sums, sum_run<kGather>(z + i, std::min(kRun, n - i), shift));
+  return sums;
+}
+
+// Sums of at most kRun elements of both models at once, with sum e (t - t of the other model) of each.
+template <Gather kGather, class T>
+RowSums sum_pair_run(const T* policy, const T* reference, int64_t n, const Shift& shift, const Shift& reference_shift) {
   Vec m[kUnroll], s[kUnroll] = {}, st[kUnroll] = {}, sq[kUnroll] = {}, raw[kUnroll] = {};
   Vec rm[kUnroll], rs[kUnroll] = {}, cross[kUnroll] = {}, rcross[kUnroll] = {};
   const Exp2<5> exp2(1);
@@ -206,6 +218,18 @@ RowSums sum_pair(const T* policy, const T* reference, int64_t n, const Shift& sh
   sums.reference.max = maximum(rm);
   sums.reference.exp = total(rs);
   sums.reference.cross = total(rcross);
+  return sums;
+}
+
+// The same of a block.
+template <Gather kGather, class T>
+RowSums sum_pair(const T* policy, const T* reference, int64_t n, const Shift& shift, const Shift& reference_shift) {
+  RowSums sums;
+  for (int64_t i = 0; i < n; i += kRun) {
+    const RowSums run = sum_pair_run<kGather>(policy + i, reference + i, std::min(kRun, n - i), shift, reference_shift);
+    add(sums.policy, run.policy);
+    add(sums.reference, run.reference);
+  }
   return sums;
 }
 
