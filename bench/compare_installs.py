@@ -213,6 +213,94 @@ def mdp(qk: Any, backend: str, dtype: torch.dtype, packed: bool, reference: str)
     return call
 
 
+def policy(qk: Any, backend: str, dtype: torch.dtype, packed: bool, loss: dict[str, Any]) -> Call:
+    """`fused_policy_loss`, and `fused_linear_policy_loss` with the name of its plan."""
+
+    def call() -> dict[str, Tensor | None]:
+        labels = labels_of((26,) if packed else (6, 5), 67)
+        own = {
+            "advantages": normal(6, key=51), "old_logps": -4 - 0.3 * normal(*labels.shape, key=52).abs(),
+            "reference_logps": -4 - 0.3 * normal(*labels.shape, key=53).abs(), "backend": backend, **loss,
+        }  # fmt: skip
+        return by_unit(
+            labels, (dtype, packed),
+            lambda logits, ends: qk.fused_policy_loss(logits, labels, cu_seqlens=ends, **own),
+            lambda *head, ends: qk.fused_linear_policy_loss(*head, labels, cu_seqlens=ends, **own),
+            lambda *head, ends: qk.plan_linear_policy(*head, labels, cu_seqlens=ends, **own),
+        )  # fmt: skip
+
+    return call
+
+
+def unpaired(qk: Any, backend: str, dtype: torch.dtype, packed: bool, loss: dict[str, Any]) -> Call:
+    """`fused_sequence_loss`, and `fused_linear_sequence_loss` with the name of its plan."""
+
+    def call() -> dict[str, Tensor | None]:
+        labels = labels_of((26,) if packed else (6, 5), 67)
+        own = {"reference_logps": -4 - 0.3 * normal(*labels.shape, key=53).abs(), "backend": backend, **loss}
+        given = (labels, torch.tensor([True, False, True, True, False, False]))
+        return by_unit(
+            labels, (dtype, packed),
+            lambda logits, ends: qk.fused_sequence_loss(logits, *given, cu_seqlens=ends, **own),
+            lambda *head, ends: qk.fused_linear_sequence_loss(*head, *given, cu_seqlens=ends, **own),
+            lambda *head, ends: qk.plan_linear_sequences(*head, *given, cu_seqlens=ends, **own),
+        )  # fmt: skip
+
+    return call
+
+
+def by_unit(
+    labels: Tensor,
+    how: tuple[torch.dtype, bool],
+    rows: Callable[..., Any],
+    linear: Callable[..., Any],
+    plan_of: Callable[..., Any],
+) -> dict[str, Tensor | None]:
+    """A loss of tokens or sequences from logits and from hidden states, and its plan."""
+    logits, ends = pairs_of(67, *how, 54)
+    hidden, weight = pairs_of(16, *how, 55)[0], (normal(67, 16, key=56) / 2).to(how[0])
+    for leaf in (logits, hidden, weight):
+        leaf.requires_grad_()
+    out = rows(logits, ends)
+    found = results(flat(out), [out.loss], {"logits": logits})
+    plan = plan_of(hidden, weight, ends=ends)
+    out = linear(hidden, weight, ends=ends)
+    more = results(flat(out), [out.loss], {"hidden": hidden, "weight": weight})
+    facts = torch.tensor([*plan.name.encode(), *(x for x in plan if isinstance(x, int))])
+    return found | {f"linear: {name}": value for name, value in more.items()} | {"plan": facts}
+
+
+def flat(out: Any) -> dict[str, Any]:
+    """The fields of a result, and those of the results in it."""
+    found: dict[str, Any] = {}
+    for name, value in out._asdict().items():
+        inner = flat(value) if hasattr(value, "_asdict") else None
+        found |= {name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()}
+    return found
+
+
+def policies_of(qk: Any) -> dict[str, dict[str, Any]]:
+    """Every policy loss with the arguments that select it; none where an installation has none."""
+    if not hasattr(qk, "fused_linear_policy_loss"):
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, objective in qk.objectives.POLICY_OBJECTIVES.items():
+        length = {"max_completion_length": 9} if objective.reduction == "fixed_length" else {}
+        found[name] = {"loss_type": name, "beta": 0.1, **length}
+    found["grpo, with an entropy bonus"] = {"entropy_coef": 0.01, "outputs": ("entropy",)}
+    return found
+
+
+def unpaired_of(qk: Any) -> dict[str, dict[str, Any]]:
+    """Every loss on plain sequences with the arguments that select it; none where an installation has none."""
+    if not hasattr(qk, "fused_linear_sequence_loss"):
+        return {}
+    found = {}
+    for name, objective in qk.objectives.SEQUENCE_OBJECTIVES.items():
+        found[name] = {"loss_type": name, "beta": 0.3, **({"kl": 0.1} if objective.needs_kl else {})}
+    return found
+
+
 def losses_of(qk: Any) -> dict[str, dict[str, Any]]:
     """Every loss with the arguments that select it, and the options that act on all of them."""
     found: dict[str, dict[str, Any]] = {}
@@ -263,6 +351,12 @@ def grid(qk: Any) -> Iterator[tuple[str, Call]]:
                     for head, how in HEADS.items():
                         name = f"fused_linear_token_dpo: {where}, {loss}, {head}"
                         yield name, from_hidden(qk, backend, dtype, packed, options, reference, how)
+            for packed in (False, True):
+                where = f"{run}, {'packed' if packed else 'dense'}"
+                for loss, options in policies_of(qk).items():
+                    yield f"fused_policy_loss: {where}, {loss}", policy(qk, backend, dtype, packed, options)
+                for loss, options in unpaired_of(qk).items():
+                    yield f"fused_sequence_loss: {where}, {loss}", unpaired(qk, backend, dtype, packed, options)
             heads, frozen_or_not = ("plain", "softcap", "small chunks"), (False, True)
             for head, frozen, shape in itertools.product(heads, frozen_or_not, ((5, 16, 67), (40, 96, 1003))):
                 where = f"{run}, {head}, {'frozen' if frozen else 'trained'} head, {shape}"

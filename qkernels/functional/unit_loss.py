@@ -193,6 +193,7 @@ def _columns(
     loss: UnitLoss[Any], outputs: Sequence[str], has_model: bool, model_name: str
 ) -> tuple[int, tuple[str, ...]]:
     """Mask of the per-row results, and the names of those that the caller wants besides."""
+    outputs = checks.names(outputs, "outputs")
     if not outputs:
         return loss.columns, ()
     read = ("reference_logps",) if has_model else ()

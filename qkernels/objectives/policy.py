@@ -197,10 +197,13 @@ def resolve_policy(loss_type: str | Callable[..., Tensor], options: Mapping[str,
         found = PolicyObjective("", loss_type, _options(loss_type), unit=unit, scaled=False)
     else:
         raise TypeError(f"loss_type must be a name or a callable, got {type(loss_type).__name__}")
-    unknown = sorted(set(options) - set(found.options))
+    unknown = sorted(set(options) - set(found.options), key=str)
     if unknown:
         label = found.name or getattr(loss_type, "__name__", "of the caller")
-        raise ValueError(f"options {unknown} unknown to loss_type {label}; known: {sorted(found.options)}")
+        raise ValueError(
+            f"options {unknown}, given by name or in loss_kwargs, unknown to loss_type {label}; known:"
+            f" {sorted(found.options)}"
+        )
     if found.name:
         for name, value in options.items():
             _check_option(name, value)

@@ -23,13 +23,19 @@ import qkernels as qk
 from fuzz import wrong_calls
 
 FUNCTIONS = wrong_calls.FUNCTIONS
-# What is not a tensor, or cannot be one where there is one process.
+# What is not a tensor, or cannot be one where there is one process. (A temperature can be one in the losses by unit.)
 PLAIN = {
     "temperature", "ignore_index", "inplace_backward", "backend", "outputs", "detached", "beta", "loss_type",
     "loss_weights", "label_smoothing", "loss_kwargs", "reduction", "softcap", "logit_scale", "plan", "max_chunk_bytes",
-    "tp_group", "sp_group",
+    "tp_group", "sp_group", "logits_dtype", "on_policy", "epsilon", "epsilon_high", "delta",
+    "importance_sampling_level", "importance_correction", "correction_min", "correction_max", "entropy_coef",
+    "max_completion_length",
 }  # fmt: skip
 HIDDEN = ("reference_hidden", "reference_weight", "reference_bias")
+HEAD = ("hidden", "weight", "labels", "bias", *HIDDEN, "cu_seqlens", "valid_rows", "temperature")
+LOGITS = ("logits", "labels", "reference_logits", "cu_seqlens", "temperature")
+POLICY = ("advantages", "old_logps", "reference_logps", "sampling_logps", "num_items_in_batch")
+SEQUENCE = ("desirable", "reference_logps", "kl", "kl_logps", "kl_reference_logps", "token_weights")
 # function -> its tensor arguments.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "token_logps": ("logits", "labels"),
@@ -49,6 +55,12 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     ),
     "token_mdp": ("logits", "labels", "reference_logits", "reference_logps", "cu_seqlens"),
     "shift_labels": ("labels", "mask", "cu_seqlens"),
+    "fused_policy_loss": (*LOGITS, *POLICY),
+    "fused_linear_policy_loss": (*HEAD, *POLICY),
+    "plan_linear_policy": (*HEAD, *POLICY),
+    "fused_sequence_loss": (*LOGITS, *SEQUENCE),
+    "fused_linear_sequence_loss": (*HEAD, *SEQUENCE),
+    "plan_linear_sequences": (*HEAD, *SEQUENCE),
 }  # fmt: skip
 VOCAB = 131
 TRAINED = ("logits", "policy_logits", "hidden", "weight", "bias", "policy_hidden", "lm_head_weight", "lm_head_bias")
@@ -59,8 +71,9 @@ WEIGHTS = ("weight", "lm_head_weight", "reference_weight")
 def test_the_table_has_every_argument():
     public = {name for name in qk.__all__ if inspect.isfunction(getattr(qk, name))}
     assert public == {*FUNCTIONS, "info"} == {*ARGUMENTS, "info"}
-    for function, call in FUNCTIONS.items():
-        assert {*inspect.signature(call).parameters} - PLAIN == {*ARGUMENTS[function]}, function
+    for function in FUNCTIONS:
+        named = {*ARGUMENTS[function]}
+        assert {*wrong_calls.parameters(function)} - (PLAIN - named) == named, function
     assert not inspect.signature(qk.info).parameters
 
 
@@ -158,8 +171,19 @@ def arguments(function: str, argument: str, dtype: torch.dtype) -> dict[str, Any
     if argument == "mask":
         given["mask"] = torch.rand(rows, generator=g) < 0.6
     if argument == "valid_rows":
-        of_sequences = function in ("fused_linear_token_dpo", "plan_linear")
+        of_sequences = function in ("fused_linear_token_dpo", "plan_linear", *wrong_calls.FROM_HIDDEN)
         given["valid_rows"] = torch.tensor([4, 4]) if of_sequences else torch.tensor(8)
+    if argument == "temperature":
+        given["temperature"] = torch.rand(rows, generator=g) + 0.5
+    if argument == "advantages":
+        given["advantages"] = torch.randn(rows, generator=g)
+    if argument == "num_items_in_batch":
+        given |= {"reduction": "items", "num_items_in_batch": torch.tensor(6.0)}
+    if argument == "kl":
+        given["kl"] = torch.tensor(0.25)
+    if argument in ("kl_logps", "kl_reference_logps"):
+        del given["kl"]
+        given["kl_logps"], given["kl_reference_logps"] = torch.rand(2, 3, generator=g)
     return {
         name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in given.items()
@@ -176,6 +200,9 @@ def results(function: str, given: dict[str, Any]) -> dict[str, Tensor]:
     if isinstance(out, qk.LinearPlan):
         return {"plan": out._replace(peak_bytes=0)}  # type: ignore[dict-item]
     fields = out._asdict() if hasattr(out, "_asdict") else {"result": out}
+    for name in ("metrics", "stats"):
+        if (several := fields.pop(name, None)) is not None:
+            fields |= {f"{name}.{key}": value for key, value in several._asdict().items()}
     found = {name: value for name, value in fields.items() if value is not None}
     total = [value.double().sum() for value in found.values() if value.requires_grad]
     if total:
@@ -196,7 +223,7 @@ def compare(actual: dict[str, Any], expected: dict[str, Any], layout: str, bits:
             continue
         got = actual[name].as_subclass(Tensor)
         assert got.dtype == value.dtype and got.shape == value.shape, f"{layout}: {name}"
-        if bits:
+        if bits or not value.is_floating_point():
             assert torch.equal(got, value), f"{layout}: {name} differs by {(got - value).abs().max().item():.3g}"
         else:
             eps = torch.finfo(value.dtype).eps
@@ -216,10 +243,10 @@ CASES = [(function, argument) for function, names in ARGUMENTS.items() for argum
 @pytest.mark.parametrize("function, argument", CASES)
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)
 def test_layouts(backend, function, argument, dtype, tmp_path):
-    if function in ("plan_linear", "shift_labels") and (backend.name, dtype) != ("torch", torch.float32):
+    if (function.startswith("plan_linear") or function == "shift_labels") and (backend.name, dtype) != ("torch", torch.float32):
         pytest.skip("runs no backend")
     given = arguments(function, argument, dtype)
-    if "backend" in inspect.signature(FUNCTIONS[function]).parameters:
+    if "backend" in wrong_calls.parameters(function):
         given["backend"] = backend.name
     given = {name: value.to(backend.device) if isinstance(value, Tensor) else value for name, value in given.items()}
     for layout, lay in LAYOUTS.items():
@@ -242,7 +269,7 @@ def test_layouts(backend, function, argument, dtype, tmp_path):
 
 
 def _signature(function: str) -> str:
-    return " ".join(inspect.signature(FUNCTIONS[function]).parameters)
+    return " ".join(wrong_calls.parameters(function))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -255,21 +282,25 @@ def test_no_rows(backend, function, shape):
             last = value.shape[2:]
             given[name] = value.new_zeros((*shape, *last)).to(backend.device)
         elif isinstance(value, Tensor):
-            given[name] = value.to(backend.device)
-    if "backend" in inspect.signature(FUNCTIONS[function]).parameters:
+            per_token = value.shape == (2, 4)
+            given[name] = (value.new_zeros(shape) if per_token else value).to(backend.device)
+    if "backend" in wrong_calls.parameters(function):
         given["backend"] = backend.name
-    if shape[0] == 0 and ("policy_logits" in given or "policy_hidden" in given):
+    by_unit = function in (*wrong_calls.POLICY, *wrong_calls.SEQUENCE)
+    if shape[0] == 0 and (by_unit or "policy_logits" in given or "policy_hidden" in given):
         with pytest.raises(ValueError, match="empty batch"):
             FUNCTIONS[function](**given)
         return
     found = results(function, given)
     for name, value in found.items():
-        if name in ("plan", "loss"):
+        if name in ("plan", "loss", "kl") or name.startswith("metrics."):
             continue
         if name.startswith("gradient"):
             assert bool((value == 0).all()), name
         elif name.endswith("_rewards") and name != "token_rewards" and "policy" in _signature(function):
             assert value.tolist() == [0.0]
+        elif by_unit and name == "rewards":
+            assert value.tolist() == [0.0, 0.0]
         else:
             assert value.shape == shape, name
     if "loss" in found:

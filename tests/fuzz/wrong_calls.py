@@ -23,9 +23,21 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(qk, name)
     for name in (
         "token_logps", "token_stats", "fused_token_dpo", "linear_token_logps", "linear_token_stats",
-        "fused_linear_token_dpo", "plan_linear", "token_mdp", "shift_labels",
+        "fused_linear_token_dpo", "plan_linear", "token_mdp", "shift_labels", "fused_policy_loss",
+        "fused_linear_policy_loss", "plan_linear_policy", "fused_sequence_loss", "fused_linear_sequence_loss",
+        "plan_linear_sequences",
     )
 }  # fmt: skip
+POLICY = ("fused_policy_loss", "fused_linear_policy_loss", "plan_linear_policy")
+SEQUENCE = ("fused_sequence_loss", "fused_linear_sequence_loss", "plan_linear_sequences")
+FROM_HIDDEN = (*POLICY[1:], *SEQUENCE[1:])
+# What takes the arguments of another function by name.
+SAME_ARGUMENTS = {"plan_linear_policy": "fused_linear_policy_loss", "plan_linear_sequences": "fused_linear_sequence_loss"}
+
+
+def parameters(function: str) -> list[str]:
+    """The names of all arguments."""
+    return [*inspect.signature(FUNCTIONS[SAME_ARGUMENTS.get(function, function)]).parameters]
 
 
 def _generator() -> torch.Generator:
@@ -58,6 +70,18 @@ def base(function: str, packed: bool = False, vocab: int = V, size: int = H) -> 
     if function in ("fused_linear_token_dpo", "plan_linear"):
         common |= {"policy_hidden": hidden, "lm_head_weight": weight} | ({"cu_seqlens": ends} if packed else {})
         common |= {"reference_hidden": reference_hidden, "reference_weight": reference_weight}
+    if function in (*POLICY, *SEQUENCE):
+        rows_of = {"logits": logits, "reference_logits": reference}
+        if function in FROM_HIDDEN:
+            rows_of = {"hidden": hidden, "weight": weight}
+            rows_of |= {"reference_hidden": reference_hidden, "reference_weight": reference_weight}
+        common |= rows_of | ({"cu_seqlens": ends} if packed else {})
+        old, sampling = (-3 * torch.rand(*rows, generator=g) for _ in range(2))
+        if function in POLICY:
+            common |= {"advantages": torch.tensor([1.0, -0.7]), "old_logps": old, "sampling_logps": sampling}
+            common |= {"importance_correction": "token_truncate", "beta": 0.1, "outputs": ["entropy"]}
+        else:
+            common |= {"desirable": torch.tensor([True, False]), "kl": 0.1, "outputs": ["entropy"]}
     if function == "shift_labels" and packed:
         common["cu_seqlens"] = ends
     return common
@@ -147,6 +171,37 @@ WRONG: dict[str, list[Any]] = {
         torch.tensor(8, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int32),
         torch.tensor([0, -4, 8], dtype=torch.int32), torch.tensor([0, 4, 8], dtype=torch.int32, device="meta"),
     ],
+    "logits_dtype": ["bfloat16", "float16", "", None, 16, torch.float32, ["input"]],
+    "advantages": [
+        None, 1.0, [1.0, -1.0], "x", torch.zeros(3), torch.zeros(()), torch.zeros(2, 5), torch.zeros(2, 4, 1),
+        torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, device="meta"),
+    ],
+    **{
+        n: [3.0, "x", [0.0], torch.zeros(3), torch.zeros(2), torch.zeros(()), torch.zeros(2, 5), torch.zeros(2, 4, 1),
+            torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4, device="meta")]
+        for n in ("old_logps", "sampling_logps")
+    },
+    "on_policy": [1, None, "yes", 0.0, True],
+    "epsilon": [-0.1, 1.0, math.nan, math.inf, "1", True, [0.1], torch.ones(2)],
+    "epsilon_high": [-0.1, math.nan, math.inf, "1", True, [0.1], torch.ones(2)],
+    "delta": [0, -0.1, math.nan, math.inf, "1", True, [0.1], torch.ones(2)],
+    "importance_sampling_level": ["nope", "", 3, True, ["token"]],
+    "importance_correction": ["nope", "", 3, True, ["token_mask"]],
+    **{n: [-0.1, math.nan, math.inf, "1", True, [0.1], torch.ones(2)] for n in ("correction_min", "correction_max")},
+    "entropy_coef": [math.nan, math.inf, "1", True, None, [0.1], torch.ones(2)],
+    "num_items_in_batch": [-1, math.nan, math.inf, "1", True, [8], torch.ones(2)],
+    "max_completion_length": [0, -1, 1.5, "1", True, None, [8]],
+    "desirable": [
+        None, True, [True, False], "x", torch.ones(2), torch.ones(2, dtype=torch.int64),
+        torch.ones(3, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool), torch.tensor(True),
+        torch.ones(2, dtype=torch.bool, device="meta"),
+    ],
+    "kl": [-1.0, math.nan, math.inf, "1", True, [0.1], torch.ones(2), torch.tensor(-1.0)],
+    **{
+        n: [3.0, "x", [0.0], None, torch.zeros(3), torch.zeros(()), torch.zeros(0), torch.zeros(2, 1),
+            torch.zeros(2, dtype=torch.int64), torch.zeros(2, device="meta")]
+        for n in ("kl_logps", "kl_reference_logps")
+    },
     "tp_group": [3, "x"],
     "sp_group": [3, "x"],
 }  # fmt: skip
@@ -165,8 +220,8 @@ def _fine(function: str, argument: str, wrong: Any) -> bool:
 def all_wrong_calls() -> list[tuple[str, str, int]]:
     """Every function, argument and number of a wrong value."""
     found = []
-    for function, call in FUNCTIONS.items():
-        for argument in inspect.signature(call).parameters:
+    for function in FUNCTIONS:
+        for argument in parameters(function):
             for i, wrong in enumerate(values(function, argument)):
                 if not _fine(function, argument, wrong):
                     found.append((function, argument, i))
@@ -176,8 +231,20 @@ def all_wrong_calls() -> list[tuple[str, str, int]]:
 def values(function: str, argument: str) -> list[Any]:
     """Wrong values of an argument; KeyError for one that the table lacks."""
     if argument == "valid_rows":
-        return WRONG_COUNTS if function in ("fused_linear_token_dpo", "plan_linear") else WRONG_COUNT
-    return WRONG[argument]
+        of_sequences = function in ("fused_linear_token_dpo", "plan_linear", *FROM_HIDDEN)
+        return WRONG_COUNTS if of_sequences else WRONG_COUNT
+    wrong = WRONG[argument]
+    if function in (*POLICY, *SEQUENCE):
+        if argument == "outputs":  # none are the default
+            return wrong[1:]
+        if argument == "cu_seqlens":  # an odd number of sequences is one too many for the other arguments only
+            return [w for w in wrong if not (isinstance(w, torch.Tensor) and w.shape == (4,))]
+    if function in POLICY:
+        if argument == "beta":  # no penalty
+            return wrong[2:]
+        if argument == "reduction":  # the loss's own
+            return [w for w in wrong if w is not None]
+    return wrong
 
 
 def arguments(function: str, argument: str, wrong: Any) -> dict[str, Any]:
@@ -186,6 +253,13 @@ def arguments(function: str, argument: str, wrong: Any) -> dict[str, Any]:
     if argument == "reference_logps":
         for name in ("reference_logits", "reference_hidden", "reference_weight"):
             given.pop(name, None)
+    if argument == "num_items_in_batch":
+        given["reduction"] = "items"
+    if argument == "max_completion_length":
+        given["reduction"] = "fixed_length"
+    if argument in ("kl_logps", "kl_reference_logps"):
+        del given["kl"]
+        given |= {"kl_logps": torch.zeros(2), "kl_reference_logps": torch.zeros(2)}
     if argument == "label_smoothing":
         given["loss_type"] = "sigmoid"
     given[argument] = wrong
@@ -201,6 +275,7 @@ ALSO = {
     "loss_kwargs": "loss_kwargs|ld_alpha|f_divergence|use_weighting|discopop_tau",
     "valid_rows": "valid_rows",
     "hidden": "hidden",
+    "kl_logps": "kl_reference_logps",
 }
 
 
@@ -208,7 +283,7 @@ def attempt(function: str, argument: str, number: int, backend: str = "auto") ->
     """Make one wrong call; `Mismatch` unless it is refused as promised."""
     wrong = values(function, argument)[number]
     given = arguments(function, argument, wrong)
-    if argument != "backend" and "backend" in inspect.signature(FUNCTIONS[function]).parameters:
+    if argument != "backend" and "backend" in parameters(function):
         given["backend"] = backend
     shown = f"{function}({argument}={_shown(wrong)})"
     try:

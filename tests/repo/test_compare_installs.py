@@ -62,6 +62,10 @@ def test_every_public_function_and_loss_is_called():
     assert len(names) == len(set(names))
     for loss in qkernels.objectives.OBJECTIVES:
         assert any(f", {loss}, pairs" in name for name in names)
+    for loss in qkernels.objectives.POLICY_OBJECTIVES:
+        assert any(name.startswith("fused_policy_loss") and name.endswith(f", {loss}") for name in names)
+    for loss in qkernels.objectives.SEQUENCE_OBJECTIVES:
+        assert any(name.startswith("fused_sequence_loss") and name.endswith(f", {loss}") for name in names)
     text = Path(compare.__file__).read_text(encoding="utf-8")
     functions = [name for name in qkernels.__all__ if name.islower() and callable(getattr(qkernels, name))]
     assert {"fused_linear_token_dpo", "token_mdp"} <= set(functions)
