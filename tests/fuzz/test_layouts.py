@@ -243,7 +243,10 @@ CASES = [(function, argument) for function, names in ARGUMENTS.items() for argum
 @pytest.mark.parametrize("function, argument", CASES)
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)
 def test_layouts(backend, function, argument, dtype, tmp_path):
-    if (function.startswith("plan_linear") or function == "shift_labels") and (backend.name, dtype) != ("torch", torch.float32):
+    if (function.startswith("plan_linear") or function == "shift_labels") and (backend.name, dtype) != (
+        "torch",
+        torch.float32,
+    ):
         pytest.skip("runs no backend")
     given = arguments(function, argument, dtype)
     if "backend" in wrong_calls.parameters(function):

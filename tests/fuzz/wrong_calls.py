@@ -32,7 +32,10 @@ POLICY = ("fused_policy_loss", "fused_linear_policy_loss", "plan_linear_policy")
 SEQUENCE = ("fused_sequence_loss", "fused_linear_sequence_loss", "plan_linear_sequences")
 FROM_HIDDEN = (*POLICY[1:], *SEQUENCE[1:])
 # What takes the arguments of another function by name.
-SAME_ARGUMENTS = {"plan_linear_policy": "fused_linear_policy_loss", "plan_linear_sequences": "fused_linear_sequence_loss"}
+SAME_ARGUMENTS = {
+    "plan_linear_policy": "fused_linear_policy_loss",
+    "plan_linear_sequences": "fused_linear_sequence_loss",
+}
 
 
 def parameters(function: str) -> list[str]:
