@@ -94,7 +94,8 @@ def check_sdist(sdist: Path, scratch: Path) -> Path:
     """Every file under version control is in it, except what belongs to the repository alone; the unpacked folder."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-        archive.extractall(scratch / "unpacked", filter="data")
+        # Python 3.10 and 3.11 have the filter since their releases of June 2023.
+        archive.extractall(scratch / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"
     )
