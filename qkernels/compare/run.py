@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -20,6 +19,7 @@ from ..functional.logits import shift_labels
 from ..records.pairs import DataError
 from ..report.progress import Progress, quiet_transformers
 from ..score import models
+from ..score.files import as_json, temporary_name
 from ..score.options import ScoreError
 from .agreement import Agreement, Group, agreement, by_position, by_probability, grouped, log_ratio
 from .options import CompareError, CompareOptions
@@ -202,8 +202,8 @@ def _finish(options: CompareOptions, rollouts: list[Rollout], sides: Sides, toke
     }
     worst = _worst(rollouts, sides, flat, options.shown, tokenizer)
     page = make_page(names, result, rounding, groups, worst, limits)
-    for name, text in ((FIGURES, json.dumps(figures, indent=2) + "\n"), (REPORT, page)):
-        temporary = options.out / f".{name}.new"
+    for name, text in ((FIGURES, as_json(figures)), (REPORT, page)):
+        temporary = options.out / temporary_name(name)
         try:
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, options.out / name)

@@ -271,7 +271,7 @@ class HiddenUnits(NamedTuple):
             largest = rows if self.batch.cu_seqlens is not None else self.batch.labels.shape[1]
         else:
             rows, largest = sum(counts), max(counts, default=0)
-        idle = self._active()
+        active = self._active()
         work = inputs.work(
             wanted,
             self.columns,
@@ -283,7 +283,7 @@ class HiddenUnits(NamedTuple):
         work = work._replace(
             unit=unit if unit in head_plan.BY_UNIT else "sequence",
             idle=True,
-            idle_rows=0 if idle is None else int((~idle & self.batch.used).sum()),
+            idle_rows=0 if active is None else int((~active & self.batch.used).sum()),
         )
         return head_plan.plan(work)
 

@@ -4,14 +4,12 @@
       - qkernels.integrations.axolotl.QKernelsPlugin
 
 With TRL 1.16 or newer its trainers get this package's heads (`patch_trl`: no logits); with the TRL that axolotl pins
-(1.9 in axolotl 0.19), the fused log-probs from logits (`patch_log_softmax`). An unknown version is left as it is, with
-one warning.
+(1.9 in axolotl 0.19), the fused log-probs from logits (`patch_log_softmax`, which leaves a TRL that it does not
+know as it is, with one warning).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from .log_softmax import patch_log_softmax
@@ -26,8 +24,6 @@ else:
     except ImportError:  # tests and documentation; axolotl is there whenever axolotl loads this
         BasePlugin = object
 
-_HOOKS = ("pre_model_load", "post_trainer_create")
-
 
 class QKernelsPlugin(BasePlugin):
     """Puts this package's heads or log-probs behind the trainers that axolotl takes from TRL."""
@@ -38,14 +34,6 @@ class QKernelsPlugin(BasePlugin):
         Args:
             cfg: axolotl's configuration; without `rl` nothing is changed.
         """
-        missing = [name for name in _HOOKS if BasePlugin is not object and not hasattr(BasePlugin, name)]
-        if missing:
-            version = importlib.metadata.version("axolotl")
-            warnings.warn(
-                f"qkernels: axolotl {version} has no plugin hook {', '.join(missing)}; its own path stays",
-                stacklevel=2,
-            )
-            return
         if not cfg.get("rl"):
             return
         if is_known():

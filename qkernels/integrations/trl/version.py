@@ -30,13 +30,18 @@ _METHODS = (
 )
 
 
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor number; zeros for a version that has none."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def is_known() -> bool:
     """Whether the installed TRL is in the range that this package's trainer and heads know."""
     try:
-        found = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("trl"))
+        return OLDEST <= _release(importlib.metadata.version("trl")) < (NEWEST_MAJOR + 1, 0)
     except importlib.metadata.PackageNotFoundError:
         return False
-    return found is not None and OLDEST <= (int(found[1]), int(found[2])) < (NEWEST_MAJOR + 1, 0)
 
 
 def require_trl() -> ModuleType:
@@ -50,8 +55,7 @@ def require_trl() -> ModuleType:
         version = importlib.metadata.version("trl")
     except importlib.metadata.PackageNotFoundError:
         raise ImportError("TRL is not installed: pip install 'qkernels[trl]' (TRL 1.16 or a later 1.x)") from None
-    found = re.match(r"(\d+)\.(\d+)", version)
-    release = (int(found[1]), int(found[2])) if found else (0, 0)
+    release = _release(version)
     wanted = f"{OLDEST[0]}.{OLDEST[1]} or a later {NEWEST_MAJOR}.x"
     if release < OLDEST:
         raise ImportError(f"TRL {version} is too old for this integration, which needs {wanted}: pip install -U trl")
