@@ -90,7 +90,7 @@ def build_pairs(
     }  # fmt: skip
     kept = _Partial(None if out is None else Path(out), settings, resume)
     found = kept.lines
-    with Progress(progress or _nowhere()).phase(name, len(asked)) as phase, kept:
+    with Progress(progress or nowhere()).phase(name, len(asked)) as phase, kept:
         phase.step(steps=len(found))
         for number in range(len(found), len(asked)):
             prompt = asked[number]
@@ -266,5 +266,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _nowhere() -> TextIO:
+def nowhere() -> TextIO:
+    """A stream that keeps nothing."""
     return open(os.devnull, "w", encoding="utf-8")

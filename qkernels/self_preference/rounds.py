@@ -15,13 +15,21 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from ..data import as_preferences
+from ..integrations.training import PreferenceTraining, TrainError
 from ..report.progress import Progress, quiet_transformers
+from ..score.encode import Encoder
+from ..score.options import ScoreError
+from ..score.rows import in_memory
+from ..text.characters import first_line
+from ..text.lengths import position_limit
 from .files import as_prompts, digest, read_json_object, write_whole
 from .options import SelfPreferenceError, check_number, check_sampling, differing
-from .pairs import Pairs, build_pairs
+from .pairs import Pairs, build_pairs, nowhere
 
 SETTINGS, PAIRS, FIGURES, ROUND = "settings.json", "pairs.jsonl", "pairs.json", "round.json"
 _SAMPLING = {"samples": 4, "temperature": 0.7, "max_new_tokens": 256, "min_gap": 0.0}  # of build_pairs
+_LOGGED = 0.1  # of the steps of a training, from one line of its progress to the next
 Trainer = Callable[[Any, Any, list[dict[str, Any]], int], Any]
 
 
@@ -235,53 +243,54 @@ def train_dpo(
         The model, in eval mode.
 
     Raises:
+        SelfPreferenceError: a pair that the model cannot take, a training that diverged, memory that does not suffice.
         ModuleNotFoundError: trl or datasets is not installed.
     """
     import copy
     import tempfile
 
+    import torch
+
     try:
-        from datasets import Dataset, disable_progress_bars, enable_progress_bars
+        from datasets import disable_progress_bars, enable_progress_bars
         from datasets.utils import are_progress_bars_disabled
 
-        from ..integrations.trl import TokenDPOConfig, TokenDPOTrainer
+        from ..integrations.trl import TokenDPOConfig
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"training needs {error.name}: pip install 'qkernels[trl]'", name=error.name
         ) from None
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": record["prompt"]}] if chat else record["prompt"],
-            **{
-                side: [{"role": "assistant", "content": record[side]}] if chat else record[side]
-                for side in ("chosen", "rejected")
-            },
-        }
-        for record in records
-    ]
+    limit = position_limit(model)
     reference = None if hasattr(model, "peft_config") else copy.deepcopy(model).eval()
     on_cpu = next(model.parameters()).device.type == "cpu"
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = TokenDPOTrainer(
+            training = PreferenceTraining(
+                Progress(progress if progress is not None else nowhere()),
+                "training",
                 model=model,
                 ref_model=reference,
                 args=TokenDPOConfig(
                     output_dir=folder, beta=beta, learning_rate=learning_rate, num_train_epochs=epochs,
                     per_device_train_batch_size=batch_size, seed=seed % 2**32, save_strategy="no", report_to=[],
-                    logging_strategy="no", disable_tqdm=True, use_cpu=on_cpu, bf16=False, log_level="error",
-                    gradient_checkpointing=False,
+                    logging_steps=_LOGGED, disable_tqdm=True, use_cpu=on_cpu, bf16=False, log_level="error",
+                    gradient_checkpointing=False, max_length=None,
                 ),
-                train_dataset=Dataset.from_list(rows),
+                train_dataset=in_memory(Encoder(tokenizer, "auto", limit, limit), as_preferences(records)),
                 processing_class=tokenizer,
             )  # fmt: skip
-            result = trainer.train()
+            training.run()
+    except torch.OutOfMemoryError as error:
+        raise SelfPreferenceError(f"out of memory ({first_line(error)}); a smaller batch_size takes less") from error
+    except (ScoreError, TrainError) as error:
+        raise SelfPreferenceError(str(error)) from error
     finally:
         if shown:
             enable_progress_bars()
+    trainer = training.trainer
     if progress is not None:
-        Progress(progress).say(f"  trained {result.global_step} steps, mean loss {result.training_loss:.4f}")
+        done, loss = trainer.state.global_step, trainer.state.log_history[-1]["train_loss"]
+        Progress(progress).say(f"  trained {done} steps, mean loss {loss:.4f}")
     return trainer.accelerator.unwrap_model(trainer.model).eval()

@@ -6,7 +6,7 @@
     dataset.py    pairs to token ids in Arrow files; which of them are held out
     callbacks.py  what is shown while it runs, and the reward monitor
     sft.py        supervised fine-tuning on the chosen answers, before
-    run.py        the run
+    run.py        the run (the training itself is `qkernels.integrations.training`)
     page.py       report.html
     card.py       README.md
 

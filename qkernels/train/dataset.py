@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ..data import DataError, Preference, PreferenceData, open_preferences
 from ..score.encode import EncodedAnswer, Encoder
+from ..score.rows import columns, row
 from ..text.between import interleaved
 from .options import TrainError, TrainOptions
 
@@ -113,8 +114,8 @@ def prepare(
         writers = {
             name: stack.enter_context(_Writer(folder / name, columns))
             for name, columns in (
-                (TRAIN, _columns(trajectories)),
-                (HELD_OUT, _columns(trajectories)),
+                (TRAIN, columns(trajectories)),
+                (HELD_OUT, columns(trajectories)),
                 *([(CHOSEN, ("input_ids", "labels"))] if options.wants_sft else []),
             )
         }
@@ -122,22 +123,22 @@ def prepare(
         for number, pair, (chosen, rejected) in _encoded(encoder, pairs):
             if number in outside:
                 held_out[number] = pair
-                writers[HELD_OUT].add(_row(chosen, rejected, trajectories))
+                writers[HELD_OUT].add(row(chosen, rejected, trajectories))
                 continue
             if max_length is not None:
                 counts["longer"] += max(chosen.length, rejected.length) > max_length
                 if len(chosen.prompt) >= max_length:
                     counts["dropped"] += 1
                     continue
-            row = _row(chosen, rejected, trajectories)
+            tokens = row(chosen, rejected, trajectories)
             counts["train"] += 1
-            hasher.update(json.dumps(row).encode())
-            writers[TRAIN].add(row)
+            hasher.update(json.dumps(tokens).encode())
+            writers[TRAIN].add(tokens)
             if options.wants_sft:
                 writers[CHOSEN].add(_labelled(chosen, max_length))
         if sources.evaluation is not None:
             for _, _, (chosen, rejected) in _encoded(encoder, held_out.items()):
-                writers[HELD_OUT].add(_row(chosen, rejected, trajectories))
+                writers[HELD_OUT].add(row(chosen, rejected, trajectories))
     if not counts["train"]:
         raise DataError(
             f"{sources.train.name}: no pair is left to train on: the prompt alone of all {counts['dropped']} fills"
@@ -185,28 +186,6 @@ def _encoded(
     while neighbours := dict(itertools.islice(remaining, _ROWS)):
         for (number, pair), answers in zip(neighbours.items(), encoder.pairs(neighbours), strict=True):
             yield number, pair, answers
-
-
-def _columns(trajectories: bool) -> tuple[str, ...]:
-    plain = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return (*plain, "chosen_token_weights", "rejected_token_weights") if trajectories else plain
-
-
-def _row(chosen: EncodedAnswer, rejected: EncodedAnswer, trajectories: bool) -> dict[str, list[Any]]:
-    """The columns that TRL's collator takes, and ours.
-
-    The prompt is the longest that both answers have: a token that reaches over its end belongs to the answers.
-    """
-    sides = {"chosen": interleaved(chosen.ids, chosen.between), "rejected": interleaved(rejected.ids, rejected.between)}
-    common = min(len(chosen.prompt), len(rejected.prompt))
-    if chosen.prompt[:common] != rejected.prompt[:common]:
-        common = next(i for i in range(common) if chosen.prompt[i] != rejected.prompt[i])
-    row: dict[str, list[Any]] = {"prompt_ids": chosen.prompt[:common]}
-    for (side, (tokens, scored)), prompt in zip(sides.items(), (chosen.prompt, rejected.prompt), strict=True):
-        row[f"{side}_ids"] = [*prompt[common:], *tokens]
-        if trajectories:
-            row[f"{side}_token_weights"] = [float(flag) for flag in [True] * (len(prompt) - common) + scored]
-    return row
 
 
 def _labelled(answer: EncodedAnswer, max_length: int | None) -> dict[str, list[int]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..text.characters import PrintableError
+from ..integrations.training import TrainError as TrainError
 
 if TYPE_CHECKING:
     from trl import ModelConfig
@@ -38,10 +38,6 @@ options, to repeat the run) and checkpoints. Every option of TRL's DPOConfig and
 the YAML file of --config; `--help-all` lists them. An interrupted run goes on with --resume. On many processes or
 machines: accelerate launch -m qkernels train ..., or torchrun -m qkernels train ...
 """
-
-
-class TrainError(PrintableError):
-    """A run that cannot start or go on, for a reason that the user can mend; the text says which."""
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from .._version import __version__
 from ..data import DataError
+from ..integrations.training import PreferenceTraining
 from ..report import folders
 from ..report.progress import Progress, quiet_transformers
 from ..score.encode import Encoder
@@ -130,15 +131,6 @@ def _quiet_warnings() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*is deprecated and will be removed", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*pin_memory", category=UserWarning)
         yield
-
-
-@contextlib.contextmanager
-def _bad_options() -> Iterator[None]:
-    """What a trainer's constructor says of its options, as an error of the user's."""
-    try:
-        yield
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise TrainError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -300,11 +292,7 @@ class _Run:
         )  # fmt: skip
 
     def _train(self, first: str, start: Start, peft_config: Any, prepared: dataset.Prepared) -> tuple[Any, Any]:
-        from transformers import PrinterCallback
         from trl import get_quantization_config
-
-        from ..integrations.trl import TokenDPOTrainer
-        from .callbacks import TrainProgress
 
         args = self.args
         args.output_dir = str(self.out)
@@ -312,21 +300,21 @@ class _Run:
         held_out = dataset.load(prepared.folder / dataset.HELD_OUT) if prepared.held_out else None
         if evaluates and held_out is None:
             raise TrainError("--eval-strategy needs held-out pairs, and --held-out 0 leaves none")
-        shown = TrainProgress(self.progress, "training")
-        with _bad_options():
-            trainer = TokenDPOTrainer(
-                model=first,
-                args=args,
-                train_dataset=dataset.load(prepared.folder / dataset.TRAIN),
-                eval_dataset=held_out if evaluates else None,
-                processing_class=start.tokenizer,
-                peft_config=peft_config,
-                quantization_config=get_quantization_config(self.model_args),
-                callbacks=[shown],
-            )
+        training = PreferenceTraining(
+            self.progress,
+            "training",
+            lambda: _kept(self.out),
+            model=first,
+            args=args,
+            train_dataset=dataset.load(prepared.folder / dataset.TRAIN),
+            eval_dataset=held_out if evaluates else None,
+            processing_class=start.tokenizer,
+            peft_config=peft_config,
+            quantization_config=get_quantization_config(self.model_args),
+        )
+        trainer = training.trainer
         if args.fsdp and not trainer.is_fsdp_enabled:
             raise TrainError("--fsdp: accelerate shards models on accelerators alone, and there is none; leave it out")
-        trainer.remove_callback(PrinterCallback)
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         self.progress.say(
             f"{'2. ' if self.options.wants_sft else ''}Preference training: {type(trainer.model).__name__},"
@@ -342,15 +330,7 @@ class _Run:
             for path in broken:
                 self.progress.say(f"{path.name} is incomplete and left aside")
             self.progress.say("No checkpoint yet: from the start" if checkpoint is None else f"From {checkpoint.name}")
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            shown.close()
-        if trainer.state.log_history and not math.isfinite(trainer.state.log_history[-1].get("train_loss", 0.0)):
-            raise TrainError(
-                "training diverged: its loss is not finite; a smaller --learning-rate or a larger --beta may help."
-                f" {_kept(self.out)}"
-            )
+        training.run(None if checkpoint is None else str(checkpoint))
         return trainer, watch
 
     def _watch(self, trainer: Any, held_out: Any) -> Any:

@@ -307,6 +307,36 @@ def test_training_raises_the_chosen_above_the_rejected(model, tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_round_trains_as_the_command_does(model, tokenizer, tmp_path):
+    """`qkernels train` on the same pairs gives the same weights; what cannot be trained is said."""
+    pytest.importorskip("trl")
+    from safetensors.torch import load_file
+
+    from qkernels.train import run_train
+
+    records = build_pairs(model, tokenizer, PROMPTS, judge=length, **SAMPLING).records
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run_train(
+        ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out"),
+         "--held-out", "0", "--beta", "0.2", "--learning-rate", "1e-2", "--num-train-epochs", "2", "--seed", "3",
+         "--per-device-train-batch-size", "2", "--report-to", "none", "--save-strategy", "no"],
+        io.StringIO(),
+    )  # fmt: skip
+    shown = io.StringIO()
+    options = {"beta": 0.2, "learning_rate": 1e-2, "epochs": 2, "batch_size": 2}
+    trained = train_dpo(copy.deepcopy(model), tokenizer, records, 3, progress=shown, **options)
+    expected = load_file(tmp_path / "out/model.safetensors")
+    found = {name: value for name, value in trained.state_dict().items() if name in expected}
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert any(not torch.equal(value, model.state_dict()[name]) for name, value in found.items())
+    assert "training: 4 steps" in shown.getvalue() and "margin" in shown.getvalue()
+    with pytest.raises(SelfPreferenceError, match="training diverged: its weights are not finite"):
+        train_dpo(copy.deepcopy(model), tokenizer, records, 3, **{**options, "learning_rate": 1e30})
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_the_command(model, tokenizer, tmp_path, capsys):
     pytest.importorskip("trl")
     model.save_pretrained(tmp_path / "model")

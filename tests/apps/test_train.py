@@ -19,6 +19,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 import tiny_models
 from qkernels.cli import main
 from qkernels.data import as_preferences
+from qkernels.score.rows import row as columns_of
 from qkernels.train import TrainError, callbacks, dataset, folder
 from qkernels.train.options import parse
 
@@ -211,7 +212,7 @@ def test_rows_of_a_trajectory_have_weights_of_0_between_the_turns(given: Path) -
     turns = [{"role": r, "content": c} for r, c in (("assistant", "Yes."), ("tool", "Lima"), ("assistant", "It is."))]
     pairs = as_preferences([{"prompt": "Is it?", "chosen": turns, "rejected": turns[:1]}])
     (answers,) = Encoder(tokenizer).pairs(dict(enumerate(pairs)))
-    row = dataset._row(*answers, True)
+    row = columns_of(*answers, True)
     ids = torch.tensor(row["chosen_ids"])
     scored = torch.tensor(row["chosen_token_weights"]) == 1
     assert tokenizer.decode(ids[scored]) == "Yes.<|end|>It is.<|end|>"
@@ -231,7 +232,7 @@ def test_token_ids_are_those_of_trl(given: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(given / "model")
     pairs = as_preferences(records(3))
     encoded = Encoder(tokenizer).pairs(dict(enumerate(pairs)))
-    ours = [dataset._row(*answers, False) for answers in encoded]
+    ours = [columns_of(*answers, False) for answers in encoded]
 
     rows = datasets.Dataset.from_list([pair.as_messages() for pair in pairs])
     args = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
