@@ -1,6 +1,6 @@
-"""TRL's GRPO and KTO trainers on this package's losses: TRL's numbers over short runs, for every loss and option.
+"""TRL's GRPO, KTO, CPO and ORPO trainers on this package's losses: TRL's numbers over short runs, for every loss and option.
 
-Both trainers run for a few steps on a tiny model with equal seeds and plain SGD.
+All of them run for a few steps on a tiny model with equal seeds and plain SGD.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 import hf_models
 from assertions import refuses
-from qkernels.integrations.trl import TokenGRPOTrainer, TokenKTOTrainer
+from qkernels.integrations.trl import TokenCPOTrainer, TokenGRPOTrainer, TokenKTOTrainer, TokenORPOTrainer
 
 disable_progress_bars()
 pytestmark = [
@@ -162,6 +165,53 @@ KTO = {
 def test_kto(options, tmp_path, saved):
     options = {**options, "model": saved} if "model" in options else options
     assert_same(kto(TokenKTOTrainer, tmp_path, **options), kto(KTOTrainer, tmp_path, **options))
+
+
+CPO = {
+    "sigmoid": {"label_smoothing": 0.1, "cpo_alpha": 0.5, "eval_strategy": "steps", "eval_steps": 1},
+    "hinge": {"loss_type": "hinge", "beta": 0.01},
+    "ipo": {"loss_type": "ipo", "beta": 0.3, "gradient_accumulation_steps": 2},
+    "simpo": {"loss_type": "simpo", "simpo_gamma": 0.8, "beta": 2.0, "label_smoothing": 0.2},
+    "simpo without likelihood": {"loss_type": "simpo", "cpo_alpha": 0.0},
+    "alphapo": {"loss_type": "alphapo", "alpha": 0.25, "beta": 2.0},
+    "alphapo with likelihood": {"loss_type": "simpo", "alpha": -0.5, "cpo_alpha": 1.5},
+    "ipo on rewards of alphapo": {"loss_type": "ipo", "alpha": 0.1, "beta": 0.5},
+    "hinge on rewards of alphapo": {"loss_type": "hinge", "alpha": 0.01, "beta": 0.2},
+    "softcap": {"model": "gemma2"},
+    "tied, experts": {"model": "mixtral", "output_router_logits": True, "tie_word_embeddings": True},
+}
+ORPO = {
+    "orpo": {"beta": 0.7, "eval_strategy": "steps", "eval_steps": 1},
+    "accumulation, cut": {"gradient_accumulation_steps": 2, "max_length": 14},
+    "scaled": {"model": "granite"},
+}
+
+
+def paired(trainer, config, tmp_path, model="llama", **options):
+    own = {name: options.pop(name) for name in ("output_router_logits", "tie_word_embeddings") if name in options}
+    extra = {"eval_dataset": Dataset.from_list(_PAIRS[:5])} if "eval_steps" in options else {}
+    return train(
+        trainer, config, Dataset.from_list(_PAIRS), tmp_path, model=hf_models.model(model, **own), extra=extra,
+        learning_rate=0.02, remove_unused_columns=False, **{"max_length": 32, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, id=name, marks=() if name == "simpo" else pytest.mark.nightly) for name, o in CPO.items()],
+)
+def test_cpo(options, tmp_path):
+    ours = paired(TokenCPOTrainer, CPOConfig, tmp_path, **options)
+    assert_same(ours, paired(CPOTrainer, CPOConfig, tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(o, id=name, marks=() if name == "orpo" else pytest.mark.nightly) for name, o in ORPO.items()],
+)
+def test_orpo(options, tmp_path):
+    ours = paired(TokenORPOTrainer, ORPOConfig, tmp_path, **options)
+    assert_same(ours, paired(ORPOTrainer, ORPOConfig, tmp_path, **options))
 
 
 def test_one_percent_is_seen(tmp_path, monkeypatch):

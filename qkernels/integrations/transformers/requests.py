@@ -61,8 +61,10 @@ class LossRequest:
     length: positions of a sequence (of the packed row) as the caller has them. PEFT's prompt methods put virtual tokens
         in front, and the hidden states have more.
     outputs: names of fields of `TokenStats`.
+    mean_logits: also the mean logit of every row, scored or not.
     token_weights: `[2B, T]`, or packed `[N]`.
-    cu_seqlens: int32 `[2B + 1]`, boundaries of a packed row; None for a padded batch.
+    cu_seqlens: int32 `[2B + 1]`, boundaries of the sequences of a packed row, or of all rows one after another; None
+        for a padded batch.
     reference: the reference model's hidden states and head, or
     reference_logps: its log-probs, `[2B, T]`, packed `[N]`, or sums `[2B]`; 0.0 for a loss without reference.
     options: further keyword arguments of `linear_token_dpo`: beta, loss_type, loss_weights, label_smoothing,
@@ -71,6 +73,7 @@ class LossRequest:
 
     length: int
     outputs: tuple[str, ...] = ()
+    mean_logits: bool = False
     token_weights: Tensor | None = None
     cu_seqlens: Tensor | None = None
     reference: HiddenAndHead | None = None
@@ -110,7 +113,7 @@ class HeadResult(NamedTuple):
     hidden: `[B, T, H]`, of `HiddenStatesRequest`.
     weight, bias: copies of the head's, with `copy_head`.
     stats: the outputs of `StatsRequest` and `LossRequest`, `[B, T]` or packed `[N]` each.
-    loss: of `LossRequest`.
+    loss, mean_logits: of `LossRequest`; the latter fp32 `[B, T]`.
     unit_loss: of `UnitLossRequest`.
     aux_loss: `[]`, the load-balancing loss of a mixture of experts.
     head_probe: `[]`, a value that depends on the head's parameters, with `HiddenStatesRequest`. The caller applies them
@@ -123,6 +126,7 @@ class HeadResult(NamedTuple):
     bias: Tensor | None = None
     stats: TokenStats | None = None
     loss: TokenDPOOutput | None = None
+    mean_logits: Tensor | None = None
     unit_loss: PolicyOutput | SequenceOutput | None = None
     aux_loss: Tensor | None = None
     head_probe: Tensor | None = None
@@ -212,7 +216,7 @@ def _loss(request: LossRequest, head: HiddenAndHead, labels: Tensor, transform: 
         return value
 
     if request.cu_seqlens is not None:
-        hidden, labels = hidden.squeeze(0), labels.squeeze(0)
+        hidden, labels = hidden.flatten(0, 1), labels.flatten()
     output, stats = linear_token_dpo(
         hidden,
         head.weight,
@@ -228,7 +232,23 @@ def _loss(request: LossRequest, head: HiddenAndHead, labels: Tensor, transform: 
         **request.options,
     )
     # A plain tuple of tensors: wrappers rebuild it field by field, and would lose the attribute `plan`.
-    return HeadResult(stats=stats, loss=TokenDPOOutput(*output))
+    means = _mean_logits(head, transform) if request.mean_logits else None
+    return HeadResult(stats=stats, loss=TokenDPOOutput(*output), mean_logits=means)
+
+
+@torch.no_grad()
+def _mean_logits(head: HiddenAndHead, transform: LogitsTransform) -> Tensor:
+    """The mean logit of every row, `[B, T]`: without a softcap from the mean row of the head, with one from logits."""
+    hidden, weight, bias = head
+    if transform.softcap is None and not hasattr(weight, "to_local"):
+        with torch.autocast(hidden.device.type, enabled=False):
+            means = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        means = means if bias is None else means + bias.mean(dtype=torch.float32)
+        return means * transform.logit_scale
+    every = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    found = _stats(StatsRequest(("mean_logits",)), head, every, transform).mean_logits
+    assert found is not None
+    return found
 
 
 def _unit_loss(request: UnitLossRequest, head: HiddenAndHead, labels: Tensor, transform: LogitsTransform) -> HeadResult:

@@ -2,6 +2,7 @@
 
     from qkernels.integrations.trl import TokenDPOTrainer   # instead of trl.DPOTrainer: the losses too
     from qkernels.integrations.trl import TokenGRPOTrainer, TokenKTOTrainer   # the same for GRPO and KTO
+    from qkernels.integrations.trl import TokenCPOTrainer, TokenORPOTrainer   # and for TRL's experimental CPO and ORPO
     from qkernels.integrations.trl import patch_trl         # or keep your trainer: the heads alone
 
     version.py      which TRL this package works with
@@ -14,6 +15,9 @@
     results.py      `TokenResults`: the per-token results of a step, and TRL's metrics from them
     grpo.py         `TokenGRPOTrainer`: policy losses
     kto.py          `TokenKTOTrainer`
+    paired.py       what the next two share
+    cpo.py          `TokenCPOTrainer`
+    orpo.py         `TokenORPOTrainer`
 
 TRL is imported when one of the names below is used, not before. Needs TRL 1.16 or a later 1.x.
 """
@@ -30,16 +34,20 @@ from .version import require_trl
 if TYPE_CHECKING:
     from .collator import TokenPreferenceCollator
     from .config import TokenDPOConfig
+    from .cpo import TokenCPOTrainer
     from .grpo import TokenGRPOTrainer
     from .kto import TokenKTOTrainer
+    from .orpo import TokenORPOTrainer
     from .results import TokenResults
     from .trainer import TokenDPOTrainer
 
 __all__ = [
+    "TokenCPOTrainer",
     "TokenDPOConfig",
     "TokenDPOTrainer",
     "TokenGRPOTrainer",
     "TokenKTOTrainer",
+    "TokenORPOTrainer",
     "TokenPreferenceCollator",
     "TokenResults",
     "add_token_head",
@@ -50,10 +58,12 @@ __all__ = [
 
 # Classes that derive from TRL's, by the file that has them: it imports TRL.
 _LAZY = {
+    "TokenCPOTrainer": "cpo",
     "TokenDPOConfig": "config",
     "TokenDPOTrainer": "trainer",
     "TokenGRPOTrainer": "grpo",
     "TokenKTOTrainer": "kto",
+    "TokenORPOTrainer": "orpo",
     "TokenPreferenceCollator": "collator",
     "TokenResults": "results",
 }
