@@ -1,4 +1,4 @@
-"""TRL's GRPO, KTO, CPO and ORPO trainers on this package's losses: TRL's numbers over short runs, for every loss and option.
+"""TRL's GRPO, KTO, CPO and ORPO trainers on this package's losses: TRL's numbers, for every loss and option.
 
 All of them run for a few steps on a tiny model with equal seeds and plain SGD.
 """
@@ -6,6 +6,7 @@ All of them run for a few steps on a tiny model with equal seeds and plain SGD.
 from __future__ import annotations
 
 import copy
+import functools
 import os
 
 import pytest
@@ -95,8 +96,10 @@ def assert_same(ours, theirs, tolerance=1e-4):
     mine, its = dict(ours.model.named_parameters()), dict(theirs.model.named_parameters())
     for name, value in mine.items():
         torch.testing.assert_close(value, its[name], rtol=tolerance, atol=tolerance)
-    moved = hf_models.model().state_dict()
-    assert any(not torch.equal(moved[name], value) for name, value in mine.items()), "nothing was trained"
+    start = hf_models.model().state_dict()
+    start |= {name: torch.zeros_like(value) for name, value in mine.items() if "lora_B" in name}
+    moved = [name for name in mine if name in start and not torch.equal(start[name], mine[name])]
+    assert moved, "nothing was trained"
 
 
 def grpo(trainer, tmp_path, reward_function=reward, **options):
@@ -179,6 +182,7 @@ CPO = {
     "hinge on rewards of alphapo": {"loss_type": "hinge", "alpha": 0.01, "beta": 0.2},
     "softcap": {"model": "gemma2"},
     "tied, experts": {"model": "mixtral", "output_router_logits": True, "tie_word_embeddings": True},
+    "adapter on the head": {"targets": ["q_proj", "lm_head"]},
 }
 ORPO = {
     "orpo": {"beta": 0.7, "eval_strategy": "steps", "eval_steps": 1},
@@ -187,9 +191,13 @@ ORPO = {
 }
 
 
-def paired(trainer, config, tmp_path, model="llama", **options):
+def paired(trainer, config, tmp_path, model="llama", targets=None, **options):
     own = {name: options.pop(name) for name in ("output_router_logits", "tie_word_embeddings") if name in options}
     extra = {"eval_dataset": Dataset.from_list(_PAIRS[:5])} if "eval_steps" in options else {}
+    if targets is not None:
+        from peft import LoraConfig
+
+        extra["peft_config"] = LoraConfig(r=2, target_modules=targets, init_lora_weights="gaussian")
     return train(
         trainer, config, Dataset.from_list(_PAIRS), tmp_path, model=hf_models.model(model, **own), extra=extra,
         learning_rate=0.02, remove_unused_columns=False, **{"max_length": 32, **options},
@@ -214,14 +222,49 @@ def test_orpo(options, tmp_path):
     assert_same(ours, paired(ORPOTrainer, ORPOConfig, tmp_path, **options))
 
 
-def test_one_percent_is_seen(tmp_path, monkeypatch):
-    theirs = kto(KTOTrainer, tmp_path, beta=0.4)
+@pytest.mark.parametrize("trainer", [TokenCPOTrainer, TokenORPOTrainer])
+def test_what_cpo_and_orpo_do_not_take(trainer, tmp_path):
+    from peft import PromptTuningConfig
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = {TokenCPOTrainer: CPOConfig, TokenORPOTrainer: ORPOConfig}[trainer]
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=hf_models.VOCAB, **sizes))
+    arguments = {"train_dataset": Dataset.from_list(_PAIRS[:2]), "processing_class": hf_models.tokenizer()}
+    args = config(str(tmp_path), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False)
+    stock = trainer.__mro__[2].__name__
+    refuses(ValueError, "encoder-decoder", trainer.__name__, stock, call=lambda: trainer(t5, args, **arguments))
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    refuses(
+        ValueError, "prompt-learning", trainer.__name__,
+        call=lambda: trainer(hf_models.model(), args, **arguments, peft_config=prompts),
+    )  # fmt: skip
+
+
+def test_orpo_names_a_collator_whose_answers_have_gaps(tmp_path):
+    trainer = paired(TokenORPOTrainer, ORPOConfig, tmp_path, steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    longest = int((batch["chosen_labels"] != -100).sum(1).argmax())
+    batch["chosen_labels"][longest, (batch["chosen_labels"][longest] != -100).nonzero()[1]] = -100
+    refuses(
+        ValueError, "data_collator", "ORPOTrainer", call=lambda: trainer.get_batch_loss_metrics(trainer.model, batch)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["kto", "cpo", "orpo"])
+def test_one_percent_is_seen(name, tmp_path, monkeypatch):
+    run, ours, theirs = {
+        "kto": (functools.partial(kto, beta=0.4), TokenKTOTrainer, KTOTrainer),
+        "cpo": (functools.partial(paired, config=CPOConfig), TokenCPOTrainer, CPOTrainer),
+        "orpo": (functools.partial(paired, config=ORPOConfig), TokenORPOTrainer, ORPOTrainer),
+    }[name]
+    exact = run(theirs, tmp_path=tmp_path)
     from qkernels.head import chunks
 
     known = chunks.coefficients_of
     monkeypatch.setattr(chunks, "coefficients_of", lambda *a: 1.01 * known(*a))
     with pytest.raises(AssertionError):
-        assert_same(kto(TokenKTOTrainer, tmp_path, beta=0.4), theirs)
+        assert_same(run(ours, tmp_path=tmp_path), exact)
 
 
 def test_a_method_that_trl_lacks_is_named():

@@ -7,7 +7,6 @@ lose their likelihood, those of answers have the odds besides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
