@@ -27,6 +27,9 @@ from ..core.columns import stats_dtype
 from ..core.compile import constant_when_compiled
 from ..core.memory import BLOCK_ELEMENTS, empty
 
+# Rows that torch's product on a CPU has at least. MKL takes other kernels for fewer (with AVX2 and up to 8 threads: for 1
+# to 11), and a row's bits would depend on how many rows the call or the last chunk happens to have.
+_FEWEST_ROWS = 16
 # Rows of the weight that are widened, or whose gradient is held, at a time: 16 MiB of fp32 at H = 1024.
 _BLOCK = 4096
 
@@ -133,14 +136,20 @@ class Head(NamedTuple):
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         """Write the logits of rows `x` `[n, H]` to `out` `[n, V]`, fp32 or fp64."""
-        w, b = self.weight, self.bias
+        n, w, b = x.shape[0], self.weight, self.bias
+        if 0 < n < _FEWEST_ROWS and x.device.type == "cpu" and not self._own_logits(x):
+            padded = x.new_zeros(_FEWEST_ROWS, x.shape[1])
+            padded[:n] = x
+            self.logits(padded, wide := out.new_empty(_FEWEST_ROWS, self.vocab))
+            out.copy_(wide[:n])
+            return
         if x.dtype == out.dtype:
             torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
         elif x.device.type != "cpu":
             torch.ops.aten.mm.dtype_out(x, w.t(), out.dtype, out=out)
             if b is not None:
                 out.add_(b)
-        elif x.dtype == torch.bfloat16 and cpu.has_product() and w.stride(1) == 1:
+        elif self._own_logits(x):
             _show_product(x, w)
             cpu.gemm("logits", x, w.t(), out, None if b is None else b.float())
         else:
@@ -154,6 +163,10 @@ class Head(NamedTuple):
         if self.softcap is not None:
             out.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
             self._round(out)
+
+    def _own_logits(self, x: Tensor) -> bool:
+        """Whether a GEMM of the extension makes the logits of rows `x` on a CPU."""
+        return x.dtype == torch.bfloat16 and cpu.has_product() and self.weight.stride(1) == 1
 
     def _round(self, out: Tensor) -> None:
         """Round logits `[n, V]` to the dtype of the weight where that is asked for, a block at a time."""

@@ -85,3 +85,65 @@ def test_rows_of_bf16_hidden_states():
             part = linear_token_stats(x[order], w, labels[order], outputs=names, **options)
             for name in names:
                 assert torch.equal(getattr(whole, name)[order], getattr(part, name)), (seed, name, options)
+
+
+# torch's own product: its bits are MKL's. Elsewhere than measured it may have other kernels for other numbers of rows.
+as_measured = pytest.mark.skipif(
+    not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX2",
+    reason="the bits of torch's product are known of MKL with AVX2",
+)
+
+
+def one_case_of_hidden_states(seed: int) -> None:
+    """Any rows of a batch, in any chunks, padded, and with another number of threads."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    rows, hidden, vocab = number(1, 70), number(8, 200), number(500, 1100)
+    dtype = (torch.float32, torch.float32, torch.bfloat16, torch.float16)[number(0, 4)]
+    if dtype == torch.bfloat16 and cpu.has_product():
+        dtype = torch.float32  # see above
+    x = torch.randn(rows, hidden, generator=generator).to(dtype)
+    w = (torch.randn(vocab, hidden, generator=generator) / hidden**0.5).to(dtype)
+    bias = torch.randn(vocab, generator=generator).to(dtype) if seed % 3 == 0 else None
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    names = ("logps", "logsumexp", "entropy")
+    options = {"outputs": names, "bias": bias, "softcap": 5.0 if seed % 4 == 0 else None}
+    whole = linear_token_stats(x, w, labels, **options)
+    order = torch.randperm(rows, generator=generator)[: number(1, rows + 1)]
+    some = torch.full((rows, 2), -100)
+    some[order, number(0, 2)] = labels[order]
+    chunks = 6 * vocab * number(1, 40)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(number(1, 4))
+    try:
+        part = linear_token_stats(x[order], w, labels[order], max_chunk_bytes=chunks, **options)
+        padded = linear_token_stats(x[:, None].expand(-1, 2, -1), w, some, **options)
+    finally:
+        torch.set_num_threads(threads)
+    for name in names:
+        expected = getattr(whole, name)[order]
+        assert torch.equal(expected, getattr(part, name)), f"seed {seed}: {name}, another batch or chunk"
+        others = getattr(padded, name).sum(1)  # of a row and of one that is ignored, which is 0
+        assert torch.equal(expected, others[order]), f"seed {seed}: {name}, padding"
+
+
+@as_measured
+@needs_kernels
+@pytest.mark.parametrize("block", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 10))])
+def test_rows_of_hidden_states(block):
+    """1000 random cases, of which 100 before a merge."""
+    for seed in range(100 * block, 100 * block + 100):
+        one_case_of_hidden_states(seed)
+
+
+@as_measured
+@needs_kernels
+def test_few_rows_would_differ(monkeypatch):
+    """What the cases above can see: the same without the least number of rows of a product."""
+    monkeypatch.setattr("qkernels.head.products._FEWEST_ROWS", 0)
+    with pytest.raises(AssertionError, match="^seed"):
+        for seed in range(40):
+            one_case_of_hidden_states(seed)
