@@ -27,8 +27,8 @@ from ..core.columns import stats_dtype
 from ..core.compile import constant_when_compiled
 from ..core.memory import BLOCK_ELEMENTS, empty
 
-# Rows that torch's product on a CPU has at least. MKL takes other kernels for fewer (with AVX2 and up to 8 threads: for 1
-# to 11), and a row's bits would depend on how many rows the call or the last chunk happens to have.
+# Rows that torch's product on a CPU has at least. MKL takes other kernels for fewer (with AVX2 and up to 8 threads: for
+# 1 to 11), and a row's bits would depend on how many rows the call or the last chunk happens to have.
 _FEWEST_ROWS = 16
 # Rows of the weight that are widened, or whose gradient is held, at a time: 16 MiB of fp32 at H = 1024.
 _BLOCK = 4096

@@ -144,6 +144,6 @@ def test_rows_of_hidden_states(block):
 def test_few_rows_would_differ(monkeypatch):
     """What the cases above can see: the same without the least number of rows of a product."""
     monkeypatch.setattr("qkernels.head.products._FEWEST_ROWS", 0)
-    with pytest.raises(AssertionError, match="^seed"):
+    with pytest.raises(AssertionError, match=r"^seed"):
         for seed in range(40):
             one_case_of_hidden_states(seed)
