@@ -10,10 +10,12 @@ answer is the share of its sentences that state a right fact about the country w
 stand the answer's length, whether it ends, its log-probability, which is what the search maximises, and its implicit
 reward.
 
-A pretrained model learns the form of the answers first, right and wrong alike; that is the reference. The preferences
-are about some of the countries, and the questions about these and about others. Beams are compared with the best of
-several samples, and with what the reference finds by the same means: true scores, and win rates against the reference's
-greedy answers, with intervals.
+A pretrained model learns the form of the answers first, right and wrong alike; that is the reference. Two policies come
+from it: one from preferences between the reference's own samples, which the checker ranks (as people ranked the samples
+of models for the paper), one from answers of which the rejected have planted errors. The preferences are about some of
+the countries, and the questions about these and about others. Beams are compared with the best of several samples, with
+a tree search that may run the policy on as many positions, and with what the reference finds by the same means: true
+scores, and win rates against the reference's greedy answers, with intervals.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from common import (
     BLUE,
+    DARK,
     GREEN,
     GREY,
     ORANGE,
@@ -47,13 +50,14 @@ from qkernels.credit import mean
 from qkernels.data import Message, Preference
 from qkernels.demo import synthetic
 from qkernels.demo.tokenizer import encode_prompts
-from qkernels.search import beam_search, score_completions
+from qkernels.search import Beams, beam_search, best_of, score_completions, tree_search
 
 BETAS = (0.02, 0.1, 0.5)
 WIDTHS = (1, 2, 3, 5, 10, 20)
 QUESTIONS = ("Tell me about {country}.", "What should I know about {country}?")
+TRAINED_QUESTIONS = (QUESTIONS[1], "Describe {country} in a few sentences.")  # the pretrained model's samples
 LONGEST = 100
-LONGEST_PRETRAINED = 32
+LONGEST_PRETRAINED = 44
 PRETRAINED_BETA = 0.1
 
 
@@ -62,23 +66,32 @@ class PretrainedSizes(NamedTuple):
 
     learnt: countries that the preferences are about.
     asked: of how many of these, and of how many others, a question is asked.
-    widths, reference_widths: of the beams with the policy, and with its reference.
+    widths, other_widths: of the beams with the policy, and with its reference and the policy of planted errors.
     samples: of an answer, of which the best is taken.
+    tree: the beam whose positions the tree search may read too; 0 for no tree search.
+    drawn: samples of the reference for each question, of which the best and the worst become a pair.
+    planted: pairs with planted errors.
     """
 
     learnt: int
     asked: int
     widths: tuple[int, ...]
-    reference_widths: tuple[int, ...]
+    other_widths: tuple[int, ...]
     samples: int
+    tree: int
+    drawn: int
+    planted: int
     sft: Training
     dpo: Training
 
 
 PRETRAINED = PretrainedSizes(
-    32, 6, (1, 2, 3, 5, 10, 20), (1, 5), 4, Training(6, 8, 1e-4, 12), Training(10, 6, 1e-4, 12)
+    32, 12, (1, 2, 3, 5, 10, 20), (1, 5), 4, 5, 4, 96, Training(48, 8, 1e-4, 12), Training(24, 6, 5e-5, 12)
 )
-PRETRAINED_TINY = PretrainedSizes(4, 2, (1, 3), (1,), 2, Training(1, 2, 1e-3, 1), Training(1, 2, 1e-3, 1))
+PRETRAINED_TINY = PretrainedSizes(
+    4, 2, (1, 3), (1,), 2, 3, 2, 4, Training(1, 2, 1e-3, 1), Training(1, 2, 1e-3, 1)
+)  # fmt: skip
+WHO = ("policy", "planted", "reference")  # from samples, from planted errors, before both
 
 
 class Verdict(NamedTuple):
@@ -182,18 +195,28 @@ def measure(
 
 
 class Question(NamedTuple):
-    """About a country, and whether the preferences were about it."""
+    """About a country, in one of the forms, and whether the preferences were about it."""
 
     country: str
     learnt: bool
+    form: str = QUESTIONS[0]
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        return (Message("user", QUESTIONS[0].format(country=self.country)),)
+        return (Message("user", self.form.format(country=self.country)),)
 
 
-def country_pairs(sizes: PretrainedSizes, seed: int) -> tuple[list[Preference], list[Preference], list[Question]]:
-    """Answers of both kinds to learn the form from, preferences, and questions."""
+class Countries(NamedTuple):
+    """base: answers of both kinds to learn the form from; planted: preferences; drawn: questions to sample answers to;
+    asked: questions of the test."""
+
+    base: list[Preference]
+    planted: list[Preference]
+    drawn: list[Question]
+    asked: list[Question]
+
+
+def country_data(sizes: PretrainedSizes, seed: int) -> Countries:
     rng = random.Random(f"beam {seed}")
     world = synthetic.facts()
     seen, _ = synthetic.split_wrong_values(rng, world)
@@ -202,22 +225,22 @@ def country_pairs(sizes: PretrainedSizes, seed: int) -> tuple[list[Preference], 
     known = {country: world[country] for country in learnt}
     base = [synthetic.write_pair(rng, known, seen) for _ in range(sizes.sft.steps * sizes.sft.pairs)]
     base = [p._replace(chosen=p.rejected, rejected=p.chosen) if rng.random() < 0.5 else p for p in base]
-    pairs = [synthetic.write_pair(rng, known, seen) for _ in range(sizes.dpo.steps * sizes.dpo.pairs)]
-    questions = [Question(c, True) for c in learnt[: sizes.asked]] + [Question(c, False) for c in others[: sizes.asked]]
-    return base, pairs, questions
+    planted = [synthetic.write_pair(rng, known, seen) for _ in range(sizes.planted)]
+    drawn = [Question(country, True, form) for country in learnt for form in TRAINED_QUESTIONS]
+    asked = [Question(c, True) for c in learnt[: sizes.asked]] + [Question(c, False) for c in others[: sizes.asked]]
+    return Countries(base, planted, drawn, asked)
 
 
 class Searcher:
-    """Asks a model of the study, and keeps what it answered.
+    """Asks the models of the study, and keeps what they answered.
 
     Args:
         study: with the models.
-        reference, policy: their names.
-        questions: what is asked.
+        names: of the trainings of `WHO`.
     """
 
-    def __init__(self, study: Study, reference: str, policy: str, questions: Sequence[Question]):
-        self.study, self.names, self.questions = study, {"reference": reference, "policy": policy}, questions
+    def __init__(self, study: Study, names: dict[str, str]):
+        self.study, self.names = study, names
         self.checker = Checker()
         self.models: dict[str, PreTrainedModel] = {}
 
@@ -226,24 +249,33 @@ class Searcher:
             self.models[who] = self.study.model(self.names[who])
         return self.models[who]
 
-    def answers(self, who: str, **search: Any) -> list[list[dict[str, Any]]]:
-        """Answers to each question by beam search or sampling, with the policy's view of them."""
-        made_with = (tuple(self.names.values()), self.questions, LONGEST_PRETRAINED, self.study.seed, search)
-        return self.study.once(f"answers-of-{who}", made_with, lambda: self._search(who, search))
+    def answers(self, who: str, questions: Sequence[Question], **search: Any) -> list[list[dict[str, Any]]]:
+        """Answers to each question by beams, samples or a tree, best first, with the policy's view of them.
 
-    def _search(self, who: str, search: dict[str, Any]) -> list[list[dict[str, Any]]]:
+        Args:
+            who: of `WHO`.
+            questions: what is asked.
+            search: `width` of the beams, `samples` to draw, or `tree`: how many positions the tree search may read.
+        """
+        asked = [tuple(question) for question in questions]
+        made_with = (sorted(self.names.items()), asked, LONGEST_PRETRAINED, self.study.seed, sorted(search.items()))
+        return self.study.once(f"answers-of-{who}", made_with, lambda: self._search(who, questions, search))
+
+    def _search(self, who: str, questions: Sequence[Question], search: dict[str, int]) -> list[list[dict[str, Any]]]:
         self.study.progress.say(f"{who}: {search}")
         torch.manual_seed(self.study.seed)
         found: list[list[dict[str, Any]]] = []
-        for start in range(0, len(self.questions), 12):
-            asked = self.questions[start : start + 12]
+        for start in range(0, len(questions), 12):
+            asked = questions[start : start + 12]
             ids, mask = self._prompts(asked)
-            beams = beam_search(self._model(who), ids, mask, max_new_tokens=LONGEST_PRETRAINED, batch_size=8, **search)
+            beams = self._found(who, ids, mask, **search)
             k = beams.completions.shape[1]
             attended = torch.cat([mask.repeat_interleave(k, 0), beams.completion_mask.flatten(0, 1).long()], 1)
+            trained = "policy" if who == "reference" and "policy" in self.names else who
             scored = score_completions(
-                self._model("policy"), beams.sequences.flatten(0, 1), attended, beams.completion_mask.flatten(0, 1),
-                reference_model=self._model("reference"), beta=PRETRAINED_BETA, batch_size=8,
+                self._model(trained), beams.sequences.flatten(0, 1), attended, beams.completion_mask.flatten(0, 1),
+                reference_model=None if trained == "reference" else self._model("reference"),
+                beta=PRETRAINED_BETA, batch_size=8,
             )  # fmt: skip
             for i, question in enumerate(asked):
                 records = []
@@ -261,11 +293,23 @@ class Searcher:
                             "length": len(tokens),
                             "not_ended": 1.0 - beams.finished[i, j].item(),
                             "logp": scored.logps[i * k + j].item(),
-                            "reward": scored.rewards[i * k + j].item(),
+                            "reward": 0.0 if scored.rewards is None else scored.rewards[i * k + j].item(),
                         }
                     )
                 found.append(records)
         return found
+
+    def _found(
+        self, who: str, ids: torch.Tensor, mask: torch.Tensor, width: int = 0, samples: int = 0, tree: int = 0
+    ) -> Beams:
+        shared: dict[str, Any] = {"max_new_tokens": LONGEST_PRETRAINED, "batch_size": 8}
+        if tree:
+            return tree_search(
+                self._model(who), ids, mask, simulations=10_000, max_forwards=tree, beta=PRETRAINED_BETA, **shared
+            ).beams
+        if samples:
+            return best_of(self._model(who), None, ids, mask, n=samples, **shared)
+        return beam_search(self._model(who), ids, mask, num_beams=width, num_return_sequences=1, **shared)
 
     def _prompts(self, questions: Sequence[Question]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts padded on the left, and their mask."""
@@ -280,36 +324,58 @@ class Searcher:
         return ids, mask
 
 
+def ranked_pairs(study: Study, reference: str, questions: Sequence[Question], drawn: int) -> list[Preference]:
+    """Of the reference's samples for each question the best and the worst, where the checker tells them apart; samples
+    that do not end are left out."""
+    sampled = Searcher(study, {"reference": reference}).answers("reference", questions, samples=drawn)
+    pairs = []
+    for question, records in zip(questions, sampled, strict=True):
+        ended = sorted((r for r in records if not r["not_ended"] and r["text"]), key=lambda r: r["score"])
+        if ended and ended[-1]["score"] > ended[0]["score"]:
+            pairs.append(Preference(question.prompt, ended[-1]["text"], ended[0]["text"]))
+    if not pairs:  # of a model that is trained for one step, to show that all works
+        study.progress.say("The checker tells no two samples apart; the first two stand for a pair")
+        pairs = [Preference(q.prompt, "Yes.", "No.") for q in questions[:1]]
+    return pairs
+
+
 def on_pretrained(chosen: Options) -> None:
     """The experiment on a pretrained model."""
     clock = Clock()
     sizes = PRETRAINED_TINY if chosen.tiny else PRETRAINED
     if chosen.widths is not None:
-        narrower = tuple(width for width in sizes.reference_widths if width == 1 or width in chosen.widths)
-        sizes = sizes._replace(widths=chosen.widths, reference_widths=narrower)
+        narrower = tuple(width for width in sizes.other_widths if width == 1 or width in chosen.widths)
+        sizes = sizes._replace(widths=chosen.widths, other_widths=narrower)
     if chosen.samples is not None:
         sizes = sizes._replace(samples=chosen.samples)
     study = Study(chosen, 128)
-    base, pairs, questions = country_pairs(sizes, chosen.seed)
-    reference = study.sft("countries", base, sizes.sft)
-    policy, _ = study.dpo("countries", pairs, sizes.dpo, reference, PRETRAINED_BETA)
-    searcher = Searcher(study, reference, policy, questions)
-    first: dict[str, dict[str, list[dict[str, Any]]]] = {"reference": {}, "policy": {}}
-    for who, widths in (("reference", sizes.reference_widths), ("policy", sizes.widths)):
-        for width in widths:
-            found = searcher.answers(who, num_beams=width, num_return_sequences=1)
+    data = country_data(sizes, chosen.seed)
+    reference = study.sft("countries", data.base, sizes.sft)
+    own = ranked_pairs(study, reference, data.drawn, sizes.drawn)
+    policy, _ = study.dpo("samples", own, sizes.dpo, reference, PRETRAINED_BETA)
+    planted, _ = study.dpo("planted", data.planted, sizes.dpo, reference, PRETRAINED_BETA)
+    trained = dict(zip(WHO, (policy, planted, reference), strict=True))
+    searcher = Searcher(study, trained)
+    first: dict[str, dict[str, list[dict[str, Any]]]] = {who: {} for who in WHO}
+    for who in WHO:
+        for width in sizes.widths if who == "policy" else sizes.other_widths:
+            found = searcher.answers(who, data.asked, width=width)
             first[who][f"{width} beams"] = [records[0] for records in found]
-    for who, ways in first.items() if sizes.samples else ():
-        drawn = searcher.answers(who, num_beams=1, num_return_sequences=sizes.samples, do_sample=True)
-        ways["sampled"] = [records[0] for records in drawn]
+    for who in ("policy", "reference") if sizes.samples else ():
+        drawn = searcher.answers(who, data.asked, samples=sizes.samples)
+        ways = first[who]
+        ways["sampled"] = [random.Random(f"{i}").choice(records) for i, records in enumerate(drawn)]
         for key in ("logp", "reward"):
             ways[f"best of {sizes.samples} by {key}"] = [
                 max(records, key=lambda record: record[key]) for records in drawn
             ]
+    if sizes.tree:
+        found = searcher.answers("policy", data.asked, tree=sizes.tree * LONGEST_PRETRAINED)
+        first["policy"]["tree search"] = [records[0] for records in found]
     greedy = first["reference"]["1 beams"]
 
     def measured(ways: dict[str, list[dict[str, Any]]], way: str, learnt: bool | None) -> dict[str, Any]:
-        rows = [i for i, q in enumerate(questions) if learnt is None or q.learnt == learnt]
+        rows = [i for i, q in enumerate(data.asked) if learnt is None or q.learnt == learnt]
         records, rivals = [ways[way][i] for i in rows], [greedy[i] for i in rows]
         return {
             "score": interval([r["score"] for r in records], chosen.seed),
@@ -320,14 +386,18 @@ def on_pretrained(chosen: Options) -> None:
 
     results: dict[str, Any] = {
         "beta": PRETRAINED_BETA,
-        "questions": len(questions),
+        "questions": len(data.asked),
         "longest": LONGEST_PRETRAINED,
+        "ranked_pairs": len(own),
         "sizes": sizes._asdict() | {"sft": sizes.sft._asdict(), "dpo": sizes.dpo._asdict()},
-        "train": [
-            {key: entry[key] for key in ("loss", "rewards/margins", "rewards/accuracies")}
-            for entry in study.log(policy)
-        ],
-        "examples": {who: ways["1 beams"][0]["text"] for who, ways in first.items()},
+        "train": {
+            who: [
+                {key: entry[key] for key in ("loss", "rewards/margins", "rewards/accuracies")}
+                for entry in study.log(trained[who])
+            ]
+            for who in ("policy", "planted")
+        },
+        "examples": {who: {way: records[0]["text"] for way, records in ways.items()} for who, ways in first.items()},
     }
     for group, learnt in (("all", None), ("learnt", True), ("others", False)):
         results[group] = {who: {way: measured(ways, way, learnt) for way in ways} for who, ways in first.items()}
@@ -347,23 +417,23 @@ def pretrained_paragraph(results: dict[str, Any], sizes: PretrainedSizes) -> str
     def figures(row: dict[str, Any], key: str) -> str:
         return f"{row[key]['mean']:.3f} ({row[key]['low']:.3f} to {row[key]['high']:.3f})"
 
-    def ways(group: str) -> str:
-        policy, reference = results[group]["policy"], results[group]["reference"]
-        return "; ".join(
-            f"{way}: policy {figures(row, 'score')}"
-            + (f", reference {figures(reference[way], 'score')}" if way in reference else "")
-            + f", win rate against the reference's greedy answers {figures(row, 'win_rate')}"
-            for way, row in policy.items()
+    def ways(who: str) -> str:
+        return f"{who}: " + "; ".join(
+            f"{way} {figures(row, 'score')}, wins {figures(row, 'win_rate')}"
+            for way, row in results["all"][who].items()
         )
 
-    first, last = (results["all"]["policy"][f"{width} beams"] for width in (sizes.widths[0], sizes.widths[-1]))
+    policy = results["all"]["policy"]
+    first, last = (policy[f"{width} beams"] for width in (sizes.widths[0], sizes.widths[-1]))
     return (
         f"{results['questions']} questions, {sizes.sft.steps} steps of SFT on right and wrong answers alike, then"
-        f" {sizes.dpo.steps} of DPO. True scores with intervals of 95 %. All questions: {ways('all')}. With"
-        f" {sizes.widths[-1]} beams instead of 1 the policy's answers have {last['length']:.1f} tokens instead of"
-        f" {first['length']:.1f}, repeat {_share(last):.0%} of their sentences instead"
-        f" of {_share(first):.0%}, log pi goes from {first['logp']:.2f} to {last['logp']:.2f} and the implicit reward"
-        f" from {first['reward']:+.2f} to {last['reward']:+.2f}."
+        f" {sizes.dpo.steps} of DPO, on {results['ranked_pairs']} pairs of the reference's samples (policy) or on"
+        f" {sizes.planted} with planted errors (planted). True scores, and win rates against the reference's greedy"
+        f" answers, with intervals of 95 %. {'. '.join(map(ways, WHO))}. With {sizes.widths[-1]} beams instead of"
+        f" {sizes.widths[0]} the policy's answers have {last['length']:.1f} tokens instead of {first['length']:.1f},"
+        f" state {last['right']:.2f} right facts instead of {first['right']:.2f}, repeat {_share(last):.0%} of their"
+        f" sentences instead of {_share(first):.0%}, log pi goes from {first['logp']:.2f} to {last['logp']:.2f} and the"
+        f" implicit reward from {first['reward']:+.2f} to {last['reward']:+.2f}."
     )
 
 
@@ -376,24 +446,28 @@ def pretrained_figure(chosen: Options, results: dict[str, Any], sizes: Pretraine
     figure, axes = panels(f"Beam search before and after DPO, {chosen.model.name}", "True score",
                           "Win rate against greedy reference", "Length, tokens",
                           "Implicit reward", width=3.3)  # fmt: skip
-    for who, widths, colour in (("policy", sizes.widths, BLUE), ("reference", sizes.reference_widths, GREY)):
+    labels = ("policy, own samples", "policy, planted errors", "reference")
+    for who, label, colour in zip(WHO, labels, (BLUE, ORANGE, GREY), strict=True):
+        widths = sizes.widths if who == "policy" else sizes.other_widths
         rows, ways = results["all"][who], [f"{width} beams" for width in widths]
         for axis, key in zip(axes, ("score", "win_rate"), strict=False):
-            axis.plot(widths, [rows[way][key]["mean"] for way in ways], "o-", ms=3.5, color=colour, label=who)
+            axis.plot(widths, [rows[way][key]["mean"] for way in ways], "o-", ms=3.5, color=colour, label=label)
             axis.fill_between(widths, [rows[way][key]["low"] for way in ways],
                               [rows[way][key]["high"] for way in ways], color=colour, alpha=0.15, lw=0)  # fmt: skip
-            if sizes.samples:
-                best = rows[f"best of {sizes.samples} by {'reward' if who == 'policy' else 'logp'}"][key]["mean"]
-                axis.axhline(best, color=colour, ls=":", lw=1.2)
         for axis, key in zip(axes[2:], ("length", "reward"), strict=True):
-            axis.plot(widths, [rows[way][key] for way in ways], "o-", ms=3.5, color=colour, label=who)
-    if sizes.samples:
-        axes[0].plot([], [], color=GREEN, ls=":", label=f"dotted: best of {sizes.samples}")
-    axes[1].axhline(0.5, color=ORANGE, lw=0.8)
+            axis.plot(widths, [rows[way][key] for way in ways], "o-", ms=3.5, color=colour, label=label)
+    rows = results["all"]["policy"]
+    for axis, key in zip(axes, ("score", "win_rate"), strict=False):
+        if sizes.samples:
+            best = rows[f"best of {sizes.samples} by logp"][key]["mean"]
+            axis.axhline(best, color=BLUE, ls=":", lw=1.2, label=f"best of {sizes.samples} by log pi")
+        if sizes.tree:
+            axis.plot([sizes.tree], [rows["tree search"][key]["mean"]], "*", ms=8, color=GREEN, label="tree search")
+    axes[1].axhline(0.5, color=DARK, lw=0.8)
     for axis in axes:
         axis.set_xlabel("beams")
         axis.set_xticks(sizes.widths)
-    axes[0].legend(loc="best")
+    axes[0].legend(loc="best", fontsize=6)
     return figure
 
 

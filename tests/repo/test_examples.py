@@ -241,7 +241,9 @@ def test_experiments_on_a_pretrained_model(example, pretrained, tmp_path):
         assert run["held_out"][0]["margin"] == pytest.approx(0, abs=1e-5)
         assert run["held_out"][-1]["expectation"] <= 0
     found = run_pretrained(beam, pretrained, tmp_path, pairs=False)
-    assert set(found["all"]["policy"]) == {"1 beams", "3 beams", "sampled", "best of 2 by logp", "best of 2 by reward"}
+    sampled = {"sampled", "best of 2 by logp", "best of 2 by reward"}
+    assert set(found["all"]["policy"]) == {"1 beams", "3 beams", "tree search", *sampled}
+    assert set(found["all"]["reference"]) == {"1 beams", *sampled} and set(found["all"]["planted"]) == {"1 beams"}
     assert found["all"]["reference"]["1 beams"]["win_rate"]["mean"] == 0.5, "against itself"
 
 
