@@ -84,7 +84,7 @@ class Setup(NamedTuple):
 
 def prepare(
     folder: Path, dtype: torch.dtype, data: Sequence[dict[str, Any]], longest: int, out: str,
-    trainers: dict[str, Callable[..., Any]],
+    trainers: dict[str, Callable[..., Any]], checkpointing: bool = False,
 ) -> Setup:  # fmt: skip
     """Load the models and make the trainers."""
     from datasets import Dataset
@@ -101,6 +101,8 @@ def prepare(
             if parameter.dim() == 1:
                 parameter.mul_(1.02)
     reference.requires_grad_(False).eval()
+    if checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     steps, absent, batch = [], {}, {}
     for name, make in trainers.items():
         liger = "Liger" in name
@@ -113,7 +115,7 @@ def prepare(
             ref_model=_around_the_same_parameters(reference),
             args=DPOConfig(
                 out, use_cpu=True, report_to=[], bf16=False, disable_tqdm=True, log_level="error",
-                gradient_checkpointing=False, max_length=longest,
+                gradient_checkpointing=checkpointing, max_length=longest,
             ),
             train_dataset=Dataset.from_list(list(data)),
             processing_class=tokenizer,
@@ -237,6 +239,7 @@ def compare(
     clock: str = "wall",
     pairs: int = PAIRS,
     longest: int = LONGEST,
+    checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Times and peaks of the contenders and times of the floor, in turn, round after round.
 
@@ -248,17 +251,20 @@ def compare(
         trainers: by name.
         clock: "wall", or "cpu" for the processor time of this process, on a machine that others use too.
         pairs, longest: of the batch; tokens of a sequence.
+        checkpointing: whether the policy's layers keep their inputs alone and run again in the backward, as TRL has it
+            unless told otherwise; the floor's too.
     """
     from transformers import AutoTokenizer
 
     chosen = records(data, AutoTokenizer.from_pretrained(folder), pairs, longest)
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     with tempfile.TemporaryDirectory() as out:
-        setup = prepare(folder, DTYPES[dtype], chosen, longest, out, trainers)
+        setup = prepare(folder, DTYPES[dtype], chosen, longest, out, trainers, checkpointing)
         floor = Floor(setup, now)
         found: dict[str, Any] = {
             "model": folder.name,
             "dtype": dtype,
+            "checkpointing": checkpointing,
             "clock": clock,
             "vocab": floor.vocab,
             "hidden": floor.width,
@@ -306,7 +312,8 @@ def table(found: dict[str, Any]) -> str:
     peaks = {name: max((p for p in all_ if p is not None), default=None) for name, all_ in found["peak_bytes"].items()}
     lines = [
         f"{found['model']}, {found['dtype']}: V = {found['vocab']}, H = {found['hidden']}, {found['positions']}"
-        f" positions ({found['tokens']} tokens), {found['scored']} scored",
+        f" positions ({found['tokens']} tokens), {found['scored']} scored"
+        + (", gradient checkpointing" if found["checkpointing"] else ""),
         f"  {found['clock'] + ' time':16} {'median':>9} {'of floor':>9} {'of TRL':>7} {'peak':>10} {'of TRL':>7}",
     ]
     for name, times in found["seconds"].items():

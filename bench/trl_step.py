@@ -164,6 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
                         help="cpu: this process' own time, where others slow the wall clock; with --model")  # fmt: skip
     parser.add_argument("--pairs", type=int, default=trl_real.PAIRS, help="of its batch (default: 2)")
     parser.add_argument("--max-length", type=int, default=trl_real.LONGEST, help="tokens of a sequence (default: 384)")
+    parser.add_argument("--checkpointing", action="store_true",
+                        help="with gradient checkpointing, which is TRL's default; with --model")  # fmt: skip
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, metavar="NAME",
                         help="some of them alone; TRL is always there")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None, help="of torch (default: as it takes them)")
@@ -202,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
                 clock=options.clock,
                 pairs=options.pairs,
                 longest=options.max_length,
+                checkpointing=options.checkpointing,
             )
             print("\n" + trl_real.table(found), flush=True)
             results.append(found)

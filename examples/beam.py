@@ -10,12 +10,12 @@ answer is the share of its sentences that state a right fact about the country w
 stand the answer's length, whether it ends, its log-probability, which is what the search maximises, and its implicit
 reward.
 
-A pretrained model learns the form of the answers first, right and wrong alike; that is the reference. Two policies come
-from it: one from preferences between the reference's own samples, which the checker ranks (as people ranked the samples
-of models for the paper), one from answers of which the rejected have planted errors. The preferences are about some of
-the countries, and the questions about these and about others. Beams are compared with the best of several samples, with
-a tree search that may run the policy on as many positions, and with what the reference finds by the same means: true
-scores, and win rates against the reference's greedy answers, with intervals.
+A pretrained model learns the form of the answers first, right and wrong alike; that is the reference. Preferences are
+between its own samples, which the checker ranks (as people ranked the samples of models for the paper), or, with
+`--preferences planted`, between answers of which the rejected have planted errors. They are about some countries, and
+the questions about these and about others. Beams are compared with the best of several samples, with a tree search
+that may run the policy on as many positions, and with what the reference finds by the same means: true scores, and win
+rates against the reference's greedy answers, with intervals.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ from qkernels.search import Beams, beam_search, best_of, score_completions, tree
 BETAS = (0.02, 0.1, 0.5)
 WIDTHS = (1, 2, 3, 5, 10, 20)
 QUESTIONS = ("Tell me about {country}.", "What should I know about {country}?")
-TRAINED_QUESTIONS = (QUESTIONS[1], "Describe {country} in a few sentences.")  # the pretrained model's samples
 LONGEST = 100
 LONGEST_PRETRAINED = 44
 PRETRAINED_BETA = 0.1
@@ -66,32 +65,30 @@ class PretrainedSizes(NamedTuple):
 
     learnt: countries that the preferences are about.
     asked: of how many of these, and of how many others, a question is asked.
-    widths, other_widths: of the beams with the policy, and with its reference and the policy of planted errors.
+    widths, reference_widths: of the beams with the policy, and with its reference.
     samples: of an answer, of which the best is taken.
     tree: the beam whose positions the tree search may read too; 0 for no tree search.
     drawn: samples of the reference for each question, of which the best and the worst become a pair.
-    planted: pairs with planted errors.
     """
 
     learnt: int
     asked: int
     widths: tuple[int, ...]
-    other_widths: tuple[int, ...]
+    reference_widths: tuple[int, ...]
     samples: int
     tree: int
     drawn: int
-    planted: int
     sft: Training
     dpo: Training
 
 
 PRETRAINED = PretrainedSizes(
-    32, 12, (1, 2, 3, 5, 10, 20), (1, 5), 4, 5, 4, 96, Training(48, 8, 1e-4, 12), Training(24, 6, 5e-5, 12)
+    32, 6, (1, 2, 3, 5, 10, 20), (1, 5), 4, 5, 4, Training(48, 8, 1e-4, 12), Training(12, 6, 1e-4, 12)
 )
 PRETRAINED_TINY = PretrainedSizes(
-    4, 2, (1, 3), (1,), 2, 3, 2, 4, Training(1, 2, 1e-3, 1), Training(1, 2, 1e-3, 1)
+    4, 2, (1, 3), (1,), 2, 3, 2, Training(1, 2, 1e-3, 1), Training(1, 2, 1e-3, 1)
 )  # fmt: skip
-WHO = ("policy", "planted", "reference")  # from samples, from planted errors, before both
+WHO = ("policy", "reference")
 
 
 class Verdict(NamedTuple):
@@ -207,8 +204,8 @@ class Question(NamedTuple):
 
 
 class Countries(NamedTuple):
-    """base: answers of both kinds to learn the form from; planted: preferences; drawn: questions to sample answers to;
-    asked: questions of the test."""
+    """base: answers of both kinds to learn the form from; planted: preferences with planted errors; drawn: questions to
+    sample answers to; asked: questions of the test, in another form."""
 
     base: list[Preference]
     planted: list[Preference]
@@ -225,8 +222,8 @@ def country_data(sizes: PretrainedSizes, seed: int) -> Countries:
     known = {country: world[country] for country in learnt}
     base = [synthetic.write_pair(rng, known, seen) for _ in range(sizes.sft.steps * sizes.sft.pairs)]
     base = [p._replace(chosen=p.rejected, rejected=p.chosen) if rng.random() < 0.5 else p for p in base]
-    planted = [synthetic.write_pair(rng, known, seen) for _ in range(sizes.planted)]
-    drawn = [Question(country, True, form) for country in learnt for form in TRAINED_QUESTIONS]
+    planted = [synthetic.write_pair(rng, known, seen) for _ in range(sizes.dpo.steps * sizes.dpo.pairs)]
+    drawn = [Question(country, True, QUESTIONS[1]) for country in learnt]
     asked = [Question(c, True) for c in learnt[: sizes.asked]] + [Question(c, False) for c in others[: sizes.asked]]
     return Countries(base, planted, drawn, asked)
 
@@ -236,7 +233,7 @@ class Searcher:
 
     Args:
         study: with the models.
-        names: of the trainings of `WHO`.
+        names: of the trainings of `WHO`; without the policy's, the reference alone can be asked.
     """
 
     def __init__(self, study: Study, names: dict[str, str]):
@@ -271,7 +268,7 @@ class Searcher:
             beams = self._found(who, ids, mask, **search)
             k = beams.completions.shape[1]
             attended = torch.cat([mask.repeat_interleave(k, 0), beams.completion_mask.flatten(0, 1).long()], 1)
-            trained = "policy" if who == "reference" and "policy" in self.names else who
+            trained = "policy" if "policy" in self.names else "reference"
             scored = score_completions(
                 self._model(trained), beams.sequences.flatten(0, 1), attended, beams.completion_mask.flatten(0, 1),
                 reference_model=None if trained == "reference" else self._model("reference"),
@@ -344,24 +341,23 @@ def on_pretrained(chosen: Options) -> None:
     clock = Clock()
     sizes = PRETRAINED_TINY if chosen.tiny else PRETRAINED
     if chosen.widths is not None:
-        narrower = tuple(width for width in sizes.other_widths if width == 1 or width in chosen.widths)
-        sizes = sizes._replace(widths=chosen.widths, other_widths=narrower)
+        narrower = tuple(width for width in sizes.reference_widths if width == 1 or width in chosen.widths)
+        sizes = sizes._replace(widths=chosen.widths, reference_widths=narrower)
     if chosen.samples is not None:
         sizes = sizes._replace(samples=chosen.samples)
     study = Study(chosen, 128)
     data = country_data(sizes, chosen.seed)
     reference = study.sft("countries", data.base, sizes.sft)
-    own = ranked_pairs(study, reference, data.drawn, sizes.drawn)
-    policy, _ = study.dpo("samples", own, sizes.dpo, reference, PRETRAINED_BETA)
-    planted, _ = study.dpo("planted", data.planted, sizes.dpo, reference, PRETRAINED_BETA)
-    trained = dict(zip(WHO, (policy, planted, reference), strict=True))
-    searcher = Searcher(study, trained)
+    planted = chosen.preferences == "planted"
+    pairs = data.planted if planted else ranked_pairs(study, reference, data.drawn, sizes.drawn)
+    policy, _ = study.dpo("planted" if planted else "samples", pairs, sizes.dpo, reference, PRETRAINED_BETA)
+    searcher = Searcher(study, {"policy": policy, "reference": reference})
     first: dict[str, dict[str, list[dict[str, Any]]]] = {who: {} for who in WHO}
     for who in WHO:
-        for width in sizes.widths if who == "policy" else sizes.other_widths:
+        for width in sizes.widths if who == "policy" else sizes.reference_widths:
             found = searcher.answers(who, data.asked, width=width)
             first[who][f"{width} beams"] = [records[0] for records in found]
-    for who in ("policy", "reference") if sizes.samples else ():
+    for who in WHO if sizes.samples else ():
         drawn = searcher.answers(who, data.asked, samples=sizes.samples)
         ways = first[who]
         ways["sampled"] = [random.Random(f"{i}").choice(records) for i, records in enumerate(drawn)]
@@ -388,15 +384,13 @@ def on_pretrained(chosen: Options) -> None:
         "beta": PRETRAINED_BETA,
         "questions": len(data.asked),
         "longest": LONGEST_PRETRAINED,
-        "ranked_pairs": len(own),
+        "preferences": "planted errors" if planted else "samples of the reference",
+        "pairs": len(pairs),
         "sizes": sizes._asdict() | {"sft": sizes.sft._asdict(), "dpo": sizes.dpo._asdict()},
-        "train": {
-            who: [
-                {key: entry[key] for key in ("loss", "rewards/margins", "rewards/accuracies")}
-                for entry in study.log(trained[who])
-            ]
-            for who in ("policy", "planted")
-        },
+        "train": [
+            {key: entry[key] for key in ("loss", "rewards/margins", "rewards/accuracies")}
+            for entry in study.log(policy)
+        ],
         "examples": {who: {way: records[0]["text"] for way, records in ways.items()} for who, ways in first.items()},
     }
     for group, learnt in (("all", None), ("learnt", True), ("others", False)):
@@ -425,15 +419,15 @@ def pretrained_paragraph(results: dict[str, Any], sizes: PretrainedSizes) -> str
 
     policy = results["all"]["policy"]
     first, last = (policy[f"{width} beams"] for width in (sizes.widths[0], sizes.widths[-1]))
+    widest = f"{sizes.widths[-1]} beams instead of {sizes.widths[0]}"
     return (
         f"{results['questions']} questions, {sizes.sft.steps} steps of SFT on right and wrong answers alike, then"
-        f" {sizes.dpo.steps} of DPO, on {results['ranked_pairs']} pairs of the reference's samples (policy) or on"
-        f" {sizes.planted} with planted errors (planted). True scores, and win rates against the reference's greedy"
-        f" answers, with intervals of 95 %. {'. '.join(map(ways, WHO))}. With {sizes.widths[-1]} beams instead of"
-        f" {sizes.widths[0]} the policy's answers have {last['length']:.1f} tokens instead of {first['length']:.1f},"
-        f" state {last['right']:.2f} right facts instead of {first['right']:.2f}, repeat {_share(last):.0%} of their"
-        f" sentences instead of {_share(first):.0%}, log pi goes from {first['logp']:.2f} to {last['logp']:.2f} and the"
-        f" implicit reward from {first['reward']:+.2f} to {last['reward']:+.2f}."
+        f" {sizes.dpo.steps} of DPO on {results['pairs']} pairs ({results['preferences']}). True scores, and win rates"
+        f" against the reference's greedy answers, with intervals of 95 %. {'. '.join(map(ways, WHO))}. With {widest}"
+        f" the policy's answers have {last['length']:.1f} tokens instead of {first['length']:.1f}, state"
+        f" {last['right']:.2f} right facts instead of {first['right']:.2f}, repeat {_share(last):.0%} of their"
+        f" sentences instead of {_share(first):.0%}, log pi goes from {first['logp']:.2f} to {last['logp']:.2f} and"
+        f" the implicit reward from {first['reward']:+.2f} to {last['reward']:+.2f}."
     )
 
 
@@ -446,16 +440,15 @@ def pretrained_figure(chosen: Options, results: dict[str, Any], sizes: Pretraine
     figure, axes = panels(f"Beam search before and after DPO, {chosen.model.name}", "True score",
                           "Win rate against greedy reference", "Length, tokens",
                           "Implicit reward", width=3.3)  # fmt: skip
-    labels = ("policy, own samples", "policy, planted errors", "reference")
-    for who, label, colour in zip(WHO, labels, (BLUE, ORANGE, GREY), strict=True):
-        widths = sizes.widths if who == "policy" else sizes.other_widths
+    for who, colour in zip(WHO, (BLUE, GREY), strict=True):
+        widths = sizes.widths if who == "policy" else sizes.reference_widths
         rows, ways = results["all"][who], [f"{width} beams" for width in widths]
         for axis, key in zip(axes, ("score", "win_rate"), strict=False):
-            axis.plot(widths, [rows[way][key]["mean"] for way in ways], "o-", ms=3.5, color=colour, label=label)
+            axis.plot(widths, [rows[way][key]["mean"] for way in ways], "o-", ms=3.5, color=colour, label=who)
             axis.fill_between(widths, [rows[way][key]["low"] for way in ways],
                               [rows[way][key]["high"] for way in ways], color=colour, alpha=0.15, lw=0)  # fmt: skip
         for axis, key in zip(axes[2:], ("length", "reward"), strict=True):
-            axis.plot(widths, [rows[way][key] for way in ways], "o-", ms=3.5, color=colour, label=label)
+            axis.plot(widths, [rows[way][key] for way in ways], "o-", ms=3.5, color=colour, label=who)
     rows = results["all"]["policy"]
     for axis, key in zip(axes, ("score", "win_rate"), strict=False):
         if sizes.samples:
@@ -472,7 +465,9 @@ def pretrained_figure(chosen: Options, results: dict[str, Any], sizes: Pretraine
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    chosen = options(__doc__.partition("\n")[0], arguments, base_steps=95, needs_pairs=False)
+    chosen = options(
+        __doc__.partition("\n")[0], arguments, base_steps=95, needs_pairs=False, preferences=("samples", "planted")
+    )
     if chosen.model is not None:
         on_pretrained(chosen)
         return

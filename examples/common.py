@@ -45,6 +45,7 @@ class Options(NamedTuple):
     model: folder of a pretrained model; None for the small one that is trained from scratch.
     pairs: file of real preference pairs; None if none was given.
     widths, samples: of the search on a pretrained model; None for those of the experiment.
+    preferences: what a pretrained model learns from, in an experiment that lets the user choose; None in others.
     """
 
     out: Path
@@ -56,6 +57,7 @@ class Options(NamedTuple):
     pairs: Path | None = None
     widths: tuple[int, ...] | None = None
     samples: int | None = None
+    preferences: str | None = None
 
     def name(self, experiment: str) -> str:
         """What the experiment's files are called."""
@@ -63,7 +65,11 @@ class Options(NamedTuple):
 
 
 def options(
-    description: str, arguments: Sequence[str] | None, base_steps: int | None = None, needs_pairs: bool = True
+    description: str,
+    arguments: Sequence[str] | None,
+    base_steps: int | None = None,
+    needs_pairs: bool = True,
+    preferences: Sequence[str] = (),
 ) -> Options:
     """Read the command line, and keep torch to the number of threads that is asked for.
 
@@ -72,6 +78,7 @@ def options(
         arguments: None for those of the process.
         base_steps: the default of --base-steps, for an experiment that has it.
         needs_pairs: whether the experiment on a pretrained model needs real pairs.
+        preferences: what a pretrained model may learn from, the default first.
     """
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
@@ -86,6 +93,9 @@ def options(
         add("--samples", type=int, metavar="N", help="of which the best is taken, with --model; 0 for no sampling")
     if needs_pairs:
         add("--pairs", type=Path, metavar="FILE", help="real preference pairs, JSON or JSONL; with --model")
+    if preferences:
+        text = f"what it learns from, with --model (default: {preferences[0]})"
+        add("--preferences", choices=preferences, default=preferences[0], help=text)
     if base_steps is not None:
         text = f"how long the base model is trained (default: {base_steps}; not with --tiny)"
         add("--base-steps", type=int, default=base_steps, metavar="N", help=text)
@@ -115,10 +125,13 @@ def options(
         command += " --widths " + " ".join(map(str, widths))
     if samples is not None:
         command += f" --samples {samples}"
+    learnt = getattr(chosen, "preferences", None)
+    if preferences and learnt != preferences[0]:
+        command += f" --preferences {learnt}"
     if chosen.tiny:
         command += " --tiny"
     widths = None if widths is None else tuple(widths)
-    return Options(chosen.out, chosen.seed, chosen.tiny, steps, command, chosen.model, pairs, widths, samples)
+    return Options(chosen.out, chosen.seed, chosen.tiny, steps, command, chosen.model, pairs, widths, samples, learnt)
 
 
 class Texts(NamedTuple):

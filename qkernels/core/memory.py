@@ -36,7 +36,8 @@ def fresh_zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    # Not a view, which would keep its base: autograd adds to a gradient in place only where nobody shares its storage.
+    return torch.frombuffer(pages, dtype=dtype).resize_(shape)
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -161,7 +161,7 @@ class Work(NamedTuple):
         # is widened at a time.
         size = rows * hidden * (2 * dtype.itemsize + products.itemsize)
         sums = name != "frozen_head" and needs[1] and chunks > 1
-        size += block_bytes(device, dtype, vocab, hidden, rows=rows, sums=sums)
+        size += block_bytes(device, dtype, vocab, hidden, rows=rows, sums=sums, trains=any(needs))
         if self.reference is not None:
             size += rows * self.reference.hidden.shape[1] * self.reference_dtype.itemsize
         # Heads that are not in the GEMMs' dtype (autocast) are cast once.

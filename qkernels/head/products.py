@@ -10,8 +10,10 @@ while a token's reward early in training is of the order of 1e-2. How a 16-bit p
   than torch's fp16 product on CPUs without instructions for it).
 
 The products of the backward take dL/dlogits rounded once to the inputs' dtype, as any training in that dtype does, or
-fp32 where the inputs are widened. dW is summed over chunks in fp32 that nothing has rounded before, by the same three
-ways.
+fp32 for fp16 on a CPU. dW is summed over chunks in fp32 that nothing has rounded before, by the same three ways. On
+CPUs without bf16 instructions they run in fp32 on inputs widened block by block, and dX and dW are rounded once:
+torch's bf16 product, which such a CPU has no kernel for, is a hundred times slower there (0.5 against 64 GFLOP/s on
+one core of an AMD EPYC with AVX2).
 """
 
 from __future__ import annotations
@@ -44,8 +46,29 @@ def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _widens(device, dtype) else dtype
 
 
-def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: int, rows: int, sums: bool) -> int:
-    """Memory for what a GEMM widens (rows of the weight, with `sums` also columns of `rows` of gradients) or packs."""
+@constant_when_compiled
+def _torch_multiplies_bf16() -> bool:
+    """Whether torch has a kernel for products of bf16 matrices on this CPU, rather than a plain loop."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _widens_backward(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether dX and dW are products in fp32 of widened bf16 inputs: on CPUs without bf16 instructions."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and not _torch_multiplies_bf16()
+
+
+def block_bytes(
+    device: torch.device, dtype: torch.dtype, vocab: int, hidden: int, *, rows: int, sums: bool, trains: bool
+) -> int:
+    """Memory for what a GEMM widens or packs.
+
+    Args:
+        device, dtype: of the GEMMs.
+        vocab, hidden: of the weight, rows of which are widened.
+        rows: of a chunk.
+        sums: whether dW is summed over chunks, for which columns of the gradient are widened.
+        trains: whether there is a backward at all.
+    """
     if device.type != "cpu" or dtype in (torch.float32, torch.float64):
         return 0
     if dtype == torch.bfloat16 and cpu.has_product():
@@ -55,7 +78,9 @@ def block_bytes(device: torch.device, dtype: torch.dtype, vocab: int, hidden: in
         return _threads() * 2**21
     block = min(vocab, _BLOCK)
     widened = block * hidden
-    if sums and not _widens(device, dtype):
+    if trains and _widens_backward(device, dtype):  # a block of the gradient, and one of the weight or of dW
+        widened += (block + hidden) * rows
+    elif sums and not _widens(device, dtype):
         widened = max(widened, (block + hidden) * rows)
     return widened * torch.float32.itemsize
 
@@ -89,6 +114,8 @@ def gradient_products(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cpu" or dtype != torch.bfloat16:
         return usual
     kernels = {name: cpu.gemm_kernel(name) for name in ("dX", "dW", "dW of a chunk")}
+    if _widens_backward(device, dtype):
+        usual = "torch, inputs widened to fp32 block by block"
     words = {name: f"{_KERNELS[kernel]} kernel" if kernel else usual for name, kernel in kernels.items()}
     if words["dX"] == words["dW"] == words["dW of a chunk"]:
         return words["dX"]
@@ -189,13 +216,14 @@ class Head(NamedTuple):
             _show_product(g, self.weight.t())
             cpu.gemm("dX", g, self.weight, result := g.new_empty(g.shape[0], self.weight.shape[1]))
             return result
-        if g.dtype == self.weight.dtype:
+        wide = torch.float32 if _widens_backward(g.device, g.dtype) else g.dtype
+        if wide == self.weight.dtype:
             return torch.mm(g, self.weight)
-        result = g.new_zeros(g.shape[0], self.weight.shape[1])
+        result = g.new_zeros(g.shape[0], self.weight.shape[1], dtype=wide)
         for start in range(0, self.vocab, _BLOCK):
             block = slice(start, start + _BLOCK)
-            torch.addmm(result, g[:, block], self.weight[block].to(g.dtype), out=result)
-        return result
+            torch.addmm(result, g[:, block].to(wide), self.weight[block].to(wide), out=result)
+        return result.to(g.dtype)
 
 
 def _column_sums(g: Tensor, scale: Tensor | None) -> Tensor:
@@ -237,6 +265,11 @@ class WeightGrad:
             _show_product(g.t(), x.t())
             self.weight = empty(self.head.weight.shape, g.dtype, g.device)
             cpu.gemm("dW", g.t(), x, self.weight)
+        elif self.single and _widens_backward(g.device, g.dtype):
+            self.weight = empty(self.head.weight.shape, g.dtype, g.device)
+            x = x.to(wide)
+            for start in range(0, self.head.vocab, _BLOCK):
+                self.weight[start : start + _BLOCK] = torch.mm(g[:, start : start + _BLOCK].to(wide).t(), x)
         elif self.single or (self.weight is None and g.dtype == wide):
             self.weight = torch.mm(g.t(), x, out=empty(self.head.weight.shape, g.dtype, g.device))
         elif g.dtype == wide:

@@ -11,6 +11,7 @@ from typing import TextIO
 from ..text.characters import printable
 
 _LINES_PER_PHASE = 5
+_SECONDS_BETWEEN_NOTES = 60
 _BAR = "  {desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
 
 
@@ -20,6 +21,7 @@ class Phase:
     def __init__(self, name: str, total: int, stream: TextIO) -> None:
         self._name, self._total, self._stream = name, total, stream
         self._done, self._start = 0, time.monotonic()
+        self._noted: float | None = None
         self._bar = None
         if total and can_redraw(stream):
             from tqdm import tqdm  # comes with transformers
@@ -34,6 +36,17 @@ class Phase:
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+    def note(self, text: str) -> None:
+        """What is going on within a step that takes long; where no bar is drawn, at first and once a minute."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+            return
+        now = time.monotonic()
+        if self._total and (self._noted is None or now - self._noted >= _SECONDS_BETWEEN_NOTES):
+            self._noted = now
+            line = f"  {self._name} {self._done}/{self._total}  {text}  {now - self._start:.0f} s"
+            print(line, file=self._stream, flush=True)
 
     def step(self, note: str = "", steps: int = 1) -> None:
         """So many steps are done; `note` says how it stands."""

@@ -111,6 +111,17 @@ class Encoder:
         self.chat = has_template if prompt_format == "auto" else prompt_format == "chat"
         self.special = set(tokenizer.all_special_ids)
 
+    def refuse_conversation(self, number: int, pair: Preference) -> None:
+        """Raise ScoreError for a pair that cannot be written without a chat template, where there is none."""
+        for side in ("chosen", "rejected") if not self.chat else ():
+            count = len(pair.prompt) + len(pair.turns(side)) - 1
+            if count > 1 or pair.turns(side)[0].more:
+                what = "its prompt is" if count == len(pair.prompt) else "with its answer it is"
+                raise ScoreError(
+                    f"{place(number)}, {side} answer: {what} a conversation of {count} messages, which the plain format"
+                    " cannot write; use a tokenizer with a chat template, or give one with --chat-template"
+                )
+
     def pairs(self, pairs: Mapping[int, Preference]) -> list[tuple[EncodedAnswer, EncodedAnswer]]:
         """Encode the answers of pairs, chosen and rejected, all at once.
 
@@ -125,6 +136,8 @@ class Encoder:
             for number, pair in pairs.items()
             for side in ("chosen", "rejected")
         ]
+        for number, pair in pairs.items():
+            self.refuse_conversation(number, pair)
         rendered = [self._render(*side) for side in sides]
         texts = [one.text for one in rendered]
         encoded = self._tokenise(texts)
@@ -157,13 +170,6 @@ class Encoder:
         """The whole text and what of it is the answer."""
         answer = getattr(pair, side)
         if not self.chat:
-            count = len(pair.prompt) + len(pair.turns(side)) - 1
-            if count > 1 or pair.turns(side)[0].more:
-                what = "its prompt is" if count == len(pair.prompt) else "with its answer it is"
-                raise ScoreError(
-                    f"{where}: {what} a conversation of {count} messages, which the plain format cannot"
-                    " write; use a tokenizer with a chat template, or give one with --chat-template"
-                )
             text = pair.prompt[0].content
             return _Rendered(text + answer, len(text), [(len(text), _END, len(text), len(answer), 0)])
         if pair.chosen_turns:

@@ -67,13 +67,19 @@ def is_adapter(name: str) -> bool:
     return (Path(name) / _ADAPTER).is_file()
 
 
-def load(options: ScoreOptions) -> Loaded:
-    """Load everything from disk (or the hub).
+class Tokenizers(NamedTuple):
+    """The policy's, with the chat template asked for, and the reference's, if it has one of its own."""
+
+    model: Any
+    other: Any
+
+
+def load_tokenizers(options: ScoreOptions) -> Tokenizers:
+    """Load the tokenizers, from disk (or the hub): seconds, where weights take minutes.
 
     Raises:
         ScoreError: what cannot be loaded, or does not fit; names the option.
     """
-    device = device_of(options.device)
     refuse_absent("--model", options.model)
     refuse_absent("--reference", options.reference)
     tokenizer = load_tokenizer("--model", tokenizer_folder(options.model), options.trust_remote_code)
@@ -82,8 +88,7 @@ def load(options: ScoreOptions) -> Loaded:
             tokenizer.chat_template = options.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ScoreError(f"--chat-template {options.chat_template}: cannot be read ({error})") from None
-    adapter = is_adapter(options.model)
-    if options.reference is None and options.reference_logps is None and not adapter:
+    if options.reference is None and options.reference_logps is None and not is_adapter(options.model):
         raise ScoreError(
             f"--model {options.model} is no PEFT adapter that could be switched off: give --reference DIR (the model"
             " that training started from), or --reference-logps DIR (results of an earlier run with it)"
@@ -94,13 +99,23 @@ def load(options: ScoreOptions) -> Loaded:
         other = None if folder is None else load_tokenizer("--reference", folder, options.trust_remote_code)
         if other is not None:
             _same_vocabulary(tokenizer, other)
+    return Tokenizers(tokenizer, other)
+
+
+def load(options: ScoreOptions, tokenizers: Tokenizers) -> Loaded:
+    """Load the models, from disk (or the hub).
+
+    Raises:
+        ScoreError: what cannot be loaded, or does not fit; names the option.
+    """
+    device = device_of(options.device)
     model = load_model("--model", options.model, options, device)
     if options.reference is not None:
         reference = load_model("--reference", options.reference, options, device)
     else:
         reference = model if options.reference_logps is None else None
     limits = [position_limit(m) for m in (model, reference) if m is not None]
-    return Loaded(model, reference, tokenizer, other, min((n for n in limits if n), default=None))
+    return Loaded(model, reference, *tokenizers, min((n for n in limits if n), default=None))
 
 
 def refuse_absent(option: str, name: str | None) -> None:

@@ -34,7 +34,7 @@ from .ranks import Ranks, bitmap, in_bitmap, launched
 from .store import WINDOW, CachedReference, Results, Scored
 from .summary import Overview
 from .table import SIDES, TokenTable, prompt_of
-from .tokens import Answer, TokenScorer, check_outputs
+from .tokens import Answer, Batch, TokenScorer, check_outputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,13 +97,16 @@ def _encode(
         yield window
 
 
-def _score(scorer: TokenScorer, windows: Iterable[list[_Sequence]]) -> Iterator[tuple[int, Preference, list[Scored]]]:
+def _score(
+    scorer: TokenScorer, windows: Iterable[list[_Sequence]], on_batch: Callable[[Batch], None] | None = None
+) -> Iterator[tuple[int, Preference, list[Scored]]]:
     """Score what is missing of window after window; a pair comes when both its answers have been scored."""
     for window in windows:
         answers = [Answer(s.answer.prompt, s.answer.ids, s.answer.between) for s in window]
         known = [sequence.known for sequence in window] if scorer.cached else None
         done: dict[int, dict[str, Scored]] = {}
-        for i, scores in scorer.scores(answers, known, wanted=[not sequence.is_done for sequence in window]):
+        missing = [not sequence.is_done for sequence in window]
+        for i, scores in scorer.scores(answers, known, wanted=missing, on_batch=on_batch):
             sequence = window[i]
             if sequence.is_done:
                 continue
@@ -269,12 +272,18 @@ def _prepare(options: ScoreOptions) -> _Prepared:
     data = open_preferences(
         options.data, split=options.split, config=options.data_config, skip_invalid=options.skip_invalid
     )
-    records = sum(1 for _ in data)  # and every one of them is checked
+    tokenizers = models.load_tokenizers(options)
+    plain = Encoder(tokenizers.model, options.prompt_format)
+    records = 0
+    for number, pair in data.numbered():  # and every one of them is checked
+        if options.limit is None or records < options.limit:
+            plain.refuse_conversation(number, pair)
+        records += 1
     if not records:
         raise DataError(f"{data.name}: expected at least 1 preference pair, found 0")
     cached = None if options.reference_logps is None else CachedReference(options.reference_logps)
     with quiet_transformers():
-        loaded = models.load(options)
+        loaded = models.load(options, tokenizers)
     try:
         scorer = TokenScorer(
             loaded.model,
@@ -466,7 +475,7 @@ def _run(prepared: _Prepared, todo: _Todo, results: Results, ranks: Ranks | None
                     shown = pairs
 
             windows = _encode(scorer, prepared.encoder, todo.share(ranks), prepared.logps, todo.done)
-            for number, pair, answers in _score(scorer, windows):
+            for number, pair, answers in _score(scorer, windows, lambda batch: phase.note(str(batch))):
                 results.add(number, answers, pair)
                 tokens += sum(len(encoded.ids) for _, encoded, _ in answers)
                 rate = f"{tokens / (time.monotonic() - start):.0f} answer tokens/s"

@@ -7,7 +7,7 @@ answers' tokens alone. What a batch takes beyond the two models' own forward is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,6 +50,18 @@ DEFAULT_OUTPUTS: tuple[str, ...] = (
     "kl_reference_policy",
     "is_top1",
 )
+
+
+class Batch(NamedTuple):
+    """A forward pass that is about to begin: the how-manieth of how many, sequences, tokens of the longest."""
+
+    number: int
+    count: int
+    sequences: int
+    longest: int
+
+    def __str__(self) -> str:
+        return f"batch {self.number} of {self.count}: {self.sequences} x {self.longest} tokens"
 
 
 class Answer(NamedTuple):
@@ -160,6 +172,7 @@ class TokenScorer:
         reference_logps: Sequence[Any] | None = None,
         *,
         wanted: Sequence[bool] | None = None,
+        on_batch: Callable[[Batch], None] | None = None,
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """The wanted numbers of each answer, longest sequences first.
 
@@ -168,6 +181,7 @@ class TokenScorer:
             reference_logps: per answer, one number per token of it (`cached`).
             wanted: per answer, whether it is needed; batches without one that is are left out, and the others stay as
                 they are, so that the results do not depend on what is wanted. None for all.
+            on_batch: called before each forward pass.
 
         Yields:
             (index of the answer, arrays `[tokens]` by output): fp32 (fp64 of a float64 model), `is_top1` bool.
@@ -184,9 +198,11 @@ class TokenScorer:
             model.eval()
         try:
             lengths = [answer.length for answer in answers]
-            for group in batches_by_length(lengths, self.batch_tokens):
-                if wanted is not None and not any(wanted[i] for i in group):
-                    continue
+            groups = batches_by_length(lengths, self.batch_tokens)
+            groups = [group for group in groups if wanted is None or any(wanted[i] for i in group)]
+            for number, group in enumerate(groups, start=1):
+                if on_batch is not None:
+                    on_batch(Batch(number, len(groups), len(group), max(lengths[i] for i in group)))
                 known = None if reference_logps is None else [reference_logps[i] for i in group]
                 yield from zip(group, self._batch([answers[i] for i in group], known), strict=True)
         finally:

@@ -535,6 +535,24 @@ def test_cached_reference_log_probs_of_an_earlier_run(folders: Path, finished: t
     )
 
 
+def test_a_missing_template_is_found_before_weights_are_loaded(
+    models: tuple, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversation of several messages needs one."""
+    from qkernels.score import models as loading
+
+    def load(*_: object) -> None:
+        raise AssertionError("the weights were loaded first")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    data = tmp_path / "turns.json"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    data.write_text(json.dumps([{"prompt": turns, "chosen": "So.", "rejected": "Now."}]))
+    arguments = ("--reference", folders / "reference", "--data", data, "--out", tmp_path / "out")
+    status, _, err = score("--model", folders / "policy", *arguments, "--prompt-format", "plain")
+    assert status == 2 and "conversation of 2 messages" in err and "--chat-template" in err
+
+
 def test_options_reach_the_results(folders: Path, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] + '|' }}{% endfor %}")
@@ -1028,6 +1046,8 @@ def test_a_run_says_at_once_that_it_works_and_on_what(
 ) -> None:
     lines = finished[2].splitlines()
     assert lines.index("  checking 0/20") < lines.index("  scoring 0/20")
+    batch = next(line for line in lines if "batch 1 of" in line)  # before the first of them is through
+    assert re.match(r"  scoring 0/20  batch 1 of \d+: \d+ x \d+ tokens  \d+ s$", batch)
     report = (finished[0] / "report.html").read_text(encoding="utf-8")
     first_screen = report[: report.index("What a token reward is")]
     assert "policy against reference on data.json: 20 pairs" in first_screen

@@ -39,6 +39,26 @@ def test_a_buffer_is_used_again_and_shared_by_nobody():
     assert memory.take_scratch((4, ELEMENTS), torch.float32, CPU).data_ptr() == address
 
 
+def test_the_gradient_of_a_tied_weight_is_added_to_where_it_is(monkeypatch):
+    """Autograd adds the embedding's gradient to the head's in its own memory: two tensors of the weight's size, not
+    three."""
+    made, real, seen = [], memory.fresh_zeros, []
+
+    def fresh_zeros(shape, *others):
+        made.append((tuple(shape), real(shape, *others)))
+        return made[-1][1]
+
+    monkeypatch.setattr(memory, "fresh_zeros", fresh_zeros)
+    weight = torch.randn(ELEMENTS // 256, 256, requires_grad=True)
+    ids = torch.arange(8).view(2, 4)
+    weight.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    out = qkernels.fused_linear_token_dpo(torch.nn.functional.embedding(ids, weight), weight, ids, reference_logps=0.0)
+    of_the_head = [zeros.data_ptr() for shape, zeros in made if shape == weight.shape]
+    made.clear()
+    out.loss.backward()
+    assert len(of_the_head) == 1 and seen == of_the_head
+
+
 def test_small_and_very_large_buffers_are_not_kept():
     memory._scratch.clear()
     memory.give_back_scratch([memory.take_scratch((10,), torch.float32, CPU)])

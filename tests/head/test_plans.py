@@ -329,7 +329,8 @@ def check_peak(peak: int, plan: LinearPlan, batch: HeadBatch, dtype: torch.dtype
     # What the extension's GEMMs pack is no memory of torch's, so that the profiler does not see it.
     packed = 0
     if dtype == torch.bfloat16 and cpu.gemm_kernel("dX") is not None:
-        packed = block_bytes(torch.device("cpu"), dtype, *batch.weight.shape, rows=plan.chunk_rows, sums=True)
+        how = {"rows": plan.chunk_rows, "sums": True, "trains": True}
+        packed = block_bytes(torch.device("cpu"), dtype, *batch.weight.shape, **how)
     assert 0.8 * (plan.peak_bytes - packed) <= peak <= allowed, f"{peak}, allowed {allowed}, {plan}"
 
 

@@ -19,7 +19,7 @@ from assertions import EPS32, assert_within
 from cases import generator, make_head_batch
 from linear_comparisons import check_linear_preference, check_linear_stats
 from qkernels.backends import cpu as native
-from qkernels.head.products import Head, logits_product
+from qkernels.head.products import Head, WeightGrad, gradient_products, logits_product
 from runnable import CPU, Backend
 
 _C = pytest.importorskip("qkernels._C", reason="the compiled extension is missing")
@@ -248,6 +248,13 @@ def test_errors_of_sums_are_seen(kernel, monkeypatch, spoil):
 # --- gradients of the inputs and of the weight from one chunk, rounded once to bf16 -----------------------------------
 
 
+def within_one_rounding(out, left, right, name: str) -> None:
+    """`out` is left right, summed in fp32 and rounded to bf16 once."""
+    exact, size = left.double() @ right.double(), left.double().abs() @ right.double().abs()
+    error = EPS32 * min(1 + left.shape[1], 16) * size
+    assert_within(out, exact, error + 2**-8 * (exact.abs() + error) + 1e-38, name)
+
+
 def check_rounded(name: str, left, right, stride: int = 0) -> torch.Tensor:
     """left right in bf16 against float64, in a buffer whose surroundings are checked."""
     rows, columns = left.shape[0], right.shape[1]
@@ -256,9 +263,7 @@ def check_rounded(name: str, left, right, stride: int = 0) -> torch.Tensor:
     native.gemm(name, left, right, out)
     edge = torch.tensor(777.0, dtype=BF16)
     assert bool((memory[rows] == edge).all()) and bool((memory[:, columns:] == edge).all()), "written outside"
-    exact, size = left.double() @ right.double(), left.double().abs() @ right.double().abs()
-    error = EPS32 * min(1 + left.shape[1], 16) * size
-    assert_within(out, exact, error + 2**-8 * (exact.abs() + error) + 1e-38, name)
+    within_one_rounding(out, left, right, name)
     return out
 
 
@@ -300,6 +305,30 @@ def test_a_large_weight_gradient(kernel):
     """Beyond the size from which results bypass the caches, at any alignment."""
     for stride in (0, 32, 3):
         check_rounded("dW", matrix(33, 2100, 1).t(), matrix(33, 1030 - stride, 2), stride)
+
+
+@pytest.mark.parametrize("multiplies", [False, True], ids=["widened", "torch's own"])
+@pytest.mark.parametrize("block", [7, 4096])
+def test_gradients_without_a_kernel_of_the_extension(multiplies, block, monkeypatch):
+    """On processors without bf16 instructions inputs are widened block by block, on others torch multiplies bf16."""
+    products = "qkernels.head.products."
+    monkeypatch.setattr(products + "_own_gemm", lambda name, operand: False)
+    monkeypatch.setattr(products + "_torch_multiplies_bf16", lambda: multiplies)
+    monkeypatch.setattr(products + "_BLOCK", block)
+    g, x, w = matrix(37, 45, 1, 3), matrix(37, 20, 2), matrix(45, 20, 3)
+    head = Head(w, None, None, 1.0)
+    result = head.input_grad(g)
+    assert result.dtype == BF16
+    within_one_rounding(result, g, w, "dX")
+    total = WeightGrad(head, True, False, 1)
+    total.add(g, x)
+    weight, _ = total.result(BF16, None)
+    within_one_rounding(weight, g.t(), x, "dW")
+    total = WeightGrad(head, True, False, 2)
+    total.add(g[:20], x[:20])
+    total.add(g[20:], x[20:])
+    weight, _ = total.result(BF16, None)
+    within_one_rounding(weight, g.t(), x, "dW of two chunks")
 
 
 @with_kernels("dX")
@@ -412,13 +441,16 @@ def instruction_set(request):
     _C.use_instruction_set(before)
 
 
-def test_which_product_makes_the_logits(instruction_set):
+def test_which_product_makes_the_logits(instruction_set, monkeypatch):
     words = logits_product(torch.device("cpu"), BF16)
     expected = {"avx512_bf16": "AVX-512 BF16 kernel", "amx_bf16": "AMX BF16 kernel", "amx_emulated": "emulated AMX"}
     assert native.has_product() == (instruction_set in expected)
     assert expected.get(instruction_set, "widened") in words
     assert "widened" in logits_product(torch.device("cpu"), torch.float16)
     assert logits_product(torch.device("cpu"), torch.float32) == "torch, float32"
+    monkeypatch.setattr("qkernels.head.products._torch_multiplies_bf16", lambda: False)
+    backward = gradient_products(torch.device("cpu"), BF16)
+    assert ("kernel" if instruction_set.startswith("amx") else "widened") in backward
     amx = instruction_set.startswith("amx")
     served = {"logits": amx or instruction_set == "avx512_bf16", "dX": amx, "dW": amx}
     assert {name: native.gemm_kernel(name) == instruction_set for name in served} == served

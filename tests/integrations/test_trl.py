@@ -42,6 +42,7 @@ from qkernels.integrations.trl import (
     require_trl,
     unpatch_trl,
 )
+from qkernels.integrations.trl import patch as trl_patch
 from qkernels.integrations.trl.links import load_links
 from qkernels.semiparametric import OSPO
 
@@ -799,6 +800,20 @@ def test_patched_trainer(tmp_path):
     with patch_trl():
         ours = train(DPOTrainer, tmp_path, use_weighting=True)
     assert_same(ours, stock(tmp_path, use_weighting=True))
+
+
+def test_a_patch_that_comes_too_late_says_so():
+    unpatch_trl()
+    model = hf_models.model()
+    utils.add_fused_lm_head(model)
+    with pytest.warns(UserWarning, match="too late for [0-9]+ model.* keep TRL's own head"), patch_trl():
+        pass
+    del model
+    others = trl_patch._models_with_head_of(utils.add_fused_lm_head)  # of other tests, if anything still holds them
+    model = hf_models.model()
+    with patch_trl():
+        utils.add_fused_lm_head(model)
+    assert trl_patch._models_with_head_of(utils.add_fused_lm_head) == others
 
 
 def test_patch_is_taken_off_exactly():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import sys
+import warnings
 from collections.abc import Callable
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from ..patches import Patch, holders
@@ -53,12 +55,26 @@ class _TRLPatch(Patch):
             unpatch_trl()
 
 
+def _models_with_head_of(add_head: Any) -> int:
+    """How many live models have been given TRL's own head: their forwards are functions made inside `add_head`."""
+    code = getattr(add_head, "__code__", None)
+    inner = [] if code is None else [part for part in code.co_consts if isinstance(part, CodeType)]
+
+    def count() -> int:
+        return sum(isinstance(holder, FunctionType) for part in inner for holder in gc.get_referrers(part))
+
+    if count():
+        gc.collect()  # trainers that are gone may wait for it, in cycles
+    return count()
+
+
 def patch_trl(*, max_chunk_bytes: int | None = None, backend: str = "auto") -> Patch:
     """Give TRL's trainers this package's heads: every trainer made from now on that would use TRL's fused head.
 
     Their losses, metrics and options stay TRL's; the per-token log-probs (and entropy, ...) come from here. LoRA on the
     head, which TRL's DPOTrainer refuses, becomes possible in it. Trainers of modules that are imported later are
-    patched as well. Calling it again changes nothing.
+    patched as well. Calling it again changes nothing. A trainer made before keeps TRL's head; where there is one, a
+    warning says so.
 
     Args:
         max_chunk_bytes, backend: as in `qkernels.linear_token_stats`.
@@ -76,6 +92,12 @@ def patch_trl(*, max_chunk_bytes: int | None = None, backend: str = "auto") -> P
     dpo_trainer = require_trl()
     patch = _TRLPatch()
     patch.original = vars(sys.modules["trl.trainer.utils"])["add_fused_lm_head"]
+    if (before := _models_with_head_of(patch.original)) > 0:
+        warnings.warn(
+            f"patch_trl() comes too late for {before} {'model' if before == 1 else 'models'} whose trainers exist"
+            " already: they keep TRL's own head. Call patch_trl() before trainers are made, or make them again",
+            stacklevel=2,
+        )
     for module in holders(patch.original, "add_fused_lm_head", ("trl",)):
         head = functools.partial(
             add_token_head,
