@@ -353,8 +353,8 @@ def on_pretrained(chosen: Options) -> None:
     policy, _ = study.dpo("planted" if planted else "samples", pairs, sizes.dpo, reference, PRETRAINED_BETA)
     searcher = Searcher(study, {"policy": policy, "reference": reference})
     first: dict[str, dict[str, list[dict[str, Any]]]] = {who: {} for who in WHO}
-    for who in WHO:
-        for width in sizes.widths if who == "policy" else sizes.reference_widths:
+    for width in sizes.widths:
+        for who in WHO if width in sizes.reference_widths else WHO[:1]:
             found = searcher.answers(who, data.asked, width=width)
             first[who][f"{width} beams"] = [records[0] for records in found]
     for who in WHO if sizes.samples else ():
