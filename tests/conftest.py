@@ -131,3 +131,9 @@ def _forget_compiled_graphs():
     yield
     if "torch._dynamo" in sys.modules:  # importing it takes seconds
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def bare_products(monkeypatch):
+    """Products of as many rows as there are, for tests that count their operations."""
+    monkeypatch.setattr("qkernels.head.products._FEWEST_ROWS", 0)

@@ -200,6 +200,7 @@ def test_loss_scaling_saves_small_gradients_of_fp16(backend, dtype, plan):
 
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.usefixtures("bare_products")
 def test_a_second_backward_gives_the_same_gradients(backend, dtype, plan):
     """`pair_chunks` has given its gradients away by then, and makes them anew."""
     batch = make_head_batch(3, 6, 16, 30, dtype, backend.device)

@@ -151,6 +151,7 @@ def test_ignored_rows_are_not_read(backend, dtype, plan):
 
 
 @pytest.mark.dtypes(*PLAIN)
+@pytest.mark.usefixtures("bare_products")
 def test_work_is_proportional_to_the_rows_that_count(backend, dtype):
     """known bug 12 (Liger DPO: the same time at 0 % and 95 % ignored); zero weights are ignored rows."""
     batch = make_head_batch(2, 20, 16, 30, dtype, backend.device, bias=False)

@@ -223,6 +223,7 @@ def test_planning_runs_nothing(backend, monkeypatch):
         ("hw", {"loss_type": "tdpo1", "live": True, "plan": "recompute"}, 4, 2),
     ],
 )
+@pytest.mark.usefixtures("bare_products")
 def test_products_are_counted(backend, dtype, trains, options, products, reference, share):
     """Work is proportional to the rows that count, whichever way it is cut; nothing is computed twice in silence."""
     batch = small(dtype, backend.device, bias=False, reference_size=5)
@@ -257,6 +258,7 @@ def test_products_are_counted(backend, dtype, trains, options, products, referen
         (("reference_logps",), "hw", 1, 1),
     ],
 )
+@pytest.mark.usefixtures("bare_products")
 def test_products_of_stats_are_counted(backend, outputs, trains, products, reference):
     batch = small(device=backend.device, bias=False, reference_size=5)
     models = leaves(batch, trains)
