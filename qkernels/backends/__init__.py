@@ -3,13 +3,15 @@
 A backend is a module with `row_stats`, `row_grad`, `row_grad_` and `pair_loss` (each takes its arguments as one of the
 NamedTuples in `qkernels.core.calls`, which state the contracts), `row_grad_into(out, call)`, which is `row_grad` into a
 given tensor `[S, T, V]` of the logits' dtype or, for fp32 logits, of 16 bits, and `unavailable(device, dtype)`, which
-returns None when it can take such a tensor and otherwise says why not. To add one, write the module and enter it in
-`_MODULES`.
+returns None when it can take such a tensor and otherwise says why not. A compiled one also has `wrong_build(device)`:
+None, or why what is installed was not built for this machine, of which "auto" warns. To add one, write the module and
+enter it in `_MODULES`.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from functools import cache, lru_cache
 from types import ModuleType
 
@@ -45,7 +47,16 @@ def _lookup(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         # "triton" and "cuda" take CPU tensors in an interpreter or emulation, for tests: only when asked by name.
         candidates = [name for name in _MODULES if name not in ("triton", "cuda") or device.type != "cpu"]
-        return next(candidate for candidate in candidates if unavailable(candidate, device, dtype) is None)
+        chosen = next(candidate for candidate in candidates if unavailable(candidate, device, dtype) is None)
+        for passed_over in candidates[: candidates.index(chosen)]:
+            if reason := getattr(get(passed_over), "wrong_build", lambda device: None)(device):
+                warnings.warn(
+                    f"qkernels: backend {passed_over!r} is installed and cannot run here: {reason}. Backend {chosen!r} "
+                    f"is used on {device} instead; `qkernels info` shows what else can run",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        return chosen
     if name not in NAMES:
         raise ValueError(f"backend {name!r} is unknown; expected one of {', '.join(NAMES)}")
     reason = unavailable(name, device, dtype)

@@ -66,6 +66,11 @@ def why_missing() -> str:
     return f"the compiled extension is missing: {reason}; reinstall qkernels where GCC or Clang is on the PATH"
 
 
+def wrong_build(device: torch.device) -> str | None:
+    """Why the extension that is installed does not load on this machine; None if it does, or if there is none."""
+    return why_missing() if _C is None and device.type == "cpu" and build_info().get("native") else None
+
+
 def build_info() -> dict[str, Any]:
     """What setup.py noted when this copy was built; empty for a source tree that was never built."""
     path = Path(__file__).parents[1] / "_build.json"

@@ -61,14 +61,27 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"its kernels run on NVIDIA GPUs, the tensor is on {device}"
     if not torch.cuda.is_available():
         return "torch finds no GPU"
+    if reason := _unfit(device):
+        return reason
+    if dtype not in CODES:
+        return f"its kernels take float32, bfloat16 and float16, got {dtype}"
+    return None
+
+
+def wrong_build(device: torch.device) -> str | None:
+    """Why the CUDA kernels that are installed were not built for this GPU or its driver; None if they were."""
+    here = extension is not None and extension.HAS_CUDA and not EMULATED and device.type == "cuda"
+    return _unfit(device) if here and torch.version.hip is None and torch.cuda.is_available() else None
+
+
+def _unfit(device: torch.device) -> str | None:
+    """Why the compiled kernels cannot run on an NVIDIA GPU; None if they can."""
     index = device.index if device.index is not None else torch.cuda.current_device()
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"its kernels need compute capability 8.0 or higher, cuda:{index} has {capability[0]}.{capability[1]}"
     if reason := _cannot_run(index):
         return f"{reason} (cuda:{index}; compiled for {', '.join(architectures())})"
-    if dtype not in CODES:
-        return f"its kernels take float32, bfloat16 and float16, got {dtype}"
     return None
 
 

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 
+import qkernels
 from cases import IGNORE
 from qkernels import backends
 from qkernels.backends import cpu as native
@@ -47,6 +48,63 @@ def test_why_it_cannot_run(pretended):
     pretended.setattr(cuda, "extension", None)
     pretended.setattr(native, "build_info", lambda: {"native": False, "reason": "no C++ compiler"})
     assert "extension is missing" in cuda.unavailable(GPU, torch.float32)
+
+
+@pytest.fixture
+def asked_anew():
+    """What "auto" picks is looked up again, and what it picked meanwhile is forgotten."""
+    backends._lookup.cache_clear()
+    yield
+    backends._lookup.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "capability, reason, told",
+    [
+        ((7, 5), "", "8.0 or higher, cuda:0 has 7.5"),
+        ((12, 1), "no kernel image", r"no kernel image \(cuda:0; compiled for sm_90, compute_90\)"),
+        (
+            (9, 0),
+            "the driver supports CUDA 12.4, the extension was built with CUDA 13.0",
+            "the driver supports CUDA 12.4",
+        ),
+    ],
+)
+def test_a_gpu_that_the_kernels_were_not_built_for_is_told_once(pretended, asked_anew, capability, reason, told):
+    pretended.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    pretended.setattr(cuda, "_cannot_run", lambda index: reason)
+    pretended.setattr(backends.get("triton"), "unavailable", lambda device, dtype: None)
+    message = f"'cuda' is installed and cannot run here: .*{told}.* 'triton' is used"
+    with pytest.warns(RuntimeWarning, match=message) as warned:
+        chosen = [backends.resolve_for("auto", GPU, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
+    assert chosen == ["triton"] * 3 and len({str(one.message) for one in warned}) == 1
+    with pytest.raises(ValueError, match=told):
+        backends.resolve_for("cuda", GPU, torch.float32)
+
+
+def test_nothing_is_told_where_the_kernels_run_or_are_left_out_on_purpose(pretended, asked_anew, recwarn):
+    pretended.setattr(backends.get("triton"), "unavailable", lambda device, dtype: None)
+    assert backends.resolve_for("auto", GPU, torch.float32) == "cuda"
+    assert backends.resolve_for("auto", GPU, torch.float64) == "triton"
+    backends._lookup.cache_clear()
+    pretended.setattr(cuda, "extension", types.SimpleNamespace(HAS_CUDA=False))
+    assert backends.resolve_for("auto", GPU, torch.float32) == "triton"
+    pretended.setattr(native, "_C", None)
+    pretended.setattr(native, "build_info", lambda: {"native": False, "reason": "no C++ compiler"})
+    assert backends.resolve_for("auto", CPU, torch.float32) == "torch"
+    assert [str(one.message) for one in recwarn] == []
+
+
+def test_an_extension_that_does_not_load_here_is_told_by_the_first_call(monkeypatch, asked_anew):
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_missing", "version `GLIBC_2.28' not found")
+    monkeypatch.setattr(native, "build_info", lambda: {"native": True, "reason": None})
+    logits, labels = torch.randn(1, 2, 5), torch.tensor([[1, 4]])
+    with pytest.warns(RuntimeWarning, match="'cpu' .* GLIBC_2.28' not found.* 'torch' is used on cpu instead"):
+        logps = qkernels.token_logps(logits, labels)
+    torch.testing.assert_close(logps, logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0])
+    info = qkernels.info()
+    assert "GLIBC_2.28' not found" in info["backends"]["cpu"] and info["auto"]["cpu"] == "torch"
 
 
 def test_asking_by_name_for_what_cannot_run_is_an_error():

