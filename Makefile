@@ -12,7 +12,7 @@ READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.tools
 
 .PHONY: help setup demo quick test nightly matrix bench lint ruff clang-format types architecture docs package \
-  hub-kernel frameworks sanitize clean
+  wheel compatibility hub-kernel frameworks sanitize clean
 
 help:
 	@echo "make setup     everything that tests and checks need, in $(VENV)"
@@ -24,12 +24,15 @@ help:
 	@echo "make matrix    tests of the linear paths as other processors and thread counts run them"
 	@echo "make bench     compare with eager torch, torch.compile and installed peers"
 	@echo "make package   build the sdist and the wheel, install them in a fresh environment and use them"
+	@echo "make wheel     build the wheels of a release in dist/, with the CUDA kernels, and use them without a compiler"
+	@echo "               (for every python3.10 to python3.14 that answers, or make wheel ARGS='/path/to/python ...')"
+	@echo "make compatibility  install the oldest and newest torch, transformers and TRL, run tests, write the table"
 	@echo "make hub-kernel  write the kernel for the Hugging Face Hub to build/hub, and load it offline"
 	@echo "make frameworks  compare what the plug-ins stand on with the newest wheels of the frameworks"
 	@echo "make lint      ruff, clang-format, mypy, the architecture test (pre-commit runs the same)"
 	@echo "make docs      the documentation site, in build/site; a broken link or a missing public name fails"
 	@echo "make sanitize  the C++ core, and tensors of every layout, under sanitizers"
-	@echo "ARGS='...' is passed on to demo, the tests, matrix and bench"
+	@echo "ARGS='...' is passed on to demo, the tests, matrix, wheel, compatibility and bench"
 
 # torch comes first and pinned, so that nothing else pulls in another build of it.
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
@@ -78,6 +81,12 @@ types: $(TOOLS)
 
 package: $(READY)
 	$(BIN)/python .ci/check_package.py
+
+wheel: $(READY)
+	$(BIN)/python .ci/build_wheels.py $(ARGS)
+
+compatibility: $(READY)
+	$(BIN)/python .ci/compatibility.py $(ARGS)
 
 hub-kernel: $(READY)
 	$(BIN)/python .ci/check_hub_kernel.py

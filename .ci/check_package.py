@@ -14,29 +14,13 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-import venv
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD_TOOLS = ("setuptools>=77", "pybind11", "cmake", "ninja", "build")
 NOTICES = {"LICENSE", "THIRD_PARTY_NOTICES.md"}
-
-# Run in the fresh environment, outside the source tree.
-USE = """
-import sys, torch, qkernels
-assert qkernels.__file__.startswith(sys.prefix), f"not the installed package: {qkernels.__file__}"
-assert qkernels.info()["backends"]["cpu"] == "available", qkernels.info()
-torch.manual_seed(0)
-logits, labels = torch.randn(4, 6, 101, requires_grad=True), torch.randint(0, 101, (4, 6))
-losses = []
-for backend in ("cpu", "torch"):
-    out = qkernels.fused_token_dpo(logits, labels, reference_logits=torch.zeros(4, 6, 101), backend=backend)
-    losses.append((out.loss.detach(), *torch.autograd.grad(out.loss, logits)))
-for one, other in zip(*losses):
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
-print("qkernels", qkernels.__version__, "works as installed")
-"""
+USE = ROOT / ".ci" / "use_package.py"
 
 
 def main() -> None:
@@ -46,8 +30,7 @@ def main() -> None:
 
 def check(scratch: Path) -> None:
     tools = new_environment(scratch / "tools")
-    constraints = ["-c", str(ROOT / "constraints.txt")]
-    run(tools, "-m", "pip", "install", "-q", "--disable-pip-version-check", *constraints, *BUILD_TOOLS)
+    install(tools, *BUILD_TOOLS)
     run(tools, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(scratch), str(ROOT))
     (sdist,) = scratch.glob("*.tar.gz")
     unpacked = check_sdist(sdist, scratch)
@@ -61,7 +44,7 @@ def check(scratch: Path) -> None:
     (packages,) = (scratch / "fresh").glob("lib/python*/site-packages")
     (packages / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
     run(fresh, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--disable-pip-version-check", str(wheel))
-    run(fresh, "-c", USE, cwd=scratch)
+    run(fresh, str(USE), cwd=scratch)
     run(fresh, "-m", "qkernels", "--version", cwd=scratch)
     # Every module of the tests finds its helpers in the source distribution, and some of them run there.
     run(fresh, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests", cwd=unpacked, quiet=True)
@@ -70,10 +53,16 @@ def check(scratch: Path) -> None:
     print(f"{sdist.name} and {wheel.name} are complete")
 
 
-def new_environment(folder: Path) -> Path:
-    """A virtual environment with pip; its interpreter."""
-    venv.create(folder, with_pip=True)
+def new_environment(folder: Path, python: Path = Path(sys.executable)) -> Path:
+    """A virtual environment of `python` with pip; its interpreter."""
+    subprocess.run([str(python), "-m", "venv", str(folder)], check=True)
     return folder / "bin" / "python"
+
+
+def install(python: Path, *packages: str) -> None:
+    """Install into an environment, in the versions that this release is tested with."""
+    constraints = ["-c", str(ROOT / "constraints.txt")]
+    run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *constraints, *packages, quiet=True)
 
 
 def run(python: Path, *arguments: str, cwd: Path = ROOT, quiet: bool = False, **environment: str) -> None:

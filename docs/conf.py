@@ -81,6 +81,7 @@ NAVIGATION: dict[str, list[tuple[str, str]]] = {
         ("", "bench/results/*"),
         ("Contributing", "CONTRIBUTING"),
         ("Versions", "docs/versioning"),
+        ("Compatibility", "docs/compatibility"),
         ("Changelog", "CHANGELOG"),
         ("Security", "SECURITY"),
     ],

@@ -74,7 +74,7 @@ def test_a_gpu_that_the_kernels_were_not_built_for_is_told_once(pretended, asked
     pretended.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     pretended.setattr(cuda, "_cannot_run", lambda index: reason)
     pretended.setattr(backends.get("triton"), "unavailable", lambda device, dtype: None)
-    message = f"'cuda' is installed and cannot run here: .*{told}.* 'triton' is used"
+    message = f"'cuda' is installed and cannot run here: .*{told}.* Backend 'triton' is used"
     with pytest.warns(RuntimeWarning, match=message) as warned:
         chosen = [backends.resolve_for("auto", GPU, dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
     assert chosen == ["triton"] * 3 and len({str(one.message) for one in warned}) == 1
@@ -100,7 +100,7 @@ def test_an_extension_that_does_not_load_here_is_told_by_the_first_call(monkeypa
     monkeypatch.setattr(native, "_missing", "version `GLIBC_2.28' not found")
     monkeypatch.setattr(native, "build_info", lambda: {"native": True, "reason": None})
     logits, labels = torch.randn(1, 2, 5), torch.tensor([[1, 4]])
-    with pytest.warns(RuntimeWarning, match="'cpu' .* GLIBC_2.28' not found.* 'torch' is used on cpu instead"):
+    with pytest.warns(RuntimeWarning, match="'cpu' .* GLIBC_2.28' not found.* Backend 'torch' is used on cpu"):
         logps = qkernels.token_logps(logits, labels)
     torch.testing.assert_close(logps, logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0])
     info = qkernels.info()
