@@ -68,7 +68,8 @@ def why_missing() -> str:
 
 def wrong_build(device: torch.device) -> str | None:
     """Why the extension that is installed does not load on this machine; None if it does, or if there is none."""
-    return why_missing() if _C is None and device.type == "cpu" and build_info().get("native") else None
+    wrong = _C is None and device.type == "cpu" and build_info().get("native")
+    return f"the compiled extension does not load: {_missing}" if wrong else None
 
 
 def build_info() -> dict[str, Any]:
