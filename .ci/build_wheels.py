@@ -8,8 +8,8 @@ find that it is one, twine that PyPI takes it, and it has to work in a fresh env
 with torch, taken from the environment of this script, under this script's Python; without torch, by calls of the
 extension, under the others. `--machine aarch64` cross-compiles, without CUDA, and calls nothing.
 
-The CUDA kernels are compiled once, in minutes; QKERNELS_CUDA=0 and QKERNELS_CUDA_ARCHS mean what they do at
-installation.
+nvcc takes minutes for each Python; where ccache is installed, for the first one only. QKERNELS_CUDA=0 and
+QKERNELS_CUDA_ARCHS mean what they do at installation.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def build(scratch: Path, pythons: list[Path], out: Path, machine: str) -> None:
     run(tools, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(dist), str(ROOT))
     (sdist,) = dist.iterdir()
     source = check_sdist(sdist, scratch)
+    out.mkdir(parents=True, exist_ok=True)
     for python in pythons:
         built = build_wheel(source, python, scratch, machine)
         check_wheel(built)
@@ -70,11 +71,10 @@ def build(scratch: Path, pythons: list[Path], out: Path, machine: str) -> None:
         check_size_and_symbols(wheel, scratch / "unpacked-wheel" / wheel.stem)
         if machine == platform.machine():
             use(wheel, python, scratch)
-    run(tools, "-m", "twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
-    out.mkdir(parents=True, exist_ok=True)
-    for file in sorted(dist.iterdir()):
-        shutil.copy(file, out)
-        print(f"{out / file.name}: {file.stat().st_size / 2**20:.2f} MiB")
+        run(tools, "-m", "twine", "check", "--strict", str(sdist), str(wheel), quiet=True)
+        shutil.copy(wheel, out)
+        print(f"{out / wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB", flush=True)
+    shutil.copy(sdist, out)
 
 
 def build_wheel(source: Path, python: Path, scratch: Path, machine: str) -> Path:
@@ -82,9 +82,6 @@ def build_wheel(source: Path, python: Path, scratch: Path, machine: str) -> Path
     version = version_of(python)
     wheels, builder = scratch / f"wheels-{version}", new_environment(scratch / f"build-{version}", python)
     install(builder, *PER_PYTHON)
-    # One folder for all: what does not see Python's headers, nvcc's work above all, is compiled once.
-    config = scratch / "setup.cfg"
-    config.write_text(f"[build_ext]\nbuild_temp = {scratch / 'cmake'}\n")
     no_git = scratch / "no-git"
     no_git.mkdir(exist_ok=True)
     (no_git / "git").write_text("#!/bin/sh\necho 'the build called git' >&2; exit 1\n")
@@ -92,11 +89,12 @@ def build_wheel(source: Path, python: Path, scratch: Path, machine: str) -> Path
     path = [no_git, builder.parent, scratch / "tools" / "bin", os.environ["PATH"]]
     variables = {
         "PATH": os.pathsep.join(map(str, path)),
-        "DIST_EXTRA_CONFIG": str(config),
         "CMAKE_TOOLCHAIN_FILE": str(ROOT / ".ci" / "manylinux_2_28.cmake"),
         "QKERNELS_NATIVE": "1",
         "QKERNELS_CUDA": os.environ.get("QKERNELS_CUDA", "1"),
     }
+    if shutil.which("ccache"):
+        variables |= {"CMAKE_CXX_COMPILER_LAUNCHER": "ccache", "CMAKE_CUDA_COMPILER_LAUNCHER": "ccache"}
     if machine != platform.machine():
         suffix = f".cpython-{version.replace('.', '')}-{machine}-linux-gnu.so"
         variables |= {

@@ -25,8 +25,12 @@ from pathlib import Path
 from build_wheels import pythons_here, version_of
 from check_package import ROOT, new_environment, run
 
+sys.path.append(str(ROOT))
+from bench.measure import machine
+
 PYTHONS = tuple(f"3.{minor}" for minor in range(10, 15))
 COLUMNS = ("torch", "transformers", "trl")
+NO_PYTHON = "not run: there was no such Python"
 BEGIN, END = "<!-- written by .ci/compatibility.py -->", "<!-- end -->"
 FOLDERS = ("core", "backends", "objectives", "head", "functional")
 TESTS = {
@@ -39,23 +43,18 @@ TOOLS = ("pytest>=8.3", "hypothesis>=6.120", "peft>=0.18")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", type=Path, metavar="PYTHON")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page, between its marks")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the rows into this page's table")
     options = parser.parse_args()
-    pythons = {version_of(python): python for python in options.pythons or pythons_here()}
-    rows: list[tuple[str, ...]] = []
-    for version in PYTHONS:
-        if version not in pythons:
-            rows.append((version, *("any" for _ in COLUMNS), "not run: this machine has no such Python"))
-            continue
-        for row in combinations(version, pythons[version]):
+    failed = False
+    for python in options.pythons or pythons_here():
+        version, rows = version_of(python), []
+        for row in combinations(version, python):
             print(" | ".join(row), flush=True)
             rows.append(row)
-    table = as_table(rows)
-    if options.write:
-        text = options.write.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        options.write.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    return int(any("FAILED" in row[-1] for row in rows))
+        failed |= any("FAILED" in row[-1] for row in rows)
+        if options.write:
+            write(options.write, version, rows)
+    return int(failed)
 
 
 def requirements(version: str) -> Iterator[list[str]]:
@@ -139,14 +138,21 @@ def tested(python: Path, folder: Path, plan: dict[str, str], wheel: Path) -> str
     return "; ".join(results)
 
 
-def as_table(rows: list[tuple[str, ...]]) -> str:
-    sys.path.append(str(ROOT))
-    from bench.measure import machine
-
-    day = datetime.datetime.now(datetime.timezone.utc).date()
-    lines = [f"Run on {day}, {machine()['processor']}.", "", "| Python | torch | transformers | TRL | tests |"]
-    lines += ["|---|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n".join(lines) + "\n"
+def write(page: Path, version: str, rows: list[tuple[str, ...]]) -> None:
+    """Put the rows of one Python into the page's table; those of the others stay as they are."""
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    table, _, after = rest.partition(END)
+    kept = {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in table.splitlines()[3:] if line}
+    kept = {row for row in kept if row[0] not in (version, "Python") and row[0].startswith("3.")}
+    where = f"{datetime.datetime.now(datetime.timezone.utc).date()}, {machine()['processor'].rpartition(', ')[0]}"
+    missing = {(name, *("any" for _ in COLUMNS), NO_PYTHON, where) for name in PYTHONS}
+    every = [*kept, *((*row, where) for row in rows)]
+    every += [row for row in missing if row[0] not in {one[0] for one in every}]
+    every.sort(key=lambda row: ([int(part) for part in row[0].split(".")], row))
+    lines = ["| Python | torch | transformers | TRL | tests | when and where |", "|---|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in every]
+    page.write_text("\n".join([before + BEGIN, "", *lines, "", END]) + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
