@@ -30,21 +30,25 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 _LARGEST_GRADIENT = {torch.float32: 1e30, torch.float64: 1e300}
 
 
-class FiniteGradients(torch.autograd.Function):
-    """Tensors as they are; their gradients are kept within +-1e30 (fp32) or +-1e300 (fp64).
+def finite_gradient(gradient: Tensor) -> Tensor:
+    """A gradient kept within +-1e30 (fp32) or +-1e300 (fp64).
 
     A loss that overflows, such as the square of an exponential, has an infinite gradient. Times a weight or a
     probability of 0 it would be NaN, and one pair would spoil the gradients of the whole batch.
     """
+    largest = _LARGEST_GRADIENT[gradient.dtype]
+    return gradient.clamp(-largest, largest)
+
+
+class FiniteGradient(torch.autograd.Function):
+    """A tensor as it is; its gradient is kept finite."""
 
     @staticmethod
-    def forward(ctx: Any, *values: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, value: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        return tuple(value.view_as(value) for value in values)
+        return value.view_as(value)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(
-            None if g is None else g.clamp(-_LARGEST_GRADIENT[g.dtype], _LARGEST_GRADIENT[g.dtype]) for g in grads
-        )
+    def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else finite_gradient(gradient)

@@ -87,17 +87,16 @@ class RowStats(torch.autograd.Function):
             ignore_index=ignore_index,
             backend=backend,
         )
-        return _row_grad(call, ctx.how), None, None
+        shard, inplace = ctx.how.shard, ctx.how.inplace
+        return _row_grad(call if shard is None else shard.gradient_inputs(call), inplace), None, None
 
 
-def _row_grad(call: calls.RowGrad, how: Backward) -> Tensor:
+def _row_grad(call: calls.RowGrad, inplace: bool) -> Tensor:
     """dL/dlogits, new or over the logits; in the second case the logits are marked as overwritten."""
-    logits = call.logits
-    if how.shard is not None:
-        call = how.shard.gradient_inputs(call)
-    if not how.inplace:
+    if not inplace:
         gradient: Tensor = ops.row_grad(call)
         return gradient
+    logits = call.logits
     out = logits.detach()
     call = call._replace(logits=out)
     if torch.compiler.is_compiling():
@@ -163,7 +162,7 @@ class DefaultLoss(torch.autograd.Function):
             )
         )
         ctx.save_for_backward(logits, rows.labels, stats, grad)
-        ctx.how, ctx.options = Backward(inplace, ("logps",)), rows[4:]
+        ctx.inplace, ctx.options = inplace, rows[4:]
         ctx.mark_non_differentiable(rewards, stats, tokens)
         ctx.set_materialize_grads(False)
         return loss, rewards, stats, tokens
@@ -187,7 +186,7 @@ class DefaultLoss(torch.autograd.Function):
             ignore_index=ignore_index,
             backend=backend,
         )
-        return _row_grad(call, ctx.how), None, None, None
+        return _row_grad(call, ctx.inplace), None, None, None
 
 
 class PairLoss(torch.autograd.Function):

@@ -32,10 +32,13 @@ def restored(ctx: Any, *saved: torch.Tensor | None) -> tuple[torch.Tensor | None
     return tuple(s if kept is None else kept for s, kept in zip(saved, ctx.waiting, strict=True))
 
 
-def by_name(columns: int, carrying: tuple[str, ...], results: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """The results of such a function by name of column: with gradient where it carries one."""
+def by_name(
+    wanted: int, columns: int, carrying: tuple[str, ...], results: tuple[torch.Tensor, ...]
+) -> dict[str, torch.Tensor]:
+    """The wanted ones of the columns that such a function has by name: with gradient where they carry one."""
     stats, *differentiable = results
-    return {
-        **dict(zip(column_names(columns), stats.unbind(0), strict=True)),
-        **dict(zip(carrying, differentiable, strict=True)),
-    }
+    found = dict(zip(carrying, differentiable, strict=True))
+    for name in column_names(wanted):
+        if name not in found:
+            found[name] = stats[column_index(columns, name)]
+    return found

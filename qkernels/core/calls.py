@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
@@ -113,6 +114,6 @@ class PairLoss(NamedTuple):
         return (
             logps.new_empty(()),
             logps.new_empty(sequences),
-            logps.new_empty(logps.shape),
-            logps.new_empty((0 if per_sequence else 2, *logps.shape)),
+            torch.empty_like(logps, memory_format=torch.contiguous_format),
+            logps.new_empty(0 if per_sequence else 2, *logps.shape),
         )

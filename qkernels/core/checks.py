@@ -209,8 +209,12 @@ def label_error(labels: Tensor, flat_index: int, vocab: int) -> IndexError:
 def check_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError for a label outside [0, V), where the host can look."""
     if readable(labels):
-        bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-        if bool(bad.any()):
+        known = labels.masked_fill(labels == ignore_index, 0)
+        if known.numel() == 0:
+            return
+        least, most = (int(label) for label in torch.aminmax(known))
+        if least < 0 or most >= vocab:
+            bad = (known < 0) | (known >= vocab)
             raise label_error(labels, int(bad.reshape(-1).nonzero()[0]), vocab)
 
 

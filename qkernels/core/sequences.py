@@ -23,9 +23,17 @@ class Shard(Protocol):
         """Sum over the lower ranks; no gradient."""
 
 
-def log_ratios(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """log pi - log pi_ref; 0 where both are -inf: a token that both models forbid tells nothing about the reward."""
-    forbidden = torch.maximum(logps, reference_logps) == -torch.inf
+def both_forbid(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """Where both log-probs are -inf."""
+    return torch.maximum(logps, reference_logps).isneginf()
+
+
+def log_ratios(logps: Tensor, reference_logps: Tensor, forbidden: Tensor | None = None) -> Tensor:
+    """log pi - log pi_ref; 0 where both are -inf: a token that both models forbid tells nothing about the reward.
+
+    forbidden: `both_forbid` of the same, where it is known.
+    """
+    forbidden = both_forbid(logps, reference_logps) if forbidden is None else forbidden
     return (logps - reference_logps).masked_fill_(forbidden, 0.0)
 
 
@@ -65,12 +73,14 @@ class Sequences(NamedTuple):
             total = self.shard.sum(total)
         return total if keep_double else total.to(rows.dtype)
 
-    def sums_of(self, several: list[Tensor]) -> list[Tensor]:
-        """`sums(rows, keep_double=True)` of each, in one message."""
-        if self.shard is None:
-            return [self.sums(rows, keep_double=True) for rows in several]
-        here = self.here()
-        return list(self.shard.sum(torch.stack([here.sums(rows, keep_double=True) for rows in several])).unbind())
+    def sums_of(self, several: list[Tensor]) -> Tensor:
+        """`sums(rows, keep_double=True)` of each, `[K, 2B]`, in one message."""
+        if self.offsets is None:
+            total = torch.stack(several).sum(2, dtype=torch.float64)
+        else:
+            here = self.here()
+            total = torch.stack([here.sums(rows, keep_double=True) for rows in several])
+        return total if self.shard is None else self.shard.sum(total)
 
     def to_tokens(self, per_sequence: Tensor) -> Tensor:
         """Give each row its sequence's value, `[2B] -> [S, T]`."""

@@ -164,13 +164,13 @@ class HeadInputs(NamedTuple):
         if plan.name == "forward_only":
             call = self.call(columns, plan.chunk_rows)
             if torch.compiler.is_compiling():
-                return by_name(columns, (), HeadStats.apply(*self.policy, call, ()))
-            return by_name(columns, (), (chunks.stats(call),))
-        columns = columns_with_state(columns, self.reference is not None)
+                return by_name(columns, columns, (), HeadStats.apply(*self.policy, call, ()))
+            return by_name(columns, columns, (), (chunks.stats(call),))
+        wanted, columns = columns, columns_with_state(columns, self.reference is not None)
         call = self.call(columns, plan.chunk_rows)
         if plan.name == "frozen_head":
-            return by_name(columns, ("logps",), FrozenHead.apply(self.policy.hidden, call))
-        return by_name(columns, carrying, HeadStats.apply(*self.policy, call, carrying))
+            return by_name(wanted, columns, ("logps",), FrozenHead.apply(self.policy.hidden, call))
+        return by_name(wanted, columns, carrying, HeadStats.apply(*self.policy, call, carrying))
 
 
 def columns_with_state(columns: int, has_model: bool) -> int:

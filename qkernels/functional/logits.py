@@ -62,9 +62,15 @@ def shift_labels(
     return shifted
 
 
+def _with_logsumexp(columns: int) -> tuple[int, int]:
+    """These columns and the log-sum-exp, and where that lies."""
+    columns |= BIT["logsumexp"]
+    return columns, column_index(columns, "logsumexp")
+
+
 # The columns of default DPO: with cached log-probs of the reference, and with its logits.
-_DEFAULT = STATE | BIT["logsumexp"]
-_DEFAULT_WITH_MODEL = _DEFAULT | BIT["reference_logps"]
+_DEFAULT = _with_logsumexp(STATE)
+_DEFAULT_WITH_MODEL = _with_logsumexp(STATE | BIT["reference_logps"])
 _LOGPS = column_index(STATE, "logps")
 
 
@@ -294,7 +300,7 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
 
 def _fused_loss(rows: Rows, terms: PairTerms) -> TokenDPOOutput:
     """DPO with a mean over pairs: two operations and nothing else. Without weights tokens count 1 each."""
-    columns = _DEFAULT if rows.reference is None else _DEFAULT_WITH_MODEL
+    columns, logsumexp = _DEFAULT if rows.reference is None else _DEFAULT_WITH_MODEL
     loss, rewards, stats, tokens = DefaultLoss.apply(rows.logits, rows.call(columns), terms, rows.inplace)
-    by_name = {"logps": stats[_LOGPS], "logsumexp": stats[column_index(columns, "logsumexp")]}
-    return preference.assemble(loss, rewards, by_name, tokens.unbind(0), rows.shape)
+    by_name = {"logps": stats[_LOGPS], "logsumexp": stats[logsumexp]}
+    return preference.assemble(loss, rewards, by_name, preference.halves(tokens), rows.shape)

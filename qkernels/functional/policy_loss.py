@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..autograd import FiniteGradients
+from ..autograd import FiniteGradient
 from ..core import checks
 from ..core.sequences import Sequences, log_ratios
 from ..head.plan import LinearPlan
@@ -261,7 +261,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
     def scores(self, stats: Mapping[str, Tensor], part: Part) -> PolicyScores:
         """What the objective sees of a part."""
         options, used = self.options, part.batch.used
-        (logps,) = FiniteGradients.apply(stats["logps"])
+        logps = FiniteGradient.apply(stats["logps"])
         old = logps.detach() if self.old is None else part.rows(self.old)
         reference = stats.get("reference_logps")
         if reference is None and self.reference is not None:

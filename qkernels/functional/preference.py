@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from ..autograd import FiniteGradients
 from ..autograd.logits import PairLoss, PairTerms
+from ..autograd.sequence_sums import Summed, Totals, sequence_sums
 from ..backends import ops
 from ..core import checks
 from ..core.calls import PairLoss as PairLossCall
 from ..core.columns import BIT
-from ..core.sequences import Sequences, Shard, log_ratios
+from ..core.sequences import Sequences, Shard
 from ..objectives import LossSpec, LossType, PairScores
 from .results import TokenDPOOutput
 
@@ -137,25 +137,25 @@ class LossRequest(NamedTuple):
             sequences = cu_seqlens.shape[0] - 1
         given = self.token_weights
         weights = None if given is None else check_token_weights(given, labels, ignore_index)
-        reference = self._reference(loss.spec, labels, has_model, sequences)
-        return LossInputs(weights, cu_seqlens, reference.to(dtype), sequences)
+        given = self.reference_logps if self._reads_given(loss.spec, has_model) else None
+        reference = NO_LOGPS if given is None else Reference.of(given, labels, sequences, dtype)
+        return LossInputs(weights, cu_seqlens, reference, sequences)
 
-    def _reference(self, spec: LossSpec, labels: Tensor, has_model: bool, sequences: int) -> Reference:
+    def _reads_given(self, spec: LossSpec, has_model: bool) -> bool:
+        """Whether the reference comes as `reference_logps`; ValueError where there are two references, or too few."""
         given, model_name = self.reference_logps, self.model_name
         if has_model:
             if given is not None:
                 raise ValueError(f"give either {model_name} or reference_logps, not both")
-            return Reference(None, None)
+            return False
         if spec.needs_kl:
             names = ", ".join(repr(term.name) for term, _, _ in spec.terms if term.needs_kl)
             raise ValueError(f"loss_type {names} needs KL(reference || policy) per token, hence {model_name}")
-        if given is None:
-            if spec.reference_free:
-                return Reference(None, None)
+        if given is None and not spec.reference_free:
             raise ValueError(
                 f"no reference: give {model_name}, or reference_logps (cached log-probs; 0.0 for reference-free)"
             )
-        return Reference.of(given, labels, sequences)
+        return given is not None
 
 
 class Batch(NamedTuple):
@@ -248,40 +248,41 @@ class Reference(NamedTuple):
     sequence_sums: Tensor | None
 
     @staticmethod
-    def of(given: Any, labels: Tensor, sequences: int) -> Reference:
+    def of(given: Any, labels: Tensor, sequences: int, dtype: torch.dtype) -> Reference:
         """Check cached log-probs: per token, per sequence, or 0.0.
 
         Args:
             given: `reference_logps` of the caller.
             labels: as the caller shaped them.
             sequences: how many there are.
+            dtype: of the per-row results.
         """
         if not isinstance(given, Tensor):
             if isinstance(given, bool) or given != 0:
                 raise ValueError(f"reference_logps must be a tensor or 0.0 (reference-free), got {given!r}")
-            return Reference(None, None)
-        if given.shape == labels.shape:
-            tokens = checks.like(given, "reference_logps", labels.shape, labels, "labels").detach()
-            return Reference(tokens if labels.dim() == 2 else tokens.unsqueeze(0), None)
-        if given.shape != (sequences,):
+            return NO_LOGPS
+        per_token = given.shape == labels.shape
+        if not per_token and given.shape != (sequences,):
             raise ValueError(
                 f"reference_logps must have shape {tuple(labels.shape)} (per token) or ({sequences},)"
                 f" (per sequence), got {tuple(given.shape)}"
             )
-        sums = checks.like(given, "reference_logps", torch.Size([sequences]), labels, "labels").detach()
-        return Reference(None, sums)
-
-    def to(self, dtype: torch.dtype) -> Reference:
-        """The same in the dtype of the per-row results."""
-        tokens, sums = self
-        if tokens is None and sums is None:
-            return self
-        return Reference(None if tokens is None else tokens.to(dtype), None if sums is None else sums.to(dtype))
+        logps = checks.like(given, "reference_logps", given.shape, labels, "labels")
+        if logps.requires_grad:
+            logps = logps.detach()
+        if logps.dtype != dtype:
+            logps = logps.to(dtype)
+        if not per_token:
+            return Reference(None, logps)
+        return Reference(logps if labels.dim() == 2 else logps.unsqueeze(0), None)
 
     @property
     def given(self) -> Tensor | None:
         """What was given, as the operation `pair_loss` takes it."""
         return self.tokens if self.tokens is not None else self.sequence_sums
+
+
+NO_LOGPS = Reference(None, None)  # where none were given
 
 
 def check_token_weights(token_weights: Any, labels: Tensor, ignore_index: int) -> Tensor | None:
@@ -321,17 +322,31 @@ def loss_and_rewards(
     spec, beta, reduction = loss
     logps, tokens = stats["logps"], stats.get("reference_logps")
     if loss.is_fused and batch.sequences.shard is None:
-        total, rewards, both = PairLoss.apply(logps, _pair_call(stats, batch, reference, loss, backend))
-        per_token = both.unbind(0)
+        call = _pair_call(stats, batch, reference, loss, backend)
+        if logps.requires_grad:
+            total, rewards, both = PairLoss.apply(logps, call)
+        else:
+            total, rewards, _, both = ops.pair_loss(call)
+        per_token = halves(both)
     else:
         if tokens is None and reference.sequence_sums is None:  # 0 in rows that are not used
-            tokens = torch.zeros_like(batch.weights)
-            tokens = tokens if reference.tokens is None else torch.where(batch.used, reference.tokens, tokens)
-        scores = pair_scores(stats, batch, tokens, reference.sequence_sums, spec)
+            given = reference.tokens
+            tokens = torch.zeros_like(batch.weights) if given is None else torch.where(batch.used, given, 0.0)
+        summed = Summed(
+            sequences=batch.sequences,
+            weights=batch.weights,
+            base_weights=batch.base_weights,
+            reference_tokens=tokens,
+            reference_sums=reference.sequence_sums if tokens is None else None,
+            counts=batch.counts,
+            with_full_logps=spec.ld_alpha is not None and not spec.discounted,
+        )
+        totals = sequence_sums(logps, stats["kl_reference_policy"] if spec.needs_kl else None, summed)
+        scores = _pair_scores(totals, batch, spec)
         losses = spec.losses(scores, beta, _wpo_weights(stats, batch) if spec.use_weighting else None)
         total = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses
-        rewards = beta * torch.cat([scores.chosen_log_ratios, scores.rejected_log_ratios]).detach()
-        per_token = () if tokens is None else (log_ratios(logps.detach(), tokens).mul_(beta), tokens)
+        rewards, ratios = beta * totals.ratios, totals.row_ratios
+        per_token = () if tokens is None or ratios is None else (beta * ratios, tokens)
     return assemble(total, rewards, stats, per_token, shape)
 
 
@@ -361,6 +376,11 @@ def _pair_call(stats: dict[str, Tensor], batch: Batch, reference: Reference, los
     )
 
 
+def halves(tokens: Tensor) -> tuple[Tensor, ...]:
+    """The token rewards and the reference's log-probs, out of what `pair_loss` returns of both."""
+    return (tokens[0], tokens[1]) if tokens.shape[0] else ()
+
+
 def assemble(
     loss: Tensor, rewards: Tensor, stats: dict[str, Tensor], per_token: Sequence[Tensor], shape: torch.Size
 ) -> TokenDPOOutput:
@@ -371,7 +391,7 @@ def assemble(
         per_token: token rewards and the reference's log-probs, `[S, T]` each; empty where these came per sequence.
         shape: of the caller's labels.
     """
-    chosen_rewards, rejected_rewards = rewards.chunk(2)
+    pairs = rewards.shape[0] // 2
     logps, logsumexp = stats["logps"], stats["logsumexp"]
     if logps.requires_grad:
         logps = logps.detach()
@@ -384,8 +404,8 @@ def assemble(
             token_rewards, reference_tokens = token_rewards.view(shape), reference_tokens.view(shape)
     return TokenDPOOutput(
         loss=loss,
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
+        chosen_rewards=rewards[:pairs],
+        rejected_rewards=rewards[pairs:],
         token_logps=logps,
         reference_token_logps=reference_tokens,
         token_rewards=token_rewards,
@@ -409,49 +429,23 @@ def loss_gradient(
     return {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
 
 
-def pair_scores(
-    stats: dict[str, Tensor],
-    batch: Batch,
-    reference_tokens: Tensor | None,
-    reference_sums: Tensor | None,
-    spec: LossSpec,
-) -> PairScores:
-    """Per-token results summed to what objectives see. Ratios are summed as ratios: sums of log-probs are thousands
-    of times larger, and their difference would have lost the digits."""
-    sequences, weights = batch.sequences, batch.weights
-    per_token = {"logps": weights * stats["logps"]}
-    if batch.counts is None:
-        per_token["counts"] = batch.base_weights
-    if spec.needs_kl:
-        per_token["kl"] = weights * stats["kl_reference_policy"]
-    if spec.ld_alpha is not None and not spec.discounted:
-        per_token["full_logps"] = batch.base_weights * stats["logps"]
-    if reference_tokens is not None:
-        per_token["ratios"] = weights * log_ratios(stats["logps"], reference_tokens)
-        per_token["reference"] = weights * reference_tokens
-    sums = dict(zip(per_token, sequences.sums_of(list(per_token.values())), strict=True))
-    if reference_tokens is None:
-        assert reference_sums is not None
-        sums["reference"] = reference_sums.double()
-        sums["ratios"] = log_ratios(sums["logps"], sums["reference"])
-    if batch.counts is not None:
-        sums["counts"] = batch.counts
-    totals = FiniteGradients.apply(*(total.to(weights.dtype) for total in sums.values()))
-    halves = {name: total.chunk(2) for name, total in zip(sums, totals, strict=True)}
-    chosen_kl, rejected_kl = halves.get("kl", (None, None))
+def _pair_scores(totals: Totals, batch: Batch, spec: LossSpec) -> PairScores:
+    """What objectives see of a batch."""
+    of = totals.parts
+    chosen_kl, rejected_kl = of.get("kl", (None, None))
     return PairScores(
-        chosen_log_ratios=halves["ratios"][0],
-        rejected_log_ratios=halves["ratios"][1],
-        chosen_logps=halves["logps"][0],
-        rejected_logps=halves["logps"][1],
-        reference_chosen_logps=halves["reference"][0],
-        reference_rejected_logps=halves["reference"][1],
-        chosen_counts=halves["counts"][0],
-        rejected_counts=halves["counts"][1],
+        chosen_log_ratios=of["ratios"][0],
+        rejected_log_ratios=of["ratios"][1],
+        chosen_logps=of["logps"][0],
+        rejected_logps=of["logps"][1],
+        reference_chosen_logps=of["reference"][0],
+        reference_rejected_logps=of["reference"][1],
+        chosen_counts=of["counts"][0],
+        rejected_counts=of["counts"][1],
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
-        chosen_full_logps=halves["full_logps"][0] if "full_logps" in halves else None,
-        chosen_mean_count=None if batch.mean_count is None else batch.mean_count.to(weights.dtype),
+        chosen_full_logps=of["full_logps"][0] if "full_logps" in of else None,
+        chosen_mean_count=None if batch.mean_count is None else batch.mean_count.to(batch.weights.dtype),
         f_divergence=spec.f_divergence,
         f_alpha_divergence_coef=spec.f_alpha_divergence_coef,
     )

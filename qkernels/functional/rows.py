@@ -73,14 +73,15 @@ class Rows(NamedTuple):
         )
 
     def stats(self, columns: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
-        """Run `row_stats` with autograd for the columns named in `carrying`; all columns by name, `[S, T]`."""
+        """Run `row_stats` with autograd for the columns named in `carrying`; these columns by name, `[S, T]`."""
+        wanted = columns
         if carrying and self.logits.requires_grad and torch.is_grad_enabled():
             columns |= STATE
             if columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
                 columns |= REFERENCE_STATE
             how = Backward(self.inplace, carrying, self.shard)
-            return by_name(columns, carrying, RowStats.apply(self.logits, self.call(columns), how))
-        return by_name(columns, (), (vocab_parallel.row_stats(self.call(columns), self.shard),))
+            return by_name(wanted, columns, carrying, RowStats.apply(self.logits, self.call(columns), how))
+        return by_name(columns, columns, (), (vocab_parallel.row_stats(self.call(columns), self.shard),))
 
 
 class RowsRequest(NamedTuple):

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import FiniteGradients
+from ..autograd.sequence_sums import Summed, Totals, sequence_sums
 from ..core import checks
-from ..core.sequences import log_ratios
 from ..head.plan import LinearPlan
 from ..objectives.units import check_once
 from ..objectives.unpaired import SequenceObjective, SequenceScores, resolve_sequence
-from .preference import Batch, Reference, check_token_weights
+from .preference import NO_LOGPS, Batch, Reference, check_token_weights
 from .results import TokenStats
 from .unit_chunks import Part
 from .unit_loss import LossArguments, UnitLoss, columns_of
@@ -118,31 +117,33 @@ class SequenceLoss(UnitLoss[SequenceOutput]):
                 "no reference: give reference_logps (cached log-probs; 0.0 for reference-free) or the reference's rows"
             )
         self.has_model = has_model
-        found = Reference(None, None) if has_model else Reference.of(given["reference_logps"], labels, number)
-        self.reference = found.to(dtype)
+        self.reference = NO_LOGPS if has_model else Reference.of(given["reference_logps"], labels, number, dtype)
         self.kl = _kl(given, self.objective, labels, dtype)
 
     def unreduced(self) -> str | None:
         return "reduction='none' leaves each sequence's factor to what follows" if self.reduction == "none" else None
 
-    def scores(self, stats: Mapping[str, Tensor], part: Part) -> SequenceScores:
-        """What the objective sees of a part. Ratios are summed as ratios, in fp64: sums of log-probs are far larger."""
-        batch, tokens = part.batch, self._reference_tokens(stats, part)
-        weights, logps = batch.weights, stats["logps"]
-        per_token = [weights * logps, batch.base_weights]
-        if tokens is not None:
-            per_token += [weights * log_ratios(logps, tokens), weights * tokens]
-        sums = batch.sequences.sums_of(per_token)
-        if tokens is None:
-            assert self.reference.sequence_sums is not None
-            reference = part.sequences(self.reference.sequence_sums).double()
-            sums += [log_ratios(sums[0], reference), reference]
-        totals = FiniteGradients.apply(*(total.to(weights.dtype) for total in sums))
+    def sums(self, stats: Mapping[str, Tensor], part: Part) -> Totals:
+        """Sums over the sequences of a part."""
+        batch, of_sequences = part.batch, self.reference.sequence_sums
+        summed = Summed(
+            sequences=batch.sequences,
+            weights=batch.weights,
+            base_weights=batch.base_weights,
+            reference_tokens=self._reference_tokens(stats, part),
+            reference_sums=None if of_sequences is None else part.sequences(of_sequences),
+            parts=1,
+        )
+        return sequence_sums(stats["logps"], None, summed)
+
+    def scores(self, totals: Totals, part: Part) -> SequenceScores:
+        """What the objective sees of a part."""
+        of = {name: whole for name, (whole,) in totals.parts.items()}
         return SequenceScores(
-            log_ratios=totals[2],
-            logps=totals[0],
-            reference_logps=totals[3],
-            counts=totals[1],
+            log_ratios=of["ratios"],
+            logps=of["logps"],
+            reference_logps=of["reference"],
+            counts=of["counts"],
             desirable=part.sequences(self.desirable),
             kl=self.kl,
         )
@@ -153,10 +154,9 @@ class SequenceLoss(UnitLoss[SequenceOutput]):
             return stats["reference_logps"]
         if self.reference.sequence_sums is not None:
             return None
-        zeros = torch.zeros_like(part.batch.weights)
         if self.reference.tokens is None:
-            return zeros
-        return torch.where(part.batch.used, part.rows(self.reference.tokens), zeros)
+            return torch.zeros_like(part.batch.weights)
+        return torch.where(part.batch.used, part.rows(self.reference.tokens), 0.0)
 
     def losses(self, scores: SequenceScores) -> Tensor:
         """The loss of each sequence."""
@@ -178,17 +178,17 @@ class SequenceLoss(UnitLoss[SequenceOutput]):
         return objective.function(scores, **own, **objective.options)
 
     def total(self, stats: Mapping[str, Tensor], part: Part) -> Tensor:
-        return self.losses(self.scores(stats, part)).sum() * self.share
+        return self.losses(self.scores(self.sums(stats, part), part)).sum() * self.share
 
     def output(self, stats: Mapping[str, Tensor], part: Part, known: Mapping[str, Any]) -> SequenceOutput:
-        scores = self.scores(stats, part)
-        losses = self.losses(scores)
+        totals = self.sums(stats, part)
+        losses = self.losses(self.scores(totals, part))
         loss = losses if self.reduction == "none" else losses.mean() if self.reduction == "mean" else losses.sum()
         logps, tokens = stats["logps"].detach(), self._reference_tokens(stats, part)
-        rewards = None if tokens is None else (self.beta * log_ratios(logps, tokens)).reshape(self.shape)
+        rewards = None if totals.row_ratios is None else (self.beta * totals.row_ratios).reshape(self.shape)
         return SequenceOutput(
             loss=loss,
-            rewards=self.beta * scores.log_ratios.detach(),
+            rewards=self.beta * totals.ratios,
             token_logps=logps.reshape(self.shape),
             reference_token_logps=None if tokens is None else tokens.detach().reshape(self.shape),
             token_rewards=rewards,

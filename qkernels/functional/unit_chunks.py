@@ -71,10 +71,6 @@ class UnitChunks(ABC):
         self.batch = batch
         self.names, self.drops, self.dropped = column_names(call.config.columns), drops, 0
         self.apart = batch.sequences.number // SEQUENCES_OF.get(unit, 1)
-        # Where sequences begin among the valid rows, on the device: numbers copied there would make the host
-        # synchronise. The numbers that the caller has given may be wrong, but the chunks are cut accordingly.
-        lengths = valid_rows.sums(batch) if counts.unchecked is None else counts.unchecked
-        self.starts = pad(lengths, (1, 0)).cumsum(0).int()
         self.selections: list[Selection]
         self.leading: list[int]
         self.order: Tensor | None = None  # of the sequences, where those with a gradient come first
@@ -90,6 +86,7 @@ class UnitChunks(ABC):
             self.selections, self.leading = _of_tokens(index, batch.labels.numel(), size, leading)
         else:
             assert SEQUENCES_OF[unit] == 1 or active is None
+            self.starts = _starts(batch, counts)
             self._of_sequences(counts.known, call.valid, size, active)
 
     def _of_sequences(self, counts: Sequence[int], index: Tensor, size: int, active: Tensor | None) -> None:
@@ -104,8 +101,7 @@ class UnitChunks(ABC):
                 index = torch.cat([pieces[i] for i in order])
                 known, may = [known[i] for i in order], [may[i] for i in order]
                 self.order = torch.tensor(order, device=index.device)
-                lengths = torch.tensor([0, *known], dtype=torch.int64).cumsum(0).int()
-                self.starts = lengths.to(index.device)
+                self.starts = _starts_on_host(known).to(index.device)
         self.groups = groups_of(known, size, self.apart)
         ends = [0, *accumulate(known)]
         if len(self.groups) == 1 and sum(known) == batch.labels.numel() and self.order is None:
@@ -132,10 +128,11 @@ class UnitChunks(ABC):
 
     def part(self, chunk: int) -> Part:
         """The units of a chunk, as a packed batch."""
-        batch = self.batch
+        batch, selection = self.batch, self.selections[chunk]
+        whole = isinstance(selection, slice) and len(self.selections) == 1
 
         def rows(per_row: Tensor) -> Tensor:
-            return per_row.reshape(-1)[self.selections[chunk]].unsqueeze(0)
+            return per_row.reshape(1, -1) if whole else per_row.reshape(-1)[selection].unsqueeze(0)
 
         def sequences(per_sequence: Tensor) -> Tensor:
             if not self.groups:
@@ -163,6 +160,8 @@ class UnitChunks(ABC):
 
     def _cu_seqlens(self, chunk: int) -> Tensor:
         """Where the sequences of a chunk begin and end among its rows, int32."""
+        if len(self.groups) == 1:
+            return self.starts
         first, last = self.groups[chunk]
         starts, ends, base = [], self.starts.shape[0] - 1, None
         for at in range(0, ends, self.apart):
@@ -170,6 +169,21 @@ class UnitChunks(ABC):
             starts.append(of_part if base is None else base + of_part[1:])
             base = starts[-1][-1]
         return starts[0] if len(starts) == 1 else torch.cat(starts)
+
+
+def _starts_on_host(lengths: Sequence[int]) -> Tensor:
+    """Where sequences of these lengths begin, and the last one ends, int32."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def _starts(batch: Batch, counts: Counts) -> Tensor:
+    """Where the sequences of a batch begin among its valid rows, and the last one ends, int32."""
+    if batch.labels.device.type == "cpu" and counts.unchecked is None and counts.known is not None:
+        return _starts_on_host(counts.known)
+    # On the device: numbers copied there would make the host synchronise. The numbers that the caller has given may be
+    # wrong, but the chunks are cut accordingly.
+    lengths = valid_rows.sums(batch) if counts.unchecked is None else counts.unchecked
+    return pad(lengths, (1, 0)).cumsum(0).int()
 
 
 def _of_tokens(index: Tensor, rows: int, size: int, leading: int) -> tuple[list[Selection], list[int]]:

@@ -35,6 +35,8 @@ _DEFAULT_BYTES = {"cpu": 256 * 2**20}
 _DEFAULT_BYTES_ELSEWHERE = 2**30
 # ... and at most this share of the memory that is free; twice that for a pair that has to fit.
 _SHARE_OF_FREE = 8
+# ... for which nobody looks where all rows take less than this: asking the system takes longer than they do.
+_SMALL_BYTES = 2**20
 
 
 class LinearPlan(NamedTuple):
@@ -216,8 +218,10 @@ def _chunk_rows(work: Work, per_row: int) -> int:
         work.wanted == "auto" and (work.trains_head or not work.only_logps or work.idle)
     )
     unit_rows = work.unit_rows if by_units and any(work.needs) and work.coupled is None else 0
-    budget = work.max_chunk_bytes
-    if budget is None:
+    budget, needed = work.max_chunk_bytes, work.valid_rows * per_row
+    if budget is None and needed <= _SMALL_BYTES and work.shard is None:
+        budget = max(needed, per_row)
+    elif budget is None:
         device = work.policy.hidden.device
         free = free_memory(device) if work.shard is None else work.shard.free  # the least of several ranks'
         share, of_unit = free // _SHARE_OF_FREE, unit_rows * per_row

@@ -118,4 +118,4 @@ class PairScores:
 
 def per_token(total: Tensor, count: Tensor) -> Tensor:
     """total / count, and 0 for a sequence without tokens."""
-    return total / torch.where(count > 0, count, torch.ones_like(count))
+    return total / count.masked_fill(count.logical_not(), 1.0)
