@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..autograd.head import Known, KnownGradient
+from ..autograd.saved import by_name
 from ..core import checks
-from ..core.columns import column_names, stats_dtype
+from ..core.columns import stats_dtype
 from ..core.sequences import Sequences
 from ..distributed.groups import Ranks, SequenceShard
 from ..head import chunks
@@ -155,7 +156,9 @@ class HiddenLossRequest(NamedTuple):
         counts = Counts.of(batch, given, host_checked)
         labels, valid = batch.labels.reshape(-1), None
         if counts.known is not None and labels.device.type != "meta":
-            valid = chunks.valid_rows(labels, inputs.ignore_index, sum(counts.known))
+            # On a CPU looking for the rows needs no number, and is faster without; a number that is given is kept to.
+            found = given is None and labels.device.type == "cpu"
+            valid = chunks.valid_rows(labels, inputs.ignore_index, None if found else sum(counts.known))
         inputs = inputs._replace(labels=labels, valid=valid, valid_rows=None if given is None else sum(given))
         has_model = inputs.reference is not None
         columns = loss.columns(has_model)
@@ -293,5 +296,5 @@ class HiddenLoss(NamedTuple):
             return chunks.known_gradients(call, pairs, needs)
 
         values, gradients = run()
-        stats = dict(zip(column_names(columns), values.unbind(0), strict=True))
+        stats = by_name(self.columns, columns, (), (values,))
         return stats, Known(gradients, lambda: run()[1])
