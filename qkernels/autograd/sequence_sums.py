@@ -142,9 +142,9 @@ class SequenceSums(torch.autograd.Function):
             terms.append(rows(full, base))
         if logps is not None:
             terms.append(rows(logps, weights))
-        of_logps = terms[0] if terms else None
-        for term in terms[1:]:
-            of_logps = of_logps + term
+        of_logps: Tensor | None = None
+        for term in terms:
+            of_logps = term if of_logps is None else of_logps + term
         return of_logps, None if kl is None else rows(kl, weights), None, None
 
 

@@ -137,8 +137,9 @@ class LossRequest(NamedTuple):
             sequences = cu_seqlens.shape[0] - 1
         given = self.token_weights
         weights = None if given is None else check_token_weights(given, labels, ignore_index)
-        given = self.reference_logps if self._reads_given(loss.spec, has_model) else None
-        reference = NO_LOGPS if given is None else Reference.of(given, labels, sequences, dtype)
+        reference = NO_LOGPS
+        if self._reads_given(loss.spec, has_model):
+            reference = Reference.of(self.reference_logps, labels, sequences, dtype)
         return LossInputs(weights, cu_seqlens, reference, sequences)
 
     def _reads_given(self, spec: LossSpec, has_model: bool) -> bool:

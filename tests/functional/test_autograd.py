@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from cases import IGNORE, make_pairs, make_rows, normal, pack
 from comparisons import check_preference, random_upstream
 from oracle import Options
 from qkernels import fused_token_dpo, token_logps, token_mdp, token_stats
+from qkernels.autograd.sequence_sums import Summed, sequence_sums
+from qkernels.core.sequences import Sequences
 
 EXACT = torch.float64
 PLAIN = (torch.float32, torch.bfloat16)
@@ -115,6 +119,70 @@ def test_stop_gradient_of_tdpo2(backend, dtype, packed):
     close = (grads[0.0] - grads[0.9]).abs().amax((1, 2))
     assert bool((close[:2] < 0.02 * grads[0.0][:2].abs().amax((1, 2))).all())
     assert bool((close[2:] > 0.02 * grads[0.0][2:].abs().amax((1, 2))).all())
+
+
+def summed_plainly(logps, kl, summed: Summed) -> dict[str, torch.Tensor]:
+    """The sums of `sequence_sums` by their formulas, sequence by sequence."""
+    sequences, of = summed.sequences, {"logps": summed.weights * logps, "counts": summed.base_weights}
+    of |= {"kl": summed.weights * kl, "full_logps": summed.base_weights * logps}
+    if summed.reference_tokens is not None:
+        of |= {"reference": summed.weights * summed.reference_tokens}
+        of |= {"ratios": summed.weights * (logps - summed.reference_tokens)}
+    length = sequences.length
+    ends = range(0, logps.numel() + 1, length) if sequences.offsets is None else sequences.offsets.tolist()
+    spans = list(itertools.pairwise(ends))
+    sums = {name: torch.stack([rows.reshape(-1)[a:b].sum() for a, b in spans]) for name, rows in of.items()}
+    if summed.reference_tokens is None:
+        sums |= {"reference": summed.reference_sums, "ratios": sums["logps"] - summed.reference_sums}
+    return sums
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_sums_over_sequences_and_their_gradient(per_token, packed, counted):
+    shape = (1, 20) if packed else (4, 5)
+    logps, kl, weights, base, tokens = (normal(*shape, key=(i,)).double() for i in range(5))
+    logps.requires_grad_(), kl.requires_grad_()
+    summed = Summed(
+        sequences=Sequences.of(logps, torch.tensor([0, 7, 7, 12, 20]) if packed else None),
+        weights=weights,
+        base_weights=base,
+        reference_tokens=tokens if per_token else None,
+        reference_sums=None if per_token else tokens.reshape(-1)[:4],
+        counts=normal(4).double() if counted else None,
+        with_full_logps=True,
+    )
+    totals = sequence_sums(logps, kl, summed)
+    expected = summed_plainly(logps, kl, summed)
+    expected |= {"counts": summed.counts} if counted else {}
+    assert totals.parts.keys() == expected.keys()
+    upstream = {name: normal(4, key=(9, i)).double() for i, name in enumerate(expected)}
+    with_gradient = [name for name in expected if name not in ("reference", "counts")]
+    for name, parts in totals.parts.items():
+        assert torch.allclose(torch.cat(parts), expected[name], rtol=1e-12, atol=1e-12), name
+        assert all(part.requires_grad == (name in with_gradient) for part in parts), name
+    assert torch.equal(totals.ratios, torch.cat(totals.parts["ratios"]))
+    for names in (*([name] for name in with_gradient), with_gradient):
+        own, plain = (
+            torch.autograd.grad(
+                sum((sums[name] * upstream[name]).sum() for name in names), (logps, kl), retain_graph=True,
+                allow_unused=True, materialize_grads=True,
+            )
+            for sums in ({name: torch.cat(parts) for name, parts in totals.parts.items()}, expected)
+        )  # fmt: skip
+        for a, b in zip(own, plain, strict=True):
+            assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), names
+
+
+def test_a_token_that_both_models_forbid_has_no_part_in_the_ratios():
+    logps, tokens, ones = normal(2, 3), normal(2, 3, key=(1,)), torch.ones(2, 3)
+    logps[0, 1] = tokens[0, 1] = -torch.inf
+    logps.requires_grad_()
+    totals = sequence_sums(logps, None, Summed(Sequences.of(logps, None), ones, ones, tokens, None))
+    (gradient,) = torch.autograd.grad(sum(part.sum() for part in totals.parts["ratios"]), logps)
+    assert totals.row_ratios[0, 1] == 0 and totals.ratios.isfinite().all()
+    assert gradient.tolist() == [[1, 0, 1], [1, 1, 1]]
 
 
 # --- in-place backward ------------------------------------------------------------------------------------------------
