@@ -236,6 +236,10 @@ class Planner:
             if node.parent is None:
                 node.logsumexp = normaliser  # of the root, which all values of its tree contain
             self.trees[prompt].expand(node, ids[:possible], logps[:possible], rest, normaliser)
+            if self.settings.bounded:
+                last = node.depth + 1 == self.settings.max_new_tokens
+                complete = [rank for rank, token in enumerate(node.tokens) if last or token in self.settings.ends]
+                self.trees[prompt].settle(node, complete)
 
     def _value(self, leaves: Sequence[tuple[int, Node]]) -> None:
         """Value leaves, and say which are completions."""

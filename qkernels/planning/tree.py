@@ -143,9 +143,19 @@ class Tree:
         if node.parent is not None:
             node.parent.children[node.rank] = node
 
+    def settle(self, node: Node, ranks: list[int]) -> None:
+        """Value the children of a node that are complete, ranks ascending: known without a forward (13)."""
+        for rank in ranks:
+            child = node.child(rank)
+            if self.cut(child.score):
+                break  # the others are less likely still
+            self.value(child, self.root.logsumexp + child.score, True)
+
     def value(self, node: Node, value: float, complete: bool) -> None:
         """A leaf is worth so much; a complete one is kept if it is among the best, and has nothing below it."""
         assert node.parent is not None
+        if node.rank in node.parent.closed:
+            return  # a rollout has come to a completion that is known
         node.parent.children[node.rank] = node
         if complete:
             node.parent.closed.add(node.rank)

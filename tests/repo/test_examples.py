@@ -428,17 +428,20 @@ def test_copying(example, small_model, capsys):
 def test_self_improve(example, small_model, tmp_path, capsys):
     pytest.importorskip("trl")
     example("self_improve").main(
-        ["--model", small_model, "--out", str(tmp_path / "out"), "--train", "3", "--held-out", "3", "--samples", "2",
+        ["--model", small_model, "--out", str(tmp_path / "out"), "--train", "1", "--held-out", "1", "--samples", "2",
          "--new-tokens", "3", "--epochs", "1"]
     )  # fmt: skip
-    out = capsys.readouterr().out
-    assert "right answers, held out: 0.000 before, 0.000 after" in out and "round 1: 3 pairs" in out
+    assert "Right answers, held out: 0.000 before, 0.000 after" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out/self_improve-model.json").read_text())["results"]
+    assert results["rounds"][0]["pairs"] == 4 and results["right_difference"]["mean"] == 0
+    assert (tmp_path / "out/self_improve-model.png").stat().st_size > 5000
 
 
 def test_what_counts_as_degenerate_and_right(example):
     copying, improve = example("copying"), example("self_improve")
     assert copying.degenerate([5] * 8) and copying.degenerate([1, 5, 5, 5, 5, 2]) and not copying.degenerate([5, 5, 5])
     assert not copying.degenerate([1, 2, 3, 1, 2, 3])
-    assert improve.is_right("Peru", "It is LIMA.") and not improve.is_right("Peru", "Quito")
+    assert improve.is_right(("Peru", "capital"), "It is LIMA.") and not improve.is_right(("Peru", "currency"), "Lima")
+    assert improve.by_country([("a", "x"), ("a", "y"), ("b", "x")], [1.0, 0.0, 0.25]) == [0.5, 0.25]
     for case in copying.CASES:
         assert case.right in case.text and not any(name in case.text for name in case.wrong), case.question
