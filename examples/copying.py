@@ -2,17 +2,20 @@
 
     python examples/copying.py --model DIR
 
-DIR is a causal language model in transformers format, with or without a chat template; nothing is downloaded. Twelve
-short texts with invented names stand in the prompt, each with a question. Printed as Markdown, for plain decoding and
-for each rule: how many greedy answers degenerate into one repeated token, how far the copy probability varies, and by
-how much the name that stands in the text is likelier than the best of two that do not, after the first words of an
-answer. Then the time of 12 answers by `generate`, with the same attention implementation.
+DIR is a causal language model in transformers format, with or without a chat template; nothing is downloaded. Short
+texts with invented names stand in the prompt, each with a question: twelve written by hand for greedy answers, and any
+number made of ten forms and invented syllables. Printed as Markdown, for plain decoding and for each rule: how many
+greedy answers degenerate into one repeated token, how far the copy probability varies, the log-prob of the name that
+stands in the text after the first words of an answer, and its lead over the better of two that do not; then the paired
+differences to plain decoding with intervals of 95 % over texts. Then the time of answers by `generate`, greedy and with
+beams, with the same attention implementation.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import random
 import statistics
 import time
 from collections import Counter
@@ -23,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 from qkernels.decoding import CopyMixture, mark_source
+from qkernels.intervals import bootstrap_mean
 from qkernels.search import score_completions
 
 
@@ -84,6 +88,49 @@ CASES = [
          ("Harland Wolff", "Meyer Werft")),
 ]  # fmt: skip
 
+# A text, a question, the first words of an answer. {name} is the answer, {place} and {number} are beside the point.
+FORMS = (
+    ("The old mill of {place} was bought in {number} by {name}. It has ground no corn since; tourists like it.",
+     "Who bought the old mill of {place}?", "The old mill was bought by"),
+    ("The summit of Mount {place} was first reached in {number}. The party was led by {name}, a surveyor.",
+     "Who led the party to the summit of Mount {place}?", "The party was led by"),
+    ("In {place}, {number} people signed the petition. It was written by {name} and handed over on Monday.",
+     "Who wrote the petition in {place}?", "The petition was written by"),
+    ("The bridge of {place} is {number} metres long. Its architect, {name}, never saw it finished.",
+     "Who was the architect of the bridge of {place}?", "The architect was"),
+    ("The vaccine was tested on {number} volunteers in {place}. The trial was headed by {name}.",
+     "Who headed the trial in {place}?", "The trial was headed by"),
+    ("The {place} Prize is worth {number} crowns. This year the jury gave it to {name} for a book of poems.",
+     "Who received the {place} Prize this year?", "The prize was given to"),
+    ("The comet seen over {place} in {number} is named after {name}, who had calculated when it would return.",
+     "After whom is the comet named?", "The comet is named after"),
+    ("A fire broke out in hall {number} of the {place} works. It was noticed by {name}, a night guard.",
+     "Who noticed the fire in the {place} works?", "The fire was noticed by"),
+    ("The choir of {place} has {number} singers. Since last autumn it has been conducted by {name}.",
+     "Who conducts the choir of {place}?", "The choir is conducted by"),
+    ("The lawsuit over the harbour of {place} lasted {number} months. The verdict was read by Judge {name}.",
+     "Which judge read the verdict?", "The verdict was read by Judge"),
+)  # fmt: skip
+_SYLLABLES = ("bran", "cor", "del", "fen", "gar", "hol", "ild", "jor", "kes", "lum", "mor", "nev", "ost", "pra", "quil",
+              "ros", "sel", "tam", "und", "vik", "wen", "yar", "zol")  # fmt: skip
+
+
+def generated(count: int, seed: int = 0) -> list[Case]:
+    """Texts of the forms above with invented names; the two wrong ones are invented alike."""
+    rng = random.Random(f"copying {seed}")
+
+    def word() -> str:
+        return "".join(rng.sample(_SYLLABLES, 2)).capitalize()
+
+    cases = []
+    for number in range(count):
+        text, asked, lead = FORMS[number % len(FORMS)]
+        names = [f"{word()} {word()}" for _ in range(3)]
+        given = {"name": names[0], "place": word(), "number": rng.randrange(20, 2000)}
+        cases.append(Case(text.format(**given), asked.format(**given), lead, names[0], (names[1], names[2])))
+    return cases
+
+
 RULES: dict[str, dict[str, Any]] = {
     "calibrated": {},
     "largepig": {"preset": "largepig"},
@@ -121,8 +168,8 @@ class Bench:
     def mark(self, prompts: list[str], texts: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         return mark_source(self.tokenizer, prompts, texts, add_special_tokens=self.begins)
 
-    def greedy(self, number: int, processor: Any = None) -> tuple[list[int], list[float]]:
-        """An answer, and the copy probability of each of its tokens."""
+    def greedy(self, number: int, processor: Any = None, beams: int = 1) -> tuple[list[int], list[float]]:
+        """An answer, greedy or by beams, and the copy probability of each of its tokens."""
         inputs, _ = self.marked[number]
         seen: list[float] = []
 
@@ -135,7 +182,7 @@ class Bench:
             processor.for_prompt(inputs["attention_mask"])
         processors = LogitsProcessorList([] if processor is None else [noted])
         ids = self.model.generate(
-            **inputs, do_sample=False, max_new_tokens=self.new_tokens, logits_processor=processors,
+            **inputs, do_sample=False, num_beams=beams, max_new_tokens=self.new_tokens, logits_processor=processors,
             repetition_penalty=1.0, pad_token_id=self.tokenizer.pad_token_id or 0,
         )  # fmt: skip
         return ids[0, inputs["input_ids"].shape[1] :].tolist(), seen
@@ -173,12 +220,36 @@ def report(
           f" {high:.3f}) | {logp:.2f} | {lead:.2f} | {better} of {len(scored)} |", flush=True)  # fmt: skip
 
 
+def paired(name: str, scored: Sequence[tuple[float, float]], plain: Sequence[tuple[float, float]]) -> None:
+    """Differences to plain decoding, text by text."""
+    for label, place in (("log-prob of the right name", 0), ("its lead over a wrong one", 1)):
+        found = bootstrap_mean([a[place] - b[place] for a, b in zip(scored, plain, strict=True)])
+        better = sum(a[place] > b[place] for a, b in zip(scored, plain, strict=True))
+        print(f"{name}, {label} above plain's: {found.estimate:+.3f} ({found.low:+.3f} to {found.high:+.3f}), higher in"
+              f" {better} of {len(scored)}", flush=True)  # fmt: skip
+
+
+def times(bench: Bench, answers: Sequence[int], mixture: Any, beams: int) -> None:
+    """Print the processor's time of a step of `generate`, plain and with the mixture, in turns."""
+    seconds: dict[str, list[float]] = {"plain": [], "mixture": []}
+    for i in answers:
+        for name, processor in (("plain", None), ("mixture", mixture)):
+            start = time.process_time()
+            tokens, _ = bench.greedy(i, processor, beams)
+            seconds[name].append((time.process_time() - start) / len(tokens))
+    ratio = statistics.median(b / a for a, b in zip(seconds["plain"], seconds["mixture"], strict=True))
+    how = "greedy" if beams == 1 else f"{beams} beams"
+    print(f"processor seconds per token, {how}: plain {statistics.median(seconds['plain']):.3f}, mixture"
+          f" {statistics.median(seconds['mixture']):.3f}; median ratio {ratio:.2f}", flush=True)  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder of a causal language model in transformers format")
-    parser.add_argument("--cases", type=int, default=len(CASES), help="texts for the scored names (default: all)")
+    parser.add_argument("--cases", type=int, default=40, help="generated texts for the scored names (default: 40)")
     parser.add_argument("--answers", type=int, default=6, help="texts for the greedy answers (default: 6)")
     parser.add_argument("--new-tokens", type=int, default=32, help="of a greedy answer (default: 32)")
+    parser.add_argument("--beams", type=int, default=4, help="whose time is measured beside greedy (default: 4)")
     parser.add_argument("--heads", type=int, help="of the calibrated rule (default: its own)")
     parser.add_argument("--rules", default=",".join(RULES), help="separated by commas (default: all)")
     parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
@@ -186,9 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation="eager").eval()
-    cases = CASES[: max(options.cases, options.answers)]
-    judged = list(zip(cases, [prompt_of(tokenizer, case) for case in cases], strict=True))[: options.cases]
-    bench = Bench(model, tokenizer, cases, options.new_tokens)
+    judged = [(case, prompt_of(tokenizer, case)) for case in generated(options.cases)]
+    bench = Bench(model, tokenizer, CASES[: options.answers], options.new_tokens)
     answers = range(options.answers)
 
     print(
@@ -199,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = [bench.greedy(i)[0] for i in answers]
     margins = [bench.margin(case, prompt, None) for case, prompt in judged]
     report("plain", plain, [0.0], margins, margins)
-    examples = [("plain", plain)]
+    examples, compared = [("plain", plain)], []
     for name in options.rules.split(","):
         rule = dict(RULES[name])
         if options.heads and name == "calibrated":
@@ -218,7 +288,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         report(name, found, copied, scored, margins)
         examples.append((name, found))
+        compared.append((name, scored))
     print()
+    for name, scored in compared if judged else []:
+        paired(name, scored, margins)
     for name, found in examples:
         for tokens in found[:4]:
             print(f"{name}: {tokenizer.decode(tokens)!r}")
@@ -226,15 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not answers:
         return
     mixture = CopyMixture(model, heads=options.heads)
-    times: dict[str, list[float]] = {"plain": [], "calibrated": []}
-    for i in answers:  # in turns, so that a busy machine is unfair to both alike
-        for name, processor in (("plain", None), ("calibrated", mixture)):
-            start = time.perf_counter()
-            tokens, _ = bench.greedy(i, processor)
-            times[name].append((time.perf_counter() - start) / len(tokens))
-    ratio = statistics.median(b / a for a, b in zip(times["plain"], times["calibrated"], strict=True))
-    print(f"\nseconds per token: plain {statistics.median(times['plain']):.3f}, calibrated"
-          f" {statistics.median(times['calibrated']):.3f}; median ratio {ratio:.2f}")  # fmt: skip
+    for beams in sorted({1, options.beams}):
+        times(bench, answers, mixture, beams)
 
 
 if __name__ == "__main__":

@@ -4,23 +4,30 @@ Both look for the completion whose value as a plan is highest, V(s_0) + beta log
 likeliest prefixes of each length, the tree reads one leaf after another by PUCT, with the policy as prior and its own
 values. A policy is trained by DPO on the demo's answers with planted errors. Beams of several widths are searched, and
 counted is on how many positions the policy was run; the tree is allowed as many. Compared are log pi of the answer that
-was found, and its true score by a checker that knows the facts.
+was found, its length, and its true score by a checker that knows the facts, with intervals of 95 % over countries.
+
+--tune measures several exploration constants instead, on the other countries: those that the comparison does not ask
+about. The default of `tree_search` was chosen so. --policy DIR keeps the trained policy there, for another search.
 """
 
 from __future__ import annotations
 
-import math
+import argparse
+import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from beam import Checker, ask
-from common import BLUE, GREEN, ORANGE, Clock, fine_tune, options, panels, prefer, setting, write
+from common import BLUE, GREEN, ORANGE, Clock, Setting, fine_tune, interval, options, panels, prefer, setting, write
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from qkernels.search import Beams, beam_search, best_of, tree_search
+from qkernels.search import Beams, TreeSearch, beam_search, best_of, tree_search
 
 WIDTHS, COUNTRIES, LONGEST, BETA = (1, 2, 3, 5, 10), 25, 60, 0.1
+EXPLORATION = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of --tune
 
 
 class Positions:
@@ -47,6 +54,7 @@ def numbers(found: Beams, checker: Checker, countries: Sequence[str], tokenizer:
     ]
     return {
         "logp": found.logps[:, 0].tolist(),
+        "length": found.lengths[:, 0].double().tolist(),
         "score": [checker.judge(country, text).score for country, text in zip(countries, texts, strict=True)],
     }
 
@@ -55,66 +63,123 @@ def summary(values: dict[str, Any]) -> dict[str, float]:
     return {name: sum(value) / len(value) for name, value in values.items() if isinstance(value, list)}
 
 
-def difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """Mean of the differences, and its standard error."""
-    gaps = torch.tensor(one, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
-    return gaps.mean().item(), (gaps.std() / math.sqrt(len(gaps))).item()
+def difference(one: Sequence[float], other: Sequence[float], countries: Sequence[str]) -> dict[str, float]:
+    """Mean of the differences, and its interval over countries."""
+    gaps: dict[str, list[float]] = {}
+    for country, a, b in zip(countries, one, other, strict=True):
+        gaps.setdefault(country, []).append(a - b)
+    return interval([statistics.mean(group) for group in gaps.values()], 0)
+
+
+def shown(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
+class Searches:
+    """Beams and trees of a policy for the same prompts, at equal cost."""
+
+    def __init__(self, policy: nn.Module, tokenizer: Any, checker: Checker, prompts: tuple[Tensor, Tensor, list[str]]):
+        self.policy, self.tokenizer, self.checker = policy, tokenizer, checker
+        self.ids, self.mask, self.countries = prompts
+        self._shared: dict[str, Any] = {"beta": BETA, "max_new_tokens": LONGEST, "batch_size": 25}
+
+    def _numbers(self, found: Beams) -> dict[str, Any]:
+        return numbers(found, self.checker, self.countries, self.tokenizer)
+
+    def beam(self, width: int) -> tuple[dict[str, Any], int]:
+        """What it finds, and how many positions it reads for a prompt."""
+        positions = Positions(self.policy)
+        found = beam_search(
+            self.policy, self.ids, self.mask, num_beams=width, num_return_sequences=1, **self._shared
+        )  # fmt: skip
+        return self._numbers(found), max(1, positions.done() // len(self.ids))
+
+    def tree(self, forwards: int, **how: float) -> tuple[dict[str, Any], TreeSearch]:
+        found = tree_search(
+            self.policy, self.ids, self.mask, simulations=10_000, max_forwards=forwards, **self._shared, **how
+        )  # fmt: skip
+        return self._numbers(found.beams), found
+
+    def best_of(self, count: int, seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        return self._numbers(best_of(self.policy, None, self.ids, self.mask, n=count, by="logp", **self._shared))
+
+
+def tune(searches: Searches, widths: Sequence[int]) -> None:
+    """Print log pi above the beam's by the exploration constant."""
+    beams = {width: searches.beam(width) for width in widths}
+    for exploration in EXPLORATION:
+        gaps = []
+        for width, (beam, forwards) in beams.items():
+            tree, _ = searches.tree(forwards, exploration=exploration)
+            gap = difference(tree["logp"], beam["logp"], searches.countries)
+            gaps.append(f"{width}: {shown(gap)}")
+        print(f"exploration {exploration:g}, log pi above the beam's by width: {'; '.join(gaps)}", flush=True)
+
+
+def trained(given: Setting, folder: Path | None) -> nn.Module:
+    """The policy: that of a folder, if it is there, or else trained, and kept there if there is a folder."""
+    if folder is not None and (folder / "config.json").is_file():
+        policy: nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
+        return policy
+    given.progress.say("Reference: answers of both kinds")
+    reference = fine_tune(given, given.base)
+    made, _ = prefer(given, reference, given.train, BETA)
+    if folder is not None:
+        made.save_pretrained(folder)
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    chosen = options(__doc__.partition("\n")[0], arguments)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--policy", type=Path)
+    own, others = parser.parse_known_args(arguments)
+    chosen = options(__doc__.partition("\n")[0], others)
     clock = Clock()
     given = setting(chosen, sft_steps=95, steps=100, evaluations=2)
     checker = Checker()
-    ids, mask, countries = ask(given, sorted(checker.world)[: 2 if chosen.tiny else COUNTRIES])
-    given.progress.say("Reference: answers of both kinds")
-    reference = fine_tune(given, given.base)
-    policy, _ = prefer(given, reference, given.train, BETA)
+    countries = sorted(checker.world)
+    countries = countries[COUNTRIES:] if own.tune else countries[:COUNTRIES]
+    prompts = ask(given, countries[: 2 if chosen.tiny else COUNTRIES])
+    policy = trained(given, own.policy)
     widths = WIDTHS[:2] if chosen.tiny else WIDTHS
+    searches = Searches(policy, given.tokenizer, checker, prompts)
+    if own.tune:
+        tune(searches, widths[1:])
+        return
     rows: dict[str, Any] = {}
-
-    def shared() -> dict[str, Any]:
-        return {"beta": BETA, "max_new_tokens": LONGEST, "batch_size": 25}
-
     for width in widths:
-        positions = Positions(policy)
-        found: Tensor | Any = beam_search(policy, ids, mask, num_beams=width, num_return_sequences=1, **shared())
-        beam = numbers(found, checker, countries, given.tokenizer)
-        budget = positions.done() // len(ids)
-        tree = tree_search(policy, ids, mask, simulations=10_000, max_forwards=max(1, budget), **shared())
-        planned = numbers(tree.beams, checker, countries, given.tokenizer)
-        torch.manual_seed(chosen.seed)
-        sampled = numbers(
-            best_of(policy, None, ids, mask, n=width, by="logp", **shared()), checker, countries, given.tokenizer
-        )
-        gap, error = difference(planned["logp"], beam["logp"])
-        score_gap, score_error = difference(planned["score"], beam["score"])
+        beam, forwards = searches.beam(width)
+        planned, tree = searches.tree(forwards)
         rows[str(width)] = {
-            "forwards_of_the_beam": float(budget),
+            "forwards_of_the_beam": float(forwards),
             "forwards_of_the_tree": tree.forwards.double().mean().item(),
             "proven": tree.proven.double().mean().item(),
             "beam": summary(beam),
             "tree": summary(planned),
-            "best_of": summary(sampled),
-            "tree_minus_beam_logp": gap,
-            "standard_error_logp": error,
-            "tree_minus_beam_score": score_gap,
-            "standard_error_score": score_error,
+            "best_of": summary(searches.best_of(width, chosen.seed)),
+            **{
+                f"tree_minus_beam_{kind}": difference(planned[kind], beam[kind], searches.countries)
+                for kind in ("logp", "score")
+            },
         }
-        print(f"width {width}, {budget} forwards: log pi {gap:+.3f} +- {error:.3f} by the tree", flush=True)
-    results = {"prompts": len(ids), "beta": BETA, "longest": LONGEST, "widths": rows}
+        print(
+            f"width {width}, {forwards} forwards: log pi {shown(rows[str(width)]['tree_minus_beam_logp'])}", flush=True
+        )
+    results = {"prompts": len(prompts[0]), "beta": BETA, "longest": LONGEST, "widths": rows}
 
     def describe(width: str) -> str:
         row = rows[width]
         return (
             f"Width {width}: {row['forwards_of_the_beam']:.0f} forwards by the beam, {row['forwards_of_the_tree']:.0f}"
             f" by the tree ({row['proven']:.0%} proven); log pi {row['beam']['logp']:.3f} and {row['tree']['logp']:.3f}"
-            f" (difference {row['tree_minus_beam_logp']:+.3f}, standard error {row['standard_error_logp']:.3f}); true"
-            f" score {row['beam']['score']:.3f} and {row['tree']['score']:.3f} (difference"
-            f" {row['tree_minus_beam_score']:+.3f}, standard error {row['standard_error_score']:.3f})"
+            f" (difference {shown(row['tree_minus_beam_logp'])}); {row['beam']['length']:.1f} and"
+            f" {row['tree']['length']:.1f} tokens; true score {row['beam']['score']:.3f} and"
+            f" {row['tree']['score']:.3f} (difference {shown(row['tree_minus_beam_score'])})"
         )
 
-    paragraph = f"{len(ids)} questions, beta {BETA:g}. " + ". ".join(map(describe, rows)) + "."
+    paragraph = f"{len(prompts[0])} questions, beta {BETA:g}. " + ". ".join(map(describe, rows)) + "."
     figure, axes = panels("Tree and beam search on a DPO policy, by forwards of the policy", "log pi of the answer",
                           "True score")  # fmt: skip
     for axis, kind in zip(axes, ("logp", "score"), strict=True):

@@ -418,7 +418,7 @@ def tree_search(
     num_return_sequences: int = 1,
     value: str | Callable[[Leaves], Tensor] = "policy",
     reward: str | Callable[[Leaves], Tensor] = "implicit",
-    exploration: float = 1.0,
+    exploration: float = 4.0,
     width: int = 16,
     rollout: int | None = None,
     parallel: int = 4,
@@ -437,8 +437,9 @@ def tree_search(
 
     Each simulation goes down the tree by PUCT (`qkernels.planning.tree`), reads the leaf it comes to, and follows the
     policy's likeliest tokens from there (a rollout). Everything read stays in the tree, with its keys and values. With
-    the policy's own rewards and values, prefixes that cannot beat what was found are cut off, so that the search may
-    end early with the certainty that there is nothing better (`proven`).
+    the policy's own rewards and values, every prefix that was read is also a completion if an end is among its `width`
+    likeliest tokens, which costs no forward; prefixes that cannot beat what was found are cut off, so that the search
+    may end early with the certainty that there is nothing better (`proven`).
 
     Args:
         policy: a causal language model of transformers, in eval mode.
@@ -453,7 +454,7 @@ def tree_search(
             what is still to come, `[S]`, in units of reward; finished leaves have 0.
         reward: "implicit" for the policy's own (10), or a function of `Leaves` that returns the reward of the
             completion so far, `[S]`.
-        exploration: c of PUCT, in nats; 0 goes where the best was found.
+        exploration: c of PUCT, in nats; 0 goes where the best was found, more tries more other beginnings.
         width: children of a node, its likeliest tokens.
         rollout: tokens that are followed from a leaf before it is valued; None for all until the end. The first
             simulation always goes to the end, and with a number the path of the most visits does at last.

@@ -8,9 +8,10 @@ The rule: child a of node s has the priority Q(s, a) + c P(a | s) sqrt(N(s)) / (
 visits. Q of a child that was visited is its `best`. One that was not is expected to go on as well as its best visited
 sibling b, so that Q(s, a) = Q(s, b) + log P(a | s) - log P(b | s).
 
-Where values are the policy's own, the value of a prefix is at least that of everything below it (12, 13: it falls by
--log pi of each token), so a prefix worth no more than the worst of the completions that are kept is cut off. When
-nothing is left, what was found is the best there is.
+Where values are the policy's own, that of a completion is known once all but its last token have been read, so every
+end among a node's children counts as found. And the value of a prefix is at least that of everything below it (12, 13:
+it falls by -log pi of each token), so a prefix worth no more than the worst of the completions that are kept is cut
+off. When nothing is left, what was found is the best there is.
 """
 
 from __future__ import annotations

@@ -148,12 +148,37 @@ def test_limits_and_progress():
     found = tree_search(policy, IDS, MASK, simulations=50, max_forwards=12, max_new_tokens=6, progress=progress)
     assert int(found.forwards.max()) <= 12 + 4 and "simulations 150/150" in progress.getvalue()
     assert found.beams.completions.shape[:2] == (3, 1) and found.beams.rewards is None
-    few = tree_search(policy, IDS, MASK, simulations=1, max_new_tokens=6, num_return_sequences=4)
+    few = tree_search(policy, IDS, MASK, simulations=1, max_new_tokens=2, num_return_sequences=30, width=13)
     assert few.simulations.tolist() == [1, 1, 1] and not few.proven.any()
-    assert few.beams.scores[:, 0].isfinite().all() and bool((few.beams.scores[:, 1:] == -torch.inf).all())
-    assert not few.beams.completion_mask[:, 1:].any()
-    greedy = beam_search(policy, IDS, MASK, num_beams=1, max_new_tokens=6)
-    assert_within(few.beams.logps[:, 0], greedy.logps[:, 0].double(), 1e-5, "the first simulation is greedy")
+    exists = few.beams.scores > -torch.inf
+    assert exists.sum(1).tolist() == [14, 14, 14], "an end after the prompt, or any token after the likeliest"
+    assert torch.equal(few.beams.completion_mask.any(2), exists) and not few.beams.finished[~exists].any()
+
+
+def test_ends_are_known_without_a_forward():
+    """Every prefix that was read is a completion with its end, and so is any token at the last place: by hand over the
+    path of the likeliest tokens, which is all that one simulation reads. Not so with values from outside."""
+    policy = llama(1)
+    prompt, path, expected = [4], [], []
+    for depth in range(5):
+        logps = next_logps(policy, prompt + path).tolist()
+        so_far = sum(next_logps(policy, prompt + path[:t]).tolist()[a] for t, a in enumerate(path))
+        last = range(13) if depth == 4 else [END]
+        expected += [(so_far + logps[token], [*path, token]) for token in last]
+        path.append(logps.index(max(logps)))
+    expected.sort(reverse=True)
+    found = tree_search(
+        policy, torch.tensor([prompt]), beta=1.0, simulations=1, max_new_tokens=5, num_return_sequences=17, width=13
+    )
+    assert found.forwards.tolist() == [4] and found.beams.scores.isfinite().all()
+    for k, (logp, tokens) in enumerate(expected):
+        assert found.beams.completions[0, k][found.beams.completion_mask[0, k]].tolist() == tokens
+        assert_within(found.beams.logps[0, k], torch.tensor(logp), 1e-5, "log pi of an end")
+    outside = tree_search(
+        policy, torch.tensor([prompt]), beta=1.0, simulations=1, max_new_tokens=5, num_return_sequences=17, width=13,
+        value=lambda leaves: leaves.prompts * 0.0,
+    )  # fmt: skip
+    assert outside.beams.scores.isfinite().sum() == 1
 
 
 def test_errors():

@@ -146,7 +146,7 @@ def test_search(example, tmp_path, capsys):
     assert list(results["widths"]) == ["1", "2"] and results["prompts"] == 4
     for row in results["widths"].values():
         assert row["forwards_of_the_tree"] <= row["forwards_of_the_beam"] + 4
-    assert results["widths"]["1"]["tree"]["logp"] == pytest.approx(results["widths"]["1"]["beam"]["logp"], rel=1e-3)
+    assert results["widths"]["1"]["tree"]["logp"] >= results["widths"]["1"]["beam"]["logp"] - 1e-3
 
 
 @pytest.mark.nightly
@@ -420,7 +420,8 @@ def test_copying(example, small_model, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("| ")]
     assert [row.split("|")[1].strip() for row in rows[1:]] == ["plain", "calibrated", "largepig", "largepig-normalised"]
-    assert " of 2 |" in rows[2] and "median ratio" in lines[-1]
+    assert " of 2 |" in rows[2] and "4 beams" in lines[-1] and "median ratio" in lines[-1]
+    assert any(line.startswith("largepig, log-prob of the right name above plain") for line in lines)
 
 
 @pytest.mark.nightly
@@ -443,5 +444,5 @@ def test_what_counts_as_degenerate_and_right(example):
     assert not copying.degenerate([1, 2, 3, 1, 2, 3])
     assert improve.is_right(("Peru", "capital"), "It is LIMA.") and not improve.is_right(("Peru", "currency"), "Lima")
     assert improve.by_country([("a", "x"), ("a", "y"), ("b", "x")], [1.0, 0.0, 0.25]) == [0.5, 0.25]
-    for case in copying.CASES:
+    for case in (*copying.CASES, *copying.generated(20)):
         assert case.right in case.text and not any(name in case.text for name in case.wrong), case.question
