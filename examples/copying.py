@@ -5,10 +5,10 @@
 DIR is a causal language model in transformers format, with or without a chat template; nothing is downloaded. Short
 texts with invented names stand in the prompt, each with a question: twelve written by hand for greedy answers, and any
 number made of ten forms and invented syllables. Printed as Markdown, for plain decoding and for each rule: how many
-greedy answers degenerate into one repeated token, how far the copy probability varies, the log-prob of the name that
-stands in the text after the first words of an answer, and its lead over the better of two that do not; then the paired
-differences to plain decoding with intervals of 95 % over texts. Then the time of answers by `generate`, greedy and with
-beams, with the same attention implementation.
+greedy answers degenerate into one repeated token, how far the copy probability varies, and the log-prob of the name
+that stands in the text after the first words of an answer; then its paired difference to plain decoding with an
+interval of 95 % over texts. Then the time of answers by `generate`, greedy and with beams, with the same attention
+implementation.
 """
 
 from __future__ import annotations
@@ -31,61 +31,52 @@ from qkernels.search import score_completions
 
 
 class Case(NamedTuple):
-    """A text, a question about it, the first words of an answer, the name that follows, and two wrong ones."""
+    """A text, a question about it, the first words of an answer, and the name that follows."""
 
     text: str
     question: str
     lead: str
     right: str
-    wrong: tuple[str, str]
 
 
 CASES = [
     Case("The Harrow & Pell bakery opened in 1987 in the village of Tresmoor. Its founder, Ottoline Varga, sold rye"
          " bread from a cart before she rented the old mill. Today the bakery employs 43 people.",
-         "Who founded the Harrow & Pell bakery?", "The bakery was founded by", "Ottoline Varga",
-         ("Margaret Lindqvist", "Thomas Harrow")),
+         "Who founded the Harrow & Pell bakery?", "The bakery was founded by", "Ottoline Varga"),
     Case("Flight QX-512 left Lisbon at 06:40 and was diverted to Zaragoza because of a hailstorm. The captain, Ilse"
          " Brandauer, decided to wait there for three hours. The passengers reached Vienna at 15:05.",
-         "Who was the captain of flight QX-512?", "The captain was", "Ilse Brandauer", ("Anna Schmidt", "John Miller")),
+         "Who was the captain of flight QX-512?", "The captain was", "Ilse Brandauer"),
     Case("The Kestrel 9 telescope has a mirror of 3.7 metres and stands on Mount Aurelio in northern Chile. It was"
          " built by the Nandor Institute and saw first light on 14 March 2011. It found the dwarf planet Ombrae.",
-         "What is the dwarf planet that Kestrel 9 found called?", "The dwarf planet is called", "Ombrae",
-         ("Pluto", "Ceres")),
+         "What is the dwarf planet that Kestrel 9 found called?", "The dwarf planet is called", "Ombrae"),
     Case("To descale the Brevino K3 coffee maker, fill the tank with 750 ml of water and one sachet of Calcinex. Press"
          " the button with the drop for five seconds. The machine rinses itself twice, which takes 22 minutes.",
-         "What has to be added to the water to descale the Brevino K3?", "Add one sachet of", "Calcinex",
-         ("vinegar", "baking soda")),
+         "What has to be added to the water to descale the Brevino K3?", "Add one sachet of", "Calcinex"),
     Case("The contract between Dunmore Textiles and the port of Skelvik ends on 30 June 2031. Either side may end it"
          " earlier with a notice of 90 days. Disputes are heard by the court of Aldersund.",
-         "Which court hears disputes about the contract?", "Disputes are heard by the court of", "Aldersund",
-         ("Copenhagen", "London")),
+         "Which court hears disputes about the contract?", "Disputes are heard by the court of", "Aldersund"),
     Case("In the trial, 214 patients received tolaxifen and 209 received a placebo. After eight weeks the pain score"
          " had fallen by 31 percent with tolaxifen. The study was led by Dr. Priya Ramanujam in Pune.",
-         "Who led the study?", "The study was led by Dr.", "Priya Ramanujam", ("John Smith", "Sarah Johnson")),
+         "Who led the study?", "The study was led by Dr.", "Priya Ramanujam"),
     Case("The museum of Ostrava bought the painting in 1962 from the collector Emil Szabados. It shows the harbour of"
          " Piran in the evening. Restorers removed a yellow varnish in 1998.",
-         "From whom did the museum buy the painting?", "The museum bought it from", "Emil Szabados",
-         ("Peter Novak", "the Louvre")),
+         "From whom did the museum buy the painting?", "The museum bought it from", "Emil Szabados"),
     Case("The new library of Varnhem was designed by the office Lyngdal & Roe. Its roof is covered with 2,400 copper"
          " tiles. The building was opened by Mayor Agneta Thorsell on 2 May.",
-         "Who opened the library?", "The library was opened by Mayor", "Agneta Thorsell",
-         ("Erik Johansson", "Anna Larsson")),
+         "Who opened the library?", "The library was opened by Mayor", "Agneta Thorsell"),
     Case("Pilgrim Rock lighthouse was automated in 1974. Its last keeper, Duncan Abernathy, moved to Stornoway. The"
          " lamp can be seen from 21 nautical miles.",
-         "Who was the last keeper of the lighthouse?", "The last keeper was", "Duncan Abernathy",
-         ("James Campbell", "Robert Stewart")),
+         "Who was the last keeper of the lighthouse?", "The last keeper was", "Duncan Abernathy"),
     Case("The parliament of Zubrowka passed the water act with 88 votes to 41. It was drafted by the deputy Ludmila"
          " Horakova. The act obliges every town to publish the quality of its water once a month.",
-         "Who drafted the water act?", "The act was drafted by", "Ludmila Horakova", ("Maria Novakova", "Jan Dvorak")),
+         "Who drafted the water act?", "The act was drafted by", "Ludmila Horakova"),
     Case("The band Silver Thicket recorded its second album in a barn near Llanwrda. The producer was Gethin Probert."
          " The album sold 12,000 copies in its first month.",
-         "Who produced the second album of Silver Thicket?", "The album was produced by", "Gethin Probert",
-         ("Brian Eno", "David Jones")),
+         "Who produced the second album of Silver Thicket?", "The album was produced by", "Gethin Probert"),
     Case("The ferry Halcyon Bay runs between Kirkwall and Lerwick. Its engine was replaced in 2019 by the yard"
          " Remontowa Delta. The crossing takes seven hours and a half.",
-         "Which yard replaced the engine of the Halcyon Bay?", "The engine was replaced by the yard", "Remontowa Delta",
-         ("Harland Wolff", "Meyer Werft")),
+         "Which yard replaced the engine of the Halcyon Bay?", "The engine was replaced by the yard",
+         "Remontowa Delta"),
 ]  # fmt: skip
 
 # A text, a question, the first words of an answer. {name} is the answer, {place} and {number} are beside the point.
@@ -116,7 +107,7 @@ _SYLLABLES = ("bran", "cor", "del", "fen", "gar", "hol", "ild", "jor", "kes", "l
 
 
 def generated(count: int, seed: int = 0) -> list[Case]:
-    """Texts of the forms above with invented names; the two wrong ones are invented alike."""
+    """Texts of the forms above with invented names."""
     rng = random.Random(f"copying {seed}")
 
     def word() -> str:
@@ -125,9 +116,8 @@ def generated(count: int, seed: int = 0) -> list[Case]:
     cases = []
     for number in range(count):
         text, asked, lead = FORMS[number % len(FORMS)]
-        names = [f"{word()} {word()}" for _ in range(3)]
-        given = {"name": names[0], "place": word(), "number": rng.randrange(20, 2000)}
-        cases.append(Case(text.format(**given), asked.format(**given), lead, names[0], (names[1], names[2])))
+        given = {"name": f"{word()} {word()}", "place": word(), "number": rng.randrange(20, 2000)}
+        cases.append(Case(text.format(**given), asked.format(**given), lead, given["name"]))
     return cases
 
 
@@ -187,46 +177,33 @@ class Bench:
         )  # fmt: skip
         return ids[0, inputs["input_ids"].shape[1] :].tolist(), seen
 
-    def margin(self, case: Case, prompt: str, make: Callable[[torch.Tensor], Any] | None) -> tuple[float, float]:
-        """log-prob of the right name, and its lead over the best wrong one, after the first words of an answer."""
-        start = prompt + ("" if self.tokenizer.chat_template else " ") + case.lead
+    def logp(self, case: Case, make: Callable[[torch.Tensor], Any] | None) -> float:
+        """log-prob of the right name after the first words of an answer."""
+        start = prompt_of(self.tokenizer, case) + ("" if self.tokenizer.chat_template else " ") + case.lead
         inputs, source = self.mark([start], [case.text])
-        names = [
-            self.tokenizer(" " + name, add_special_tokens=False)["input_ids"] for name in (case.right, *case.wrong)
-        ]
-        width = max(map(len, names))
-        rows = [inputs["input_ids"][0].tolist() + name + [0] * (width - len(name)) for name in names]
-        mask = torch.tensor([[True] * len(name) + [False] * (width - len(name)) for name in names])
-        attended = torch.cat([torch.ones(len(names), inputs["input_ids"].shape[1]), mask], 1).long()
-        processors = None if make is None else [make(source)]
-        scored = score_completions(self.model, torch.tensor(rows), attended, mask, processors=processors)
-        logps = scored.logps.tolist()
-        return logps[0], logps[0] - max(logps[1:])
+        name = self.tokenizer(" " + case.right, add_special_tokens=False)["input_ids"]
+        row = torch.tensor([inputs["input_ids"][0].tolist() + name])
+        scored = score_completions(
+            self.model, row, torch.ones_like(row), torch.ones(1, len(name), dtype=torch.bool),
+            processors=None if make is None else [make(source)],
+        )  # fmt: skip
+        return float(scored.logps[0])
 
 
-def report(
-    name: str,
-    answers: Sequence[Sequence[int]],
-    copied: Sequence[float],
-    scored: Sequence[tuple[float, float]],
-    plain: Sequence[tuple[float, float]],
-) -> None:
+def report(name: str, answers: Sequence[Sequence[int]], copied: Sequence[float], scored: Sequence[float]) -> None:
     """A row of the table."""
     copied = sorted(copied or [0.0])
     low, high = (copied[int(share * (len(copied) - 1))] for share in (0.1, 0.9))
-    better = sum(a[1] > b[1] for a, b in zip(scored, plain, strict=True))
-    logp, lead = (statistics.mean(values) for values in zip(*(scored or [(math.nan, math.nan)]), strict=True))
     print(f"| {name} | {sum(map(degenerate, answers))} of {len(answers)} | {statistics.mean(copied):.3f} ({low:.3f} to"
-          f" {high:.3f}) | {logp:.2f} | {lead:.2f} | {better} of {len(scored)} |", flush=True)  # fmt: skip
+          f" {high:.3f}) | {statistics.mean(scored or [math.nan]):.3f} |", flush=True)  # fmt: skip
 
 
-def paired(name: str, scored: Sequence[tuple[float, float]], plain: Sequence[tuple[float, float]]) -> None:
+def paired(name: str, scored: Sequence[float], plain: Sequence[float]) -> None:
     """Differences to plain decoding, text by text."""
-    for label, place in (("log-prob of the right name", 0), ("its lead over a wrong one", 1)):
-        found = bootstrap_mean([a[place] - b[place] for a, b in zip(scored, plain, strict=True)])
-        better = sum(a[place] > b[place] for a, b in zip(scored, plain, strict=True))
-        print(f"{name}, {label} above plain's: {found.estimate:+.3f} ({found.low:+.3f} to {found.high:+.3f}), higher in"
-              f" {better} of {len(scored)}", flush=True)  # fmt: skip
+    found = bootstrap_mean([a - b for a, b in zip(scored, plain, strict=True)])
+    better = sum(a > b for a, b in zip(scored, plain, strict=True))
+    print(f"{name}, log-prob of the right name above plain's: {found.estimate:+.3f} ({found.low:+.3f} to"
+          f" {found.high:+.3f}), higher in {better} of {len(scored)}", flush=True)  # fmt: skip
 
 
 def times(bench: Bench, answers: Sequence[int], mixture: Any, beams: int) -> None:
@@ -246,7 +223,8 @@ def times(bench: Bench, answers: Sequence[int], mixture: Any, beams: int) -> Non
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="folder of a causal language model in transformers format")
-    parser.add_argument("--cases", type=int, default=40, help="generated texts for the scored names (default: 40)")
+    parser.add_argument("--cases", type=int, default=40, help="texts for the scored names, twelve by hand and then"
+                        " generated ones (default: 40)")  # fmt: skip
     parser.add_argument("--answers", type=int, default=6, help="texts for the greedy answers (default: 6)")
     parser.add_argument("--new-tokens", type=int, default=32, help="of a greedy answer (default: 32)")
     parser.add_argument("--beams", type=int, default=4, help="whose time is measured beside greedy (default: 4)")
@@ -257,18 +235,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, attn_implementation="eager").eval()
-    judged = [(case, prompt_of(tokenizer, case)) for case in generated(options.cases)]
+    judged = [*CASES, *generated(max(0, options.cases - len(CASES)))][: options.cases]
     bench = Bench(model, tokenizer, CASES[: options.answers], options.new_tokens)
     answers = range(options.answers)
 
     print(
         f"{options.model}: {len(judged)} texts with scored names, {len(answers)} answered, {options.threads} threads\n"
     )
-    print("| | degenerate answers | copy probability, mean (10th to 90th percentile) | log-prob of the right name |"
-          " its lead over a wrong one | lead above plain's |\n|---|---|---|---|---|---|")  # fmt: skip
+    print("| | degenerate answers | copy probability, mean (10th to 90th percentile) | log-prob of the right name |\n"
+          "|---|---|---|---|")  # fmt: skip
     plain = [bench.greedy(i)[0] for i in answers]
-    margins = [bench.margin(case, prompt, None) for case, prompt in judged]
-    report("plain", plain, [0.0], margins, margins)
+    logps = [bench.logp(case, None) for case in judged]
+    report("plain", plain, [0.0], logps)
     examples, compared = [("plain", plain)], []
     for name in options.rules.split(","):
         rule = dict(RULES[name])
@@ -283,15 +261,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found.append(tokens)
                 copied += seen
         scored = [
-            bench.margin(case, prompt, lambda source: CopyMixture(model, source, **rule))  # noqa: B023
-            for case, prompt in judged
+            bench.logp(case, lambda source: CopyMixture(model, source, **rule))  # noqa: B023
+            for case in judged
         ]
-        report(name, found, copied, scored, margins)
+        report(name, found, copied, scored)
         examples.append((name, found))
         compared.append((name, scored))
     print()
     for name, scored in compared if judged else []:
-        paired(name, scored, margins)
+        paired(name, scored, logps)
     for name, found in examples:
         for tokens in found[:4]:
             print(f"{name}: {tokenizer.decode(tokens)!r}")

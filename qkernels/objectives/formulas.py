@@ -163,8 +163,8 @@ def tdpo2(scores: PairScores, beta: float, alpha: float = 0.5) -> Tensor:
 def simpo(scores: PairScores, beta: float, gamma: float = 0.5) -> Tensor:
     """SimPO (Meng et al. 2024): mean log-probs, target margin gamma, no reference.
 
-    gamma is outside of beta, and the published settings have beta at 2 and above: at the functions' default of 0.1 the
-    margin counts twenty times less. Pass a beta.
+    gamma is outside of beta, and the published settings have beta at 2 and above: at 0.1, the one default of the
+    functions for all losses, the answers' difference counts twenty times less beside gamma than at 2. Pass a beta.
     """
     chosen = per_token(scores.chosen_logps, scores.chosen_counts)
     rejected = per_token(scores.rejected_logps, scores.rejected_counts)
