@@ -14,6 +14,7 @@ implementation.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import random
 import statistics
@@ -177,17 +178,22 @@ class Bench:
         )  # fmt: skip
         return ids[0, inputs["input_ids"].shape[1] :].tolist(), seen
 
-    def logp(self, case: Case, make: Callable[[torch.Tensor], Any] | None) -> float:
-        """log-prob of the right name after the first words of an answer."""
-        start = prompt_of(self.tokenizer, case) + ("" if self.tokenizer.chat_template else " ") + case.lead
-        inputs, source = self.mark([start], [case.text])
-        name = self.tokenizer(" " + case.right, add_special_tokens=False)["input_ids"]
-        row = torch.tensor([inputs["input_ids"][0].tolist() + name])
+    def logps(self, cases: Sequence[Case], make: Callable[[torch.Tensor], Any] | None) -> list[float]:
+        """log-prob of the right name after the first words of an answer, for all texts in one batch."""
+        between = "" if self.tokenizer.chat_template else " "
+        starts = [prompt_of(self.tokenizer, case) + between + case.lead for case in cases]
+        inputs, source = self.mark(starts, [case.text for case in cases])
+        names = [self.tokenizer(" " + case.right, add_special_tokens=False)["input_ids"] for case in cases]
+        width = max(map(len, names))
+        mask = torch.tensor([[True] * len(name) + [False] * (width - len(name)) for name in names])
         scored = score_completions(
-            self.model, row, torch.ones_like(row), torch.ones(1, len(name), dtype=torch.bool),
+            self.model,
+            torch.cat([inputs["input_ids"], torch.tensor([name + [0] * (width - len(name)) for name in names])], 1),
+            torch.cat([inputs["attention_mask"], mask.long()], 1),
+            mask,
             processors=None if make is None else [make(source)],
-        )  # fmt: skip
-        return float(scored.logps[0])
+        )
+        return [float(logp) for logp in scored.logps]
 
 
 def report(name: str, answers: Sequence[Sequence[int]], copied: Sequence[float], scored: Sequence[float]) -> None:
@@ -245,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| | degenerate answers | copy probability, mean (10th to 90th percentile) | log-prob of the right name |\n"
           "|---|---|---|---|")  # fmt: skip
     plain = [bench.greedy(i)[0] for i in answers]
-    logps = [bench.logp(case, None) for case in judged]
+    logps = bench.logps(judged, None) if judged else []
     report("plain", plain, [0.0], logps)
     examples, compared = [("plain", plain)], []
     for name in options.rules.split(","):
@@ -260,10 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 tokens, seen = bench.greedy(i, whole if source is None else CopyMixture(model, source, **rule))
                 found.append(tokens)
                 copied += seen
-        scored = [
-            bench.logp(case, lambda source: CopyMixture(model, source, **rule))  # noqa: B023
-            for case in judged
-        ]
+        make = functools.partial(CopyMixture, model, **rule)
+        scored = bench.logps(judged, make) if judged else []
         report(name, found, copied, scored)
         examples.append((name, found))
         compared.append((name, scored))
