@@ -22,6 +22,12 @@ class Shard(Protocol):
     def before(self, values: Tensor) -> Tensor:
         """Sum over the lower ranks; no gradient."""
 
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest over the ranks; no gradient."""
+
+    def for_rows(self) -> Shard:
+        """The same for sums that enter the losses of single rows."""
+
 
 def both_forbid(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """Where both log-probs are -inf."""
@@ -61,6 +67,10 @@ class Sequences(NamedTuple):
     def here(self) -> Sequences:
         """The same rows as sequences of their own: sums over this rank's rows only."""
         return self._replace(shard=None)
+
+    def for_rows(self) -> Sequences:
+        """The same for sums that enter the losses of single rows, of which each rank has its own."""
+        return self if self.shard is None else self._replace(shard=self.shard.for_rows())
 
     def sums(self, rows: Tensor, keep_double: bool = False) -> Tensor:
         """Sum over each sequence, `[S, T] -> [2B]`, accumulated in float64 in a fixed order."""

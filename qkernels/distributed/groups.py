@@ -50,15 +50,16 @@ def all_reduce_start_(values: Tensor, group: Any) -> Callable[[], Tensor]:
 
 class SumOverRanks(torch.autograd.Function):
     """Sum over the ranks of a group. Every rank makes the same loss of it: the gradient of its own part is that of the
-    sum, and counts once."""
+    sum, and counts once. With `apart` each rank makes losses of its own of it, and their gradients are summed."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, values: Tensor, group: Any, apart: bool = False) -> Tensor:
+        ctx.group = group if apart else None
         return sum_over_ranks(values, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad if ctx.group is None else sum_over_ranks(grad, ctx.group), None, None
 
 
 def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
@@ -71,22 +72,32 @@ class SequenceShard(NamedTuple):
 
     group: the process group.
     rank, ranks: this rank's number, and how many there are.
+    apart: whether each rank uses the sums for losses of its own rows, not all of them for the same loss.
     """
 
     group: Any
     rank: int
     ranks: int
+    apart: bool = False
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the ranks, differentiable."""
-        total: Tensor = SumOverRanks.apply(values, self.group)
+        total: Tensor = SumOverRanks.apply(values, self.group, self.apart)
         return total
+
+    def for_rows(self) -> SequenceShard:
+        """The same for sums that enter the losses of single rows."""
+        return self._replace(apart=True)
 
     def before(self, values: Tensor) -> Tensor:
         """Sum over the lower ranks; no gradient."""
         slots = values.new_zeros(self.ranks, *values.shape)
         slots[self.rank] = values
         return sum_over_ranks(slots, self.group)[: self.rank].sum(0)
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The largest over the ranks; no gradient."""
+        return all_reduce_(value.detach().clone(), "max", self.group)
 
 
 def _is_mesh(value: Any) -> bool:

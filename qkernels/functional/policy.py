@@ -49,6 +49,7 @@ def fused_policy_loss(
     inplace_backward: bool = False,
     backend: str = "auto",
     tp_group: Any = None,
+    sp_group: Any = None,
 ) -> PolicyOutput:
     """A policy-gradient loss from logits: GRPO and its family, with metrics from the same pass.
 
@@ -91,6 +92,7 @@ def fused_policy_loss(
         temperature: divides both models' logits: a number, or a tensor shaped like `labels`. (A tensor makes a copy of
             the logits in fp32.)
         ignore_index, inplace_backward, backend, tp_group: as in `token_logps`.
+        sp_group: as in `fused_token_dpo`.
 
     Returns:
         `PolicyOutput`.
@@ -112,6 +114,7 @@ def fused_policy_loss(
         inplace_backward=inplace_backward,
         backend=backend,
         tp_group=tp_group,
+        sp_group=sp_group,
     )
     return from_logits(request, cu_seqlens, outputs, PolicyArguments.check(given))
 
@@ -157,6 +160,7 @@ def fused_linear_policy_loss(
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
     tp_group: Any = None,
+    sp_group: Any = None,
 ) -> PolicyOutput:
     """`fused_policy_loss` from hidden states and the head's weight; the logits are never stored.
 
@@ -173,7 +177,8 @@ def fused_linear_policy_loss(
         valid_rows: S ints, how many labels of each sequence are not `ignore_index`; see `fused_linear_token_dpo`. With
             it, rows without a gradient stay in the GEMMs on a GPU.
         temperature: a number, or a tensor shaped like `labels`, which takes no copy here.
-        softcap, logit_scale, logits_dtype, max_chunk_bytes, backend, tp_group: as in `fused_linear_token_dpo`.
+        softcap, logit_scale, logits_dtype, max_chunk_bytes, backend, tp_group, sp_group: as in
+            `fused_linear_token_dpo`.
         plan: "auto", "frozen_head", "token_chunks" or "sequence_chunks" (as the unit of the loss is), or "recompute".
         advantages, old_logps, on_policy, reference_logps, sampling_logps, loss_type, beta, epsilon, epsilon_high,
             delta, importance_sampling_level, importance_correction, correction_min, correction_max, entropy_coef,

@@ -269,7 +269,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         importance = self._importance(old, part) if self.old is None else self.importance
         if importance is not None and self.old is not None:
             importance = part.rows(importance)
-        sequences = None if self.unit == "token" else part.batch.sequences
+        sequences = None if self.unit == "token" else part.batch.sequences.for_rows()
         scores = PolicyScores(
             logps=logps,
             old_logps=old,
@@ -334,16 +334,22 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         threshold = entropy[used].float().quantile(1 - self.options.entropy_quantile) if bool(used.any()) else 0.0
         return used & (entropy >= threshold)
 
+    def everywhere(self, value: Tensor) -> Tensor:
+        """The sum over the ranks of `sp_group`; the value itself without."""
+        shard = self.batch.sequences.shard
+        return value if shard is None else shard.sum(value)
+
     def total(self, stats: Mapping[str, Tensor], part: Part) -> Tensor:
         losses = self.per_token(self.scores(stats, part), stats)
-        total = (losses.double() * part.rows(self.scale)).sum()
+        total = self.everywhere((losses.double() * part.rows(self.scale)).sum())
         return total - self._bonus(stats, part) if self.options.entropy_coef else total
 
     def _bonus(self, stats: Mapping[str, Tensor], part: Part) -> Tensor:
         """The entropy bonus: its factor times the mean entropy of the tokens that the loss is taken over, fp64."""
         wanted = part.rows(self.batch.used) if self.options.entropy_quantile >= 1 else self.wanted(stats)
-        number = (self.batch.used if self.options.entropy_quantile >= 1 else wanted).sum().clamp_min(1)
-        summed = torch.where(wanted, stats["entropy"].double(), 0.0).sum()
+        number = (self.batch.used if self.options.entropy_quantile >= 1 else wanted).sum()
+        number = self.everywhere(number).clamp_min(1)
+        summed = self.everywhere(torch.where(wanted, stats["entropy"].double(), 0.0).sum())
         return self.options.entropy_coef * summed / number
 
     def output(self, stats: Mapping[str, Tensor], part: Part, known: Mapping[str, Any]) -> PolicyOutput:
@@ -352,16 +358,17 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         losses = self.per_token(scores, stats)
         if options.reduction == "none":
             loss = losses.reshape(self.shape)
-            policy_loss = losses.detach().sum()
+            policy_loss = self.everywhere(losses.detach().sum())
         else:
-            total = (losses.double() * self.scale).sum()
+            total = self.everywhere((losses.double() * self.scale).sum())
             policy_loss = total.detach().to(dtype)
             loss = (total - self._bonus(stats, part) if options.entropy_coef else total).to(dtype)
         with torch.no_grad():
             scores = replace(scores, logps=scores.logps.detach(), log_ratios=scores.log_ratios.detach())
             token_kl = None if scores.reference_logps is None else torch.where(self.batch.used, k3(scores), 0.0)
             ratios = torch.where(self.batch.used, scores.ratios, 0.0)
-            metrics = self._metrics(scores, token_kl, policy_loss, known["idle_rows"])
+            idle = None if known["idle_rows"] is None else self.everywhere(known["idle_rows"])
+            metrics = self._metrics(scores, token_kl, policy_loss, idle)
         return PolicyOutput(
             loss=loss,
             token_logps=scores.logps.reshape(self.shape),
@@ -375,27 +382,41 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         self, scores: PolicyScores, token_kl: Tensor | None, policy_loss: Tensor, idle: Tensor | None
     ) -> PolicyMetrics:
         used, ratios = self.batch.used, scores.ratios
-        number = used.sum().clamp_min(1)
+        number = self.everywhere(used.sum()).clamp_min(1)
 
         def mean(values: Tensor) -> Tensor:
-            return (torch.where(used, values.double(), 0.0).sum() / number).to(policy_loss.dtype)
+            summed = self.everywhere(torch.where(used, values.double(), 0.0).sum())
+            return (summed / number).to(policy_loss.dtype)
+
+        lowest, highest = self._range(ratios)
 
         low, high = self._clips(scores)
         own = log_ratios(scores.logps, scores.old_logps)
         return PolicyMetrics(
             policy_loss=policy_loss,
             ratio_mean=mean(ratios),
-            ratio_min=ratios.masked_fill(~used, torch.inf).amin() if used.numel() else ratios.new_tensor(torch.nan),
-            ratio_max=ratios.masked_fill(~used, -torch.inf).amax() if used.numel() else ratios.new_tensor(torch.nan),
+            ratio_min=lowest,
+            ratio_max=highest,
             clip_low=None if low is None else mean(low),
             clip_high=None if high is None else mean(high),
-            overflows=(used & (scores.log_ratios > _OVERFLOW[ratios.dtype])).sum(),
+            overflows=self.everywhere((used & (scores.log_ratios > _OVERFLOW[ratios.dtype])).sum()),
             old_kl=mean(finite_exp(expm1, own) - own),
             kl=None if token_kl is None else mean(token_kl),
             entropy=None if scores.entropy is None else mean(scores.entropy),
             importance_mean=None if scores.importance is None else mean(scores.importance),
             idle_rows=idle,
         )
+
+    def _range(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest of valid tokens."""
+        used, shard = self.batch.used, self.batch.sequences.shard
+        none = torch.nan if shard is None else -torch.inf
+        lowest, highest = (
+            (x.masked_fill(~used, -torch.inf).amax() if used.numel() else x.new_tensor(none)) for x in (-ratios, ratios)
+        )
+        if shard is not None:
+            lowest, highest = shard.largest(lowest), shard.largest(highest)
+        return -lowest, highest
 
     def _clips(self, scores: PolicyScores) -> tuple[Tensor | None, Tensor | None]:
         """Tokens that are clipped from below and from above; None where the loss has no such clip."""
@@ -517,6 +538,11 @@ def _check_combination(options: PolicyOptions, given: Mapping[str, Any]) -> None
     items = given["num_items_in_batch"]
     if items is not None and options.reduction != "items":
         raise ValueError(f"num_items_in_batch has no meaning for reduction={options.reduction!r}")
+    if given["sp_group"] is not None and options.entropy_quantile < 1:
+        raise ValueError(
+            "loss_kwargs['entropy_quantile'] compares the tokens of the whole batch, which sp_group spreads over ranks:"
+            " leave it out, or gather the positions first"
+        )
     if options.reduction == "none" and options.entropy_coef:
         raise ValueError("reduction='none' has no entropy bonus, which is a mean over tokens: use entropy_coef=0")
 
@@ -563,4 +589,5 @@ def _scale(batch: Batch, options: PolicyOptions, items: Any) -> Tensor:
                 raise ValueError(f"num_items_in_batch must be one number, got shape {tuple(items.shape)}")
             return used / items.detach().to(used).reshape(()).clamp_min(1.0)
         return used / max(1.0, _number(items, "num_items_in_batch"))
-    return used / used.sum().clamp_min(1.0)
+    total = used.sum() if sequences.shard is None else sequences.shard.sum(used.sum())
+    return used / total.clamp_min(1.0)

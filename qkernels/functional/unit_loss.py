@@ -8,7 +8,7 @@ made twice, as the plan has it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from ..autograd.head import Known, KnownGradient
 from ..core import checks
 from ..core.columns import BIT, bits, column_names, stats_dtype
 from ..core.sequences import Sequences
+from ..distributed.groups import Ranks, SequenceShard
 from ..head import chunks
 from ..head import plan as head_plan
 from ..head.call import HeadCall
@@ -162,6 +163,8 @@ def from_logits(
         labels = request.labels
         batch = _batch(rows.labels, labels, cu_seqlens, arguments, (rows.ignore_index, stats_dtype(rows.logits.dtype)))
         loss = arguments.of(labels, batch, has_model)
+        shard = _shard(ranks, batch, arguments)
+    batch, loss = _spread(batch, loss, shard, lambda whole: arguments.of(labels, whole, has_model))
     rows = rows._replace(labels=batch.labels)
     columns, wanted = _columns(loss, outputs, has_model, "reference_logits")
     stats = rows.stats(columns, loss.carrying)
@@ -172,6 +175,26 @@ def from_logits(
         idle = _idle(gradient, batch)
     known = {"idle_rows": idle, "stats": _extra(stats, wanted, rows)}
     return loss.output(stats, part, known)
+
+
+def _shard(ranks: Ranks | None, batch: Batch, arguments: LossArguments[Any]) -> SequenceShard | None:
+    """Which part of every sequence this rank has, once the ranks of `sp_group` agree on the loss; None without one."""
+    if ranks is None:
+        return None
+    return ranks.sequence_shard(batch.sequences.number, batch.weights.dtype, arguments.fields())
+
+
+def _spread(
+    batch: Batch, loss: UnitLoss[Output], shard: SequenceShard | None, of: Callable[[Batch], UnitLoss[Output]]
+) -> tuple[Batch, UnitLoss[Output]]:
+    """Batch and loss of sequences whose positions are spread over ranks.
+
+    The loss is made a second time: the first one, which sends nothing, has raised what is wrong on this rank alone.
+    """
+    if shard is None:
+        return batch, loss
+    batch = batch._replace(sequences=batch.sequences._replace(shard=shard))
+    return batch, of(batch)
 
 
 def _idle(gradient: Mapping[str, Tensor], batch: Batch) -> Tensor:
@@ -250,6 +273,8 @@ class HiddenUnits(NamedTuple):
                 if checks.readable(labels):
                     valid_rows.check_counts(given, batch)
             loss = arguments.of(labels, batch, has_model)
+            shard = _shard(ranks, batch, arguments)
+        batch, loss = _spread(batch, loss, shard, lambda whole: arguments.of(labels, whole, has_model))
         columns, wanted = _columns(loss, options.outputs, has_model, "reference_hidden")
         counts = Counts.of(batch, given, checks.readable(labels))
         flat, valid = batch.labels.reshape(-1), None
@@ -291,6 +316,8 @@ class HiddenUnits(NamedTuple):
         """Why the gradient of a unit is not known from that unit alone; None if it is."""
         if self.loss.unit == "batch":
             return "the loss of a token depends on the whole batch"
+        if self.batch.sequences.shard is not None:
+            return "sp_group spreads each sequence over ranks"
         if (why := self.loss.unreduced()) is not None:
             return why
         if torch.compiler.is_compiling() or (self.counts.known is None and self.inputs.labels.device.type != "meta"):

@@ -40,6 +40,7 @@ def fused_sequence_loss(
     inplace_backward: bool = False,
     backend: str = "auto",
     tp_group: Any = None,
+    sp_group: Any = None,
 ) -> SequenceOutput:
     """A preference loss on sequences that are not paired, such as KTO, from logits.
 
@@ -66,6 +67,7 @@ def fused_sequence_loss(
             the logits in fp32.)
         reduction: "mean" or "sum" over sequences, or "none" for `[S]`.
         ignore_index, inplace_backward, backend, tp_group: as in `token_logps`.
+        sp_group: as in `fused_token_dpo`.
 
     Returns:
         `SequenceOutput`.
@@ -87,6 +89,7 @@ def fused_sequence_loss(
         inplace_backward=inplace_backward,
         backend=backend,
         tp_group=tp_group,
+        sp_group=sp_group,
     )
     return from_logits(request, cu_seqlens, outputs, SequenceArguments.check(given))
 
@@ -123,6 +126,7 @@ def fused_linear_sequence_loss(
     max_chunk_bytes: int | None = None,
     backend: str = "auto",
     tp_group: Any = None,
+    sp_group: Any = None,
 ) -> SequenceOutput:
     """`fused_sequence_loss` from hidden states and the head's weight; the logits are never stored.
 
@@ -136,7 +140,8 @@ def fused_linear_sequence_loss(
         reference_hidden, reference_weight, reference_bias: of the reference, which may have an H of its own; constants.
         valid_rows: S ints, how many rows of each sequence count; see `fused_linear_token_dpo`.
         temperature: a number, or a tensor shaped like `labels`, which takes no copy here.
-        softcap, logit_scale, logits_dtype, max_chunk_bytes, backend, tp_group: as in `fused_linear_token_dpo`.
+        softcap, logit_scale, logits_dtype, max_chunk_bytes, backend, tp_group, sp_group: as in
+            `fused_linear_token_dpo`.
         plan: "auto", "frozen_head", "sequence_chunks" or "recompute".
         desirable, reference_logps, kl, kl_logps, kl_reference_logps, beta, loss_type, loss_kwargs, token_weights,
             outputs, cu_seqlens, ignore_index, reduction: as in `fused_sequence_loss`.

@@ -305,9 +305,14 @@ def test_a_group_needs_processes():
         qkernels.token_logps(logits, labels, tp_group="world")
 
 
-# --- policy losses and plain sequences: the vocabulary over ranks -----------------------------------------------------
+# --- policy losses and plain sequences -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["grpo", "gspo", "grpo, frozen head", "kto", "logits"])
 def test_unit_losses(two, how):
     two.run(checks.unit_losses, how)
+
+
+@pytest.mark.parametrize("how", ["dapo", "grpo", "gspo, frozen_head", "vespo", "kto", "logits"])
+def test_unit_losses_of_positions(two, how):
+    two.run(checks.unit_losses_of_positions, how)

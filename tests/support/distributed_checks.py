@@ -794,6 +794,74 @@ def wrong_groups() -> dict[str, str]:
     }
 
 
+def unit_losses_of_positions(how: str) -> None:
+    """Policy losses and KTO with the positions of each sequence spread over ranks: values, metrics and gradients of
+    one process; what would need the tokens of all ranks is refused, and an error of one rank is raised on all."""
+    made = make_head(torch.float32, length=11)
+    hidden, weight, labels = (made[name].detach() for name in ("hidden", "weight", "labels"))
+    number, where = hidden.shape[0], part(labels.shape[1])
+    advantages = torch.linspace(-1.0, 1.3, number)
+    own = qkernels.linear_token_logps(hidden, weight, labels)
+    old = own + 0.3 * torch.sin(torch.arange(own.numel())).view_as(own)
+    whole: dict[str, Any] = {"labels": labels, "old_logps": old, "sampling_logps": old - 0.1, "reference_logps": old}
+    how, _, plan = how.partition(", ")
+    kinds: dict[str, dict[str, Any]] = {
+        "dapo": {"loss_type": "dapo", "entropy_coef": 0.1, "beta": 0.2, "importance_correction": "sequence_truncate"},
+        "grpo": {"loss_type": "grpo", "off_policy_threshold": 0.01},
+        "gspo": {"loss_type": "gspo", "epsilon": 1e-3},
+        "vespo": {"loss_type": "vespo"},
+        "kto": {"loss_type": "kto", "kl": 0.1},
+        "logits": {"loss_type": "rloo", "beta": 0.1},
+    }
+    options = dict(kinds[how])
+    if "off_policy_threshold" in options:
+        options["loss_kwargs"] = {"off_policy_threshold": options.pop("off_policy_threshold")}
+    reads = {
+        "dapo": set(whole),
+        "logits": {"labels", "old_logps", "reference_logps"},
+        "kto": {"labels", "reference_logps"},
+    }
+    named = reads.get(how, {"labels", "old_logps"})
+
+    def call(take: Callable[[Tensor], Tensor], group: Any, **more: Any) -> tuple[Any, list[Tensor | None]]:
+        leaves = take(hidden).clone().requires_grad_(), weight.clone().requires_grad_(plan != "frozen_head")
+        tensors = {name: take(value).contiguous() for name, value in whole.items() if name in named}
+        keywords = {**tensors, **options, "sp_group": group, **more}
+        if how == "logits":
+            out = qkernels.fused_policy_loss(leaves[0] @ leaves[1].t(), advantages=advantages, **keywords)
+        elif how == "kto":
+            out = qkernels.fused_linear_sequence_loss(*leaves, desirable=advantages > 0, **keywords)
+        else:
+            out = qkernels.fused_linear_policy_loss(*leaves, **{"advantages": advantages, **keywords})
+        out.loss.backward()
+        return out, [leaf.grad for leaf in leaves]
+
+    want, (want_hidden, want_weight) = call(lambda value: value, None)
+    got, (got_hidden, got_weight) = call(lambda value: value[:, where], world())
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.token_logps, want.token_logps[:, where], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got_hidden, want_hidden[:, where], rtol=1e-4, atol=1e-6)
+    if want_weight is not None:
+        dist.all_reduce(got_weight)
+        torch.testing.assert_close(got_weight, want_weight, rtol=1e-4, atol=1e-6)
+    if how == "kto":
+        torch.testing.assert_close(got.rewards, want.rewards, rtol=1e-5, atol=1e-5)
+        return
+    for name, value in want.metrics._asdict().items():
+        mine = getattr(got.metrics, name)
+        if value is None or (name == "idle_rows" and mine is None):
+            continue
+        torch.testing.assert_close(mine, value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+    if how != "grpo":
+        return
+    assert got.plan.name == "recompute" and "sp_group" in got.plan.reason
+    with pytest.raises(ValueError, match="entropy_quantile"):
+        call(lambda value: value[:, where], world(), loss_kwargs={"entropy_quantile": 0.5})
+    wrong = advantages[:1] if dist.get_rank() else advantages
+    with pytest.raises((ValueError, RuntimeError), match="advantages must have shape"):
+        call(lambda value: value[:, where], world(), advantages=wrong)
+
+
 def unit_losses(how: str) -> None:
     """Policy losses and KTO with a split vocabulary: values, gradients and idle rows of one process; advantages that
     differ are an error on every rank."""
