@@ -261,6 +261,7 @@ def start(folders: Path, out: Path, *more: str, code: str = "", cwd: Path) -> su
     )  # fmt: skip
 
 
+@pytest.mark.nightly_except(how=([],))
 @pytest.mark.parametrize("how", [[], ["--resume"], ["--overwrite"]], ids=["fresh", "resume", "overwrite"])
 def test_two_processes_do_not_share_a_folder(folders: Path, tmp_path: Path, how: list[str]) -> None:
     out = tmp_path / "out"
@@ -287,6 +288,7 @@ def test_two_processes_do_not_share_a_folder(folders: Path, tmp_path: Path, how:
     assert pq.read_table(out / "pairs.parquet").num_rows == 20
 
 
+@pytest.mark.nightly_except(how=("--resume",))
 @pytest.mark.parametrize("how", ["--resume", "--overwrite"])
 def test_two_processes_at_the_same_moment(folders: Path, tmp_path: Path, how: str) -> None:
     out = tmp_path / "out"

@@ -639,6 +639,7 @@ def test_what_was_scored_is_kept_and_continued(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.nightly_except(number=(signal.SIGKILL,))
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_process_leaves_a_folder_that_can_be_resumed(
     folders: Path, finished: tuple, tmp_path: Path, number: int
@@ -965,6 +966,7 @@ class Model(LlamaForCausalLM):
 """
 
 
+@pytest.mark.nightly_except(trusted=(False,))
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_of_a_model_runs_only_with_the_flag(folders: Path, tmp_path: Path, trusted: bool) -> None:
     """Also where something answers yes to every question, and stands ready on standard input."""
