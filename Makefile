@@ -47,12 +47,12 @@ demo: $(READY)
 quick: $(READY)
 	$(BIN)/pytest -q -m "quick and not nightly" $(TESTS) $(ARGS)
 
-# Each process takes the next file, so that what the tests of a file share is made once.
+# Each process takes the next file, so that what the tests of a file share is made once; tests/conftest.py orders them.
 test: $(READY)
-	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile -m "not nightly" $(TESTS) $(ARGS)
+	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not nightly" $(TESTS) $(ARGS)
 
 nightly: $(READY)
-	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile $(TESTS) $(ARGS)
+	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
 	$(BIN)/pytest -q tests/fuzz --fuzz-cases 5000 $(ARGS)
 
 matrix: $(READY)

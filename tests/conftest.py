@@ -85,8 +85,19 @@ def pytest_ignore_collect(collection_path, config):
     return None if any("mark.quick" in path.read_text(encoding="utf-8") for path in files) else True
 
 
+# Folders whose files hold few and long cases: compilations, processes, trainings. `make test` gives each process the
+# next file, so the long files come first, and the many short ones even out what the processes have left to do.
+LONG = ("backends", "repo", "apps", "integrations", "distributed")
+
+
+def _order(item):
+    folder = Path(item.path).parent.name
+    return LONG.index(folder) if folder in LONG else len(LONG)
+
+
 def pytest_collection_modifyitems(items):
-    """Which tier each case belongs to: `quick`, `nightly`, or neither."""
+    """Long files first; which tier each case belongs to: `quick`, `nightly`, or neither."""
+    items.sort(key=_order)
     for item in items:
         values = (getattr(item, "callspec", None) and item.callspec.params) or {}
         if tiers.is_nightly(item, values):
