@@ -29,6 +29,7 @@ def main() -> int:
 
         if not torch.cuda.is_available():
             os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+            import fast_interpreter  # noqa: F401
 
     from fuzz import engine
 

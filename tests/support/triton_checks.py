@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fast_interpreter  # noqa: F401
 import fused_default
 import oracle
 from assertions import assert_gradient, assert_within
