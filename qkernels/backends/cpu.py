@@ -104,7 +104,7 @@ def view_of(tensor: Tensor | None) -> tuple[int, int, int, int]:
 def row_stats(call: RowStats) -> Tensor:
     """Per-row results. See `qkernels.core.calls`."""
     logits, labels, reference, columns, temperature, ignore_index, _ = call
-    out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
+    out = logits.new_empty(columns.bit_count(), *labels.shape, dtype=torch.float32)
     bad = _C.row_stats(
         shape=logits.shape,
         policy=view_of(logits),

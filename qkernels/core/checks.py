@@ -32,11 +32,12 @@ def logits(value: Any, name: str, last: str = "V") -> Tensor:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     if value.dim() < 2:
         raise ValueError(f"{name} must have shape [..., {last}] with at least one row dimension, got {_shape(value)}")
-    if value.shape[-1] == 0:
+    size = value.shape[-1]
+    if size == 0:
         raise ValueError(
             f"{name} has an empty {'vocabulary' if last == 'V' else 'last dimension'}: shape {_shape(value)}"
         )
-    if value.shape[-1] > 1 and value.stride(-1) != 1:
+    if size > 1 and value.stride(-1) != 1:
         swapped = value.stride(-2) == 1 and value.shape[-2] > 1
         hint = f"; {last} has to be last: if it is dimension -2 here, pass {name}.transpose(-1, -2)" if swapped else ""
         raise ValueError(
