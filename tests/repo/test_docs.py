@@ -168,7 +168,7 @@ def test_the_snippets_of_judging(capsys):
 
 
 # Pages whose snippets another test runs: test_readme, tests/distributed, test_recipes (CONTRIBUTING.md).
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_the_losses_page(number):
     run(blocks("losses.md")[number], f"docs/losses.md, snippet {number + 1}", {})
 
