@@ -198,8 +198,8 @@ class TokenScorer:
             model.eval()
         try:
             lengths = [answer.length for answer in answers]
-            groups = batches_by_length(lengths, self.batch_tokens)
-            groups = [group for group in groups if wanted is None or any(wanted[i] for i in group)]
+            batched = batches_by_length(lengths, self.batch_tokens)
+            groups = [group for group in batched if wanted is None or any(wanted[i] for i in group)]
             for number, group in enumerate(groups, start=1):
                 if on_batch is not None:
                     on_batch(Batch(number, len(groups), len(group), max(lengths[i] for i in group)))
