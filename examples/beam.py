@@ -83,7 +83,7 @@ class PretrainedSizes(NamedTuple):
 
 
 PRETRAINED = PretrainedSizes(
-    32, 6, (1, 2, 3, 5, 10, 20), (1, 5), 4, 5, 4, Training(48, 8, 1e-4, 12), Training(12, 6, 1e-4, 12)
+    32, 6, (1, 2, 3, 5, 10, 20), (1, 5), 4, 5, 4, Training(48, 8, 1e-4, 12), Training(12, 6, 3e-5, 12)
 )
 PRETRAINED_TINY = PretrainedSizes(
     4, 2, (1, 3), (1,), 2, 3, 2, Training(1, 2, 1e-3, 1), Training(1, 2, 1e-3, 1)

@@ -182,7 +182,10 @@ def parse(argv: Sequence[str]) -> tuple[TrainOptions, TokenDPOConfig, ModelConfi
     try:
         ours, args, model = parser.parse_args_into_dataclasses(args=argv)
     except (ValueError, TypeError, ImportError) as error:
-        raise TrainError(str(error)) from error
+        text = str(error).strip()
+        if isinstance(error, ImportError) and given.get("deepspeed"):  # of which transformers says "for The 'deepspeed"
+            text = f"--deepspeed: its package cannot be used ({text}); pip install deepspeed"
+        raise TrainError(text) from error
     # A rank asks for LoRA; without one it is TRL's default.
     model.use_peft = model.use_peft or "lora_r" in given
     if args.resume_from_checkpoint:

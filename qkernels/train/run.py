@@ -77,8 +77,10 @@ def run_train(argv: Sequence[str], stream: TextIO | None = None) -> dict[str, An
         ImportError: TRL is missing, or one that is not known here.
     """
     _require_packages()
-    options, args, model_args, given = parse(argv)
+    with _quiet_warnings():
+        options, args, model_args, given = parse(argv)
     options.check()
+    _check_reports(args.report_to)
     assert options.model is not None
     gguf = check_folder(options.model)
     folder.refuse(options.folder, options.resume, options.overwrite)
@@ -98,6 +100,20 @@ def _require_packages() -> None:
     ]
     if missing:
         raise TrainError(f"training needs {' and '.join(missing)}: pip install 'qkernels[train]'")
+
+
+def _check_reports(names: Sequence[str]) -> None:
+    """Refuse what nothing here can report to, before anything is loaded."""
+    from transformers.integrations import integration_utils
+
+    available = integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(integration_utils.INTEGRATION_TO_CALLBACK))
+            raise TrainError(f"--report-to {name}: not known to transformers; known are {known}, all and none")
+        if name not in available:
+            installed = ", ".join(sorted(available)) or "none of them"
+            raise TrainError(f"--report-to {name}: its package is not installed (installed: {installed})")
 
 
 @contextlib.contextmanager

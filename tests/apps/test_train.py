@@ -265,6 +265,8 @@ BAD_OPTIONS = {
     "two lengths of SFT": (["--sft-steps", "1", "--sft-epochs", "1"], "either --sft-epochs or --sft-steps"),
     "an unknown loss": (["--loss-type", "sigmod"], "sigmod"),
     "no file": (["--config", "absent.yaml"], r"--config absent\.yaml: cannot be read"),
+    "nowhere to report to": (["--report-to", "somewhere"], r"--report-to somewhere: not known to transformers; known"),
+    "a package that is missing": (["--report-to", "clearml"], r"--report-to clearml: its package is not installed"),
 }
 
 
