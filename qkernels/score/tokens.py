@@ -56,12 +56,12 @@ class Batch(NamedTuple):
     """A forward pass that is about to begin: the how-manieth of how many, sequences, tokens of the longest."""
 
     number: int
-    count: int
+    batches: int
     sequences: int
     longest: int
 
     def __str__(self) -> str:
-        return f"batch {self.number} of {self.count}: {self.sequences} x {self.longest} tokens"
+        return f"batch {self.number} of {self.batches}: {self.sequences} x {self.longest} tokens"
 
 
 class Answer(NamedTuple):
