@@ -30,7 +30,7 @@ from bench.measure import machine
 
 PYTHONS = tuple(f"3.{minor}" for minor in range(10, 15))
 COLUMNS = ("torch", "transformers", "trl")
-NO_PYTHON = "not run: there was no such Python"
+NO_PYTHON = "not run: this Python was not tried"
 BEGIN, END = "<!-- written by .ci/compatibility.py -->", "<!-- end -->"
 FOLDERS = ("core", "backends", "objectives", "head", "functional")
 TESTS = {

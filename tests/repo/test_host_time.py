@@ -33,6 +33,8 @@ def test_a_round_is_one_number_for_each_step(monkeypatch, capsys):
         "fused_linear_token_dpo, cached reference",
     ]
     assert all(re.fullmatch(r"\d+\.\d{3}", line.split(" ", 1)[0]) for line in printed)
+    host_time.measure(1, "import")
+    assert capsys.readouterr().out.endswith(f" {host_time.IMPORT}\n")
 
 
 def test_an_installation_that_fails_is_an_error():

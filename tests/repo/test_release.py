@@ -69,6 +69,15 @@ def test_workflow_calls_what_exists(path):
         assert (ROOT / script).is_file(), f"{path.name} runs {script}, which is not there"
 
 
+def test_a_release_has_a_wheel_for_each_python_that_is_tested():
+    """Those that cibuildwheel is told to build are those of the compatibility page, from `requires-python` on."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    built = re.findall(r"cp3(\d+)-\*", project)
+    oldest = re.search(r'^requires-python = ">=3\.(\d+)"', project, re.MULTILINE)
+    tested = re.findall(r"^\| 3\.(\d+) \|", (ROOT / "docs" / "compatibility.md").read_text(), re.MULTILINE)
+    assert oldest and built[0] == oldest[1] and built == list(dict.fromkeys(tested))
+
+
 def test_workflows_pass_actionlint():
     if shutil.which("actionlint") is None:
         pytest.skip("actionlint is not installed")
