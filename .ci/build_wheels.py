@@ -1,12 +1,12 @@
 """Builds the release's wheels for this machine, with the CUDA kernels, and checks them as a user gets them.
 
-    .venv/bin/python .ci/build_wheels.py [PYTHON ...] [--out FOLDER] [--machine aarch64]        (`make wheel`)
+    .venv/bin/python .ci/build_wheels.py [PYTHON ...] [--out FOLDER]        (`make wheel`)
 
 For each Python (by default every python3.10 to python3.14 that answers) a wheel for any Linux with glibc 2.28 or newer
 is built out of the source distribution, where there is no git; .ci/manylinux_2_28.cmake says how. auditwheel has to
 find that it is one, twine that PyPI takes it, and it has to work in a fresh environment on whose path is no compiler:
 with torch, taken from the environment of this script, under this script's Python; without torch, by calls of the
-extension, under the others. `--machine aarch64` cross-compiles, without CUDA, and calls nothing.
+extension, under the others.
 
 nvcc takes minutes for each Python; where ccache is installed, for the first one only. QKERNELS_CUDA=0 and
 QKERNELS_CUDA_ARCHS mean what they do at installation.
@@ -36,10 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", type=Path, metavar="PYTHON")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="for the wheels and the sdist (%(default)s)")
-    parser.add_argument("--machine", choices=("x86_64", "aarch64"), default=platform.machine())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        build(Path(scratch), options.pythons or pythons_here(), options.out.resolve(), options.machine)
+        build(Path(scratch), options.pythons or pythons_here(), options.out.resolve())
 
 
 def pythons_here() -> list[Path]:
@@ -54,7 +53,7 @@ def version_of(python: Path) -> str:
     return subprocess.run([str(python), "-c", say], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def build(scratch: Path, pythons: list[Path], out: Path, machine: str) -> None:
+def build(scratch: Path, pythons: list[Path], out: Path) -> None:
     tools, dist = new_environment(scratch / "tools"), scratch / "dist"
     install(tools, *TOOLS)
     run(tools, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(dist), str(ROOT))
@@ -62,22 +61,21 @@ def build(scratch: Path, pythons: list[Path], out: Path, machine: str) -> None:
     source = check_sdist(sdist, scratch)
     out.mkdir(parents=True, exist_ok=True)
     for python in pythons:
-        built = build_wheel(source, python, scratch, machine)
+        built = build_wheel(source, python, scratch)
         check_wheel(built)
         before = set(dist.iterdir())
-        repair = ["repair", "--plat", f"manylinux_2_28_{machine}", "--wheel-dir", str(dist), str(built)]
+        repair = ["repair", "--plat", f"manylinux_2_28_{platform.machine()}", "--wheel-dir", str(dist), str(built)]
         run(tools, "-m", "auditwheel", *repair, quiet=True)
         (wheel,) = set(dist.iterdir()) - before
         check_size_and_symbols(wheel, scratch / "unpacked-wheel" / wheel.stem)
-        if machine == platform.machine():
-            use(wheel, python, scratch)
+        use(wheel, python, scratch)
         run(tools, "-m", "twine", "check", "--strict", str(sdist), str(wheel), quiet=True)
         shutil.copy(wheel, out)
         print(f"{out / wheel.name}: {wheel.stat().st_size / 2**20:.2f} MiB", flush=True)
     shutil.copy(sdist, out)
 
 
-def build_wheel(source: Path, python: Path, scratch: Path, machine: str) -> Path:
+def build_wheel(source: Path, python: Path, scratch: Path) -> Path:
     """The wheel of one Python, not yet named for what it runs on."""
     version = version_of(python)
     wheels, builder = scratch / f"wheels-{version}", new_environment(scratch / f"build-{version}", python)
@@ -95,14 +93,6 @@ def build_wheel(source: Path, python: Path, scratch: Path, machine: str) -> Path
     }
     if shutil.which("ccache"):
         variables |= {"CMAKE_CXX_COMPILER_LAUNCHER": "ccache", "CMAKE_CUDA_COMPILER_LAUNCHER": "ccache"}
-    if machine != platform.machine():
-        suffix = f".cpython-{version.replace('.', '')}-{machine}-linux-gnu.so"
-        variables |= {
-            "QK_WHEEL_MACHINE": machine,
-            "QKERNELS_CUDA": "0",
-            "_PYTHON_HOST_PLATFORM": f"linux-{machine}",  # what setuptools names the wheel for
-            "SETUPTOOLS_EXT_SUFFIX": suffix,  # what pybind11 names the module
-        }
     build = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
     run(builder, *build, quiet=True, **variables)
     (wheel,) = wheels.iterdir()

@@ -3,19 +3,7 @@
 # GCC and nvcc compile, as they do in the image in which the release workflow builds. Zig (PyPI package `ziglang`, its
 # command `python-zig`) links, because it knows which symbols each version of glibc has. libstdc++ is newer than that of
 # such systems and is linked statically; libgcc_s is old enough.
-#
-# In the environment QK_WHEEL_MACHINE=aarch64 cross-compiles with aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu).
-set(machine $ENV{QK_WHEEL_MACHINE})
-if(NOT machine)
-  set(machine ${CMAKE_HOST_SYSTEM_PROCESSOR})
-endif()
-if(NOT machine STREQUAL CMAKE_HOST_SYSTEM_PROCESSOR)
-  set(CMAKE_SYSTEM_NAME Linux)
-  set(CMAKE_SYSTEM_PROCESSOR ${machine})
-  set(CMAKE_CXX_COMPILER ${machine}-linux-gnu-g++)
-else()
-  set(CMAKE_CXX_COMPILER g++)
-endif()
+set(CMAKE_CXX_COMPILER g++)
 set(CMAKE_INTERPROCEDURAL_OPTIMIZATION OFF)  # Zig does not read GCC's intermediate code
 
 foreach(name IN ITEMS libstdc++.a libgcc.a libgcc_s.so.1)
@@ -29,5 +17,5 @@ list(JOIN runtime " " runtime)
 file(WRITE ${CMAKE_BINARY_DIR}/glibc.c "char __libc_single_threaded;\n")
 # Nothing of libstdc++ meets that of other modules in the process.
 file(WRITE ${CMAKE_BINARY_DIR}/exports.map "{ global: PyInit_*; local: *; };\n")
-set(CMAKE_CXX_CREATE_SHARED_MODULE "python-zig cc -target ${machine}-linux-gnu.2.28 -O2 -shared -Wl,--gc-sections \
+set(CMAKE_CXX_CREATE_SHARED_MODULE "python-zig cc -target ${CMAKE_HOST_SYSTEM_PROCESSOR}-linux-gnu.2.28 -O2 -shared -Wl,--gc-sections \
 -Wl,--version-script=exports.map -o <TARGET> glibc.c <OBJECTS> <LINK_LIBRARIES> ${runtime}")
