@@ -49,7 +49,7 @@ quick: $(READY)
 
 # Each process takes the next file, so that what the tests of a file share is made once; tests/conftest.py orders them.
 test: $(READY)
-	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not nightly" $(TESTS) $(ARGS)
+	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15 -m "not nightly" $(TESTS) $(ARGS)
 
 nightly: $(READY)
 	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)
