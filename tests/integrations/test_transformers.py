@@ -356,7 +356,9 @@ def in_parts(folder):
         (stats.logps.sum() + stats.kl_reference_policy.sum()).backward()
         found.append((policy, stats))
     (_, expected), (parts, got) = found
-    assert type(parts.lm_head.weight).__name__ == "DTensor"
+    # transformers 5.0 leaves the head whole on every rank.
+    weight, whole = parts.lm_head.weight, plain.lm_head.weight
+    assert type(weight).__name__ == "DTensor" or weight.shape == whole.shape
     for name in names:
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
     for p, q in zip(parts.parameters(), plain.parameters(), strict=True):
