@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BLUE, GREY, ORANGE, Clock, Options, interval, panels, write
+from common import BLUE, GREY, Clock, Options, interval, panels, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qkernels.demo import synthetic
@@ -167,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f" {_signed(gains['right'])}. Score by the untrained model: {statistics.mean(scores[0]):.3f} before,"
         f" {statistics.mean(scores[1]):.3f} after, difference {_signed(gains['score'])}."
     )
-    command = f"--rounds {given.rounds} --learning-rate {given.learning_rate:g} --epochs {given.epochs}"
+    command = f"--train {given.train} --held-out {given.held_out} --samples {given.samples} --rounds {given.rounds}"
+    command += f" --learning-rate {given.learning_rate:g} --epochs {given.epochs}"
     chosen = Options(given.out, 0, False, None, f"--model {given.model.name} {command}", given.model)
     write(chosen, "self_improve", results, paragraph, _figure(results), clock)
 
@@ -187,7 +188,7 @@ def _figure(results: dict[str, Any]) -> Any:
         for place, name in enumerate(("right", "score")):
             found = results[f"{name}_{label}"]
             error = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-            means.errorbar(place + 0.2 * side, found["mean"], error, fmt="o", color=(GREY, ORANGE)[side], capsize=3)
+            means.errorbar(place + 0.2 * side, found["mean"], error, fmt="o", color=colour, capsize=3)
     facts.set_xticks([i + 0.19 for i in range(len(kinds))], kinds)
     facts.legend()
     means.set_xticks([0.1, 1.1], ["right answers", "judge's score"])

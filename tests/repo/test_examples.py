@@ -335,6 +335,7 @@ def test_published_qstar_meets_the_requirement():
         "credit-smollm2",
         "beam-smollm2",
         "decline-smollm2",
+        "self_improve-smollm2",
         "qstar",
         "single_index",
         "search",
