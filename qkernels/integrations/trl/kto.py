@@ -13,10 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from trl.trainer import kto_trainer
 from trl.trainer.kto_trainer import KTOTrainer
 
+from ...functional.logits import shift_labels
 from ..patches import Patch
 from ..transformers.hook import run
 from ..transformers.requests import UnitLossRequest
@@ -74,14 +75,13 @@ class TokenKTOTrainer(KTOTrainer):
             assert kl_logps is not None and reference_kl is not None
             mean = (kl_logps - reference_kl).mean().detach()
             kl = self.accelerator.gather_for_metrics(mean).mean().clamp(min=0)
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        aligned = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        aligned = shift_labels(batch["input_ids"], mask=batch["completion_mask"])
         given = {name: value for name, value in batch.items() if name not in _NOT_INPUTS}
         if self.aux_loss_enabled:
             given["output_router_logits"] = True
         request = UnitLossRequest(
             "sequence",
-            labels.shape[1],
+            aligned.shape[1],
             arguments={
                 "desirable": torch.as_tensor(batch["label"], dtype=torch.bool, device=device),
                 "reference_logps": reference.float(),

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from trl.experimental.orpo import ORPOTrainer
 
+from ...functional.logits import shift_labels
 from ...objectives import PairScores, declare_unit, formulas
 from ..transformers.requests import LossRequest
-from .paired import IGNORE, FoundScores, PairedInputs, PairedLoss, aligned_with_rows
+from .paired import IGNORE, FoundScores, PairedInputs, PairedLoss
 from .version import require_methods
 
 require_methods(ORPOTrainer, "get_batch_loss_metrics", "concatenated_forward", "concatenated_inputs")
@@ -47,7 +48,7 @@ class TokenORPOTrainer(PairedLoss, ORPOTrainer):
         given, answers, _ = super()._inputs(batch)
         tokens = given["input_ids"].masked_fill(given["attention_mask"] != 1, IGNORE)
         pairs, length = len(answers) // 2, answers.shape[1]
-        labels = torch.cat([aligned_with_rows(tokens)[:pairs], answers[pairs:]])
+        labels = torch.cat([shift_labels(tokens)[:pairs], answers[pairs:]])
         scored = answers != IGNORE
         starts = torch.where(scored.any(1), scored.int().argmax(1), length)
         if bool(((labels != answers) & _answer_rows(starts, length)).any()):

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...functional.logits import shift_labels
 from ..transformers.hook import run
 from ..transformers.requests import HeadResult, LossRequest
 
@@ -38,11 +39,6 @@ class FoundScores(NamedTuple):
     chosen_logps: Tensor
     rejected_logps: Tensor
     nll: Tensor
-
-
-def aligned_with_rows(per_token: Tensor) -> Tensor:
-    """From labels `[B, T]` of the tokens to labels of the rows that predict them."""
-    return nn.functional.pad(per_token[:, 1:], (0, 1), value=IGNORE)
 
 
 class PairedLoss:
@@ -82,7 +78,7 @@ class PairedLoss:
         given = {name: both[f"concatenated_{name}"] for name in ("input_ids", "attention_mask")}
         if trainer.aux_loss_enabled:
             given["output_router_logits"] = True
-        return PairedInputs(given, aligned_with_rows(both["concatenated_labels"]))
+        return PairedInputs(given, shift_labels(both["concatenated_labels"]))
 
     def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: Any = "train") -> Any:
         """The loss of a batch, from its own forward; and TRL's metrics of it."""
