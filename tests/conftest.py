@@ -43,6 +43,7 @@ MARKERS = (
     "quick_cases(**values): the cases whose parameters have one of these values run in `make quick`",
     "nightly: runs in `make nightly` only",
     "nightly_except(**values): the cases whose parameters have none of these values run in `make nightly` only",
+    "nightly_cases(**values): the cases whose parameters all have one of these values run in `make nightly` only",
 )
 
 

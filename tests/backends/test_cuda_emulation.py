@@ -103,23 +103,37 @@ def test_everything_that_takes_a_backend(module):
     assert run_tests(module, NIGHTLY, "cuda-cpu") > 1500
 
 
-def test_it_is_there_for_tests_only(module):
-    """Asked for by name it runs; "auto" never picks it, and another device is refused."""
-    done = run(
-        module,
-        [
-            "-c",
-            "import torch; from qkernels import backends, info; from qkernels.backends import cuda;"
-            "cpu = torch.zeros(1);"
-            "assert backends.resolve('cuda', cpu) == 'cuda' and backends.resolve('auto', cpu) != 'cuda';"
-            "assert 'emulated' in cuda.unavailable(torch.device('cuda', 0), torch.float32);"
-            "assert 'got torch.float64' in cuda.unavailable(torch.device('cpu'), torch.float64);"
-            "assert cuda.describe()['built'] is False and 'emulated' in cuda.describe()['reason']; info()",
-        ],
-    )
+# Importing torch takes seconds: one process does it, and runs each piece of code in a fork of itself.
+FORKS = """
+import os, sys, torch
+for code in sys.argv[1:]:
+    if os.fork() == 0:
+        exec(code, {"torch": torch})
+        sys.stdout.flush()
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit("failed: " + code)
+"""
+
+
+def test_it_is_there_for_tests_only(module, tmp_path):
+    """Asked for by name it runs; "auto" never picks it, and another device or a file that is no module is refused."""
+    code = """
+from qkernels import backends, info; from qkernels.backends import cuda
+cpu = torch.zeros(1)
+assert backends.resolve("cuda", cpu) == "cuda" and backends.resolve("auto", cpu) != "cuda"
+assert "emulated" in cuda.unavailable(torch.device("cuda", 0), torch.float32)
+assert "got torch.float64" in cuda.unavailable(torch.device("cpu"), torch.float64)
+assert cuda.describe()["built"] is False and "emulated" in cuda.describe()["reason"]; info()
+"""
+    nothing = f"""
+import os; os.environ["QKERNELS_CUDA_EMULATION"] = {str(tmp_path / "nothing.txt")!r}
+try:
+    import qkernels.backends.cuda
+except Exception as error:
+    assert "QKERNELS_CUDA_EMULATION must name a compiled module" in str(error)
+else:
+    raise AssertionError("it is taken")
+"""
+    done = run(module, ["-c", FORKS, code, nothing])
     assert done.returncode == 0, done.stderr
-
-
-def test_a_file_that_is_no_module_is_an_error(tmp_path):
-    done = run(tmp_path / "nothing.txt", ["-c", "import qkernels.backends.cuda"])
-    assert done.returncode != 0 and "QKERNELS_CUDA_EMULATION must name a compiled module" in done.stderr

@@ -25,6 +25,9 @@ from qkernels.head import ops as head_ops
 from runnable import HAS_COMPILER
 
 PLAIN = (torch.float32, torch.bfloat16)
+# What opcheck and torch.compile make of an operation does not depend on the backend, which is an argument of it: the
+# torch backend is looked at in the nightly run.
+KERNELS = ("cpu", "cuda", "triton")
 
 
 # --- ops --------------------------------------------------------------------------------------------------------------
@@ -73,6 +76,7 @@ def test_what_looks_on_sees_the_ops():
     assert {event.key for event in profile.key_averages()} >= expected
 
 
+@pytest.mark.nightly_except(backend=KERNELS)
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("columns, strided", [(BIT["logps"], True), (STATE | BIT["entropy"], False)])
 def test_row_stats_without_reference(backend, dtype, columns, strided):
@@ -80,6 +84,7 @@ def test_row_stats_without_reference(backend, dtype, columns, strided):
     torch.library.opcheck(ops.row_stats.op, (logits, labels, None, columns, 1.0, -100, backend.name))
 
 
+@pytest.mark.nightly_except(backend=KERNELS)
 @pytest.mark.dtypes(*PLAIN)
 def test_row_stats_with_reference(backend, dtype):
     logits, labels, reference = row_inputs(backend, dtype)
@@ -97,6 +102,7 @@ def grad_args(backend, dtype, full, strided=False):
     return (logits, labels, None, stats[:3], None, coefficients, upstream, 0.7, -100, backend.name)
 
 
+@pytest.mark.nightly_except(backend=KERNELS)
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("full, strided", [(False, True), (True, False)])
 def test_row_grad(backend, dtype, full, strided):
@@ -156,6 +162,7 @@ def test_upstream_multiplies_all_coefficients(backend, dtype, full):
     assert bool((silent == 0).all()), "an upstream gradient of 0 leaves nothing to be read"
 
 
+@pytest.mark.nightly_except(backend=KERNELS)
 @pytest.mark.parametrize("reference", ["none", "per token", "per sequence"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_pair_loss(backend, packed, reference):
@@ -192,6 +199,7 @@ def linear_args(backend, dtype, columns, live=False, bias=True, softcap=None, st
     return (hidden, batch.weight, batch.bias, *reference, batch.labels.flatten()), how
 
 
+@pytest.mark.nightly_except(backend=KERNELS, dtype=(torch.bfloat16,))
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
     "columns, options",
@@ -203,6 +211,7 @@ def test_linear_stats(backend, dtype, columns, options):
     torch.library.opcheck(head_ops.linear_stats.op, (*models, *how))
 
 
+@pytest.mark.nightly_except(backend=KERNELS, dtype=(torch.bfloat16,))
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("options", [{"bias": False, "strided": True}, {"softcap": 2.0}, {"live": True}])
 def test_linear_unit_gradient(backend, dtype, options):
@@ -211,6 +220,7 @@ def test_linear_unit_gradient(backend, dtype, options):
     torch.library.opcheck(head_ops.linear_unit_gradient.op, (*models, *how))
 
 
+@pytest.mark.nightly_except(backend=KERNELS, dtype=(torch.bfloat16,))
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
 @pytest.mark.parametrize("live", [False, True])
@@ -223,6 +233,7 @@ def test_linear_gradients(backend, dtype, needs, live):
     torch.library.opcheck(head_ops.linear_gradients.op, args)
 
 
+@pytest.mark.nightly_except(backend=KERNELS)
 @pytest.mark.dtypes(torch.float32)
 def test_linear_ops_take_the_number_of_rows(backend, dtype):
     models, how = linear_args(backend, dtype, STATE)
@@ -264,10 +275,6 @@ def test_fake_results_have_the_real_shapes_and_dtypes(dtype):
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
-
-# What torch.compile makes of a call does not depend on the backend, which is an argument of the operations: the torch
-# backend is compiled in the nightly run.
-KERNELS = ("cpu", "cuda", "triton")
 
 LOSS_OPTIONS = {
     "default": {},
@@ -344,7 +351,7 @@ def test_compiled_stats(backend, dtype):
     "options, packed",
     [("default", False), ("default", True), ("smoothed", True), ("own", False), ("tdpo2", True), ("several", False)],
 )
-@pytest.mark.nightly_except(backend=KERNELS, options=("smoothed", "own", "several"))
+@pytest.mark.nightly_except(backend=KERNELS, options=("tdpo2", "several"))
 @pytest.mark.dtypes(torch.float32)
 def test_compiled_losses(backend, dtype, options, packed):
     torch._dynamo.reset()
@@ -408,7 +415,7 @@ def test_compiled_without_gradients(backend, dtype):
 no_recompilation = torch._dynamo.config.patch(error_on_recompile=True)
 
 
-@pytest.mark.nightly_except(backend=KERNELS)
+@pytest.mark.nightly_except(backend=KERNELS, options=("default",))  # the other takes 10 s
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("options, packed", [("default", True), ("tdpo2", False)])
 def test_one_compilation_serves_all_lengths(backend, dtype, packed, options):
@@ -469,6 +476,8 @@ def _public_functions(backend):
     }
 
 
+# The other two are parts of linear_token_stats, and compiled for one length above and in test_linear_compile.py.
+@pytest.mark.nightly_except(name=("shift_labels", "token_mdp", "linear_token_stats"))
 @pytest.mark.not_backends("torch")
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("name", ["shift_labels", "token_stats", "token_mdp", "linear_token_logps",

@@ -3,11 +3,13 @@
 A test that is marked `nightly` or `quick` is so with all its cases. Of a test with parameters,
 
     @pytest.mark.nightly_except(name=("sigmoid", "rspo"), dtype=(torch.float32,))
+    @pytest.mark.nightly_cases(name=("rspo",), packed=(True,))
     @pytest.mark.quick_cases(name=("sigmoid",))
 
-leaves the cases with another name or another dtype to the nightly run, and takes those with the name "sigmoid" that are
-not left to it into the quick one. A backend is given by its name. What is left to the nightly run repeats lines that
-other cases run: products of objectives, backends and dtypes, longer sweeps.
+leaves to the nightly run the cases with another name or another dtype, and those that have both the name "rspo" and are
+packed; it takes those with the name "sigmoid" that are not left to it into the quick one. A backend is given by its
+name. What is left to the nightly run repeats lines that other cases run: products of objectives, backends and dtypes,
+longer sweeps.
 
 The torch backend casts 16-bit logits to fp32 and goes on as with fp32, so its 16-bit cases are left to the nightly run
 but in tests marked `every_dtype`.
@@ -40,6 +42,8 @@ def is_nightly(item: pytest.Item, values: dict[str, Any]) -> bool:
     if item.get_closest_marker("nightly"):
         return True
     if not all(_among(item, marker, values) for marker in item.iter_markers("nightly_except")):
+        return True
+    if any(_among(item, marker, values) for marker in item.iter_markers("nightly_cases")):
         return True
     cast = _name(values.get("backend")) == "torch" and values.get("dtype") in SIXTEEN_BIT
     return cast and item.get_closest_marker("every_dtype") is None

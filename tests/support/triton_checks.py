@@ -59,7 +59,7 @@ def rows_of(vocab, dtype, count=3, **options):
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.nightly_except(vocab=(1, 7, 515, 1025, 2049))
+@pytest.mark.nightly_except(vocab=(1, 515, 2049))
 @pytest.mark.parametrize(
     "vocab, dtype", [(1, FLOAT), (7, BF16), (515, HALF), (1025, FLOAT), (2049, BF16), (4097, HALF)]
 )
@@ -69,6 +69,11 @@ def test_everything_in_one_pass(splits, vocab, dtype):
     check_gradient(BACKEND, rows, random_upstream(rows, oracle.WITH_GRADIENT))
 
 
+@pytest.mark.nightly_cases(
+    splits=(3,),
+    outputs=(("logps", "entropy"), ("is_top1", "mean_logits", "log_sum_sq_probs"), ("entropy", "reference_logsumexp"),
+             ("kl_reference_policy",), ("kl_policy_reference", "entropy")),
+)  # fmt: skip
 @pytest.mark.parametrize(
     "outputs",
     [("logps",), ("logps", "entropy"), ("logps", "reference_logps"), ("is_top1", "mean_logits", "log_sum_sq_probs"),
@@ -91,6 +96,7 @@ def test_models_of_different_dtypes(dtypes):
     check_gradient(BACKEND, rows, random_upstream(rows, oracle.WITH_GRADIENT))
 
 
+@pytest.mark.nightly_cases(splits=(3,), place=(5, 512, 1023, 2048))
 @pytest.mark.parametrize("place", [0, 5, 512, 1023, 1100, 2048, 2052])
 def test_the_label_may_stand_in_any_part_of_a_row(splits, place):
     """Head, first, middle and last whole tile, tail; rows begin 3 elements past a 16-byte line."""
@@ -147,6 +153,7 @@ def test_the_label_keeps_its_gradient_when_the_model_is_almost_certain(dtype, ga
 # --- infinities and NaN -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly_except(masked=(1100,))
 @pytest.mark.parametrize("masked", [1, 512, 1100])
 def test_a_row_may_begin_with_minus_infinity(splits, masked):
     rows = rows_of(1303, BF16)
@@ -160,6 +167,7 @@ def test_a_row_may_begin_with_minus_infinity(splits, masked):
     assert bool((grad[:, :masked] == 0).all())
 
 
+@pytest.mark.nightly_cases(mask=(-3e38,), splits=(3,))
 @pytest.mark.nightly_except(mask=(-3e38, -torch.inf))
 @pytest.mark.parametrize("mask", [-1e9, -3e38, -torch.inf])
 def test_masked_vocabulary(splits, mask):
@@ -194,7 +202,7 @@ def test_divergence_is_infinite_where_the_other_model_forbids_a_token(splits):
     check_gradient(BACKEND, unused, random_upstream(unused, ("logps", "kl_policy_reference")))
 
 
-@pytest.mark.nightly_except(broken=("nan", "all -inf", "+inf label"))
+@pytest.mark.nightly_except(broken=("nan", "all -inf"))
 @pytest.mark.parametrize("broken", ["nan", "nan label", "all -inf", "+inf", "+inf label"])
 def test_a_broken_row_is_nan_alone(splits, broken):
     rows = rows_of(1300, FLOAT)
@@ -216,6 +224,7 @@ def test_a_broken_row_is_nan_alone(splits, broken):
     assert bool(leaf.grad[1].isnan().all()) and bool(leaf.grad[[0, 2]].isfinite().all())
 
 
+@pytest.mark.nightly_except(splits=(1,))
 def test_a_forbidden_label(splits):
     rows = rows_of(1300, BF16)
     rows.labels[:] = torch.tensor([5, 6, 7], device=DEVICE)
@@ -227,6 +236,8 @@ def test_a_forbidden_label(splits):
 # --- rows that are not read -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly_cases(splits=(1,), outputs=(("logps",),))
+@pytest.mark.nightly_cases(splits=(3,), outputs=(oracle.WITH_GRADIENT,))
 @pytest.mark.parametrize("outputs", [("logps",), oracle.WITH_GRADIENT], ids=["plain", "full"])
 def test_ignored_rows_and_rows_without_gradient_are_not_read(splits, outputs):
     rows = rows_of(1300, BF16, count=4)
@@ -257,6 +268,7 @@ def batched(*tensors):
     return tuple(tensor.unsqueeze(0) for tensor in tensors)
 
 
+@pytest.mark.nightly_except(splits=(1,))
 def test_labels_outside_the_vocabulary(splits, monkeypatch):
     rows = rows_of(1300, FLOAT, count=4)
     rows.labels[:] = torch.tensor([3, 1300, -1, 2**40], device=DEVICE)
@@ -278,6 +290,8 @@ def test_labels_outside_the_vocabulary(splits, monkeypatch):
 # --- memory layout ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly_cases(offset=(1,), dtype=(FLOAT,))
+@pytest.mark.nightly_cases(offset=(4,), dtype=(BF16,))
 @pytest.mark.nightly_except(offset=(1, 4))
 @pytest.mark.parametrize("offset", [1, 4, 7])
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
@@ -289,7 +303,7 @@ def test_any_base_alignment(dtype, offset):
     check_layout(BACKEND, rows)
 
 
-@pytest.mark.nightly_except(splits=(3,))
+@pytest.mark.nightly_except(splits=(1,))
 def test_any_stride_of_the_leading_dimensions(splits):
     rows = make_rows((2, 2), 1100, BF16, DEVICE)
     time_first = rows.logits.transpose(0, 1).contiguous().transpose(0, 1)
@@ -302,6 +316,7 @@ def test_packed_rows_and_a_slice_of_the_vocabulary():
     check_layout(BACKEND, Rows(big.logits[..., 5:1100], labels, big.reference[..., :1095]))
 
 
+@pytest.mark.nightly_except(splits=(1,))
 def test_gradient_in_a_new_tensor_has_the_bits_of_the_one_in_place(splits):
     rows = make_rows((1, 3), 1203, BF16, DEVICE)
     args = (rows.logits, rows.labels, rows.reference)
@@ -315,7 +330,7 @@ def test_gradient_in_a_new_tensor_has_the_bits_of_the_one_in_place(splits):
         assert expected.is_contiguous() and torch.equal(logits, expected)
 
 
-@pytest.mark.nightly_except(narrow=(BF16,), vocab=(7, 1203))
+@pytest.mark.nightly_except(narrow=(BF16,), vocab=(7, 1203), splits=(1,))
 @pytest.mark.parametrize("narrow", [BF16, HALF])
 @pytest.mark.parametrize("vocab, gap, offset", [(7, 0, 0), (515, 1, 0), (1203, 5, 3), (1200, 8, 8)])
 def test_gradient_of_fp32_logits_into_sixteen_bits(splits, vocab, gap, offset, narrow):
@@ -361,6 +376,8 @@ def test_cached_and_live_log_probs_have_the_same_bits(splits):
 # --- pair loss --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly_cases(packed=(False,), given=("per sequence",))
+@pytest.mark.nightly_cases(packed=(True,), given=("none",))
 @pytest.mark.parametrize("given", ["none", "per token", "per sequence"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_pair_loss(packed, given):
@@ -497,6 +514,7 @@ def test_auto_takes_the_interpreter_for_nothing():
     assert backends.resolve("triton", torch.zeros(1, device=DEVICE)) == "triton"
 
 
+@pytest.mark.nightly_except(splits=(1,))
 def test_gradient_of_one_row_against_the_oracle_term_by_term(splits):
     """Five coefficients given directly, not through the chain rule of the outputs."""
     rows = rows_of(1300, FLOAT, count=2)
