@@ -79,6 +79,8 @@ def distributions(model, prompt: Tensor, processor, steps: int) -> list[tuple[Te
     return seen
 
 
+@pytest.mark.nightly_cases(layers=(4,), normalised=(True,))
+@pytest.mark.nightly_cases(layers=(6,), normalised=(False,))
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("layers", [4, 6])
 @pytest.mark.parametrize("span", [None, (1, 6)])

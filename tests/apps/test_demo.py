@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ pytest.importorskip("tokenizers")
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qkernels
+from processes import Command
 from qkernels.cli import main
 from qkernels.data import Message, Preference
 from qkernels.demo import DemoError, DemoOptions, evaluate, output, run, synthetic, train
@@ -298,16 +297,13 @@ def test_a_run_that_stops_leaves_nothing(
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_terminated_run_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qkernels", "demo", "--tiny", "--steps", "100000", "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(qkernels.__file__).parents[1])}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
+    with Command(["demo", "--tiny", "--steps", "100000", "--out", str(tmp_path / "out")], tmp_path) as process:
+        for line in process.errors:
             if line.startswith("1. "):
                 break
         assert [path.name.startswith(".out.partial-") for path in tmp_path.iterdir()] == [True]
-        process.send_signal(signal.SIGTERM)
-        process.stderr.read()
+        os.kill(process.pid, signal.SIGTERM)
+        process.errors.read()
         assert process.wait(60) == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 

@@ -12,8 +12,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -29,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from processes import Command
 from qkernels.cli import main
 from qkernels.data import Message, Preference
 from qkernels.score import ScoreError, read_scores, store
@@ -38,7 +37,7 @@ from qkernels.score.folder import RunLock
 from qkernels.score.store import CachedReference, Results
 from qkernels.score.summary import Overview
 from qkernels.score.table import prompt_of
-from score_runs import ROOT, command, score, usual
+from score_runs import score, started, usual
 
 OUTPUTS = ["logps", "reference_logps", "implicit_rewards", "entropy"]
 SETTINGS = {"model": "m", "reference": "r", "beta": 0.1, "outputs": OUTPUTS, "special_ids": [4]}
@@ -253,26 +252,17 @@ store.Results.add = add
 """
 
 
-def start(folders: Path, out: Path, *more: str, code: str = "", cwd: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command(folders, out, code), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment, cwd=cwd,
-    )  # fmt: skip
-
-
 @pytest.mark.nightly_except(how=([],))
 @pytest.mark.parametrize("how", [[], ["--resume"], ["--overwrite"]], ids=["fresh", "resume", "overwrite"])
 def test_two_processes_do_not_share_a_folder(folders: Path, tmp_path: Path, how: list[str]) -> None:
     out = tmp_path / "out"
     if how:
         assert score(*usual(folders, out, "--limit", 2))[0] == 0
-    first = start(folders, out, *how, code=WAITING, cwd=tmp_path)
-    try:
+    with started(folders, out, *how, code=WAITING, cwd=tmp_path) as first:
         limit = time.monotonic() + 120
         while not (tmp_path / "scoring").exists():
-            assert first.poll() is None and time.monotonic() < limit
-            time.sleep(0.05)
+            assert first.runs() and time.monotonic() < limit
+            time.sleep(0.02)
         before = files_of(out)
         for more in (["--resume"], ["--overwrite"], []):
             status, _, err = score(*usual(folders, out, *more))
@@ -280,10 +270,8 @@ def test_two_processes_do_not_share_a_folder(folders: Path, tmp_path: Path, how:
             assert f"process {first.pid} on " in err and "Traceback" not in err
         assert files_of(out) == before
         (tmp_path / "go").touch()
-        _, err = first.communicate(timeout=120)
-    finally:
-        first.kill()
-    assert first.returncode == 0, err
+        err = first.errors.read()
+        assert first.wait() == 0, err
     assert read_scores(out).pairs() == list(range(20)) and not (out / LOCK).exists()
     assert pq.read_table(out / "pairs.parquet").num_rows == 20
 
@@ -293,13 +281,13 @@ def test_two_processes_do_not_share_a_folder(folders: Path, tmp_path: Path, how:
 def test_two_processes_at_the_same_moment(folders: Path, tmp_path: Path, how: str) -> None:
     out = tmp_path / "out"
     assert score(*usual(folders, out, "--limit", 2))[0] == 0
-    both = [start(folders, out, how, cwd=tmp_path) for _ in range(2)]
-    errors = [process.communicate(timeout=240)[1] for process in both]
-    codes = sorted(process.returncode for process in both)
-    assert codes in ([0, 2], [0, 0]), errors  # the second may begin after the first has ended
-    for process, err in zip(both, errors, strict=True):
+    with started(folders, out, how, cwd=tmp_path) as one, started(folders, out, how, cwd=tmp_path) as other:
+        errors = [process.errors.read() for process in (one, other)]
+        codes = [process.wait() for process in (one, other)]
+    assert sorted(codes) in ([0, 2], [0, 0]), errors  # the second may begin after the first has ended
+    for code, err in zip(codes, errors, strict=True):
         assert "Traceback" not in err
-        assert process.returncode == 0 or "is writing to it" in err
+        assert code == 0 or "is writing to it" in err
     assert read_scores(out).pairs() == list(range(20))
     assert pq.read_table(out / "pairs.parquet").num_rows == 20
 
@@ -308,25 +296,24 @@ def test_two_processes_at_the_same_moment(folders: Path, tmp_path: Path, how: st
 def test_the_lock_of_a_killed_process_is_stale(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    code = (
-        "import pathlib, sys, time; from qkernels.score.folder import RunLock; lock = RunLock(pathlib.Path('out'))\n"
-        "lock.acquire(); print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline().strip() == b"held"
-    with RunLock(out) as lock:
+    code = """
+import pathlib, sys, time
+from qkernels.score.folder import RunLock
+lock = RunLock(pathlib.Path("out"))
+lock.acquire()
+print("held", file=sys.stderr)
+time.sleep(60)
+"""
+    with Command(["--version"], tmp_path, code) as holder, RunLock(out) as lock:
+        assert holder.errors.readline() == "held\n"
         assert lock.is_held() and not lock.is_locked
         with pytest.raises(ScoreError, match=f"another run .process {holder.pid} on .*, since 20.*is writing to it"):
             lock.acquire()
         (out / LOCK).write_text('["\x1b[31m"]')  # what it says is not trusted
         with pytest.raises(ScoreError, match="another run is writing to it"):
             lock.acquire()
-        holder.send_signal(signal.SIGKILL)
-        holder.wait(30)
-        holder.stdout.close()
+        os.kill(holder.pid, signal.SIGKILL)
+        assert holder.wait(30) == -signal.SIGKILL
         assert (out / LOCK).exists() and not lock.is_held()
         lock.acquire()
         assert json.loads((out / LOCK).read_text())["pid"] == os.getpid()
@@ -383,14 +370,14 @@ def test_a_power_cut_at_any_moment_loses_nothing(
     copies: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, earlier: str
 ) -> None:
     kept = 0
+    if earlier == "finished":  # and six pairs more are coming; until then four were finished
+        with opened(copies["unfinished"], resume=True) as results:
+            finish(results)
     for changes in range(200):
         out = tmp_path / str(changes) / "out"
         out.parent.mkdir()
         if earlier != "nothing":
             shutil.copytree(copies["unfinished"], out)
-        if earlier == "finished":  # and six pairs more are coming; until then four were finished
-            with opened(out, resume=True) as results:
-                finish(results)
         with monkeypatch.context() as patched:
             power = Power(patched, changes)
             with contextlib.suppress(PowerCut):
@@ -462,7 +449,7 @@ def show(out: Path) -> str:
 def test_a_flipped_byte_is_found_and_named(copies: dict[str, Path], kind: str, name: str, reader: str) -> None:
     out = copies[kind]
     contents = (out / name).read_bytes()
-    for place in range(0, len(contents), max(1, len(contents) // 40)):
+    for place in range(0, len(contents), max(1, len(contents) // 15)):
         changed = bytearray(contents)
         changed[place] ^= 0x20
         (out / name).write_bytes(changed)
@@ -734,6 +721,16 @@ TAMPERINGS: dict[str, Callable[[Path], None]] = {
     "parts a file": file_instead("parts"),
     "tokens a folder": folder_instead("tokens.parquet"),
 }
+# Another of the tamperings takes the same way through the checks.
+NIGHTLY = {
+    "settings null", "settings a number", "settings a string", "settings an empty object", "settings nested",
+    "format a list", "outputs numbers", "outputs nested", "special ids nested", "special ids texts", "checksums null",
+    "checksums deep", "checksums not UTF-8", "checksums of an absolute path", "checksums that are no list",
+    "tables of text", "metadata a list", "metadata a number", "metadata not UTF-8", "metadata of a text",
+    "metadata of texts", "no columns", "a column of nulls", "pairs that are fractions", "pairs that are null",
+    "tokens that are numbers", "rewards that are text", "positions negative", "prompts null", "prompts of numbers",
+    "digests that are numbers", "cuts that are text", "a part named 0000007.parquet", "a lock of a list",
+}  # fmt: skip
 HARMLESS: dict[str, Callable[[Path], None]] = {
     "a column of lists more": rows(deep),
     "a part named 00x.parquet": stray("00x.parquet"),
@@ -747,9 +744,10 @@ HARMLESS: dict[str, Callable[[Path], None]] = {
 
 
 def test_there_are_enough_tamperings() -> None:
-    assert len(TAMPERINGS) + len(HARMLESS) >= 100
+    assert len(TAMPERINGS) + len(HARMLESS) >= 100 and {*TAMPERINGS, *HARMLESS} > NIGHTLY
 
 
+@pytest.mark.nightly_cases(name=NIGHTLY)
 @pytest.mark.parametrize("name", [*TAMPERINGS, *HARMLESS])
 def test_tampering_ends_in_one_sentence(copies: dict[str, Path], finished: Path, unfinished: Path, name: str) -> None:
     refused = 0

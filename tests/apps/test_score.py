@@ -44,7 +44,7 @@ from qkernels.score import (
     store,
 )
 from qkernels.text.lengths import batches_by_length, default_batch_tokens
-from score_runs import BETA, REAL_PAIRS, ROOT, command, llama, records, score, usual, write_data
+from score_runs import BETA, REAL_PAIRS, ROOT, llama, records, score, started, usual, write_data
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
@@ -657,11 +657,10 @@ def close(self):
     real(self)
 pq.ParquetWriter.close = close
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out = tmp_path / "out"
-    done = subprocess.run(command(folders, out, code), capture_output=True, text=True, env=environment, timeout=120)
-    expected = {signal.SIGKILL: -9, signal.SIGINT: 130}[number]
-    assert done.returncode == expected, done.stderr
+    with started(folders, out, code=code, cwd=tmp_path) as process:
+        err = process.errors.read()
+        assert process.wait() == {signal.SIGKILL: -9, signal.SIGINT: 130}[number], err
     kept = read_scores(out)
     assert len(kept.pairs()) >= 9 and np.isfinite(kept["logps"]).all()
     status, _, err = score(*usual(folders, out, "--resume"))

@@ -1,13 +1,16 @@
-"""Real ranks for tests: processes that stay, joined by gloo, and run a function of the test's file together.
+"""Processes for tests, forked so that they need not import torch again, which takes seconds.
 
-Started once per module: a process that joins takes half a second, a test on it milliseconds. The children are forked,
-so that they need not import torch again. A rank that hangs fails the test, and the pool is not used again.
+`Ranks` stay, are joined by gloo, and run a function of the test's file together. Started once per module: a process
+that joins takes half a second, a test on it milliseconds. A rank that hangs fails the test, and the pool is not used
+again. `Command` is one run of the command line.
 """
 
 from __future__ import annotations
 
 import datetime
 import multiprocessing
+import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -93,3 +96,48 @@ class Ranks:
             process.join(_SECONDS)
         self.stop()
         self._folder.cleanup()
+
+
+def _run_command(arguments: list[str], code: str, cwd: str, errors: int) -> None:
+    from qkernels.cli import main
+
+    os.chdir(cwd)
+    os.dup2(errors, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    torch.set_num_threads(1)
+    exec(code, {})
+    sys.exit(main(arguments))
+
+
+class Command:
+    """`qkernels ARGUMENTS` in a process of its own, after `code`; `errors` reads its standard error.
+
+    pid: of the process. `wait` returns its exit code, negative if a signal has ended it.
+    """
+
+    def __init__(self, arguments: list[str], cwd: Path, code: str = ""):
+        reading, writing = os.pipe()
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_run_command, args=(arguments, code, str(cwd), writing), daemon=True
+        )
+        self._process.start()
+        os.close(writing)
+        self.errors = os.fdopen(reading)
+        self.pid = self._process.pid
+
+    def runs(self) -> bool:
+        return self._process.is_alive()
+
+    def wait(self, seconds: float = 120) -> int:
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"it has not ended in {seconds} seconds"
+        return self._process.exitcode
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.join(_SECONDS)
+        self.errors.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 
 import hf_models
 import qkernels
+from processes import Command
 from qkernels.cli import main
 from qkernels.demo.tokenizer import train_tokenizer
 
@@ -79,7 +79,7 @@ def usual(folders: Path, out: Path, *more: object) -> list[object]:
     ]  # fmt: skip
 
 
-def command(folders: Path, out: Path, code: str = "") -> list[str]:
-    script = f"import sys\nfrom qkernels import cli\nfrom qkernels.score import store\n{code}\n"
-    script += "sys.exit(cli.main(sys.argv[1:]))"
-    return [sys.executable, "-c", script, "score", *map(str, usual(folders, out, "--batch-tokens", 60))]
+def started(folders: Path, out: Path, *more: object, code: str = "", cwd: Path) -> Command:
+    """The command in a process of its own; `code` may change `qkernels.score.store` there."""
+    arguments = ["score", *map(str, usual(folders, out, "--batch-tokens", 60, *more))]
+    return Command(arguments, cwd, f"from qkernels.score import store\n{code}")
