@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_models
 import qkernels
+from processes import Command
 from qkernels.cli import main
 from qkernels.credit import low_reward_spans
 from qkernels.data import DataError, Message, Preference
@@ -977,16 +978,25 @@ def test_code_of_a_model_runs_only_with_the_flag(folders: Path, tmp_path: Path, 
     config |= {"model_type": "homemade", "auto_map": code, "architectures": ["Model"]}
     (tmp_path / "custom/config.json").write_text(json.dumps(config))
     arguments = usual(folders, tmp_path / "out", "--model", tmp_path / "custom", "--limit", 1)
+    if trusted:
+        assert run_trusted([*arguments, "--trust-remote-code"], tmp_path / "modules") == 0 and marker.exists()
+        return
+    (tmp_path / "answers").write_text("y\n" * 1000)
+    stdin = f"import os, sys; os.dup2(os.open({str(tmp_path / 'answers')!r}, os.O_RDONLY), 0); sys.stdin = open(0)"
+    with Command(["score", *map(str, arguments)], tmp_path, stdin) as process:
+        err = process.errors.read()
+        assert process.wait() == 2 and not marker.exists(), err
+    assert "[y/N]" not in err and "Traceback" not in err and not (tmp_path / "out").exists()
+    assert "comes with Python code of its own, which runs only with --trust-remote-code" in err
+
+
+def run_trusted(arguments: list, modules: Path) -> int:
+    """The command in a process that has not imported transformers yet, so that copies of the code go to `modules`."""
     done = subprocess.run(
-        [sys.executable, "-m", "qkernels", "score", *map(str, arguments), *["--trust-remote-code"] * trusted],
-        input="y\n" * 1000, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        [sys.executable, "-m", "qkernels", "score", *map(str, arguments)], capture_output=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(modules)},
     )  # fmt: skip
-    assert marker.exists() == trusted, done.stderr
-    assert done.returncode == (0 if trusted else 2) and "[y/N]" not in done.stdout + done.stderr
-    if not trusted:
-        assert "comes with Python code of its own, which runs only with --trust-remote-code" in done.stderr
-        assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    return done.returncode
 
 
 def acts_on_terminals(text: str) -> list[str]:
