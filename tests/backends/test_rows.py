@@ -28,6 +28,8 @@ pytestmark = pytest.mark.every_dtype
 
 VOCABS = (1, 2, 7, 17, 1003, 2048, 2049, 4097, 32001)
 ROWS = (2, 4)
+# The torch backend has neither blocks nor vectors: of sweeps over sizes and places it takes few but in the nightly run.
+torch_takes_few = pytest.mark.nightly_cases(backend=("torch",), vocab=tuple(v for v in VOCABS if v not in (17, 2049)))
 
 
 def rows_for(vocab: int, temperature: float) -> tuple[int, ...]:
@@ -37,6 +39,7 @@ def rows_for(vocab: int, temperature: float) -> tuple[int, ...]:
 # --- values and gradients over vocabulary, dtype, temperature ---------------------------------------------------------
 
 
+@torch_takes_few
 @pytest.mark.quick_cases(vocab=(7, 2049, 4097), temperature=(0.7,))
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -44,6 +47,7 @@ def test_logps_match_the_truth(backend, dtype, vocab, temperature):
     check_logps(backend, make_rows(rows_for(vocab, temperature), vocab, dtype, backend.device, temperature=temperature))
 
 
+@torch_takes_few
 @pytest.mark.quick_cases(vocab=(17, 2049), temperature=(0.7,))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -53,6 +57,7 @@ def test_all_outputs_in_one_pass_match_the_truth(backend, dtype, vocab, temperat
     )
 
 
+@pytest.mark.nightly_cases(backend=("torch",), vocab=(1003, 2049))
 @pytest.mark.parametrize("name", oracle.STATS)
 @pytest.mark.parametrize("vocab", [3, 1003, 2049])
 def test_each_output_alone_matches_the_truth(backend, dtype, name, vocab):
@@ -67,6 +72,7 @@ def test_every_pair_of_outputs_matches_the_truth(backend, dtype):
         check_outputs(backend, rows, names[::-1])
 
 
+@torch_takes_few
 @pytest.mark.quick_cases(vocab=(7, 2049, 4097), temperature=(0.7,))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -75,6 +81,7 @@ def test_gradient_of_logps_matches_the_truth(backend, dtype, vocab, temperature)
     check_gradient(backend, rows, random_upstream(rows, ("logps",)))
 
 
+@torch_takes_few
 @pytest.mark.quick_cases(vocab=(17, 2049), temperature=(0.7,))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("vocab", VOCABS)
@@ -83,6 +90,7 @@ def test_gradients_of_all_outputs_combined_match_the_truth(backend, dtype, vocab
     check_gradient(backend, rows, random_upstream(rows, oracle.WITH_GRADIENT))
 
 
+@pytest.mark.nightly_cases(backend=("torch",), vocab=(1, 2, 2049))
 @pytest.mark.parametrize("name", oracle.WITH_GRADIENT)
 @pytest.mark.parametrize("vocab", [1, 2, 17, 2049])
 def test_gradient_of_each_output_alone_matches_the_truth(backend, dtype, name, vocab):
@@ -113,6 +121,7 @@ def test_flat_and_peaked_rows(backend, dtype, scale):
     check_gradient(backend, rows, random_upstream(rows, oracle.WITH_GRADIENT))
 
 
+@pytest.mark.nightly_cases(backend=("torch",), step=(8.0, 25.0, 34.0, 36.0, 60.0))
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("step", [0.5, 8.0, 25.0, 34.0, 36.0, 60.0, 300.0])
 @pytest.mark.parametrize("falling", [False, True])
@@ -150,6 +159,7 @@ def test_a_maximum_that_comes_late(backend, dtype, place, temperature):
     check_gradient(backend, rows, random_upstream(rows, ("logps", "entropy")))
 
 
+@pytest.mark.nightly_cases(backend=("torch",), place=(1, 15, 16, 63, 64, 2047, 2048, 2049, 4095, 4096))
 @pytest.mark.dtypes(torch.float32, torch.float16)
 @pytest.mark.parametrize("place", [0, 1, 15, 16, 63, 64, 2047, 2048, 2049, 4095, 4096, 4098])
 def test_the_largest_entry_may_stand_anywhere(backend, dtype, place):
@@ -254,6 +264,7 @@ def test_row_stride_above_vocabulary(backend, dtype, vocab, extra):
     check_layout(backend, rows)
 
 
+@pytest.mark.nightly_cases(backend=("torch",), offset=(1, 2, 4, 5, 6, 7))
 @pytest.mark.quick_cases(offset=(3,))
 @pytest.mark.parametrize("offset", range(1, 8))
 def test_any_base_alignment(backend, dtype, offset):
