@@ -728,7 +728,7 @@ NIGHTLY = {
     "checksums deep", "checksums not UTF-8", "checksums of an absolute path", "checksums that are no list",
     "tables of text", "metadata a list", "metadata a number", "metadata not UTF-8", "metadata of a text",
     "metadata of texts", "no columns", "a column of nulls", "pairs that are fractions", "pairs that are null",
-    "tokens that are numbers", "rewards that are text", "positions negative", "prompts null", "prompts of numbers",
+    "tokens that are numbers", "rewards that are text", "positions negative", "prompts null",
     "digests that are numbers", "cuts that are text", "a part named 0000007.parquet", "a lock of a list",
 }  # fmt: skip
 HARMLESS: dict[str, Callable[[Path], None]] = {

@@ -64,7 +64,7 @@ def test_gradcheck_of_all_outputs_together():
 
 
 # hinge has a kink and sorting has ties, neither of them near these numbers.
-@pytest.mark.nightly_except(loss_type=("sigmoid", "sigmoid_norm", "aot", "tdpo1", "simpo"))
+@pytest.mark.nightly_except(loss_type=("sigmoid", "aot", "tdpo1"))
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
     "loss_type",

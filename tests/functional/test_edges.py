@@ -122,6 +122,7 @@ EXTREME = [
 ]  # fmt: skip
 
 
+@pytest.mark.nightly_cases(ratio=(-1e3, 1e3))
 @pytest.mark.parametrize("loss_type, options", EXTREME, ids=str)
 @pytest.mark.parametrize("ratio", [-1e5, -1e3, -89.0, 89.0, 1e3, 1e5])
 def test_no_objective_turns_large_log_ratios_into_nan(loss_type, options, ratio):

@@ -114,6 +114,12 @@ def options_for(name: str) -> Options:
     return Options(beta=0.3, label_smoothing=0.1 if objectives.OBJECTIVES[name].smoothing else 0.0)
 
 
+# One that is fused, one that reads divergences, one that couples pairs: with every backend and dtype.
+OTHERS = tuple(objectives.OBJECTIVES.keys() - {"sigmoid", "tdpo2", "rspo"})
+
+
+@pytest.mark.nightly_cases(name=OTHERS, backend=("torch",))
+@pytest.mark.nightly_cases(name=OTHERS, dtype=(torch.bfloat16,))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_every_objective(backend, dtype, name):
@@ -144,7 +150,13 @@ WAYS = {
 }
 
 
-@pytest.mark.quick_cases(way=("smoothed, any upstream", "softcap, scale, temperature", "MPO"))
+QUICK = ("smoothed, any upstream", "softcap, scale, temperature", "MPO")
+
+
+# What the options do is the same for every backend and for both 16-bit dtypes.
+@pytest.mark.nightly_cases(backend=("torch",), way=tuple(WAYS.keys() - set(QUICK)))
+@pytest.mark.nightly_cases(dtype=(torch.float16,), way=tuple(WAYS.keys() - set(QUICK)))
+@pytest.mark.quick_cases(way=QUICK)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_plan_with_every_option(backend, dtype, plan, way):
