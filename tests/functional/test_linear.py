@@ -185,6 +185,8 @@ def test_every_plan_with_weights_and_cached_references(backend, dtype, plan):
     check_linear_preference(backend, packed, live_reference=False, reference_logps=tokens.flatten(), **how)
 
 
+@pytest.mark.nightly_cases(trains=tuple(set(TRAINS) - {"w", "b"}), backend=("torch",))
+@pytest.mark.nightly_cases(trains=tuple(set(TRAINS) - {"w", "b"}), dtype=(torch.bfloat16,))
 @pytest.mark.quick_cases(trains=("w", "b"))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("trains", TRAINS)
@@ -298,6 +300,7 @@ def test_stats_equal_those_of_the_logits(backend):
 CHUNKS = (1, 2, 3, 7, 16, 1000)
 
 
+@pytest.mark.nightly_cases(backend=("torch",), plan=("pair_chunks", "frozen_head"))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_chunk_size_does_not_show(backend, dtype, plan):

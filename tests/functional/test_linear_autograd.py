@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import linear_ddp_checks
 import oracle
 import qkernels
 from assertions import assert_head_gradient, assert_within
@@ -30,6 +27,7 @@ from linear_comparisons import (
     truth_logits,
 )
 from oracle import Options
+from processes import Ranks
 from qkernels import fused_linear_token_dpo, fused_token_dpo, linear_token_logps, linear_token_stats
 
 EXACT = torch.float64
@@ -65,6 +63,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], factor: float =
 # --- numerical checks (float64: the reference backend) ----------------------------------------------------------------
 
 
+@pytest.mark.nightly_cases(shape=({},))
 @pytest.mark.parametrize("name", oracle.WITH_GRADIENT)
 @pytest.mark.parametrize("shape", [{}, {"softcap": 2.0, "logit_scale": 0.7, "temperature": 1.3}], ids=["plain", "cap"])
 def test_gradcheck_of_each_output(name, shape):
@@ -82,6 +81,8 @@ def test_gradcheck_of_each_output(name, shape):
     torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.nightly_except(loss_type=("sigmoid", "tdpo1"))
+@pytest.mark.nightly_cases(loss_type=("tdpo1",), plan=("pair_chunks",))
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "tdpo1", "aot", "sft"])
 @pytest.mark.parametrize("plan", ["pair_chunks", "recompute"])
 def test_gradcheck_of_losses(loss_type, plan):
@@ -539,19 +540,8 @@ def test_gradient_checkpointing(backend, plan, inside, use_reentrant):
         assert (a is None and b is None and plan == "frozen_head") or torch.equal(a, b)
 
 
-def test_two_data_parallel_processes(tmp_path):
-    """`linear_ddp_checks.py`, once per rank."""
+def test_two_data_parallel_processes():
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch.distributed with gloo is missing")
-    script = Path(__file__).parents[1] / "support/linear_ddp_checks.py"
-    path = os.pathsep.join([str(Path(qkernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(rank), str(tmp_path / "store")],
-            env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    assert all("all good" in output for output in outputs)
+    with Ranks(2) as ranks:
+        ranks.run(linear_ddp_checks.check_all)

@@ -1,21 +1,12 @@
 """What `test_linear_autograd.py` runs in two processes: DistributedDataParallel around a model that ends in its loss.
 
-    python linear_ddp_checks.py RANK STORE
-
 Each process trains on a pair of its own; the averaged gradients are compared with those of both pairs in one process.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from datetime import timedelta
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import make_head_batch, normal
 from qkernels import TokenDPOOutput, fused_linear_token_dpo, linear_token_logps
@@ -118,23 +109,11 @@ def check_head_outside(rank: int) -> None:
     expect(gradients(parallel), gradients(alone), 1.0, "head outside")
 
 
-def main(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
-    )
-    try:
-        for plan in ("pair_chunks", "recompute", "frozen_head"):
-            for static in (False, True):
-                check(rank, plan, static, {})
-            check(rank, plan, False, {"gradient_as_bucket_view": True, "find_unused_parameters": True})
-        check_head_outside(rank)
-    finally:
-        torch.distributed.destroy_process_group()
-    print("all good", flush=True)
-    # Threads of the group may still be there (torch 2.13); the interpreter would abort over them as it ends.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+def check_all() -> None:
+    """On each rank of the default process group."""
+    rank = torch.distributed.get_rank()
+    for plan in ("pair_chunks", "recompute", "frozen_head"):
+        for static in (False, True):
+            check(rank, plan, static, {})
+        check(rank, plan, False, {"gradient_as_bucket_view": True, "find_unused_parameters": True})
+    check_head_outside(rank)
