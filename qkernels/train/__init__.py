@@ -4,6 +4,7 @@
     folder.py     the output folder: who writes to it, what an earlier run left, what --overwrite may delete
     model.py      the model's folder before anything is loaded: weights, GGUF, tokenizer, length
     dataset.py    pairs to token ids in Arrow files; which of them are held out
+    processes.py  launchers of several processes, FSDP2 on CPUs
     callbacks.py  what is shown while it runs, and the reward monitor
     sft.py        supervised fine-tuning on the chosen answers, before
     run.py        the run (the training itself is `qkernels.integrations.training`)

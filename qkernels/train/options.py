@@ -255,12 +255,14 @@ def _given(parser: argparse.ArgumentParser, argv: list[str]) -> dict[str, Any]:
 
 
 def _defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Defaults other than TRL's: fp32 where there is no accelerator, our bar instead of one for each part."""
+    """Defaults other than TRL's: CPUs and fp32 where there is no accelerator, our bar instead of one for each part."""
     import torch
 
     changed: dict[str, Any] = {"disable_tqdm": True}
-    if not torch.accelerator.is_available() and not given.get("fp16"):
-        changed["bf16"] = False
+    if not torch.accelerator.is_available():
+        changed["use_cpu"] = True  # accelerate does not join the processes of a launcher without it
+        if not given.get("fp16"):
+            changed["bf16"] = False
     return {name: value for name, value in changed.items() if name not in given}
 
 

@@ -29,6 +29,7 @@ from ..text.characters import first_line, printable
 from . import dataset, folder
 from .model import Start, check_folder, from_gguf, load_start
 from .options import TrainError, TrainOptions, as_yaml, is_main_process, parse, speaks
+from .processes import check_launcher, check_sharding, sharding_on_cpus
 
 if TYPE_CHECKING:
     from ..monitor import RewardMonitor
@@ -81,6 +82,7 @@ def run_train(argv: Sequence[str], stream: TextIO | None = None) -> dict[str, An
         options, args, model_args, given = parse(argv)
     options.check()
     _check_reports(args.report_to)
+    check_sharding(args)
     assert options.model is not None
     gguf = check_folder(options.model)
     folder.refuse(options.folder, options.resume, options.overwrite)
@@ -90,7 +92,7 @@ def run_train(argv: Sequence[str], stream: TextIO | None = None) -> dict[str, An
     with _locked(options.folder):
         if is_main_process() and options.overwrite and options.folder.is_dir():
             folder.clear(options.folder)
-        with quiet_transformers(), _quiet_warnings(), _errors(options.folder):
+        with quiet_transformers(), _quiet_warnings(), _errors(options.folder), sharding_on_cpus():
             return _Run(options, args, model_args, given, progress).run(gguf)
 
 
@@ -113,7 +115,9 @@ def _check_reports(names: Sequence[str]) -> None:
             raise TrainError(f"--report-to {name}: not known to transformers; known are {known}, all and none")
         if name not in available:
             installed = ", ".join(sorted(available)) or "none of them"
-            raise TrainError(f"--report-to {name}: its package is not installed (installed: {installed})")
+            raise TrainError(
+                f"--report-to {name}: its package is not installed (pip install {name}; installed: {installed})"
+            )
 
 
 @contextlib.contextmanager
@@ -204,6 +208,7 @@ class _Run:
         from accelerate import PartialState
 
         self.state = PartialState()
+        check_launcher(self.state.num_processes)
         start = self._start(gguf)
         prepared, encoder = self._data(start)
         peft_config = self._peft_config()
@@ -330,7 +335,7 @@ class _Run:
         )
         trainer = training.trainer
         if args.fsdp and not trainer.is_fsdp_enabled:
-            raise TrainError("--fsdp: accelerate shards models on accelerators alone, and there is none; leave it out")
+            raise TrainError("--fsdp: accelerate does not shard models on this device; leave it out")
         parameters = [p for p in trainer.model.parameters() if p.requires_grad]
         self.progress.say(
             f"{'2. ' if self.options.wants_sft else ''}Preference training: {type(trainer.model).__name__},"
