@@ -1,8 +1,9 @@
-"""Several processes: whether a launcher has started those that were asked for, and FSDP2 where there are only CPUs."""
+"""Several processes: whether a launcher has started those that were asked for, FSDP2 on CPUs, saving what is sharded."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from ..integrations.patches import Patch
@@ -37,15 +38,22 @@ def check_launcher(processes: int) -> None:
 
 
 def check_sharding(args: Any) -> None:
-    """Refuse the FSDP that torch has for accelerators alone, where there is none.
+    """Refuse DeepSpeed ZeRO-3, and the FSDP that torch has for accelerators alone where there is none.
 
     Args:
         args: TRL's `DPOConfig`.
 
     Raises:
-        TrainError: FSDP1 is asked for, in `args` or of `accelerate launch`, without an accelerator.
+        TrainError: one of them is asked for, in `args` or of `accelerate launch`.
     """
     import torch
+
+    from ..integrations.trl.config import refuse_zero3
+
+    try:
+        refuse_zero3(args)
+    except ValueError as error:
+        raise TrainError(str(error)) from None
 
     if plugin := getattr(args, "fsdp_plugin_args", None):
         version = int(plugin["fsdp_version"])
@@ -81,3 +89,13 @@ def sharding_on_cpus() -> Patch:
     patch = Patch()
     patch.set(AcceleratorState, "__init__", init)
     return patch
+
+
+def save_model(trainer: Any, folder: Path) -> None:
+    """Save the trained model in one piece; every process calls it.
+
+    Without this, transformers saves nothing of a model whose checkpoints are in shards (accelerate's default for FSDP2).
+    """
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))

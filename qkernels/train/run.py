@@ -29,7 +29,7 @@ from ..text.characters import first_line, printable
 from . import dataset, folder
 from .model import Start, check_folder, from_gguf, load_start
 from .options import TrainError, TrainOptions, as_yaml, is_main_process, parse, speaks
-from .processes import check_launcher, check_sharding, sharding_on_cpus
+from .processes import check_launcher, check_sharding, save_model, sharding_on_cpus
 
 if TYPE_CHECKING:
     from ..monitor import RewardMonitor
@@ -396,7 +396,7 @@ class _Run:
         from .page import write_page
 
         trained = time.monotonic()
-        trainer.save_model(str(self.out))
+        save_model(trainer, self.out)
         table = None
         if prepared.held_out:
             self.progress.say("Scoring the held-out pairs, writing model and report")

@@ -9,8 +9,9 @@ from typing import Any
 from .dataset import CHOSEN, load
 from .folder import SFT, last_checkpoint
 from .options import TrainOptions
+from .processes import save_model
 
-_DONE = "qkernels_sft_done"
+_DONE, _ADAPTER = "qkernels_sft_done", "adapter"
 
 
 def is_done(out: Path) -> bool:
@@ -77,11 +78,11 @@ def run_sft(
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     folder = Path(config.output_dir)
     if peft_config is not None:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        if trainer.accelerator.is_main_process:
+        merged = _merged(trainer, folder / _ADAPTER)
+        if merged is not None:
             merged.save_pretrained(folder)
     else:
-        trainer.save_model(str(folder))
+        save_model(trainer, folder)
     if trainer.accelerator.is_main_process:
         tokenizer.save_pretrained(folder)
         (folder / _DONE).touch()
@@ -91,3 +92,23 @@ def run_sft(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return str(folder), curve
+
+
+def _merged(trainer: Any, adapter: Path) -> Any:
+    """The model with its adapter in its weights, on the main process; None on others.
+
+    Args:
+        trainer: of SFT, after training.
+        adapter: folder for the adapter of a sharded model, whose weights no process has as a whole.
+    """
+    main = trainer.accelerator.is_main_process
+    if not trainer.is_fsdp_enabled:
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        return merged if main else None
+    from peft import AutoPeftModelForCausalLM
+
+    save_model(trainer, adapter)
+    if not main:
+        return None
+    how = {"dtype": next(trainer.model.parameters()).dtype, "trust_remote_code": trainer.args.trust_remote_code}
+    return AutoPeftModelForCausalLM.from_pretrained(adapter, **how).merge_and_unload()

@@ -21,6 +21,7 @@ pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 import tiny_models
 from qkernels.cli import main
 from qkernels.data import as_preferences
+from qkernels.integrations.trl import TokenDPOTrainer
 from qkernels.score.rows import row as columns_of
 from qkernels.train import TrainError, callbacks, dataset, folder, processes
 from qkernels.train.options import parse
@@ -268,7 +269,10 @@ BAD_OPTIONS = {
     "an unknown loss": (["--loss-type", "sigmod"], "sigmod"),
     "no file": (["--config", "absent.yaml"], r"--config absent\.yaml: cannot be read"),
     "nowhere to report to": (["--report-to", "somewhere"], r"--report-to somewhere: not known to transformers; known"),
-    "a package that is missing": (["--report-to", "clearml"], r"--report-to clearml: its package is not installed"),
+    "a package that is missing": (
+        ["--report-to", "clearml"],
+        r"--report-to clearml: its package is not installed \(pip install clearml; ",
+    ),
 }
 
 
@@ -466,7 +470,7 @@ def as_rank(rank: int, port: int, given: str, out: str, more: list[str], lost_at
     torch.set_num_threads(1)
 
     def step(self, args, state, control, model, **kwargs) -> None:
-        if all(isinstance(one, DTensor) and one.to_local().numel() < one.numel() for one in model.parameters()):
+        if any(isinstance(one, DTensor) and one.to_local().numel() < one.numel() for one in model.parameters()):
             Path(f"{out}.sharded{rank}").touch()
         if rank and state.global_step == lost_at:
             os._exit(0)
@@ -534,6 +538,7 @@ def test_two_processes_train_as_one_does(given: Path, on_one: Path, tmp_path: Pa
 
 
 FSDP2 = ("--fsdp", "--fsdp-config", '{"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}')
+IN_SHARDS = ("--fsdp", "--fsdp-config", '{"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}')
 
 
 @pytest.mark.nightly
@@ -548,7 +553,7 @@ def test_two_processes_with_sharded_weights_train_as_one_does(
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("more", [(), FSDP2], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize("more", [(), FSDP2, IN_SHARDS], ids=["DDP", "FSDP2", "FSDP2, checkpoints in shards"])
 def test_a_run_on_two_processes_resumed_is_the_run_that_lost_one(
     given: Path, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
@@ -566,16 +571,18 @@ def test_a_run_on_two_processes_resumed_is_the_run_that_lost_one(
 
 @pytest.mark.nightly
 def test_lora_after_sft_on_two_processes_with_sharded_weights(given: Path, tmp_path: Path) -> None:
+    """As with whole weights: the gradients of two processes have one sum, whichever of them has it."""
     usual = ("--max-steps", 2, "--save-strategy", "no", "--sft-steps", 2, "--lora-r", 2)
-    said = on_two_processes(given, tmp_path / "two", *usual, *FSDP2)
-    assert [text.split("\n")[0] for text in said] == ["0", "0"], said
-    status, _, err = train(given, tmp_path / "one", *usual, "--per-device-train-batch-size", 4)
-    assert status == 0, err
-    for folder_ in ("", "sft"):
-        two, one = weights(tmp_path / "two" / folder_), weights(tmp_path / "one" / folder_)
-        assert two.keys() == one.keys()
-        for name in one:
-            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4)
+    for name, more in (("whole", ()), ("sharded", FSDP2)):
+        said = on_two_processes(given, tmp_path / name, *usual, *more)
+        assert [text.split("\n")[0] for text in said] == ["0", "0"], said
+    assert (tmp_path / "sharded.sharded0").exists() and not (tmp_path / "whole.sharded0").exists()
+    for part in ("", "sft"):
+        sharded, whole = weights(tmp_path / "sharded" / part), weights(tmp_path / "whole" / part)
+        assert sharded.keys() == whole.keys()
+        for name in whole:  # what differs is the order of the sum of squares that gradients are clipped by
+            torch.testing.assert_close(sharded[name], whole[name], rtol=0, atol=1e-6)
+    assert metrics(tmp_path / "sharded")["training"]["lora_rank"] == 2
 
 
 LAUNCHERS = {
@@ -591,7 +598,7 @@ def test_launchers_start_two_processes(given: Path, on_one: Path, tmp_path: Path
     (tmp_path / "fsdp.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 1\nnum_processes: 2\n"
         "mixed_precision: 'no'\nfsdp_config:\n  fsdp_version: 2\n  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
-        "  fsdp_reshard_after_forward: true\n  fsdp_state_dict_type: FULL_STATE_DICT\n"
+        "  fsdp_reshard_after_forward: true\n"  # its checkpoints are in shards, by default
     )
     told = arguments(given, Path("out"), "--max-steps", 3)
     told.remove("--use-cpu")  # which the command knows by itself where there is no accelerator
@@ -600,7 +607,7 @@ def test_launchers_start_two_processes(given: Path, on_one: Path, tmp_path: Path
     command = [sys.executable, "-m", *launcher, "-m", "qkernels", *told]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=launched())
     assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "out/checkpoint-3/pytorch_model_fsdp.bin").exists() == ("fsdp.yaml" in launcher)
+    assert (tmp_path / "out/checkpoint-3/pytorch_model_fsdp_0").exists() == ("fsdp.yaml" in launcher)
     check_same_run(tmp_path / "out", on_one)
 
 
@@ -630,6 +637,40 @@ def test_fsdp1_without_an_accelerator_and_one_process_for_several_are_refused(
         patch.setenv("WORLD_SIZE", "2")
         with pytest.raises(TrainError, match="has started 2 processes, and accelerate joins 1"):
             processes.check_launcher(1)
+
+
+def test_zero3_is_refused_before_anything_is_read(given: Path, tmp_path: Path, monkeypatch) -> None:
+    from qkernels.integrations.trl import TokenDPOConfig
+
+    made = TokenDPOConfig.__post_init__
+
+    def with_a_plugin(self) -> None:  # as transformers sets it from --deepspeed FILE or for accelerate launch
+        made(self)
+        self.deepspeed_plugin = SimpleNamespace(zero_stage=3)
+
+    monkeypatch.setattr(TokenDPOConfig, "__post_init__", with_a_plugin)
+    status, _, err = train(given, tmp_path / "out", "--data", tmp_path / "absent.json")
+    assert status == 2 and "DeepSpeed ZeRO-3 shards the head's weight" in err and "use ZeRO-2, or FSDP2" in err, err
+    config = TokenDPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 shards the head's weight"):
+        TokenDPOTrainer(tiny_models.llama(100), args=config, train_dataset=None)
+
+
+@pytest.mark.nightly
+def test_tensorboard_gets_the_rewards_and_the_monitors_numbers(given: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = on_two_processes(given, tmp_path / "out", "--max-steps", 3, "--report-to", "tensorboard")
+    assert [text[0] for text in said] == ["0", "0"], said
+    (written,) = (tmp_path / "out/runs").iterdir()  # by the main process alone
+    events = EventAccumulator(str(written))
+    events.Reload()
+    logged = {entry["step"]: entry for entry in metrics(tmp_path / "out")["curves"]["log"] if "loss" in entry}
+    for tag, name in (("train/loss", "loss"), ("train/rewards/margins", "rewards/margins")):
+        shown = {one.step: one.value for one in events.Scalars(tag)}
+        assert shown == pytest.approx({step: entry[name] for step, entry in logged.items()}, rel=1e-6), tag
+    assert any("qkernels/" in tag for tag in events.Tags()["scalars"]), events.Tags()["scalars"]
 
 
 @pytest.mark.nightly

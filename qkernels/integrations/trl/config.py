@@ -132,8 +132,13 @@ def check_options(args: Any, loss: LossSpec, *, reference_free: bool, data_colla
             " ignores it there",
             stacklevel=3,
         )
+    refuse_zero3(args)
+
+
+def refuse_zero3(args: Any) -> None:
+    """Raise `ValueError` for DeepSpeed ZeRO-3, whichever of TRL's configurations or launchers has asked for it."""
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         raise ValueError(
             "DeepSpeed ZeRO-3 shards the head's weight between forward and backward, which this trainer does not"
-            " handle; use ZeRO-2, or FSDP"
+            " handle; use ZeRO-2, or FSDP2, which shards weights as well (accelerate launch --use_fsdp --fsdp_version 2)"
         )
