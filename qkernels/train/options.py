@@ -184,7 +184,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainOptions, TokenDPOConfig, ModelConfi
     except (ValueError, TypeError, ImportError) as error:
         text = str(error).strip()
         if isinstance(error, ImportError) and given.get("deepspeed"):  # of which transformers says "for The 'deepspeed"
-            text = f"--deepspeed: its package cannot be used ({text}); pip install deepspeed (ZeRO-2; ZeRO-3 is refused)"
+            text = f"--deepspeed: its package cannot be used ({text}); pip install deepspeed, for ZeRO-2"
         raise TrainError(text) from error
     # A rank asks for LoRA; without one it is TRL's default.
     model.use_peft = model.use_peft or "lora_r" in given

@@ -1,4 +1,4 @@
-"""Several processes: whether a launcher has started those that were asked for, FSDP2 on CPUs, saving what is sharded."""
+"""Several processes: whether a launcher has started as many as it was asked for, FSDP2 on CPUs, saving shards."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def sharding_on_cpus() -> Patch:
 def save_model(trainer: Any, folder: Path) -> None:
     """Save the trained model in one piece; every process calls it.
 
-    Without this, transformers saves nothing of a model whose checkpoints are in shards (accelerate's default for FSDP2).
+    By itself transformers saves no model whose checkpoints are in shards, which is accelerate's default for FSDP2.
     """
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -140,5 +140,5 @@ def refuse_zero3(args: Any) -> None:
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         raise ValueError(
             "DeepSpeed ZeRO-3 shards the head's weight between forward and backward, which this trainer does not"
-            " handle; use ZeRO-2, or FSDP2, which shards weights as well (accelerate launch --use_fsdp --fsdp_version 2)"
+            " handle; use ZeRO-2, or FSDP2, which shards weights too (accelerate launch --use_fsdp --fsdp_version 2)"
         )
