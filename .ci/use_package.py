@@ -28,7 +28,7 @@ def use_extension() -> str:
         labels=labels.buffer_info()[0],
         ignore_index=-100,
         temperature=1.0,
-        columns=1 << extension.column_names().index("logps"),
+        fields=1 << extension.field_names().index("logps"),
         out=out.buffer_info()[0],
         threads=1,
     )

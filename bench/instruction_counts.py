@@ -36,10 +36,10 @@ STATS = {
     "log-probs, fp32": (F32, "STATE", None),
     "log-probs, split rows": (BF16, "STATE", SPLITS),
     "with entropy": (BF16, "ENTROPY", None),
-    "all columns without reference": (BF16, "POLICY", None),
+    "all fields without reference": (BF16, "POLICY", None),
     "with KLs": (BF16, "KLS", None),
     "with KLs, fp32": (F32, "KLS", None),
-    "all columns": (BF16, "ALL", None),
+    "all fields": (BF16, "ALL", None),
 }
 GRADS = {
     "gradient of log-probs": (BF16, "plain"),
@@ -114,10 +114,10 @@ def per_row(call: Callable[[int, dict], list[str]], machine: Any, total: Callabl
 
 def counts_of(host: Any, cases: Any, machine: Any) -> dict[str, dict[str, float]]:
     """Every variant on one host."""
-    from qkernels.core.columns import BIT, COLUMNS, STATE
+    from qkernels.core.fields import BIT, FIELDS, STATE
 
-    everything = (1 << len(COLUMNS)) - 1
-    columns = {
+    everything = (1 << len(FIELDS)) - 1
+    fields = {
         "STATE": STATE,
         "ENTROPY": STATE | BIT["entropy"],
         "POLICY": everything & ~cases.NEEDS_REFERENCE,
@@ -132,7 +132,7 @@ def counts_of(host: Any, cases: Any, machine: Any) -> dict[str, dict[str, float]
             length: int, counts: dict, dtype: Any = dtype, which: str = which, splits: int | None = splits
         ) -> Any:
             batch = make((1, 1), length, dtype, layout=(0, 0, 0), r_layout=(0, 0, 0))
-            return cases.run_stats(host, batch, columns[which], splits=splits or 1, counts=counts)[0]
+            return cases.run_stats(host, batch, fields[which], splits=splits or 1, counts=counts)[0]
 
         found[name] = per_row(stats, machine, sum)
     for name, (dtype, form) in GRADS.items():

@@ -82,7 +82,7 @@ class Variant:
 # 65536 registers per processor and 128 threads per program: what a number of registers leaves (they are granted in
 # steps of 8). At 4.3 TB/s and 800 ns of latency, 26 KiB have to be under way per processor of an H200. A thread has up
 # to four 16-byte loads under way, on average half of that, so 7 programs (28 KiB) are enough and 9 leave room; that is
-# the plan for what runs at the speed of the memory. All columns of two models are bound by their instructions, 6 will
+# the plan for what runs at the speed of the memory. All fields of two models are bound by their instructions, 6 will
 # do, and 5 for loads of 2 bytes, which do not reach the memory's speed anyway. An A100 (sm_80) needs 13 KiB: 5
 # programs. How many registers a kernel takes within the plan is up to ptxas, and differs between the ones that come
 # with triton 3.6, 3.7 and 3.9: on sm_90 52, 52 and 39 for the gradient of log-probs, and 48, 62 and 48 for five
@@ -108,12 +108,12 @@ VARIANTS: tuple[Variant, ...] = (
     _stats("log-probs, fp16", 56, "fp16"),
     _stats("log-probs, split rows", 56, SPLIT=True),
     _stats("with entropy", 56, ENTROPY=True),
-    _stats("all columns without reference", 64, ENTROPY=True, EXTRAS=True),
-    _stats("all columns without reference, fp32", 64, "fp32", ENTROPY=True, EXTRAS=True),
+    _stats("all fields without reference", 64, ENTROPY=True, EXTRAS=True),
+    _stats("all fields without reference, fp32", 64, "fp32", ENTROPY=True, EXTRAS=True),
     _stats("log-probs of both models", 56, reference="bf16", REFERENCE=1),
     _stats("with KLs", 72, reference="bf16", REFERENCE=2),
-    _stats("all columns", 80, reference="bf16", REFERENCE=2, ENTROPY=True, EXTRAS=True),
-    _stats("all columns, fp32", 80, "fp32", "fp32", REFERENCE=2, ENTROPY=True, EXTRAS=True),
+    _stats("all fields", 80, reference="bf16", REFERENCE=2, ENTROPY=True, EXTRAS=True),
+    _stats("all fields, fp32", 80, "fp32", "fp32", REFERENCE=2, ENTROPY=True, EXTRAS=True),
     _stats("with KLs, fp32", 72, "fp32", "fp32", REFERENCE=2),
     _stats("with KLs, fp32 reference", 72, reference="fp32", REFERENCE=2),
     _stats("with KLs, reference aligned otherwise", 96, reference="bf16", REFERENCE=2, ALIGNED=False),
@@ -167,11 +167,11 @@ CUDA_VARIANTS: tuple[Variant, ...] = (
     _cuda_stats("log-probs, fp32", 64, 0, 0, "fp32"),
     _cuda_stats("log-probs, fp16", 64, 0, 0, "fp16"),
     _cuda_stats("with entropy", 64, 1, 0),
-    _cuda_stats("all columns without reference", 80, 2, 0),
+    _cuda_stats("all fields without reference", 80, 2, 0),
     _cuda_stats("with KLs", 80, 1, 1, reference="bf16"),
     _cuda_stats("with KLs, fp32", 80, 1, 1, "fp32", "fp32"),
-    _cuda_stats("all columns", 80, 2, 1, reference="bf16"),
-    _cuda_stats("all columns, any types and alignments", 80, 2, 2, reference="bf16"),
+    _cuda_stats("all fields", 80, 2, 1, reference="bf16"),
+    _cuda_stats("all fields, any types and alignments", 80, 2, 2, reference="bf16"),
     Variant("combine split rows", "combine", symbol=r"_ZN2qk4cuda\w*14combine_kernelILb1EE"),
     _cuda_grad("gradient of log-probs", 64, 0),
     _cuda_grad("gradient of log-probs, fp32", 64, 0, "fp32"),

@@ -100,10 +100,10 @@ def _head(scorer: TokenScorer, hidden: Sequence[torch.Tensor], labels: torch.Ten
     """What scoring does after the models' own forward."""
     weights = [head_parameters(m).weight for m in (scorer.model, scorer.reference)]
     stats = linear_token_stats(
-        hidden[0], weights[0], labels, reference_hidden=hidden[1], reference_weight=weights[1], outputs=scorer._columns
+        hidden[0], weights[0], labels, reference_hidden=hidden[1], reference_weight=weights[1], outputs=scorer._fields
     )
-    columns = {name: getattr(stats, name) for name in scorer._columns}
-    _mdp(columns, scorer.beta, labels != IGNORE)
+    values = {name: getattr(stats, name) for name in scorer._fields}
+    _mdp(values, scorer.beta, labels != IGNORE)
 
 
 def _products(scorer: TokenScorer, hidden: Sequence[torch.Tensor], labels: torch.Tensor, buffer: torch.Tensor) -> None:

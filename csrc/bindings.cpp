@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "core/columns.h"
+#include "core/fields.h"
 #include "cpu/amx.h"
 #include "cpu/cpu.h"
 #include "cpu/product.h"
@@ -19,8 +19,8 @@ using namespace qk::bindings;
 
 // Returns the flat index of the first invalid label, or -1 when the rows were computed.
 int64_t row_stats(const Sizes& shape, const View& policy, const View& reference, Address labels, int64_t ignore_index,
-                  double temperature, uint32_t columns, Address out, int threads) {
-  const qk::StatsCall call = stats_call(shape, policy, reference, labels, ignore_index, temperature, columns, out);
+                  double temperature, uint32_t fields, Address out, int threads) {
+  const qk::StatsCall call = stats_call(shape, policy, reference, labels, ignore_index, temperature, fields, out);
   py::gil_scoped_release release;
   const int64_t bad = qk::find_bad_label(call.labels, call.shape);
   if (bad < 0) qk::row_stats(call, threads);
@@ -81,7 +81,7 @@ std::vector<std::string> names(const char* const (&list)[n]) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled row operations. Knows nothing of torch; its callers are in qkernels/backends.";
   def_by_keyword(m, "row_stats", &row_stats, "shape", "policy", "reference", "labels", "ignore_index", "temperature",
-                 "columns", "out", "threads");
+                 "fields", "out", "threads");
   def_by_keyword(m, "row_grad", &row_grad, "shape", "policy", "reference", "labels", "ignore_index", "temperature",
                  "state", "reference_state", "coefficients", "coefficient_count", "upstream", "out", "out_is_zero",
                  "threads");
@@ -100,7 +100,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Use another one; False if it is not available.");
   m.def("use_own_threads", &qk::use_own_threads, "Never borrow an OpenMP team in this process.");
   m.def("thread_source", [] { return std::string(qk::thread_source()); });
-  m.def("column_names", [] { return names(qk::kColumnNames); });
+  m.def("field_names", [] { return names(qk::kFieldNames); });
   m.def("coefficient_names", [] { return names(qk::kCoefficientNames); });
   m.def("compiler", [] { return std::string(QK_COMPILER); });
 #if defined(QK_CUDA)

@@ -32,9 +32,9 @@ inline Rows rows_of(const View& view) {
 inline Shape shape_of(const Sizes& shape) { return {std::get<0>(shape), std::get<1>(shape), std::get<2>(shape)}; }
 
 inline StatsCall stats_call(const Sizes& shape, const View& policy, const View& reference, Address labels,
-                            int64_t ignore_index, double temperature, uint32_t columns, Address out) {
+                            int64_t ignore_index, double temperature, uint32_t fields, Address out) {
   return {shape_of(shape), rows_of(policy), rows_of(reference), {at<int64_t>(labels), ignore_index},
-          temperature,     columns,         at<float>(out)};
+          temperature,     fields,          at<float>(out)};
 }
 
 inline GradCall grad_call(const Sizes& shape, const View& policy, const View& reference, Address labels,

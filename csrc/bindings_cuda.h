@@ -15,9 +15,8 @@ inline cuda::Launch launch_of(const Where& where) {
 }
 
 inline void cuda_row_stats(const Sizes& shape, const View& policy, const View& reference, Address labels,
-                           int64_t ignore_index, double temperature, uint32_t columns, Address out,
-                           const Where& where) {
-  const StatsCall call = stats_call(shape, policy, reference, labels, ignore_index, temperature, columns, out);
+                           int64_t ignore_index, double temperature, uint32_t fields, Address out, const Where& where) {
+  const StatsCall call = stats_call(shape, policy, reference, labels, ignore_index, temperature, fields, out);
   py::gil_scoped_release release;
   cuda::row_stats(call, launch_of(where));
 }
@@ -48,7 +47,7 @@ inline void bind_cuda(py::module_& m) {
   m.def("cuda_unavailable", &cuda::unavailable, py::arg("device"),
         "Why the CUDA kernels cannot run on a device; empty if they can.");
   def_by_keyword(m, "cuda_row_stats", &cuda_row_stats, "shape", "policy", "reference", "labels", "ignore_index",
-                 "temperature", "columns", "out", "where");
+                 "temperature", "fields", "out", "where");
   def_by_keyword(m, "cuda_row_grad", &cuda_row_grad, "shape", "policy", "reference", "labels", "ignore_index",
                  "temperature", "state", "reference_state", "coefficients", "coefficient_count", "upstream", "out",
                  "where");

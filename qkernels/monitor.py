@@ -129,7 +129,7 @@ def concatenate(parts: Iterable[PairRewards]) -> PairRewards:
     parts = list(parts)
     if not parts:
         raise ValueError("no batch of pairs")
-    columns: list[Any] = []
+    joined: list[Any] = []
     for name in PairRewards._fields:
         values = [getattr(part, name) for part in parts]
         missing = sum(value is None for value in values)
@@ -137,8 +137,8 @@ def concatenate(parts: Iterable[PairRewards]) -> PairRewards:
             raise ValueError(
                 f"{name} is given for {len(values) - missing} of {len(values)} batches; expected all or none"
             )
-        columns.append(None if missing else torch.cat(values))
-    return PairRewards(*columns)
+        joined.append(None if missing else torch.cat(values))
+    return PairRewards(*joined)
 
 
 def __getattr__(name: str) -> Any:

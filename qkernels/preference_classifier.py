@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .core import checks
-from .core.columns import stats_dtype
+from .core.fields import stats_dtype
 from .head.products import Head
 from .text.lengths import batches_by_length, default_batch_tokens, position_limit
 

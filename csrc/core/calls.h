@@ -54,8 +54,8 @@ struct StatsCall {
   Rows policy, reference;  // reference.data is null when there is none
   Labels labels;
   double temperature = 1;
-  uint32_t columns = 0;
-  float* out = nullptr;  // [number of columns, rows]
+  uint32_t fields = 0;
+  float* out = nullptr;  // [number of fields, rows]
 };
 
 struct GradCall {

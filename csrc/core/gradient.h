@@ -1,6 +1,6 @@
 // The gradient of one row: from the coefficients to the factors of its entries, and the label's entry.
 //
-// With the coefficients a (label), b (p), c (p_logp), d (p_logq), h (q) of columns.h, z the raw logits, T the
+// With the coefficients a (label), b (p), c (p_logp), d (p_logq), h (q) of fields.h, z the raw logits, T the
 // temperature, t = (z - row_max) log2(e) / T, e = 2^t, log p = t ln 2 - log_sum, primes for the reference, entry j != y
 // of dL/dz is
 //   g_j = e (constant + slope t + reference_slope t') + q_scale e'
@@ -15,7 +15,7 @@
 #include <cmath>
 
 #include "calls.h"
-#include "columns.h"
+#include "fields.h"
 
 namespace qk {
 

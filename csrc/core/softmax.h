@@ -1,4 +1,4 @@
-// The online softmax of one row: partial sums, and how two partial sums merge. What follows from the whole: columns.h.
+// The online softmax of one row: partial sums, and how two partial sums merge. What follows from the whole: fields.h.
 //
 // With z the raw logits, T the temperature and m the running maximum of the z seen so far, let
 //   t_j = (z_j - m) log2(e) / T <= 0,     e_j = 2^t_j = exp((z_j - m) / T).
@@ -9,7 +9,7 @@
 //   sum e^2      <- 4^d sum e^2
 //   sum e (t-t') <- 2^d (sum e (t-t') + (d - d') sum e)      (t', d' of the other model of the pair)
 //
-// The label's own term is left out of all sums and added in `finish` (columns.h). Then the sum over the other entries
+// The label's own term is left out of all sums and added in `finish` (fields.h). Then the sum over the other entries
 // keeps its relative precision when the model is almost certain, and with it log pi(label) = -log1p(sum of the others).
 //
 // Differences are taken before anything is added back: the offset of the logits, however large, never meets the

@@ -127,7 +127,7 @@ void row_stats(const StatsCall& call, int threads) {
   auto ignored = [&](int64_t row) { return call.labels.data[row] == call.labels.ignore_index; };
   auto clear = [&](int64_t row) {
     float* out = call.out + row;
-    for (uint32_t left = call.columns; left; left &= left - 1, out += rows) *out = 0;
+    for (uint32_t left = call.fields; left; left &= left - 1, out += rows) *out = 0;
   };
   const bool split = threads > 1 && segments > 1 && rows < 4 * static_cast<int64_t>(threads);
   if (!split) {

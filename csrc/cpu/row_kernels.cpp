@@ -352,8 +352,8 @@ void fold_both(const StatsCall& call, int64_t row, int64_t begin, int64_t end, R
 
 void sum_segment(const StatsCall& call, int64_t row, int64_t segment, RowSums* sums) {
   const int64_t begin = segment * kSegment, end = std::min(begin + kSegment, call.shape.vocab);
-  const bool everything = call.columns & (bit(kLogSumSqProbs) | bit(kMeanLogits));
-  if (call.columns & kDivergences) {
+  const bool everything = call.fields & (bit(kLogSumSqProbs) | bit(kMeanLogits));
+  if (call.fields & kDivergences) {
     if (everything)
       fold_both<Gather::kAll>(call, row, begin, end, *sums);
     else
@@ -362,11 +362,11 @@ void sum_segment(const StatsCall& call, int64_t row, int64_t segment, RowSums* s
   }
   if (everything)
     fold_one<Gather::kAll>(call.policy, call, row, begin, end, sums->policy);
-  else if (call.columns & bit(kEntropy))
+  else if (call.fields & bit(kEntropy))
     fold_one<Gather::kEntropy>(call.policy, call, row, begin, end, sums->policy);
   else
     fold_one<Gather::kExp>(call.policy, call, row, begin, end, sums->policy);
-  if (call.reference.data && (call.columns & kReadsReference))
+  if (call.reference.data && (call.fields & kReadsReference))
     fold_one<Gather::kExp>(call.reference, call, row, begin, end, sums->reference);
 }
 
@@ -379,17 +379,17 @@ bool is_top1(const StatsCall& call, int64_t row, const Sums& sums, int64_t label
 
 void finish_row(const StatsCall& call, int64_t row, const RowSums& sums) {
   const int64_t label = call.labels.data[row];
-  const bool with_reference = call.reference.data && (call.columns & kReadsReference);
-  float values[kColumnCount];
+  const bool with_reference = call.reference.data && (call.fields & kReadsReference);
+  float values[kFieldCount];
   const float policy_label = element(call.policy, call.shape, row, label);
   const float reference_label = with_reference ? element(call.reference, call.shape, row, label) : 0;
   const bool top1 =
-      (call.columns & bit(kIsTop1)) && policy_label == sums.policy.max && is_top1(call, row, sums.policy, label);
+      (call.fields & bit(kIsTop1)) && policy_label == sums.policy.max && is_top1(call, row, sums.policy, label);
   finish(sums, policy_label, reference_label, with_reference, call.shape.vocab, call.temperature, top1, values);
   float* out = call.out + row;
-  for (int column = 0; column < kColumnCount; ++column)
-    if (call.columns >> column & 1) {
-      *out = values[column];
+  for (int field = 0; field < kFieldCount; ++field)
+    if (call.fields >> field & 1) {
+      *out = values[field];
       out += call.shape.rows();
     }
 }

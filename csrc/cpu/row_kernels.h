@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../core/calls.h"
-#include "../core/columns.h"
+#include "../core/fields.h"
 
 namespace qk {
 
@@ -17,7 +17,7 @@ struct RowKernels {
   const char* name;
   // Sums of one segment of one row.
   void (*sum_segment)(const StatsCall&, int64_t row, int64_t segment, RowSums*);
-  // Columns of a row from its merged sums.
+  // Fields of a row from its merged sums.
   void (*finish_row)(const StatsCall&, int64_t row, const RowSums&);
   // Gradient of one segment of one row.
   void (*grad_segment)(const GradCall&, int64_t row, int64_t segment);

@@ -1,4 +1,4 @@
-// From the complete sums of a row to its columns.
+// From the complete sums of a row to its fields.
 #pragma once
 
 #include "online_softmax.h"
@@ -6,17 +6,17 @@
 namespace qk {
 namespace cuda {
 
-// The columns that these sums suffice for. A kernel computes no others.
-constexpr uint32_t columns_of(Gather gather, bool pair) {
+// The fields that these sums suffice for. A kernel computes no others.
+constexpr uint32_t fields_of(Gather gather, bool pair) {
   const uint32_t always = bit(kRowMax) | bit(kLogSum) | bit(kLogps) | bit(kLogsumexp);
   const uint32_t entropy = gather == Gather::kExp ? 0 : bit(kEntropy);
   const uint32_t all = gather == Gather::kAll ? bit(kLogSumSqProbs) | bit(kMeanLogits) | bit(kIsTop1) : 0;
   return always | entropy | all | (pair ? kReadsReference : 0);
 }
 
-// The index of a column in the output: the number of columns before it that were asked for.
-QK_HOST_DEVICE int slot_of(uint32_t columns, int column) {
-  const uint32_t before = columns & ((1u << column) - 1);
+// The index of a field in the output: the number of fields before it that were asked for.
+QK_HOST_DEVICE int slot_of(uint32_t fields, int field) {
+  const uint32_t before = fields & ((1u << field) - 1);
 #if defined(__CUDA_ARCH__)
   return __popc(before);
 #else
@@ -24,11 +24,11 @@ QK_HOST_DEVICE int slot_of(uint32_t columns, int column) {
 #endif
 }
 
-// Stores the row's columns among `kColumns` from its complete sums, from which the label is still left out.
-// `of_reference`: the sums are the reference's, accumulated on their own, and so are the columns.
-template <uint32_t kColumns>
+// Stores the row's fields among `kFields` from its complete sums, from which the label is still left out.
+// `of_reference`: the sums are the reference's, accumulated on their own, and so are the fields.
+template <uint32_t kFields>
 QK_HOST_DEVICE void finish_row(const StatsCall& call, int64_t row, PartialSums total, bool of_reference) {
-  constexpr bool kPair = (kColumns & kDivergences) != 0;
+  constexpr bool kPair = (kFields & kDivergences) != 0;
   const int64_t label = call.labels.data[row];
   const float z = element(of_reference ? call.reference : call.policy, call.shape, row, label);
   const float rz = kPair ? element(call.reference, call.shape, row, label) : 0;
@@ -37,11 +37,11 @@ QK_HOST_DEVICE void finish_row(const StatsCall& call, int64_t row, PartialSums t
   of_label.reference.max = rz;
   const bool top1 = z >= total.sums.policy.max && total.max_before_label < z;
   merge(total.sums, of_label, quotient(kLog2e, call.temperature));
-  float values[kColumnCount];
+  float values[kFieldCount];
   finish(total.sums, z, rz, kPair, call.shape.vocab, call.temperature, top1, values);
   const int64_t rows = call.shape.rows();
-  auto put = [&](int column, float value) {
-    if (call.columns >> column & 1) call.out[slot_of(call.columns, column) * rows + row] = value;
+  auto put = [&](int field, float value) {
+    if (call.fields >> field & 1) call.out[slot_of(call.fields, field) * rows + row] = value;
   };
   if (of_reference) {
     put(kReferenceRowMax, values[kRowMax]);
@@ -51,8 +51,8 @@ QK_HOST_DEVICE void finish_row(const StatsCall& call, int64_t row, PartialSums t
     return;
   }
   QK_UNROLL
-  for (int column = 0; column < kColumnCount; ++column)
-    if (kColumns >> column & 1) put(column, values[column]);
+  for (int field = 0; field < kFieldCount; ++field)
+    if (kFields >> field & 1) put(field, values[field]);
 }
 
 }  // namespace cuda

@@ -9,7 +9,7 @@
 // equal bits.
 #pragma once
 
-#include "../core/columns.h"
+#include "../core/fields.h"
 #include "row_tiling.h"
 
 namespace qk {

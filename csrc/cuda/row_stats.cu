@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kMaxSplits)
   const int piece = static_cast<int>(threadIdx.x);
   if (piece < split.count) mine = scratch[(row * split.count + piece) * models + of_reference * (models - 1)];
   const PartialSums total = add_block<kGather, kPair, kMaxSplits>(mine, quotient(kLog2e, call.temperature));
-  if (threadIdx.x == 0) finish_row<columns_of(kGather, kPair)>(call, row, total, of_reference);
+  if (threadIdx.x == 0) finish_row<fields_of(kGather, kPair)>(call, row, total, of_reference);
 }
 
 template <bool kPair>
@@ -29,10 +29,10 @@ void launch_combine(const StatsCall& call, const Launch& where, const Split& spl
          of_reference, static_cast<const PartialSums*>(where.scratch));
 }
 
-// What has to be accumulated for these columns.
-Gather gather_for(uint32_t columns) {
-  if (columns & (bit(kLogSumSqProbs) | bit(kMeanLogits) | bit(kIsTop1))) return Gather::kAll;
-  return columns & bit(kEntropy) ? Gather::kEntropy : Gather::kExp;
+// What has to be accumulated for these fields.
+Gather gather_for(uint32_t fields) {
+  if (fields & (bit(kLogSumSqProbs) | bit(kMeanLogits) | bit(kIsTop1))) return Gather::kAll;
+  return fields & bit(kEntropy) ? Gather::kEntropy : Gather::kExp;
 }
 
 }  // namespace
@@ -44,12 +44,12 @@ void row_stats(const StatsCall& call, const Launch& where) {
   check_vocab(call.shape);
   const DeviceGuard guard(where.device);
   const Split split = split_row(call.shape.vocab, where.splits);
-  const Gather gather = gather_for(call.columns);
-  const bool two = call.reference.data && (call.columns & kReadsReference);
+  const Gather gather = gather_for(call.fields);
+  const bool two = call.reference.data && (call.fields & kReadsReference);
   // Separately, models of different types take a launch each, and twice as many where rows are split; jointly they take
   // two launches then.
   const bool separately = same_type(call.policy, call.reference) || split.count == 1;
-  if (two && ((call.columns & kDivergences) || !separately)) {
+  if (two && ((call.fields & kDivergences) || !separately)) {
     if (same_type(call.policy, call.reference) && same_alignment(call.policy, call.reference, call.shape))
       launch_stats_both(call, where, split, gather);
     else

@@ -9,7 +9,7 @@
 //
 // Memory traffic. Each logit is read once, by 128-bit loads whatever V, strides and addresses are, and is evicted first
 // from the caches; the label's logit is read once more. Rows whose label is ignored or outside of the vocabulary are
-// not read. Written: 4 bytes per column and row, each by one block. If the rows of the two models differ in type or in
+// not read. Written: 4 bytes per field and row, each by one block. If the rows of the two models differ in type or in
 // alignment modulo 16 bytes, one kernel for all types and alignments (AnyRow) reads them jointly, by 128-bit loads as
 // well.
 //
@@ -38,14 +38,14 @@ constexpr int blocks_of(Gather gather, Reads reads) {
   return (reads == Reads::kOne && gather != Gather::kAll ? 4 : 3) * 256 / kThreads;
 }
 
-// Whether the label of a row is ignored or outside of the vocabulary. Such a row is not read: all of its columns are 0
+// Whether the label of a row is ignored or outside of the vocabulary. Such a row is not read: all of its fields are 0
 // or NaN. Of the blocks that work on the row (one per piece and model, in either kernel) the one with `writes` stores
 // them.
 __device__ __forceinline__ bool write_ignored_or_invalid(const StatsCall& call, int64_t row, bool writes) {
   const int64_t label = call.labels.data[row];
   if (label >= 0 && label < call.shape.vocab && label != call.labels.ignore_index) return false;
   const float value = label == call.labels.ignore_index ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-  if (writes && threadIdx.x < __popc(call.columns)) call.out[threadIdx.x * call.shape.rows() + row] = value;
+  if (writes && threadIdx.x < __popc(call.fields)) call.out[threadIdx.x * call.shape.rows() + row] = value;
   return true;
 }
 
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kGather, kReads))
   if (scratch)
     scratch[static_cast<int64_t>(block) * models + of_reference * (models - 1)] = total;
   else
-    finish_row<columns_of(kGather, kPair)>(call, row, total, of_reference);
+    finish_row<fields_of(kGather, kPair)>(call, row, total, of_reference);
 }
 
 template <class T, Gather kGather, Reads kReads>

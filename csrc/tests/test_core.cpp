@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#include "../core/columns.h"
+#include "../core/fields.h"
 #include "../core/pair_loss.h"
 #include "../cpu/amx.h"
 #include "../cpu/cpu.h"
@@ -127,16 +127,16 @@ void check_rows(std::mt19937& random, qk::DType dtype, qk::DType reference_dtype
                      " V " + std::to_string(shape.vocab) + " gap " + std::to_string(gap) + " offset " +
                      std::to_string(offset) + " threads " + std::to_string(threads);
 
-  const uint32_t all = (1u << qk::kColumnCount) - 1;
+  const uint32_t all = (1u << qk::kFieldCount) - 1;
   const size_t rows = labels.size();
-  std::vector<float> stats(rows * qk::kColumnCount, 777.f);
+  std::vector<float> stats(rows * qk::kFieldCount, 777.f);
   qk::StatsCall call{shape, policy.rows(), reference.rows(), {labels.data(), -100}, temperature, all, stats.data()};
   expect(qk::find_bad_label(call.labels, shape) == -1, name + ": labels");
   qk::row_stats(call, threads);
   // A narrower request takes another path through the kernels and must give the same numbers.
   std::vector<float> few(rows * 3, 777.f);
   qk::StatsCall small = call;
-  small.columns = qk::bit(qk::kLogps) | qk::bit(qk::kLogsumexp) | qk::bit(qk::kReferenceLogps);
+  small.fields = qk::bit(qk::kLogps) | qk::bit(qk::kLogsumexp) | qk::bit(qk::kReferenceLogps);
   small.out = few.data();
   qk::row_stats(small, threads);
 
@@ -161,11 +161,11 @@ void check_rows(std::mt19937& random, qk::DType dtype, qk::DType reference_dtype
   qk::row_grad(simple, threads);
 
   for (size_t i = 0; i < rows; ++i) {
-    auto got = [&](qk::Column column) { return stats[static_cast<size_t>(column) * rows + i]; };
+    auto got = [&](qk::Field field) { return stats[static_cast<size_t>(field) * rows + i]; };
     const int64_t row = static_cast<int64_t>(i), y = labels[i];
     if (y == -100) {
-      for (int c = 0; c < qk::kColumnCount; ++c)
-        expect(got(static_cast<qk::Column>(c)) == 0, name + ": ignored row is 0");
+      for (int c = 0; c < qk::kFieldCount; ++c)
+        expect(got(static_cast<qk::Field>(c)) == 0, name + ": ignored row is 0");
       for (int64_t j = 0; j < shape.vocab; ++j)
         expect(gradient.get(gradient.index(shape, row, j)) == 0, name + ": gradient of an ignored row is 0");
       continue;

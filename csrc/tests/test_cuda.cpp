@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../core/columns.h"
+#include "../core/fields.h"
 #include "../cuda/cuda.h"
 #include "../cuda/dispatch.h"
 #include "cuda_emulation/emulation.h"
@@ -117,7 +117,7 @@ struct Softmax {
   }
 };
 
-constexpr uint32_t kEverything = (1u << kColumnCount) - 1;
+constexpr uint32_t kEverything = (1u << kFieldCount) - 1;
 
 struct Case {
   int vocab;
@@ -152,7 +152,7 @@ void check_case(std::mt19937& random, const Case& c) {
     reference.set(j, out ? -INFINITY : z + 0.3f * normal(random));
   }
   const int64_t label = c.label;
-  float stats[kColumnCount], few[kColumnCount];
+  float stats[kFieldCount], few[kFieldCount];
   for (float& x : stats) x = 777;
   StatsCall call{{1, 1, c.vocab}, policy.rows(), reference.rows(), {&label, -100}, c.temperature, kEverything, stats};
   const bool alike = c.dtype == c.reference_dtype && policy.past_16() == reference.past_16();
@@ -189,8 +189,8 @@ void check_case(std::mt19937& random, const Case& c) {
   expect(stats[kIsTop1] == (first == c.label ? 1 : 0), name + ": is_top1");
 
   // Whatever else is accumulated, and for either model: the same bits where rows have the same alignment.
-  auto single = [&](uint32_t columns) {
-    call.columns = columns;
+  auto single = [&](uint32_t fields) {
+    call.fields = fields;
     call.out = few;
     row_stats(call, c.splits);
   };
@@ -301,13 +301,13 @@ void check_special_rows() {
         row.set(j, bad == -inf ? bad : 0.01f * static_cast<float>(j % 77)), reference.set(j, 1);
       const int64_t label = 4000;
       if (bad != -inf) row.set(where == 0 ? 1 : where == 1 ? 2600 : 4000, bad);
-      float out[kColumnCount];
+      float out[kFieldCount];
       StatsCall call{{1, 1, n}, row.rows(), reference.rows(), {&label, -100}, 1, kEverything, out};
       row_stats(call, 1);
-      for (int column = 0; column < kColumnCount; ++column) {
-        const bool of_reference = column == kReferenceRowMax || column == kReferenceLogSum ||
-                                  column == kReferenceLogps || column == kReferenceLogsumexp;
-        expect(std::isnan(out[column]) != of_reference, std::string("invalid row: ") + kColumnNames[column]);
+      for (int field = 0; field < kFieldCount; ++field) {
+        const bool of_reference = field == kReferenceRowMax || field == kReferenceLogSum || field == kReferenceLogps ||
+                                  field == kReferenceLogsumexp;
+        expect(std::isnan(out[field]) != of_reference, std::string("invalid row: ") + kFieldNames[field]);
       }
     }
   // A token that the reference alone masks: infinite; one that both mask: nothing.
@@ -318,7 +318,7 @@ void check_special_rows() {
     reference.set(1200, -inf);
     if (both) row.set(1200, -inf);
     const int64_t label = 7;
-    float out[kColumnCount];
+    float out[kFieldCount];
     StatsCall call{{1, 1, n}, row.rows(), reference.rows(), {&label, -100}, 1, kEverything, out};
     row_stats(call, 3);
     expect(both ? out[kKlPolicyReference] == 0 : out[kKlPolicyReference] == inf, "a token that the reference masks");
@@ -333,7 +333,7 @@ void check_special_rows() {
         for (int j = 0; j < n; ++j) row.set(j, 0.01f * static_cast<float>(j % 77)), reference.set(j, 0.5f);
         for (int j = first; j < first + masked; ++j) (of_policy ? row : reference).set(j, -3e38f);
         const int64_t label = 20000;
-        float out[kColumnCount];
+        float out[kFieldCount];
         StatsCall call{{1, 1, n}, row.rows(), reference.rows(), {&label, -100}, temperature, kEverything, out};
         row_stats(call, 1);
         const Softmax p(row, temperature), q(reference, temperature);
@@ -378,9 +378,9 @@ void check_one_writer() {
       const uint32_t state = bit(kRowMax) | bit(kLogSum) | bit(kLogps), both = state | state << 3;
       const std::string name =
           "splits " + std::to_string(splits) + " types 1/" + std::to_string(static_cast<int>(other));
-      for (const uint32_t columns : {state, both, bit(kReferenceLogps), kEverything}) {
-        std::vector<float> out(static_cast<size_t>(kRows * __builtin_popcount(columns)));
-        const StatsCall call{{1, kRows, kVocab}, rows(policy), rows(reference), {labels, -100}, 1, columns, out.data()};
+      for (const uint32_t fields : {state, both, bit(kReferenceLogps), kEverything}) {
+        std::vector<float> out(static_cast<size_t>(kRows * __builtin_popcount(fields)));
+        const StatsCall call{{1, kRows, kVocab}, rows(policy), rows(reference), {labels, -100}, 1, fields, out.data()};
         check_writers(
             2 * kRows * splits,
             [&] {
@@ -392,7 +392,7 @@ void check_one_writer() {
               for (const float x : out) touched.push_back(x != kUntouched);
               return touched;
             },
-            "row_stats, columns " + std::to_string(columns) + ", " + name);
+            "row_stats, fields " + std::to_string(fields) + ", " + name);
       }
       std::vector<float> saved(3 * kRows, 0.5f), coefficients(kCoefficientCount * kRows, 1);
       Row out(DType::kBFloat16, kRows * kVocab, 0);

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.coefficients import coefficients
-from ..core.columns import BIT
+from ..core.fields import BIT
 from ..core.memory import BLOCK_ELEMENTS
 from ..head import chunks, ops
 from ..head.call import HeadCall, Model
@@ -24,9 +24,9 @@ from .saved import carried, restored, saveable
 
 
 class HeadStats(torch.autograd.Function):
-    """`(hidden [N, H], weight [V, H], bias [V] or None, call) -> stats [K, N], columns [N] ...`. Four GEMMs.
+    """`(hidden [N, H], weight [V, H], bias [V] or None, call) -> stats [K, N], fields [N] ...`. Four GEMMs.
 
-    `call` has the same model, the reference, which is a constant, and the labels. `stats` is a constant; the columns
+    `call` has the same model, the reference, which is a constant, and the labels. `stats` is a constant; the fields
     named in `carrying`, which follow it, are differentiable in hidden, weight and bias.
     """
 
@@ -37,13 +37,13 @@ class HeadStats(torch.autograd.Function):
         if call.policy.hidden is not hidden:  # inside torch.compile
             call = call._replace(policy=Model(hidden, weight, bias))
         stats = ops.linear_stats.as_op(call) if torch.compiler.is_compiling() else chunks.stats(call)
-        columns = call.config.columns
-        with_kl = columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
+        fields = call.config.fields
+        with_kl = fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
         reference = call.reference if with_kl and call.reference is not None else (None, None, None)
         constants = saveable(ctx, *reference, call.temperatures)
         ctx.save_for_backward(hidden, weight, bias, *constants, call.labels, call.valid, stats)
         ctx.config, ctx.carrying = call.config, carrying
-        return carried(ctx, stats, columns, carrying)
+        return carried(ctx, stats, fields, carrying)
 
     @staticmethod
     @once_differentiable
@@ -61,7 +61,7 @@ class HeadStats(torch.autograd.Function):
             valid=valid,
             temperatures=temperatures,
         )
-        upstream = coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), ctx.config.columns)
+        upstream = coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), ctx.config.fields)
         states = stats[:3] if reference is None else stats[:6]
         needs = list(ctx.needs_input_grad[:3])
         if torch.compiler.is_compiling():
@@ -83,7 +83,7 @@ class FrozenHead(torch.autograd.Function):
         stats, unit = ops.linear_unit_gradient.as_op(call) if compiling else chunks.unit_gradient(call)
         ctx.save_for_backward(unit, call.labels == call.config.ignore_index, call.valid)
         ctx.dtype, ctx.shard = hidden.dtype, call.config.shard
-        return carried(ctx, stats, call.config.columns, ("logps",))
+        return carried(ctx, stats, call.config.fields, ("logps",))
 
     @staticmethod
     @once_differentiable

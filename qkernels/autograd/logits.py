@@ -1,7 +1,7 @@
 """Autograd of the row operations on logits: what is saved, and how upstream gradients reach the kernel.
 
 Saved for backward: the logits themselves (no copy), labels, and the per-row results; nothing of the logits' size. The
-backward turns upstream gradients of all columns into at most five coefficients per row and makes one pass over the
+backward turns upstream gradients of all fields into at most five coefficients per row and makes one pass over the
 logits.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import ops
 from ..core import calls
 from ..core.coefficients import coefficients
-from ..core.columns import BIT, STATE, column_index
+from ..core.fields import BIT, STATE, field_index
 from ..distributed.vocab_parallel import Shard, row_stats
 from . import once_differentiable
 from .saved import carried, restored, saveable
@@ -41,7 +41,7 @@ class Backward(NamedTuple):
     """How the gradient of logits is made.
 
     inplace: over the logits' own storage.
-    carrying: the columns that carry a gradient.
+    carrying: the fields that carry a gradient.
     shard: this rank's shard of the vocabulary; None where it holds all of it.
     """
 
@@ -51,9 +51,9 @@ class Backward(NamedTuple):
 
 
 class RowStats(torch.autograd.Function):
-    """`(logits [S, T, V], call) -> stats [K, S, T], columns [S, T] ...`.
+    """`(logits [S, T, V], call) -> stats [K, S, T], fields [S, T] ...`.
 
-    `call` has the same logits, labels and the reference, which is a constant. `stats` is a constant; the columns named
+    `call` has the same logits, labels and the reference, which is a constant. `stats` is a constant; the fields named
     in `how.carrying`, which follow it, are differentiable in the logits. What carries no gradient costs nothing in the
     backward. With a shard, the logits are this rank's columns and the results those of the whole rows.
     """
@@ -63,25 +63,25 @@ class RowStats(torch.autograd.Function):
         if call.logits is not logits:  # inside torch.compile
             call = call._replace(logits=logits)
         stats = row_stats(call, how.shard)
-        with_kl = call.columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
+        with_kl = call.fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
         (kept,) = saveable(ctx, call.reference if with_kl else None)
         ctx.save_for_backward(logits, call.labels, kept, stats)
         ctx.how, ctx.options = how, call[3:]
-        return carried(ctx, stats, call.columns, how.carrying)
+        return carried(ctx, stats, call.fields, how.carrying)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, labels, kept, stats = ctx.saved_tensors
         (reference,) = restored(ctx, kept)
-        columns, temperature, ignore_index, backend = ctx.options
+        fields, temperature, ignore_index, backend = ctx.options
         call = calls.RowGrad(
             logits=logits,
             labels=labels,
             reference=reference,
             state=stats,
             reference_state=None if reference is None else stats[3:6],
-            coefficients=coefficients(stats, dict(zip(ctx.how.carrying, grads, strict=True)), columns),
+            coefficients=coefficients(stats, dict(zip(ctx.how.carrying, grads, strict=True)), fields),
             upstream=None,
             temperature=temperature,
             ignore_index=ignore_index,
@@ -117,7 +117,7 @@ def _mark_overwritten(logits: Tensor) -> None:
     setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
 
 
-_LOGPS = column_index(STATE, "logps")  # in every buffer that begins with the state
+_LOGPS = field_index(STATE, "logps")  # in every buffer that begins with the state
 
 
 class PairTerms(NamedTuple):
@@ -147,7 +147,7 @@ class DefaultLoss(torch.autograd.Function):
         logps = stats[_LOGPS]
         reference = terms.reference_logps
         if rows.reference is not None:
-            reference = stats[column_index(rows.columns, "reference_logps")]
+            reference = stats[field_index(rows.fields, "reference_logps")]
         loss, rewards, grad, tokens = ops.pair_loss(
             calls.PairLoss(
                 logps=logps,

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from ..core.columns import column_index, column_names
+from ..core.fields import field_index, field_names
 
 
-def carried(ctx: Any, stats: torch.Tensor, columns: int, carrying: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
-    """What an autograd function on rows returns: the stats, a constant, and the columns that carry gradient."""
+def carried(ctx: Any, stats: torch.Tensor, fields: int, carrying: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+    """What an autograd function on rows returns: the stats, a constant, and the fields that carry gradient."""
     ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)  # a column that nothing depends on has no gradient, rather than a zero one
-    return stats, *(stats[column_index(columns, name)] for name in carrying)
+    ctx.set_materialize_grads(False)  # a field that nothing depends on has no gradient, rather than a zero one
+    return stats, *(stats[field_index(fields, name)] for name in carrying)
 
 
 def saveable(ctx: Any, *constants: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -33,12 +33,12 @@ def restored(ctx: Any, *saved: torch.Tensor | None) -> tuple[torch.Tensor | None
 
 
 def by_name(
-    wanted: int, columns: int, carrying: tuple[str, ...], results: tuple[torch.Tensor, ...]
+    wanted: int, fields: int, carrying: tuple[str, ...], results: tuple[torch.Tensor, ...]
 ) -> dict[str, torch.Tensor]:
-    """The wanted ones of the columns that such a function has by name: with gradient where they carry one."""
+    """The wanted ones of the fields that such a function has by name: with gradient where they carry one."""
     stats, *differentiable = results
     found = dict(zip(carrying, differentiable, strict=True))
-    for name in column_names(wanted):
+    for name in field_names(wanted):
         if name not in found:
-            found[name] = stats[column_index(columns, name)]
+            found[name] = stats[field_index(fields, name)]
     return found

@@ -103,8 +103,8 @@ def view_of(tensor: Tensor | None) -> tuple[int, int, int, int]:
 @takes(RowStats)
 def row_stats(call: RowStats) -> Tensor:
     """Per-row results. See `qkernels.core.calls`."""
-    logits, labels, reference, columns, temperature, ignore_index, _ = call
-    out = logits.new_empty(columns.bit_count(), *labels.shape, dtype=torch.float32)
+    logits, labels, reference, fields, temperature, ignore_index, _ = call
+    out = logits.new_empty(fields.bit_count(), *labels.shape, dtype=torch.float32)
     bad = _C.row_stats(
         shape=logits.shape,
         policy=view_of(logits),
@@ -112,7 +112,7 @@ def row_stats(call: RowStats) -> Tensor:
         labels=address(labels, torch.int64),
         ignore_index=ignore_index,
         temperature=temperature,
-        columns=columns,
+        fields=fields,
         out=out.data_ptr(),
         threads=torch.get_num_threads(),
     )

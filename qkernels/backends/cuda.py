@@ -152,10 +152,10 @@ def _splits(logits: Tensor, rows: int) -> int:
 @takes(RowStats)
 def row_stats(call: RowStats) -> Tensor:
     """Per-row results. See `qkernels.core.calls`."""
-    logits, labels, reference, columns, temperature, ignore_index, _ = call
+    logits, labels, reference, fields, temperature, ignore_index, _ = call
     assert extension is not None
     check_labels(labels, logits.shape[-1], ignore_index)
-    out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
+    out = logits.new_empty((fields.bit_count(), *labels.shape), dtype=torch.float32)
     rows = labels.numel()
     splits = _splits(logits, rows)
     scratch = None
@@ -169,7 +169,7 @@ def row_stats(call: RowStats) -> Tensor:
         labels=address(labels, torch.int64),
         ignore_index=ignore_index,
         temperature=temperature,
-        columns=columns,
+        fields=fields,
         out=out.data_ptr(),
         where=_where(logits, rows, splits, address(scratch, torch.uint8)),
     )

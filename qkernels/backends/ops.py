@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.calls import PairLoss, RowGrad, RowStats
-from ..core.columns import stats_dtype
+from ..core.fields import stats_dtype
 from ..core.operations import NAMESPACE, Operation, Traits
 from . import get
 
@@ -24,7 +24,7 @@ def _row_stats(call: RowStats) -> Tensor:
 
 
 def _row_stats_fake(call: RowStats) -> Tensor:
-    return call.logits.new_empty((call.columns.bit_count(), *call.labels.shape), dtype=stats_dtype(call.logits.dtype))
+    return call.logits.new_empty((call.fields.bit_count(), *call.labels.shape), dtype=stats_dtype(call.logits.dtype))
 
 
 def _row_grad(call: RowGrad) -> Tensor:

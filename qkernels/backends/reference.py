@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.calls import PairLoss, RowGrad, RowStats, takes
 from ..core.checks import label_error
-from ..core.columns import BIT, NEEDS_REFERENCE, column_names, stats_dtype
+from ..core.fields import BIT, NEEDS_REFERENCE, field_names, stats_dtype
 from ..core.sequences import Sequences, log_ratios
 
 
@@ -74,14 +74,14 @@ def _safe_labels(labels: Tensor, vocab: int, ignored: Tensor) -> tuple[Tensor, T
 @torch.no_grad()  # the results are constants, as every backend's are; autograd is in `qkernels.autograd`
 def row_stats(call: RowStats) -> Tensor:
     """Per-row results. See `qkernels.core.calls`."""
-    logits, labels, reference, columns, temperature, ignore_index, _ = call
+    logits, labels, reference, fields, temperature, ignore_index, _ = call
     dtype = stats_dtype(logits.dtype)
     vocab = logits.shape[-1]
     ignored = labels == ignore_index
     safe, bad = _safe_labels(labels, vocab, ignored)
     policy = _Model(logits, safe, temperature)
     ref = None
-    if reference is not None and columns & NEEDS_REFERENCE:
+    if reference is not None and fields & NEEDS_REFERENCE:
         ref = _Model(reference.to(torch.promote_types(dtype, reference.dtype)), safe, temperature)
 
     values: dict[str, Tensor] = {
@@ -97,22 +97,22 @@ def row_stats(call: RowStats) -> Tensor:
             "reference_logps": ref.logps,
             "reference_logsumexp": ref.logsumexp,
         }
-        if columns & BIT["kl_reference_policy"]:
+        if fields & BIT["kl_reference_policy"]:
             values["kl_reference_policy"] = _kl(ref, policy)
-        if columns & BIT["kl_policy_reference"]:
+        if fields & BIT["kl_policy_reference"]:
             values["kl_policy_reference"] = _kl(policy, ref)
-    if columns & BIT["entropy"]:
+    if fields & BIT["entropy"]:
         values["entropy"] = -_expectation(policy.probs, policy.log_probs)
-    if columns & BIT["log_sum_sq_probs"]:
+    if fields & BIT["log_sum_sq_probs"]:
         values["log_sum_sq_probs"] = policy.probs.square().sum(-1, keepdim=True).log()
-    if columns & BIT["mean_logits"]:
+    if fields & BIT["mean_logits"]:
         values["mean_logits"] = policy.mean
-    if columns & BIT["is_top1"]:
+    if fields & BIT["is_top1"]:
         values["is_top1"] = policy.top1
 
     # A row of -inf, a NaN, a bad label: NaN in that row alone. An ignored row: 0.
     broken = bad | policy.log_sum.squeeze(-1).isnan()
-    out = torch.stack([values[name].squeeze(-1).to(dtype) for name in column_names(columns)])
+    out = torch.stack([values[name].squeeze(-1).to(dtype) for name in field_names(fields)])
     return out.masked_fill(broken, float("nan")).masked_fill(ignored, 0.0)
 
 

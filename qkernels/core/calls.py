@@ -2,7 +2,7 @@
 
 Shapes: `logits` is `[S, T, V]` with a contiguous last dimension and any strides before it (a packed batch is
 `[1, N, V]`); `labels` is a contiguous int64 `[S, T]`; per-row buffers are `[K, S, T]`, fp32 (fp64 for fp64 logits).
-The order of every per-row buffer is in `qkernels.core.columns`. `csrc/core/calls.h` has the same structures in C++.
+The order of every per-row buffer is in `qkernels.core.fields`. `csrc/core/calls.h` has the same structures in C++.
 
 Build them by keyword: two neighbours of one type then cannot change places.
 """
@@ -40,20 +40,20 @@ def takes(arguments: type, after: int = 0) -> Callable[[Callable[..., Result]], 
 
 
 class RowStats(NamedTuple):
-    """`row_stats`: the requested columns of each row, `[K, S, T]`. One read of each logit.
+    """`row_stats`: the requested fields of each row, `[K, S, T]`. One read of each logit.
 
-    A row with an ignored label is not read; it is 0 in every column. IndexError for a label outside [0, V) on the CPU,
+    A row with an ignored label is not read; it is 0 in every field. IndexError for a label outside [0, V) on the CPU,
     NaN in that row elsewhere.
 
-    reference: `[S, T, V]`, the other model's logits, of any floating dtype; None where no column reads them.
-    columns: bit mask of the results.
+    reference: `[S, T, V]`, the other model's logits, of any floating dtype; None where no field reads them.
+    fields: bit mask of the requested ones.
     backend: name of the one that runs.
     """
 
     logits: Tensor
     labels: Tensor
     reference: Tensor | None
-    columns: int
+    fields: int
     temperature: float
     ignore_index: int
     backend: str = ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .columns import DIFFERENTIABLE, column_index
+from .fields import DIFFERENTIABLE, field_index
 
 # Order of the per-row coefficients of `row_grad`. A buffer with only the first one stands for the common case in
 # which nothing but `logps` is differentiated. With p, q the softmaxes of policy and reference, entry j of a row is
@@ -14,8 +14,8 @@ from .columns import DIFFERENTIABLE, column_index
 COEFFICIENTS: tuple[str, ...] = ("label", "p", "p_logp", "p_logq", "q")
 
 
-def coefficients(stats: torch.Tensor, grads: Mapping[str, torch.Tensor | None], columns: int) -> torch.Tensor:
-    """Upstream gradients of the columns -> the coefficients of `row_grad` (chain rule; formulas of each column).
+def coefficients(stats: torch.Tensor, grads: Mapping[str, torch.Tensor | None], fields: int) -> torch.Tensor:
+    """Upstream gradients of the fields -> the coefficients of `row_grad` (chain rule; formulas of each field).
 
     With H the entropy, K = KL(policy || reference), and upstream gradients g of each output:
       d logps      = g (1[j=y] - p_j)
@@ -25,9 +25,9 @@ def coefficients(stats: torch.Tensor, grads: Mapping[str, torch.Tensor | None], 
       d KL(pi||ref) = g p_j (log p_j - log q_j - K)
 
     Args:
-        stats: `[K, ...]`, what `row_stats` returned for `columns`.
-        grads: by name of column, dL/dcolumn `[...]`; columns without a gradient are None or missing.
-        columns: the mask that `stats` was made with.
+        stats: `[K, ...]`, what `row_stats` returned for `fields`.
+        grads: by name of field, dL/dfield `[...]`; fields without a gradient are None or missing.
+        fields: the mask that `stats` was made with.
 
     Returns:
         `[1, ...]` (only `label`) when nothing but `logps` has a gradient, else `[5, ...]` in the order of
@@ -45,7 +45,7 @@ def coefficients(stats: torch.Tensor, grads: Mapping[str, torch.Tensor | None], 
         # A KL divergence may be infinite; where nothing depends on it, it must not turn 0 * inf into NaN.
         if grads.get(name) is None:
             return zero
-        return torch.where(g == 0, zero, g * stats[column_index(columns, name)])
+        return torch.where(g == 0, zero, g * stats[field_index(fields, name)])
 
     p = lse + kl_ref_policy - times_value(entropy, "entropy") - times_value(kl_policy_ref, "kl_policy_reference")
     return torch.stack([label, p, kl_policy_ref - entropy, kl_policy_ref, kl_ref_policy])

@@ -162,8 +162,8 @@ class Part(NamedTuple):
     fingerprint: int
 
 
-def _fingerprint(fields: Mapping[str, Any]) -> int:
-    text = repr(sorted(fields.items()))
+def _fingerprint(same: Mapping[str, Any]) -> int:
+    text = repr(sorted(same.items()))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
@@ -171,7 +171,7 @@ def _listed(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def _exchange(group: Any, name: str, width: int, free: int, fields: Mapping[str, Any], error: str = "") -> list[Part]:
+def _exchange(group: Any, name: str, width: int, free: int, same: Mapping[str, Any], error: str = "") -> list[Part]:
     """Exchange 32 bytes, and more only if something is wrong.
 
     Raises, unless this rank brings an `error` of its own:
@@ -180,7 +180,7 @@ def _exchange(group: Any, name: str, width: int, free: int, fields: Mapping[str,
     """
     # On the CPU where the group can: no GPU has to be waited for.
     device = torch.device("cpu") if "cpu" in _backends(group) else torch.device("cuda", torch.cuda.current_device())
-    own = torch.tensor([bool(error), width, free, _fingerprint(fields)], dtype=torch.int64, device=device)
+    own = torch.tensor([bool(error), width, free, _fingerprint(same)], dtype=torch.int64, device=device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     parts = [Part(*row) for row in torch.stack(gathered).tolist()]
@@ -189,7 +189,7 @@ def _exchange(group: Any, name: str, width: int, free: int, fields: Mapping[str,
         return parts
     # Every rank sees the same parts, so all of them come here.
     details: list[Any] = [None] * len(parts)
-    dist.all_gather_object(details, error or {key: repr(value) for key, value in fields.items()}, group=group)
+    dist.all_gather_object(details, error or {key: repr(value) for key, value in same.items()}, group=group)
     if error:
         return parts
     if failed:
@@ -236,48 +236,48 @@ class Ranks:
         return self.device.type == "cpu" or checks.asked_to_check()
 
     def agree(
-        self, name: str, width: int, fields: Mapping[str, Any], equal: Mapping[str, Any], chunked: bool = False
+        self, name: str, width: int, same: Mapping[str, Any], equal: Mapping[str, Any], chunked: bool = False
     ) -> list[Part]:
         """Compare a call with the other ranks of a group, and return what each of them brings.
 
         Args:
             name: "tp_group" or "sp_group".
             width: columns of the vocabulary that this rank holds.
-            fields: what has to be the same, by name.
+            same: what has to be the same, by name.
             equal: arguments by name that have to be the same; of tensors the kind, and where compared the values.
             chunked: whether to say how much memory is free.
         """
         group = self.groups[name]
         _check_backend(group, name, self.device)
         self._waiting.remove(name)
-        fields = {**fields, **{key: _kind(value) for key, value in equal.items()}}
+        same = {**same, **{key: _kind(value) for key, value in equal.items()}}
         known: dict[int, list[Part]] | None = None
         if not self._every_call():
             known = _agreed.setdefault(group, {})
-            call = _fingerprint({**fields, "own width": width})
+            call = _fingerprint({**same, "own width": width})
             if call in known:
                 return known[call]
         sums = {f"the checksum of {key}": _checksum(x) for key, x in equal.items() if _has_values(x)}
-        fields = {**fields, **sums}
+        same = {**same, **sums}
         try:
-            parts = _exchange(group, name, width, free_memory(self.device) if chunked else 0, fields)
+            parts = _exchange(group, name, width, free_memory(self.device) if chunked else 0, same)
         except ValueError as error:
             raise ValueError(f"{error}{self._hint if name == 'tp_group' else ''}") from None
         if known is not None:
             known[call] = parts
         return parts
 
-    def sequence_shard(self, sequences: int, dtype: torch.dtype, fields: Mapping[str, Any]) -> SequenceShard | None:
+    def sequence_shard(self, sequences: int, dtype: torch.dtype, same: Mapping[str, Any]) -> SequenceShard | None:
         """Agree with the other ranks of `sp_group` on a loss; None without one.
 
         Args:
             sequences: how many there are, 2B.
             dtype: of the rows.
-            fields: as for `agree`.
+            same: as for `agree`.
         """
         if "sp_group" not in self.groups:
             return None
-        self.agree("sp_group", 0, {"number of sequences": sequences, "dtype": dtype, **fields}, {})
+        self.agree("sp_group", 0, {"number of sequences": sequences, "dtype": dtype, **same}, {})
         group = self.groups["sp_group"]
         return SequenceShard(group, dist.get_rank(group), dist.get_world_size(group))
 

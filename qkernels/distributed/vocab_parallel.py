@@ -31,14 +31,14 @@ from .. import backends
 from ..backends import ops
 from ..core import checks
 from ..core.calls import RowGrad, RowStats
-from ..core.columns import (
+from ..core.fields import (
     BIT,
     COMBINED,
     NEEDS_REFERENCE,
     REFERENCE_STATE,
     STATE,
     bits,
-    column_names,
+    field_names,
     stats_dtype,
 )
 from . import groups
@@ -47,7 +47,7 @@ from .groups import Ranks
 # The ignored label among labels that count from a shard's first column, whatever the caller's ignore_index is.
 IGNORED = -100
 
-_NO_COLUMN = BIT["logsumexp"] | BIT["reference_logsumexp"]  # follow from the states
+_NO_FIELD = BIT["logsumexp"] | BIT["reference_logsumexp"]  # follow from the states
 # Of both models at once: the divergences.
 _JOINT = [name for name in COMBINED if BIT[name] & NEEDS_REFERENCE]
 _BLOCK = 64  # rows that are recomputed at a time
@@ -89,7 +89,7 @@ class Shard(NamedTuple):
         return local.masked_fill(ignored, IGNORED), mine
 
     def row_stats(self, call: RowStats) -> Tensor:
-        """The requested columns of the whole rows, `[K, S, T]`, from this shard of them. Two all-reduces.
+        """The requested fields of the whole rows, `[K, S, T]`, from this shard of them. Two all-reduces.
 
         Args:
             call: logits and reference are this rank's columns of the vocabulary, labels those of the whole one.
@@ -97,12 +97,12 @@ class Shard(NamedTuple):
         Raises:
             IndexError: a label outside [0, vocab), on the CPU, on every rank.
         """
-        logits, labels, reference, columns, temperature, ignore_index, _ = call
+        logits, labels, reference, fields, temperature, ignore_index, _ = call
         local, mine = self.local_labels(labels, ignore_index)
-        if not columns & NEEDS_REFERENCE:
+        if not fields & NEEDS_REFERENCE:
             reference = None
-        have = columns & ~_NO_COLUMN | STATE | (0 if reference is None else REFERENCE_STATE)
-        part = _part(call._replace(labels=local, reference=reference, columns=have, ignore_index=IGNORED))
+        have = fields & ~_NO_FIELD | STATE | (0 if reference is None else REFERENCE_STATE)
+        part = _part(call._replace(labels=local, reference=reference, fields=have, ignore_index=IGNORED))
         at = local.clamp(0, self.width - 1).unsqueeze(-1)
         place = _Place(mine, labels >= self.first + self.width, self.width / self.vocab)
         models = [_Model("", part, logits, at, place)]
@@ -116,7 +116,7 @@ class Shard(NamedTuple):
         sums: dict[str, Tensor] = {}
         for model in models:
             sums[model.prefix + "others"], sums[model.prefix + "label"] = model.others, model.label
-        combined = [name for name in COMBINED if columns & BIT[name]]
+        combined = [name for name in COMBINED if fields & BIT[name]]
         for name in combined:
             sums[name] = COMBINED[name].share(part[name].double(), policy, other)
         packed = torch.stack(list(sums.values()))
@@ -127,7 +127,7 @@ class Shard(NamedTuple):
             out |= model.whole(total, temperature)
         for name in combined:
             out[name] = COMBINED[name].whole(total[name], policy, other)
-        stats = torch.stack([out[name] for name in column_names(columns)])
+        stats = torch.stack([out[name] for name in field_names(fields)])
         return stats.masked_fill(local == IGNORED, 0.0).to(stats_dtype(logits.dtype))
 
     def gradient_inputs(self, call: RowGrad) -> RowGrad:
@@ -179,7 +179,7 @@ def agree(
     labels: Tensor,
     ignore_index: int,
     equal: Mapping[str, Any],
-    fields: Mapping[str, Any],
+    same: Mapping[str, Any],
     chunked: bool = False,
 ) -> Shard | None:
     """Agree with the other ranks of `tp_group` on a call and on who holds which columns; None without such a group.
@@ -189,7 +189,7 @@ def agree(
         width: columns of this rank's shard.
         labels: the same on all ranks, in the whole vocabulary.
         equal: further arguments that are the same on all ranks where they are tensors.
-        fields: whatever else has to be the same on all ranks, by name.
+        same: whatever else has to be the same on all ranks, by name.
         chunked: whether the call makes its logits chunk by chunk, whose size is agreed on too.
 
     Raises:
@@ -198,8 +198,8 @@ def agree(
     """
     if ranks is None or "tp_group" not in ranks.groups:
         return None
-    fields = {**fields, "labels.shape": tuple(labels.shape)}
-    parts = ranks.agree("tp_group", width, fields, {"labels": labels, **equal}, chunked=chunked)
+    same = {**same, "labels.shape": tuple(labels.shape)}
+    parts = ranks.agree("tp_group", width, same, {"labels": labels, **equal}, chunked=chunked)
     widths = [part.width for part in parts]
     group = ranks.groups["tp_group"]
     first = sum(widths[: groups.rank_of(group)])
@@ -229,7 +229,7 @@ class _Place(NamedTuple):
 class _Model:
     """One model's shard of the rows, `[S, T]` in float64, and what follows once the whole rows' maxima are known.
 
-    A `qkernels.core.columns.ModelShard`.
+    A `qkernels.core.fields.ModelShard`.
     """
 
     def __init__(self, prefix: str, part: dict[str, Tensor], logits: Tensor, at: Tensor, place: _Place):
@@ -260,7 +260,7 @@ class _Model:
         return (at_top & self.mine & (in_shard > 0)).double() - (at_top & self._label_is_later).double()
 
     def whole(self, total: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
-        """The columns of the whole rows' state, from the sums over the shards."""
+        """The fields of the whole rows' state, from the sums over the shards."""
         others, label = total[self.prefix + "others"], total[self.prefix + "label"]
         # Nothing but -inf, or a shard with a NaN: NaN. Elsewhere the maximum is finite.
         self.invalid = torch.where(self.top.isfinite() & ~others.isnan(), 0.0, torch.nan)
@@ -278,12 +278,12 @@ class _Model:
 
 
 def _part(call: RowStats) -> dict[str, Tensor]:
-    """The backend's columns of this shard by name; an empty one has maximum -inf, log of its sum -inf, entropy 0.
+    """The backend's fields of this shard by name; an empty one has maximum -inf, log of its sum -inf, entropy 0.
 
     On a GPU this synchronises host and device once per call: the host has to know whether a row is recomputed.
     """
     stats = backends.get(call.backend).row_stats(call)
-    part = dict(zip(column_names(call.columns), stats.unbind(0), strict=True))
+    part = dict(zip(field_names(call.fields), stats.unbind(0), strict=True))
     again = part["row_max"].isnan()
     if call.reference is not None:
         again = again | part["reference_row_max"].isnan()
@@ -304,14 +304,14 @@ def _recompute(call: RowStats, part: dict[str, Tensor], where: tuple[Tensor, ...
     for prefix, model in (("", call.logits), ("reference_", call.reference)):
         if model is None:
             continue
-        columns = [name for name in part if name.startswith("reference_") == bool(prefix) and name not in _JOINT]
-        own_names = [name.removeprefix(prefix) for name in columns]
+        names = [name for name in part if name.startswith("reference_") == bool(prefix) and name not in _JOINT]
+        own_names = [name.removeprefix(prefix) for name in names]
         x = model[where].unsqueeze(0)
         alone = backends.get(call.backend).row_stats(
-            call._replace(logits=x, labels=call.labels[where].unsqueeze(0), reference=None, columns=bits(own_names))
+            call._replace(logits=x, labels=call.labels[where].unsqueeze(0), reference=None, fields=bits(own_names))
         )[:, 0]
         is_empty = x[0].amax(-1) == -torch.inf
-        stored = column_names(bits(own_names))
+        stored = field_names(bits(own_names))
         for name, value in zip(stored, alone, strict=True):
             part[prefix + name][where] = torch.where(is_empty, empty.get(name, 0.0), value)
         one_is_empty |= is_empty

@@ -13,8 +13,8 @@ from .. import backends
 from ..autograd.head import FrozenHead, HeadStats
 from ..autograd.saved import by_name
 from ..core import checks
-from ..core.columns import BIT, REFERENCE_STATE, STATE, stats_dtype
 from ..core.compile import constant_when_compiled
+from ..core.fields import BIT, REFERENCE_STATE, STATE, stats_dtype
 from ..distributed import groups, vocab_parallel
 from ..distributed.groups import Ranks
 from ..distributed.vocab_parallel import Shard
@@ -80,19 +80,19 @@ class HeadInputs(NamedTuple):
         hidden, weight, bias = self.policy
         return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
 
-    def agree(self, ranks: Ranks | None, equal: Mapping[str, Any], fields: Mapping[str, Any]) -> HeadInputs:
+    def agree(self, ranks: Ranks | None, equal: Mapping[str, Any], same: Mapping[str, Any]) -> HeadInputs:
         """The same with their shard, once the ranks of `tp_group` have found that they make the same call.
 
         Args:
             ranks: the groups of the call; None without any.
             equal: tensors by name that have to be the same on all ranks, besides the labels.
-            fields: whatever else has to be.
+            same: whatever else has to be.
         """
         labels, shard = self.labels.view(self.shape), None
         if ranks is not None:
             how = (self.temperature, self.softcap, self.logit_scale, self.rounded, self.ignore_index)
-            fields = {
-                **fields,
+            same = {
+                **same,
                 "dtype": self.dtype,
                 "a reference": self.reference is not None,
                 "requires_grad of hidden states, weight, bias": self.needs(),
@@ -100,7 +100,7 @@ class HeadInputs(NamedTuple):
                 "max_chunk_bytes": self.max_chunk_bytes,
             }
             shard = vocab_parallel.agree(
-                ranks, self.vocab, labels=labels, ignore_index=self.ignore_index, equal=equal, fields=fields,
+                ranks, self.vocab, labels=labels, ignore_index=self.ignore_index, equal=equal, same=same,
                 chunked=True,
             )  # fmt: skip
         if shard is not None:
@@ -113,10 +113,10 @@ class HeadInputs(NamedTuple):
         if self.labels.device.type == "meta":
             raise ValueError(f"{name} is on the meta device, which has no values to compute with; plan_linear takes it")
 
-    def call(self, columns: int, chunk_rows: int) -> HeadCall:
-        """The arguments of a pass for these columns."""
+    def call(self, fields: int, chunk_rows: int) -> HeadCall:
+        """The arguments of a pass for these fields."""
         config = HeadConfig(
-            columns=columns,
+            fields=fields,
             temperature=self.temperature,
             softcap=self.softcap,
             logit_scale=self.logit_scale,
@@ -139,7 +139,7 @@ class HeadInputs(NamedTuple):
         )
 
     def work(
-        self, wanted: str, columns: int, *, only_logps: bool, coupled: str | None, valid_rows: int, unit_rows: int
+        self, wanted: str, fields: int, *, only_logps: bool, coupled: str | None, valid_rows: int, unit_rows: int
     ) -> Work:
         """What the choice of a plan depends on; see `qkernels.head.plan.Work`."""
         return Work(
@@ -149,7 +149,7 @@ class HeadInputs(NamedTuple):
             reference_dtype=self.reference_dtype,
             softcap=self.softcap is not None,
             needs=self.needs(),
-            columns=columns,
+            fields=fields,
             only_logps=only_logps,
             coupled=coupled,
             valid_rows=valid_rows,
@@ -159,26 +159,26 @@ class HeadInputs(NamedTuple):
             shard=self.shard,
         )
 
-    def stats(self, plan: LinearPlan, columns: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
+    def stats(self, plan: LinearPlan, fields: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
         """Per-row results by name, `[N]`, those of `carrying` with autograd as the plan has it."""
         if plan.name == "forward_only":
-            call = self.call(columns, plan.chunk_rows)
+            call = self.call(fields, plan.chunk_rows)
             if torch.compiler.is_compiling():
-                return by_name(columns, columns, (), HeadStats.apply(*self.policy, call, ()))
-            return by_name(columns, columns, (), (chunks.stats(call),))
-        wanted, columns = columns, columns_with_state(columns, self.reference is not None)
-        call = self.call(columns, plan.chunk_rows)
+                return by_name(fields, fields, (), HeadStats.apply(*self.policy, call, ()))
+            return by_name(fields, fields, (), (chunks.stats(call),))
+        wanted, fields = fields, fields_with_state(fields, self.reference is not None)
+        call = self.call(fields, plan.chunk_rows)
         if plan.name == "frozen_head":
-            return by_name(wanted, columns, ("logps",), FrozenHead.apply(self.policy.hidden, call))
-        return by_name(wanted, columns, carrying, HeadStats.apply(*self.policy, call, carrying))
+            return by_name(wanted, fields, ("logps",), FrozenHead.apply(self.policy.hidden, call))
+        return by_name(wanted, fields, carrying, HeadStats.apply(*self.policy, call, carrying))
 
 
-def columns_with_state(columns: int, has_model: bool) -> int:
+def fields_with_state(fields: int, has_model: bool) -> int:
     """What a backward needs besides the results asked for."""
-    columns |= STATE
-    if has_model and columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
-        columns |= REFERENCE_STATE
-    return columns
+    fields |= STATE
+    if has_model and fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
+        fields |= REFERENCE_STATE
+    return fields
 
 
 class HeadRequest(NamedTuple):

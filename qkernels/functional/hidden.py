@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ..core import checks
-from ..core.columns import DIFFERENTIABLE
 from ..core.compile import eager_with_groups
+from ..core.fields import DIFFERENTIABLE
 from ..head import chunks
 from ..head import plan as head_plan
 from ..head.plan import LinearPlan
@@ -110,17 +110,17 @@ def linear_token_stats(
         wanted = Outputs.of(outputs, "reference_hidden", reference_hidden is not None)
         number = None if valid_rows is None else checks.row_count(valid_rows, "valid_rows")
         inputs = request.validate()
-        fields = {
+        same = {
             "the call": request.function,
             "outputs": wanted.names,
             "hidden.shape[-1]": inputs.policy.hidden.shape[-1],
         }
-        inputs = inputs.agree(ranks, counting.as_equal(number, ranks), fields)
+        inputs = inputs.agree(ranks, counting.as_equal(number, ranks), same)
         factor = None if number is None else counting.check_number(number, inputs.labels, inputs.ignore_index)
     inputs.refuse_meta("hidden")
     carrying = _carrying(wanted.names, detached)
-    inputs, plan = _plan_stats(inputs, wanted.columns, carrying, number)
-    stats = counting.times(inputs.stats(plan, wanted.columns, carrying), factor)
+    inputs, plan = _plan_stats(inputs, wanted.fields, carrying, number)
+    stats = counting.times(inputs.stats(plan, wanted.fields, carrying), factor)
     return TokenStats.of(stats, wanted.names, inputs.shape)
 
 
@@ -134,7 +134,7 @@ def _carrying(outputs: tuple[str, ...], detached: Sequence[str]) -> tuple[str, .
 
 
 def _plan_stats(
-    inputs: HeadInputs, columns: int, carrying: tuple[str, ...], number: int | None
+    inputs: HeadInputs, fields: int, carrying: tuple[str, ...], number: int | None
 ) -> tuple[HeadInputs, LinearPlan]:
     """Count the valid rows, where `number` does not say how many there are, and choose a plan."""
     if not carrying:  # nothing to be saved for a backward that cannot come
@@ -145,7 +145,7 @@ def _plan_stats(
     inputs = inputs._replace(valid_rows=number, valid=valid)
     work = inputs.work(
         "auto",
-        columns,
+        fields,
         only_logps=carrying == ("logps",),
         coupled="the upstream gradient is not known in advance",
         valid_rows=(inputs.labels if inputs.valid is None else inputs.valid).shape[0],

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..autograd.head import Known, KnownGradient
 from ..autograd.saved import by_name
 from ..core import checks
-from ..core.columns import stats_dtype
+from ..core.fields import stats_dtype
 from ..core.sequences import Sequences
 from ..distributed.groups import Ranks, SequenceShard
 from ..head import chunks
@@ -20,7 +20,7 @@ from ..head.chunks import Gradients
 from ..head.plan import LinearPlan
 from ..objectives import LossType
 from . import preference, valid_rows
-from .head_inputs import HeadInputs, HeadRequest, columns_with_state
+from .head_inputs import HeadInputs, HeadRequest, fields_with_state
 from .pair_chunks import PairChunks
 from .preference import Batch, Loss, LossInputs, LossRequest
 from .results import Outputs, PlannedOutput, TokenDPOOutput
@@ -110,7 +110,7 @@ class HiddenLossRequest(NamedTuple):
             host_checked = self._check_valid_rows(checked)
             shard = None
             if ranks is not None:
-                shard = ranks.sequence_shard(checked.tensors.sequences, checked.inputs.dtype, checked.fields)
+                shard = ranks.sequence_shard(checked.tensors.sequences, checked.inputs.dtype, checked.same)
         return self._plan(self._count(checked, shard, host_checked))
 
     def _validate(self, model: HeadRequest, ranks: Ranks | None) -> _Checked:
@@ -120,21 +120,21 @@ class HiddenLossRequest(NamedTuple):
         loss = request.loss()
         given = None if self.valid_rows is None else checks.row_counts(self.valid_rows, "valid_rows")
         inputs, has_model = model.validate(), model.reference_hidden is not None
-        fields: dict[str, Any] = {}
+        same: dict[str, Any] = {}
         equal: dict[str, Any] = {}
         shared: dict[str, Any] = {}
         if ranks is not None:
-            fields = loss.fields(self.cu_seqlens is not None, has_model)
+            same = loss.same(self.cu_seqlens is not None, has_model)
             equal = {**request.shared_tensors(), **valid_rows.as_equal(given, ranks)}
             shared = {
                 "the call": model.function,
                 "plan": self.plan,
                 "policy_hidden.shape[-1]": inputs.policy.hidden.shape[-1],
-                **fields,
+                **same,
             }
         inputs = inputs.agree(ranks, equal, shared)
         tensors = request.inputs(loss, model.labels, has_model, stats_dtype(inputs.dtype), inputs.ignore_index)
-        return _Checked(inputs, loss, tensors, given, fields)
+        return _Checked(inputs, loss, tensors, given, same)
 
     def _check_valid_rows(self, checked: _Checked) -> bool:
         """Compare the given numbers with the labels where the host can read them; whether it has."""
@@ -161,17 +161,17 @@ class HiddenLossRequest(NamedTuple):
             valid = chunks.valid_rows(labels, inputs.ignore_index, None if found else sum(counts.known))
         inputs = inputs._replace(labels=labels, valid=valid, valid_rows=None if given is None else sum(given))
         has_model = inputs.reference is not None
-        columns = loss.columns(has_model)
+        fields = loss.fields(has_model)
         if self.outputs:
             read = (*self.outputs, *(("reference_logps",) if has_model else ()))
-            columns |= Outputs.of(read, "reference_hidden", has_model).columns
+            fields |= Outputs.of(read, "reference_hidden", has_model).fields
         return HiddenLoss(
             inputs=inputs,
             loss=loss,
             batch=batch,
             reference=tensors.reference,
             counts=counts,
-            columns=columns,
+            fields=fields,
             plan=None,
         )
 
@@ -186,7 +186,7 @@ class HiddenLossRequest(NamedTuple):
         plan = head_plan.plan(
             inputs.work(
                 self.plan,
-                work.columns,
+                work.fields,
                 only_logps=not work.loss.spec.needs_kl,
                 coupled=work.coupled(),
                 valid_rows=rows,
@@ -205,7 +205,7 @@ class _Checked(NamedTuple):
     loss: Loss
     tensors: LossInputs
     given: list[int] | None
-    fields: Mapping[str, Any]  # what ranks that share the loss have to have alike
+    same: Mapping[str, Any]  # what ranks that share the loss have to have alike
 
     def labels(self) -> Tensor:
         """`[2B, T]`, or `[1, N]` of a packed batch; contiguous."""
@@ -233,7 +233,7 @@ class HiddenLoss(NamedTuple):
     batch: the rows and what each counts for.
     reference: cached log-probs.
     counts: how many rows of each sequence are valid.
-    columns: mask of the per-row results.
+    fields: mask of the per-row results.
     plan: how the GEMMs run; None before it is chosen.
     """
 
@@ -242,7 +242,7 @@ class HiddenLoss(NamedTuple):
     batch: Batch
     reference: preference.Reference
     counts: Counts
-    columns: int
+    fields: int
     plan: LinearPlan | None
 
     def coupled(self) -> str | None:
@@ -267,7 +267,7 @@ class HiddenLoss(NamedTuple):
         if plan.name == "pair_chunks":
             stats, known = self._pair_chunks(plan)
         else:
-            stats = inputs.stats(plan, self.columns, self.loss.carrying)
+            stats = inputs.stats(plan, self.fields, self.loss.carrying)
         factor = self.counts.wrong(batch)
         stats = valid_rows.times(stats, factor)  # before the sums, which other ranks share
         output = preference.loss_and_rewards(
@@ -285,10 +285,10 @@ class HiddenLoss(NamedTuple):
         return (output if torch.compiler.is_compiling() else PlannedOutput.of(output, plan)), stats
 
     def _pair_chunks(self, plan: LinearPlan) -> tuple[dict[str, Tensor], Known]:
-        """The columns of all rows by name, and the gradients that a chunk's own loss has told."""
+        """The fields of all rows by name, and the gradients that a chunk's own loss has told."""
         inputs = self.inputs
-        columns = columns_with_state(self.columns, inputs.reference is not None)
-        call = inputs.call(columns, plan.chunk_rows)
+        fields = fields_with_state(self.fields, inputs.reference is not None)
+        call = inputs.call(fields, plan.chunk_rows)
         pairs = PairChunks(call, self.batch, self.reference, self.loss, counts=self.counts)
         needs = inputs.needs()  # now: inside a backward nothing does
 
@@ -296,5 +296,5 @@ class HiddenLoss(NamedTuple):
             return chunks.known_gradients(call, pairs, needs)
 
         values, gradients = run()
-        stats = by_name(self.columns, columns, (), (values,))
+        stats = by_name(self.fields, fields, (), (values,))
         return stats, Known(gradients, lambda: run()[1])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..autograd.logits import DefaultLoss, PairTerms
 from ..core import checks
-from ..core.columns import BIT, DIFFERENTIABLE, STATE, column_index, stats_dtype
 from ..core.compile import eager_with_groups
+from ..core.fields import BIT, DIFFERENTIABLE, STATE, field_index, stats_dtype
 from ..objectives import LossType
 from . import preference
 from .preference import Batch, LossRequest
@@ -62,16 +62,16 @@ def shift_labels(
     return shifted
 
 
-def _with_logsumexp(columns: int) -> tuple[int, int]:
-    """These columns and the log-sum-exp, and where that lies."""
-    columns |= BIT["logsumexp"]
-    return columns, column_index(columns, "logsumexp")
+def _with_logsumexp(fields: int) -> tuple[int, int]:
+    """These fields and the log-sum-exp, and where that lies."""
+    fields |= BIT["logsumexp"]
+    return fields, field_index(fields, "logsumexp")
 
 
-# The columns of default DPO: with cached log-probs of the reference, and with its logits.
+# The fields of default DPO: with cached log-probs of the reference, and with its logits.
 _DEFAULT = _with_logsumexp(STATE)
 _DEFAULT_WITH_MODEL = _with_logsumexp(STATE | BIT["reference_logps"])
-_LOGPS = column_index(STATE, "logps")
+_LOGPS = field_index(STATE, "logps")
 
 
 @eager_with_groups
@@ -173,7 +173,7 @@ def token_stats(
         wanted = Outputs.of(outputs, "reference_logits", reference_logits is not None)
         rows = request.validate().agree(ranks, {}, {"the call": request.function, "outputs": wanted.names})
     carrying = tuple(name for name in DIFFERENTIABLE if name in wanted.names)
-    return TokenStats.of(rows.stats(wanted.columns, carrying), wanted.names, rows.shape)
+    return TokenStats.of(rows.stats(wanted.fields, carrying), wanted.names, rows.shape)
 
 
 @eager_with_groups
@@ -271,13 +271,13 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
         wanted.check_shape(request.logits, "V")
         loss = wanted.loss()
         rows = request.validate()
-        fields: dict[str, Any] = {}
+        same: dict[str, Any] = {}
         if ranks is not None:
-            fields = loss.fields(wanted.cu_seqlens is not None, has_model)
-            rows = rows.agree(ranks, wanted.shared_tensors(), {"the call": request.function, **fields})
+            same = loss.same(wanted.cu_seqlens is not None, has_model)
+            rows = rows.agree(ranks, wanted.shared_tensors(), {"the call": request.function, **same})
         dtype = stats_dtype(rows.logits.dtype)
         inputs = wanted.inputs(loss, request.labels, has_model, dtype, rows.ignore_index)
-        shard = None if ranks is None else ranks.sequence_shard(inputs.sequences, dtype, fields)
+        shard = None if ranks is None else ranks.sequence_shard(inputs.sequences, dtype, same)
     fused = loss.is_fused and ranks is None
     if fused and inputs.weights is None and loss.spec.ld_alpha is None:
         terms = PairTerms(inputs.reference.given, None, inputs.cu_seqlens, loss.beta, loss.spec.label_smoothing)
@@ -294,13 +294,13 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
     rows = rows._replace(labels=batch.labels)
     if fused:
         return _fused_loss(rows, preference.pair_terms(batch, inputs.reference, loss))
-    stats = rows.stats(loss.columns(has_model), loss.carrying)
+    stats = rows.stats(loss.fields(has_model), loss.carrying)
     return preference.loss_and_rewards(stats, batch, inputs.reference, loss, rows.backend, shape=rows.shape)
 
 
 def _fused_loss(rows: Rows, terms: PairTerms) -> TokenDPOOutput:
     """DPO with a mean over pairs: two operations and nothing else. Without weights tokens count 1 each."""
-    columns, logsumexp = _DEFAULT if rows.reference is None else _DEFAULT_WITH_MODEL
-    loss, rewards, stats, tokens = DefaultLoss.apply(rows.logits, rows.call(columns), terms, rows.inplace)
+    fields, logsumexp = _DEFAULT if rows.reference is None else _DEFAULT_WITH_MODEL
+    loss, rewards, stats, tokens = DefaultLoss.apply(rows.logits, rows.call(fields), terms, rows.inplace)
     by_name = {"logps": stats[_LOGPS], "logsumexp": stats[logsumexp]}
     return preference.assemble(loss, rewards, by_name, preference.halves(tokens), rows.shape)

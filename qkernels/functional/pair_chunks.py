@@ -17,7 +17,7 @@ class PairChunks(UnitChunks):
     """A preference loss by chunks of pairs.
 
     Args:
-        call: the pass: its chunk size, columns, backend and the indices of the valid rows.
+        call: the pass: its chunk size, fields, backend and the indices of the valid rows.
         batch: all rows.
         reference: its cached log-probs.
         loss: what a pair loses.
@@ -38,7 +38,7 @@ class PairChunks(UnitChunks):
             self.mean_count = totals[:pairs].mean()
 
     def gradient(self, stats: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """d loss / d column of a chunk's rows, by name."""
+        """d loss / d field of a chunk's rows, by name."""
         batch = part.batch._replace(
             counts=None if self.token_counts is None else part.sequences(self.token_counts),
             mean_count=self.mean_count,

@@ -21,7 +21,7 @@ from ..objectives.units import check_once
 from .preference import Batch
 from .results import TokenStats
 from .unit_chunks import Part
-from .unit_loss import LossArguments, UnitLoss, columns_of, per_token
+from .unit_loss import LossArguments, UnitLoss, fields_of, per_token
 
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 # A log-ratio of more than this is not exponentiated: rho continues as a logarithm there.
@@ -188,7 +188,7 @@ class PolicyArguments(LossArguments[PolicyOutput]):
         items = self.given["num_items_in_batch"]
         return {**found, "num_items_in_batch": items if isinstance(items, Tensor) else None}
 
-    def fields(self) -> dict[str, Any]:
+    def same(self) -> dict[str, Any]:
         objective, items = self.options.objective, self.given["num_items_in_batch"]
         named = objective.name or objective.function.__qualname__
         return {
@@ -213,7 +213,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         self.options, given = arguments.options, arguments.given
         options = self.options
         self.unit = options.unit
-        self.columns = columns_of(
+        self.fields = fields_of(
             *(("reference_logps",) if has_model else ()), *(("entropy",) if options.reads_entropy else ())
         )
         self.carrying = ("logps", "entropy") if options.entropy_coef else ("logps",)

@@ -14,7 +14,7 @@ from ..autograd.sequence_sums import Summed, Totals, sequence_sums
 from ..backends import ops
 from ..core import checks
 from ..core.calls import PairLoss as PairLossCall
-from ..core.columns import BIT
+from ..core.fields import BIT
 from ..core.sequences import Sequences, Shard
 from ..objectives import LossSpec, LossType, PairScores
 from .results import TokenDPOOutput
@@ -32,7 +32,7 @@ class Loss(NamedTuple):
         """Whether the operation `pair_loss` computes it in one launch."""
         return self.spec.is_default and self.reduction == "mean"
 
-    def columns(self, has_model: bool) -> int:
+    def fields(self, has_model: bool) -> int:
         """The per-row results it needs; `has_model` says whether the reference's come from its own rows."""
         wanted = BIT["logps"] | BIT["logsumexp"]
         if has_model:
@@ -48,7 +48,7 @@ class Loss(NamedTuple):
         """Those of them that it differentiates."""
         return ("logps", "kl_reference_policy") if self.spec.needs_kl else ("logps",)
 
-    def fields(self, packed: bool, has_model: bool) -> dict[str, Any]:
+    def same(self, packed: bool, has_model: bool) -> dict[str, Any]:
         """What ranks that share it have to have alike, by name."""
         spec = self.spec
         terms = [(term.name or term.function.__qualname__, weight, options) for term, weight, options in spec.terms]
@@ -313,7 +313,7 @@ def loss_and_rewards(
     """Per-row results in, `TokenDPOOutput` out.
 
     Args:
-        stats: the columns of `Loss.columns`, `[S, T]`; `logps` and `kl_reference_policy` may carry gradient.
+        stats: the fields of `Loss.fields`, `[S, T]`; `logps` and `kl_reference_policy` may carry gradient.
         batch: the rows.
         reference: cached log-probs; when it is empty, `stats` holds those of the reference model.
         loss: what to compute.
@@ -417,7 +417,7 @@ def assemble(
 def loss_gradient(
     stats: dict[str, Tensor], batch: Batch, reference: Reference, loss: Loss, backend: str
 ) -> dict[str, Tensor]:
-    """d(sum of the pairs' losses) / d(column), for the columns that a loss differentiates. Arguments as above."""
+    """d(sum of the pairs' losses) / d(field), for the fields that a loss differentiates. Arguments as above."""
     if loss.spec.is_default:
         of_mean: Tensor = ops.pair_loss(_pair_call(stats, batch, reference, loss, backend))[2]
         return {"logps": of_mean * (batch.sequences.number // 2)}

@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..core import checks
-from ..core.columns import BIT, NEEDS_REFERENCE, TokenStats, bits
+from ..core.fields import BIT, NEEDS_REFERENCE, TokenStats, bits
 from ..core.printed import summarised
 from ..head.plan import LinearPlan
 
 
 class Outputs(NamedTuple):
-    """Names of fields of `TokenStats`, and the mask of the columns that hold them."""
+    """The requested fields of `TokenStats`: their names and their bit mask."""
 
     names: tuple[str, ...]
-    columns: int
+    fields: int
 
     @staticmethod
     def of(outputs: Any, reference_name: str, has_reference: bool) -> Outputs:

@@ -14,7 +14,7 @@ from .. import backends
 from ..autograd.logits import Backward, RowStats, refuse_overwritten
 from ..autograd.saved import by_name
 from ..core import calls, checks
-from ..core.columns import BIT, REFERENCE_STATE, STATE, stats_dtype
+from ..core.fields import BIT, REFERENCE_STATE, STATE, stats_dtype
 from ..distributed import groups, vocab_parallel
 from ..distributed.groups import Ranks
 from ..distributed.vocab_parallel import Shard
@@ -37,51 +37,51 @@ class Rows(NamedTuple):
     backend: str
     shard: Shard | None = None
 
-    def agree(self, ranks: Ranks | None, equal: Mapping[str, Any], fields: Mapping[str, Any]) -> Rows:
+    def agree(self, ranks: Ranks | None, equal: Mapping[str, Any], same: Mapping[str, Any]) -> Rows:
         """The same rows with their shard, once the ranks of `tp_group` have found that they make the same call.
 
         Args:
             ranks: the groups of the call; None without any.
             equal: tensors by name that have to be the same on all ranks, besides the labels.
-            fields: whatever else has to be.
+            same: whatever else has to be.
         """
         if ranks is None:
             return self
         vocab, ignore_index = self.logits.shape[-1], self.ignore_index
-        fields = {
-            **fields,
+        same = {
+            **same,
             "dtype of the results": stats_dtype(self.logits.dtype),
             "a reference": self.reference is not None,
             "temperature, ignore_index": (self.temperature, ignore_index),
         }
         labels = self.labels.view(self.shape)
-        shard = vocab_parallel.agree(ranks, vocab, labels=labels, ignore_index=ignore_index, equal=equal, fields=fields)
+        shard = vocab_parallel.agree(ranks, vocab, labels=labels, ignore_index=ignore_index, equal=equal, same=same)
         if shard is None:  # the backend would see them too late for the other ranks of sp_group
             checks.check_labels(labels, vocab, ignore_index)
         return self._replace(shard=shard)
 
-    def call(self, columns: int) -> calls.RowStats:
-        """The arguments of `row_stats` for these columns."""
+    def call(self, fields: int) -> calls.RowStats:
+        """The arguments of `row_stats` for these fields."""
         return calls.RowStats(
             logits=self.logits,
             labels=self.labels,
             reference=self.reference,
-            columns=columns,
+            fields=fields,
             temperature=self.temperature,
             ignore_index=self.ignore_index,
             backend=self.backend,
         )
 
-    def stats(self, columns: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
-        """Run `row_stats` with autograd for the columns named in `carrying`; these columns by name, `[S, T]`."""
-        wanted = columns
+    def stats(self, fields: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
+        """Run `row_stats` with autograd for the fields named in `carrying`; these fields by name, `[S, T]`."""
+        wanted = fields
         if carrying and self.logits.requires_grad and torch.is_grad_enabled():
-            columns |= STATE
-            if columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
-                columns |= REFERENCE_STATE
+            fields |= STATE
+            if fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
+                fields |= REFERENCE_STATE
             how = Backward(self.inplace, carrying, self.shard)
-            return by_name(wanted, columns, carrying, RowStats.apply(self.logits, self.call(columns), how))
-        return by_name(columns, columns, (), (vocab_parallel.row_stats(self.call(columns), self.shard),))
+            return by_name(wanted, fields, carrying, RowStats.apply(self.logits, self.call(fields), how))
+        return by_name(fields, fields, (), (vocab_parallel.row_stats(self.call(fields), self.shard),))
 
 
 class RowsRequest(NamedTuple):

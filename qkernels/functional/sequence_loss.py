@@ -16,7 +16,7 @@ from ..objectives.unpaired import SequenceObjective, SequenceScores, resolve_seq
 from .preference import NO_LOGPS, Batch, Reference, check_token_weights
 from .results import TokenStats
 from .unit_chunks import Part
-from .unit_loss import LossArguments, UnitLoss, columns_of
+from .unit_loss import LossArguments, UnitLoss, fields_of
 
 
 class SequenceOutput(NamedTuple):
@@ -82,7 +82,7 @@ class SequenceArguments(LossArguments[SequenceOutput]):
         names = ("desirable", "token_weights", "reference_logps", "kl", "kl_logps", "kl_reference_logps")
         return {name: value if isinstance(value := self.given[name], Tensor) else None for name in names}
 
-    def fields(self) -> dict[str, Any]:
+    def same(self) -> dict[str, Any]:
         objective = self.objective
         named = objective.name or objective.function.__qualname__
         kl = self.given["kl"]
@@ -106,7 +106,7 @@ class SequenceLoss(UnitLoss[SequenceOutput]):
         given, self.objective = arguments.given, arguments.objective
         self.beta, self.reduction = arguments.beta, arguments.reduction
         self.unit, self.carrying, self.shape, self.batch = self.objective.unit, ("logps",), labels.shape, batch
-        self.columns = columns_of(*(("reference_logps",) if has_model else ()))
+        self.fields = fields_of(*(("reference_logps",) if has_model else ()))
         number, dtype = batch.sequences.number, batch.weights.dtype
         self.share = 1.0 / number if self.reduction == "mean" else 1.0
         self.desirable = _desirable(given["desirable"], number, labels)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import once_differentiable
-from ..core.columns import stats_dtype
+from ..core.fields import stats_dtype
 from .rows import RowsRequest
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core.columns import column_names
+from ..core.fields import field_names
 from ..core.sequences import Sequences
 from ..head.call import HeadCall
 from ..head.chunks import Selection
@@ -48,13 +48,13 @@ class UnitChunks(ABC):
 
     1. `groups`: consecutive units whose valid rows together fill a chunk. Units without a gradient come last.
     2. `selections`: the rows of each group; of pairs those of the chosen sequences first.
-    3. `chunks.known_gradients` computes the logits of a group and reads the per-row columns off them.
-    4. `gradient_of`: these rows are a batch of their own; its loss is differentiated with respect to columns.
+    3. `chunks.known_gradients` computes the logits of a group and reads the per-row fields off them.
+    4. `gradient_of`: these rows are a batch of their own; its loss is differentiated with respect to fields.
     5. `chunks.known_gradients` forms dL/dlogits over the logits, and adds its GEMMs to dX and dW.
-    6. The caller computes the value of the loss from the columns of all rows, and ties the gradients to it.
+    6. The caller computes the value of the loss from the fields of all rows, and ties the gradients to it.
 
     Args:
-        call: the pass: its chunk size, columns, backend and the indices of the valid rows.
+        call: the pass: its chunk size, fields, backend and the indices of the valid rows.
         batch: all rows.
         unit: "token", "sequence" or "pair".
         counts: the numbers of valid rows, known to the host.
@@ -69,7 +69,7 @@ class UnitChunks(ABC):
     ):  # fmt: skip
         assert counts.known is not None and call.valid is not None
         self.batch = batch
-        self.names, self.drops, self.dropped = column_names(call.config.columns), drops, 0
+        self.names, self.drops, self.dropped = field_names(call.config.fields), drops, 0
         self.apart = batch.sequences.number // SEQUENCES_OF.get(unit, 1)
         self.selections: list[Selection]
         self.leading: list[int]
@@ -119,12 +119,12 @@ class UnitChunks(ABC):
         ]
 
     def gradient_of(self, chunk: int, stats: Tensor) -> Mapping[str, Tensor]:
-        """dL/dcolumn `[1, n]` by name, from the columns `[K, 1, n]` of a chunk."""
+        """dL/dfield `[1, n]` by name, from the fields `[K, 1, n]` of a chunk."""
         return self.gradient(dict(zip(self.names, stats, strict=True)), self.part(chunk))
 
     @abstractmethod
     def gradient(self, stats: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """dL/dcolumn by name of column, from the columns of the part's rows, both shaped like its labels."""
+        """dL/dfield by name of field, from the fields of the part's rows, both shaped like its labels."""
 
     def part(self, chunk: int) -> Part:
         """The units of a chunk, as a packed batch."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..autograd.head import Known, KnownGradient
 from ..core import checks
-from ..core.columns import BIT, bits, column_names, stats_dtype
+from ..core.fields import BIT, bits, field_names, stats_dtype
 from ..core.sequences import Sequences
 from ..distributed.groups import Ranks, SequenceShard
 from ..head import chunks
@@ -25,7 +25,7 @@ from ..head.call import HeadCall
 from ..head.chunks import Gradients
 from ..head.plan import LinearPlan
 from . import valid_rows
-from .head_inputs import HeadInputs, HeadRequest, columns_with_state
+from .head_inputs import HeadInputs, HeadRequest, fields_with_state
 from .preference import Batch
 from .results import Outputs, TokenStats
 from .rows import Rows, RowsRequest
@@ -40,12 +40,12 @@ class UnitLoss(ABC, Generic[Output]):
     """A checked loss with its tensors, for a batch.
 
     unit: "token", "sequence" or "batch".
-    columns: mask of the per-row results that it reads.
+    fields: mask of the per-row results that it reads.
     carrying: those of them that it differentiates; "logps" is among them.
     """
 
     unit: str
-    columns: int
+    fields: int
     carrying: tuple[str, ...]
 
     @abstractmethod
@@ -65,7 +65,7 @@ class UnitLoss(ABC, Generic[Output]):
         return None
 
     def gradient(self, stats: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """d total / d column, for the columns that carry a gradient."""
+        """d total / d field, for the fields that carry a gradient."""
         leaves = {name: stats[name].detach().requires_grad_() for name in self.carrying}
         with torch.enable_grad():
             total = self.total({**stats, **leaves}, part)
@@ -84,7 +84,7 @@ class LossArguments(ABC, Generic[Output]):
         """Arguments that all ranks of `tp_group` have to have alike, by name."""
 
     @abstractmethod
-    def fields(self) -> dict[str, Any]:
+    def same(self) -> dict[str, Any]:
         """What else they have to have alike."""
 
     @abstractmethod
@@ -159,15 +159,15 @@ def from_logits(
         rows = request.validate()
         if ranks is not None:
             equal = {**arguments.tensors(), "cu_seqlens": cu_seqlens}
-            rows = rows.agree(ranks, equal, {"the call": request.function, **arguments.fields()})
+            rows = rows.agree(ranks, equal, {"the call": request.function, **arguments.same()})
         labels = request.labels
         batch = _batch(rows.labels, labels, cu_seqlens, arguments, (rows.ignore_index, stats_dtype(rows.logits.dtype)))
         loss = arguments.of(labels, batch, has_model)
         shard = _shard(ranks, batch, arguments)
     batch, loss = _spread(batch, loss, shard, lambda whole: arguments.of(labels, whole, has_model))
     rows = rows._replace(labels=batch.labels)
-    columns, wanted = _columns(loss, outputs, has_model, "reference_logits")
-    stats = rows.stats(columns, loss.carrying)
+    fields, wanted = _fields(loss, outputs, has_model, "reference_logits")
+    stats = rows.stats(fields, loss.carrying)
     part = Part.whole(batch)
     idle = None
     if not torch.compiler.is_compiling():
@@ -181,7 +181,7 @@ def _shard(ranks: Ranks | None, batch: Batch, arguments: LossArguments[Any]) -> 
     """Which part of every sequence this rank has, once the ranks of `sp_group` agree on the loss; None without one."""
     if ranks is None:
         return None
-    return ranks.sequence_shard(batch.sequences.number, batch.weights.dtype, arguments.fields())
+    return ranks.sequence_shard(batch.sequences.number, batch.weights.dtype, arguments.same())
 
 
 def _spread(
@@ -212,16 +212,16 @@ def _batch(
     return Batch.unpaired(rows, arguments.token_weights(labels, how[0]), cu_seqlens, *how)
 
 
-def _columns(
+def _fields(
     loss: UnitLoss[Any], outputs: Sequence[str], has_model: bool, model_name: str
 ) -> tuple[int, tuple[str, ...]]:
     """Mask of the per-row results, and the names of those that the caller wants besides."""
     outputs = checks.names(outputs, "outputs")
     if not outputs:
-        return loss.columns, ()
+        return loss.fields, ()
     read = ("reference_logps",) if has_model else ()
     wanted = Outputs.of((*outputs, *read), model_name, has_model)
-    return loss.columns | wanted.columns, tuple(outputs)
+    return loss.fields | wanted.fields, tuple(outputs)
 
 
 def _extra(stats: Mapping[str, Tensor], wanted: tuple[str, ...], rows: Rows | HeadInputs) -> TokenStats | None:
@@ -238,7 +238,7 @@ class HiddenUnits(NamedTuple):
     loss: UnitLoss[Any]
     batch: Batch
     counts: Counts
-    columns: int
+    fields: int
     wanted: tuple[str, ...]
     plan: LinearPlan | None = None
 
@@ -256,13 +256,13 @@ class HiddenUnits(NamedTuple):
             if ranks is not None:
                 own = {"cu_seqlens": options.cu_seqlens, **valid_rows.as_equal(given, ranks)}
                 equal = {**arguments.tensors(), "temperature": temperatures, **own}
-                fields = {
+                same = {
                     "the call": model.function,
                     "plan": options.plan,
                     f"{model.names[0]}.shape[-1]": inputs.policy.hidden.shape[-1],
-                    **arguments.fields(),
+                    **arguments.same(),
                 }
-                inputs = inputs.agree(ranks, equal, fields)
+                inputs = inputs.agree(ranks, equal, same)
             else:
                 inputs = inputs.agree(None, {}, {})
             how = (inputs.ignore_index, stats_dtype(inputs.dtype))
@@ -275,7 +275,7 @@ class HiddenUnits(NamedTuple):
             loss = arguments.of(labels, batch, has_model)
             shard = _shard(ranks, batch, arguments)
         batch, loss = _spread(batch, loss, shard, lambda whole: arguments.of(labels, whole, has_model))
-        columns, wanted = _columns(loss, options.outputs, has_model, "reference_hidden")
+        fields, wanted = _fields(loss, options.outputs, has_model, "reference_hidden")
         counts = Counts.of(batch, given, checks.readable(labels))
         flat, valid = batch.labels.reshape(-1), None
         if counts.known is not None and flat.device.type != "meta":
@@ -286,7 +286,7 @@ class HiddenUnits(NamedTuple):
             valid_rows=None if given is None else sum(given),
             temperatures=None if temperatures is None else temperatures.reshape(-1).to(how[1]),
         )
-        work = HiddenUnits(inputs, loss, batch, counts, columns=columns, wanted=wanted)
+        work = HiddenUnits(inputs, loss, batch, counts, fields=fields, wanted=wanted)
         return work._replace(plan=work._plan(options.plan))
 
     def _plan(self, wanted: str) -> LinearPlan:
@@ -299,7 +299,7 @@ class HiddenUnits(NamedTuple):
         active = self._active()
         work = inputs.work(
             wanted,
-            self.columns,
+            self.fields,
             only_logps=self.loss.carrying == ("logps",),
             coupled=self._coupled(),
             valid_rows=rows,
@@ -344,7 +344,7 @@ class HiddenUnits(NamedTuple):
             stats, known, dropped = self._by_units(plan)
             idle = torch.tensor(dropped)
         else:
-            stats = inputs.stats(plan, self.columns, loss.carrying)
+            stats = inputs.stats(plan, self.fields, loss.carrying)
         factor = self.counts.wrong(batch)
         stats = {k: v.view(batch.labels.shape) for k, v in valid_rows.times(stats, factor).items()}
         found = {"idle_rows": idle, "stats": _extra(stats, self.wanted, inputs)}
@@ -357,10 +357,10 @@ class HiddenUnits(NamedTuple):
         return output._replace(loss=value), None if torch.compiler.is_compiling() else plan
 
     def _by_units(self, plan: LinearPlan) -> tuple[dict[str, Tensor], Known, int]:
-        """The columns of all rows by name, the gradients, and how many rows had none."""
+        """The fields of all rows by name, the gradients, and how many rows had none."""
         inputs = self.inputs
-        columns = columns_with_state(self.columns, inputs.reference is not None)
-        call = inputs.call(columns, plan.chunk_rows)
+        fields = fields_with_state(self.fields, inputs.reference is not None)
+        call = inputs.call(fields, plan.chunk_rows)
         units = _Chunks(self, call, plan.name.split("_")[0])
         needs = inputs.needs()  # now: inside a backward nothing does
 
@@ -370,7 +370,7 @@ class HiddenUnits(NamedTuple):
 
         values, gradients = run()
         dropped = units.dropped
-        stats = dict(zip(column_names(columns), values.unbind(0), strict=True))
+        stats = dict(zip(field_names(fields), values.unbind(0), strict=True))
         return stats, Known(gradients, lambda: run()[1]), dropped
 
 
@@ -386,6 +386,6 @@ class _Chunks(UnitChunks):
         return self.loss.gradient(stats, part)
 
 
-def columns_of(*names: str) -> int:
+def fields_of(*names: str) -> int:
     """The mask of these per-row results; the log-prob is always among them."""
     return BIT["logps"] | bits(names)

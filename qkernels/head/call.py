@@ -21,7 +21,7 @@ class Model(NamedTuple):
 class HeadConfig(NamedTuple):
     """What the passes do besides reading their tensors.
 
-    columns: bit mask of the per-row results (`qkernels.core.columns`).
+    fields: bit mask of the per-row results (`qkernels.core.fields`).
     temperature, softcap, logit_scale: logits are softcap * tanh(logit_scale * l / softcap) / temperature.
     ignore_index: the label of rows that are left out.
     dtype, reference_dtype: of the GEMMs (autocast's, or the inputs' own).
@@ -33,7 +33,7 @@ class HeadConfig(NamedTuple):
         through the same chunks: two small all-reduces make their per-row results those of whole rows, and dX is summed.
     """
 
-    columns: int
+    fields: int
     temperature: float
     softcap: float | None
     logit_scale: float

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import backends
 from ..core.calls import RowGrad, RowStats
 from ..core.coefficients import coefficients as coefficients_of
-from ..core.columns import BIT, STATE, column_index, column_names, stats_dtype
+from ..core.fields import BIT, STATE, field_index, field_names, stats_dtype
 from ..core.memory import give_back_scratch, take_scratch
 from .call import HeadCall, Model
 from .products import Head, WeightGrad, gradient_dtype
@@ -107,9 +107,9 @@ class Pass:
         return list(index.split(size)) if n else []
 
     def result(self) -> Tensor:
-        """A buffer for the columns of all rows, `[K, N]`; 0 where nothing is written."""
+        """A buffer for the fields of all rows, `[K, N]`; 0 where nothing is written."""
         labels = self.call.labels
-        return torch.zeros(self.call.config.columns.bit_count(), labels.shape[0], dtype=self.wide, device=labels.device)
+        return torch.zeros(self.call.config.fields.bit_count(), labels.shape[0], dtype=self.wide, device=labels.device)
 
     def __del__(self) -> None:
         give_back_scratch(self._buffers.values())
@@ -149,14 +149,14 @@ class Pass:
                 temperatures=temperatures,
             )
 
-    def stats(self, chunk: _Chunk, columns: int) -> Tensor:
+    def stats(self, chunk: _Chunk, fields: int) -> Tensor:
         """`[K, 1, n]`: the per-row results of a chunk."""
         config = self.call.config
         rows = RowStats(
             logits=chunk.logits,
             labels=chunk.labels,
             reference=chunk.reference,
-            columns=columns,
+            fields=fields,
             temperature=config.row_temperature,
             ignore_index=config.ignore_index,
             backend=config.backend,
@@ -240,33 +240,33 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 @_without_autocast
 def stats(call: HeadCall) -> Tensor:
-    """The columns of the config for each row, `[K, N]`; 0 at ignored rows. One GEMM per model."""
+    """The fields of the config for each row, `[K, N]`; 0 at ignored rows. One GEMM per model."""
     work = Pass(call)
     result = work.result()
     for chunk in work.chunks(work.selections()):
-        _put(result, chunk.where, work.stats(chunk, call.config.columns)[:, 0], 1)
+        _put(result, chunk.where, work.stats(chunk, call.config.fields)[:, 0], 1)
     return result
 
 
 @_without_autocast
 def unit_gradient(call: HeadCall) -> tuple[Tensor, Tensor]:
-    """The columns and d logp / d hidden, `[K, N]` and `[N, H]` in `saved_dtype` of the GEMMs. Two GEMMs."""
-    work, columns = Pass(call), call.config.columns
+    """The fields and d logp / d hidden, `[K, N]` and `[N, H]` in `saved_dtype` of the GEMMs. Two GEMMs."""
+    work, fields = Pass(call), call.config.fields
     result = work.result()
     unit = torch.zeros(call.policy.hidden.shape, dtype=saved_dtype(call.config.dtype), device=call.labels.device)
     for chunk in work.chunks(work.selections()):
-        values = work.stats(chunk, columns | STATE)
-        _put(result, chunk.where, _only(values, columns | STATE, columns)[:, 0], 1)
+        values = work.stats(chunk, fields | STATE)
+        _put(result, chunk.where, _only(values, fields | STATE, fields)[:, 0], 1)
         ones = torch.ones_like(values[:1])
         _put(unit, chunk.where, work.head.input_grad(work.gradient(chunk, values[:3], ones)))
     return result, unit
 
 
 def _only(stats_: Tensor, have: int, want: int) -> Tensor:
-    """The wanted columns of a buffer that has more."""
+    """The wanted fields of a buffer that has more."""
     if have == want:
         return stats_
-    return stats_[[column_index(have, name) for name in column_names(want)]]
+    return stats_[[field_index(have, name) for name in field_names(want)]]
 
 
 class _Gradients:
@@ -344,12 +344,12 @@ class KnownLoss(Protocol):
     def leading(self) -> Sequence[int]: ...
 
     def gradient_of(self, chunk: int, stats: Tensor) -> Mapping[str, Tensor]:
-        """dL/dcolumn `[1, n]` by name of column, from the columns `[K, 1, n]` of that chunk."""
+        """dL/dfield `[1, n]` by name of field, from the fields `[K, 1, n]` of that chunk."""
 
 
 @_without_autocast
 def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> tuple[Tensor, Gradients]:
-    """The columns and the gradients of a loss whose coefficients are known once a chunk's columns are. Three GEMMs.
+    """The fields and the gradients of a loss whose coefficients are known once a chunk's fields are. Three GEMMs.
 
     The gradients are in `saved_dtype` of the inputs: an upstream gradient is still to come.
 
@@ -358,18 +358,18 @@ def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> t
         loss: what each chunk loses.
         needs: which of hidden, weight, bias need a gradient.
     """
-    work, columns = Pass(call), call.config.columns
+    work, fields = Pass(call), call.config.fields
     result = work.result()
     dtypes = [None if x is None else saved_dtype(x.dtype) for x in call.policy]
     total = _Gradients(work, needs, dtypes, sum(rows > 0 for rows in loss.leading))
     for number, chunk in enumerate(work.chunks(loss.selections)):
-        values = work.stats(chunk, columns)
+        values = work.stats(chunk, fields)
         _put(result, chunk.where, values[:, 0], 1)
         rows = chunk.labels.shape[1]
         leading = min(rows, loss.leading[number])
         if leading:
-            coefficients = coefficients_of(values, loss.gradient_of(number, values), columns)
-            states = values[:6] if columns & BIT["reference_row_max"] else values[:3]
+            coefficients = coefficients_of(values, loss.gradient_of(number, values), fields)
+            states = values[:6] if fields & BIT["reference_row_max"] else values[:3]
             if leading < rows:
                 chunk = chunk.first(leading)
                 states, coefficients = (x[..., :leading].contiguous() for x in (states, coefficients))

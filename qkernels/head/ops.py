@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_labels
-from ..core.columns import stats_dtype
+from ..core.fields import stats_dtype
 from ..core.operations import NAMESPACE, Operation, Traits
 from . import chunks
 from .call import HeadCall
@@ -44,7 +44,7 @@ def _checked(call: HeadCall) -> HeadCall:
 
 def _stats_fake(call: HeadCall) -> Tensor:
     hidden, config = call.policy.hidden, call.config
-    return hidden.new_empty((config.columns.bit_count(), hidden.shape[0]), dtype=stats_dtype(config.dtype))
+    return hidden.new_empty((config.fields.bit_count(), hidden.shape[0]), dtype=stats_dtype(config.dtype))
 
 
 def _unit_gradient_fake(call: HeadCall) -> tuple[Tensor, Tensor]:

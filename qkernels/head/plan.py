@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.columns import BIT, stats_dtype
+from ..core.fields import BIT, stats_dtype
 from ..core.memory import free_memory
 from ..distributed.vocab_parallel import Shard
 from .call import Model
@@ -98,7 +98,7 @@ class Work(NamedTuple):
     dtype, reference_dtype: of the GEMMs.
     softcap: whether the logits are capped, which takes a buffer more.
     needs: whether hidden states, weight and bias need a gradient.
-    columns: bit mask of the per-row results.
+    fields: bit mask of the per-row results.
     only_logps: whether `logps` is the only per-row result that carries gradient.
     coupled: None if the loss of each unit is known from that unit alone, else why not.
     valid_rows: how many rows count.
@@ -117,7 +117,7 @@ class Work(NamedTuple):
     reference_dtype: torch.dtype
     softcap: bool
     needs: tuple[bool, bool, bool]
-    columns: int
+    fields: int
     only_logps: bool
     coupled: str | None
     valid_rows: int
@@ -194,7 +194,7 @@ def plan(work: Work) -> LinearPlan:
     backward = needs_hidden + needs_weight
     known = name in BY_UNIT.values()
     products = 1 + backward if known else {"forward_only": 1, "frozen_head": 2}.get(name, 2 + backward)
-    with_kl = bool(work.columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
+    with_kl = bool(work.fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
     number = -(-work.valid_rows // fit) if work.valid_rows else 0
     return LinearPlan(
         name=name,

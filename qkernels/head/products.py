@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils import _python_dispatch
 
 from ..backends import cpu
-from ..core.columns import stats_dtype
 from ..core.compile import constant_when_compiled
+from ..core.fields import stats_dtype
 from ..core.memory import BLOCK_ELEMENTS, empty
 
 # Rows that torch's product on a CPU has at least. MKL takes other kernels for fewer (with AVX2 and up to 8 threads: for

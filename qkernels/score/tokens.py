@@ -160,7 +160,7 @@ class TokenScorer:
             raise ValueError(f"none of the outputs {', '.join(self.outputs)} reads the reference: leave it out")
         if cached:
             needed.discard("reference_logps")
-        self._columns = tuple(name for name in TokenStats._fields if name in needed)
+        self._fields = tuple(name for name in TokenStats._fields if name in needed)
         # The columns of the heads: those that both have, should one be padded further than the other.
         self.vocabularies = [_vocabulary(m) for m in (model, reference) if m is not None]
         self.vocabulary = min(self.vocabularies)
@@ -249,19 +249,19 @@ class TokenScorer:
         input_ids, labels = input_ids.to(device), labels.to(device)
         stats = self._stats(input_ids, labels)
         valid = shift_labels(labels) != IGNORE
-        columns: dict[str, Tensor] = {name: getattr(stats, name) for name in self._columns}
+        values: dict[str, Tensor] = {name: getattr(stats, name) for name in self._fields}
         if cache is not None:
-            columns["reference_logps"] = cache.to(columns["logps"])
+            values["reference_logps"] = cache.to(values["logps"])
         if any(name in _FROM for name in self.outputs):
-            columns |= _mdp(columns, self.beta, valid)._asdict()
-        arrays = {name: columns[name].cpu().numpy() for name in self.outputs}
+            values |= _mdp(values, self.beta, valid)._asdict()
+        arrays = {name: values[name].cpu().numpy() for name in self.outputs}
         # Copies, so that the padded batch can go.
         return [{name: array[i, places.numpy()] for name, array in arrays.items()} for i, places in enumerate(rows)]
 
     def _stats(self, input_ids: Tensor, labels: Tensor) -> TokenStats:
         inputs: Mapping[str, Any] = {"input_ids": input_ids}
         how: dict[str, Any] = {
-            "outputs": self._columns,
+            "outputs": self._fields,
             "max_chunk_bytes": self.max_chunk_bytes,
             "backend": self.backend,
         }
@@ -285,12 +285,12 @@ class TokenScorer:
         )
 
 
-def _mdp(columns: Mapping[str, Tensor], beta: float, valid: Tensor) -> TokenMDP:
+def _mdp(stats: Mapping[str, Tensor], beta: float, valid: Tensor) -> TokenMDP:
     """The whole MDP; what was not read off the heads, because no output depends on it, stands in as 0."""
-    logps = columns["logps"]
+    logps = stats["logps"]
     zero = torch.zeros_like(logps)
     return token_mdp_from_logps(
-        logps, columns.get("logsumexp", zero), columns.get("reference_logps", zero), beta=beta, valid=valid
+        logps, stats.get("logsumexp", zero), stats.get("reference_logps", zero), beta=beta, valid=valid
     )
 
 

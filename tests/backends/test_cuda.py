@@ -12,7 +12,7 @@ from cases import IGNORE
 from qkernels import backends
 from qkernels.backends import cpu as native
 from qkernels.backends import cuda
-from qkernels.core.columns import STATE
+from qkernels.core.fields import STATE
 
 extension = native.extension
 pytestmark = pytest.mark.skipif(extension is None, reason="the compiled extension is missing")
@@ -161,6 +161,6 @@ def test_errors_of_the_runtime_are_raised():
     zero = (0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="qkernels: cuda"):
         extension.cuda_row_stats(
-            shape=(1, 1, 8), policy=zero, reference=zero, labels=0, ignore_index=IGNORE, temperature=1.0, columns=STATE,
+            shape=(1, 1, 8), policy=zero, reference=zero, labels=0, ignore_index=IGNORE, temperature=1.0, fields=STATE,
             out=0, where=(0, 0, 1, 0),
         )  # fmt: skip

@@ -35,8 +35,8 @@ def test_no_spills_and_registers_within_the_planned_occupancy(name, architecture
         assert blocks * kernel_report.CUDA_THREADS * variant.registers <= 65536
         assert blocks * facts.shared <= 100 << 10
         # Four 16-byte loads of each stream are under way per thread, half of that on average.
-        streams = 2 if "KLs" in name or name == "all columns" else 1
-        if "any types" not in name and name != "all columns without reference":
+        streams = 2 if "KLs" in name or name == "all fields" else 1
+        if "any types" not in name and name != "all fields without reference":
             assert blocks * kernel_report.CUDA_THREADS * 32 * streams >= 26 << 10, "too few bytes under way"
 
 

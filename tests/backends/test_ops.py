@@ -20,7 +20,7 @@ from qkernels import (
 )
 from qkernels.backends import ops
 from qkernels.core.coefficients import COEFFICIENTS
-from qkernels.core.columns import BIT, REFERENCE_STATE, STATE
+from qkernels.core.fields import BIT, REFERENCE_STATE, STATE
 from qkernels.head import ops as head_ops
 from runnable import HAS_COMPILER
 
@@ -43,7 +43,7 @@ def row_inputs(backend, dtype, strided=False):
     return logits, rows.labels, reference
 
 
-def stats_columns():
+def stats_fields():
     return STATE | REFERENCE_STATE | BIT["kl_reference_policy"] | BIT["is_top1"]
 
 
@@ -78,23 +78,23 @@ def test_what_looks_on_sees_the_ops():
 
 @pytest.mark.nightly_except(backend=KERNELS)
 @pytest.mark.dtypes(*PLAIN)
-@pytest.mark.parametrize("columns, strided", [(BIT["logps"], True), (STATE | BIT["entropy"], False)])
-def test_row_stats_without_reference(backend, dtype, columns, strided):
+@pytest.mark.parametrize("fields, strided", [(BIT["logps"], True), (STATE | BIT["entropy"], False)])
+def test_row_stats_without_reference(backend, dtype, fields, strided):
     logits, labels, _ = row_inputs(backend, dtype, strided)
-    torch.library.opcheck(ops.row_stats.op, (logits, labels, None, columns, 1.0, -100, backend.name))
+    torch.library.opcheck(ops.row_stats.op, (logits, labels, None, fields, 1.0, -100, backend.name))
 
 
 @pytest.mark.nightly_except(backend=KERNELS)
 @pytest.mark.dtypes(*PLAIN)
 def test_row_stats_with_reference(backend, dtype):
     logits, labels, reference = row_inputs(backend, dtype)
-    torch.library.opcheck(ops.row_stats.op, (logits, labels, reference, stats_columns(), 0.7, -100, backend.name))
+    torch.library.opcheck(ops.row_stats.op, (logits, labels, reference, stats_fields(), 0.7, -100, backend.name))
 
 
 def grad_args(backend, dtype, full, strided=False):
     logits, labels, reference = row_inputs(backend, dtype, strided)
-    columns = STATE | REFERENCE_STATE
-    stats = ops.row_stats.op(logits, labels, reference, columns, 0.7, -100, backend.name)
+    fields = STATE | REFERENCE_STATE
+    stats = ops.row_stats.op(logits, labels, reference, fields, 0.7, -100, backend.name)
     coefficients = normal(len(COEFFICIENTS) if full else 1, 2, 3).to(stats)
     if full:
         return (logits, labels, reference, stats[:3], stats[3:6], coefficients, None, 0.7, -100, backend.name)
@@ -186,7 +186,7 @@ def test_pair_loss(backend, packed, reference):
         assert torch.equal(by_labels, by_weights)
 
 
-def linear_args(backend, dtype, columns, live=False, bias=True, softcap=None, strided=False):
+def linear_args(backend, dtype, fields, live=False, bias=True, softcap=None, strided=False):
     """Arguments of the ops on hidden states: two models, labels, and how."""
     batch = make_head_batch(1, 4, 6, 11, dtype, backend.device, bias=bias)
     hidden = batch.hidden.flatten(0, 1)
@@ -195,19 +195,19 @@ def linear_args(backend, dtype, columns, live=False, bias=True, softcap=None, st
     reference = (None,) * 3
     if live:
         reference = (batch.reference_hidden.flatten(0, 1), batch.reference_weight, batch.reference_bias)
-    how = (columns, 0.7, softcap, 1.3, -100, dtype, dtype, 3, backend.name, False)
+    how = (fields, 0.7, softcap, 1.3, -100, dtype, dtype, 3, backend.name, False)
     return (hidden, batch.weight, batch.bias, *reference, batch.labels.flatten()), how
 
 
 @pytest.mark.nightly_except(backend=KERNELS, dtype=(torch.bfloat16,))
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
-    "columns, options",
+    "fields, options",
     [(BIT["logps"], {"bias": False, "strided": True}), (STATE | BIT["entropy"], {"softcap": 2.0}),
      (STATE | REFERENCE_STATE | BIT["kl_reference_policy"], {"live": True})],
 )  # fmt: skip
-def test_linear_stats(backend, dtype, columns, options):
-    models, how = linear_args(backend, dtype, columns, **options)
+def test_linear_stats(backend, dtype, fields, options):
+    models, how = linear_args(backend, dtype, fields, **options)
     torch.library.opcheck(head_ops.linear_stats.op, (*models, *how))
 
 
@@ -215,8 +215,8 @@ def test_linear_stats(backend, dtype, columns, options):
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("options", [{"bias": False, "strided": True}, {"softcap": 2.0}, {"live": True}])
 def test_linear_unit_gradient(backend, dtype, options):
-    columns = STATE | (BIT["reference_logps"] if options.get("live") else 0)
-    models, how = linear_args(backend, dtype, columns, **options)
+    fields = STATE | (BIT["reference_logps"] if options.get("live") else 0)
+    models, how = linear_args(backend, dtype, fields, **options)
     torch.library.opcheck(head_ops.linear_unit_gradient.op, (*models, *how))
 
 
@@ -225,8 +225,8 @@ def test_linear_unit_gradient(backend, dtype, options):
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
 @pytest.mark.parametrize("live", [False, True])
 def test_linear_gradients(backend, dtype, needs, live):
-    columns = STATE | (REFERENCE_STATE | BIT["kl_policy_reference"] if live else 0)
-    models, how = linear_args(backend, dtype, columns, live, strided=True)
+    fields = STATE | (REFERENCE_STATE | BIT["kl_policy_reference"] if live else 0)
+    models, how = linear_args(backend, dtype, fields, live, strided=True)
     stats = head_ops.linear_stats.op(*models, *how)
     coefficients = normal(len(COEFFICIENTS) if live else 1, 8).to(stats)
     args = (stats[: 6 if live else 3].contiguous(), coefficients, list(needs), *models, *how)
@@ -266,12 +266,12 @@ def test_linear_ops_name_a_bad_label_by_its_row(backend, dtype):
 def test_fake_results_have_the_real_shapes_and_dtypes(dtype):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for columns in (BIT["logps"], STATE | BIT["entropy"], stats_columns()):
+    for fields in (BIT["logps"], STATE | BIT["entropy"], stats_fields()):
         with FakeTensorMode() as mode:
             logits = mode.from_tensor(torch.zeros(2, 3, 17, dtype=dtype))
             labels = mode.from_tensor(torch.zeros(2, 3, dtype=torch.int64))
-            fake = ops.row_stats.op(logits, labels, logits, columns, 1.0, -100, "torch")
-        assert fake.shape == (columns.bit_count(), 2, 3) and fake.dtype == torch.float32
+            fake = ops.row_stats.op(logits, labels, logits, fields, 1.0, -100, "torch")
+        assert fake.shape == (fields.bit_count(), 2, 3) and fake.dtype == torch.float32
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------

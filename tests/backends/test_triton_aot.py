@@ -54,7 +54,7 @@ def test_no_spills_and_registers_within_the_planned_occupancy(name, architecture
         assert programs * 128 * planned <= 65536 and programs * facts.shared <= 100 << 10
         # What is bound by its instructions or by narrow loads does not need all of the memory's speed.
         needed = 13 if architecture == "sm_80" or ("KLs" in name and UNALIGNED in name) else 26
-        needed = 22 if name.startswith("all columns") and variant.reference else needed
+        needed = 22 if name.startswith("all fields") and variant.reference else needed
         assert programs * 128 * 32 >= needed << 10, "the loads under way no longer cover the memory's latency"
 
 
@@ -77,7 +77,7 @@ def test_main_loops_load_and_store_16_bytes(name, architecture):
 
 def test_instructions_per_element_leave_room_for_the_memory():
     """At 4.3 TB/s an H200's processor meets 9.3 bf16 elements per clock and issues 128 lane-instructions: 13.7 each."""
-    for name in ("log-probs", "with entropy", "all columns without reference", "log-probs of both models"):
+    for name in ("log-probs", "with entropy", "all fields without reference", "log-probs of both models"):
         assert kernel_report.facts(VARIANTS[name], "sm_90").loop.per_element < 13.7
     # Two bytes more per element for each further stream.
     assert kernel_report.facts(VARIANTS["with KLs"], "sm_90").loop.per_element < 2 * 13.7
@@ -231,7 +231,7 @@ def test_one_compilation_serves_all_shapes(monkeypatch):
     """known bug 22: no length, stride, address or size is part of the key; whether rows are split is."""
     from qkernels.backends import triton as triton_backend
     from qkernels.backends.triton import common, row_grad_kernel, row_stats_kernel
-    from qkernels.core.columns import STATE
+    from qkernels.core.fields import STATE
 
     monkeypatch.setattr(common, "splits_for", lambda *_: 1)
     stats, stats_calls = recorded(monkeypatch, row_stats_kernel, "row_stats_kernel")
@@ -246,11 +246,11 @@ def test_one_compilation_serves_all_shapes(monkeypatch):
     assert len(stats_calls.calls) == len(grad_calls.calls) == 2 * len(SHAPES)
     assert len(keys_of(stats, stats_calls.calls)) == 1
     assert len(keys_of(grad, grad_calls.calls)) == 1
-    # Other columns of the same sums are a run-time value as well; other sums are another kernel.
+    # Other fields of the same sums are a run-time value as well; other sums are another kernel.
     logits = logits_of(1, 1, 16)
     labels = torch.zeros(1, 1, dtype=torch.int64)
-    for columns in (1, 2, 4, 64, 64 | STATE):
-        triton_backend.row_stats(logits, labels, None, columns, 1.0, -100)
+    for fields in (1, 2, 4, 64, 64 | STATE):
+        triton_backend.row_stats(logits, labels, None, fields, 1.0, -100)
     assert len(keys_of(stats, stats_calls.calls)) == 1
     triton_backend.row_stats(logits, labels, None, STATE | 1 << 8, 1.0, -100)
     assert len(keys_of(stats, stats_calls.calls)) == 2
@@ -273,7 +273,7 @@ def test_what_is_compiled_here_is_what_is_launched(monkeypatch):
     """The report's signatures and compile-time values are those of a launch."""
     from qkernels.backends import triton as triton_backend
     from qkernels.backends.triton import common, row_stats_kernel
-    from qkernels.core.columns import STATE
+    from qkernels.core.fields import STATE
 
     monkeypatch.setattr(common, "splits_for", lambda *_: 1)
     reported = kernel_report.source_of(VARIANTS["log-probs"], "sm_90")

@@ -13,7 +13,7 @@ import torch
 
 import distributed_checks as checks
 from processes import Ranks
-from qkernels.core.columns import COMBINED
+from qkernels.core.fields import COMBINED
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -61,9 +61,9 @@ def test_rows_of_logits_in_place(two):
 SUMS = [0, 1, 2, 3, *(4 + i for i, name in enumerate(COMBINED) if name != "is_top1")]
 
 
-@pytest.mark.parametrize("column", [*map(str, SUMS), "state", "coefficients"])
-def test_every_sum_is_checked(two, column):
-    for error in two.run(checks.spoiled_rows, column):
+@pytest.mark.parametrize("changed", [*map(str, SUMS), "state", "coefficients"])
+def test_every_sum_is_checked(two, changed):
+    for error in two.run(checks.spoiled_rows, changed):
         assert "values are wrong" in error
 
 

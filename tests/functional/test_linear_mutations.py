@@ -13,7 +13,7 @@ from torch import Tensor
 import oracle
 from cases import make_head_batch
 from linear_comparisons import check_linear_preference, check_linear_stats
-from mutations import SLIGHTLY, expect_failure, spoil_column
+from mutations import SLIGHTLY, expect_failure, spoil_field
 from qkernels.autograd import head as autograd
 from qkernels.functional import hidden_loss
 from qkernels.functional.pair_chunks import PairChunks
@@ -125,7 +125,7 @@ def test_rounded_logits_are_seen(backend, dtype, monkeypatch):
 def test_every_output_is_checked(backend, dtype, name, monkeypatch):
     batch = make_head_batch(1, 6, 16, 40, dtype, backend.device)
     expect_failure(
-        lambda: check_linear_stats(backend, batch, (name,), trains=""), spoil_column(monkeypatch, backend, name)
+        lambda: check_linear_stats(backend, batch, (name,), trains=""), spoil_field(monkeypatch, backend, name)
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import oracle
 from cases import IGNORE, make_pairs, make_rows, pack
 from comparisons import check_gradient, check_logps, check_outputs, check_preference, random_upstream
-from mutations import SLIGHTLY, expect_failure, spoil_column
+from mutations import SLIGHTLY, expect_failure, spoil_field
 from oracle import Options
 from qkernels import objectives
 from qkernels.core.calls import RowGrad, takes
@@ -51,7 +51,7 @@ def spoil_gradient(monkeypatch, backend, change) -> object:
 @pytest.mark.parametrize("name", oracle.STATS)
 def test_every_output_is_checked(backend, dtype, name, monkeypatch):
     rows = rows_for(backend, dtype)
-    expect_failure(lambda: check_outputs(backend, rows, (name,)), spoil_column(monkeypatch, backend, name))
+    expect_failure(lambda: check_outputs(backend, rows, (name,)), spoil_field(monkeypatch, backend, name))
     with pytest.raises(AssertionError):
         check_outputs(backend, rows)
     if name == "logps":
@@ -64,27 +64,27 @@ def test_every_output_is_checked(backend, dtype, name, monkeypatch):
 def test_output_bounds_are_tight(backend, dtype, name, monkeypatch):
     """An error in the fifth digit is seen, too."""
     rows = rows_for(backend, dtype)
-    spoil = spoil_column(monkeypatch, backend, name, 1 + 2e-5)
+    spoil = spoil_field(monkeypatch, backend, name, 1 + 2e-5)
     expect_failure(lambda: check_outputs(backend, rows, (name,)), spoil)
 
 
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize(
-    "column, output",
+    "field, output",
     [("row_max", "logps"), ("log_sum", "logps"), ("logps", "logps"), ("row_max", "entropy"), ("log_sum", "entropy"),
      ("entropy", "entropy"), ("kl_policy_reference", "kl_policy_reference"),
      ("reference_row_max", "kl_reference_policy"), ("reference_log_sum", "kl_reference_policy"),
      ("reference_row_max", "kl_policy_reference"), ("reference_log_sum", "kl_policy_reference")],
 )  # fmt: skip
-def test_the_state_of_the_backward_is_checked(backend, dtype, column, output, monkeypatch):
+def test_the_state_of_the_backward_is_checked(backend, dtype, field, output, monkeypatch):
     """What the forward saves for the backward shows in the gradient only."""
     rows = rows_for(backend, dtype)
     upstream = random_upstream(rows, (output,))
     # A row maximum close to 0 hardly changes by 1 %: shift all logits.
     rows.logits, rows.reference = rows.logits + 4, rows.reference + 4
     # Of the state, `logps` reaches only the label's own entry, as exp(logp) - 1.
-    factor = 1.05 if column == "logps" else SLIGHTLY
-    expect_failure(lambda: check_gradient(backend, rows, upstream), spoil_column(monkeypatch, backend, column, factor))
+    factor = 1.05 if field == "logps" else SLIGHTLY
+    expect_failure(lambda: check_gradient(backend, rows, upstream), spoil_field(monkeypatch, backend, field, factor))
 
 
 def scaled_everywhere(grad, labels):
@@ -251,10 +251,10 @@ def test_every_objective_is_checked(backend, dtype, name, monkeypatch):
 
 
 @pytest.mark.dtypes(torch.float32)
-@pytest.mark.parametrize("column", ["logps", "reference_logps", "kl_reference_policy", "log_sum_sq_probs"])
-def test_what_objectives_read_is_checked(backend, dtype, column, monkeypatch):
+@pytest.mark.parametrize("field", ["logps", "reference_logps", "kl_reference_policy", "log_sum_sq_probs"])
+def test_what_objectives_read_is_checked(backend, dtype, field, monkeypatch):
     batch = make_pairs(2, 6, 30, dtype, backend.device)
-    name = "tdpo1" if column == "kl_reference_policy" else "ipo"
+    name = "tdpo1" if field == "kl_reference_policy" else "ipo"
     expect_failure(
-        lambda: check_preference(backend, batch, name, use_weighting=True), spoil_column(monkeypatch, backend, column)
+        lambda: check_preference(backend, batch, name, use_weighting=True), spoil_field(monkeypatch, backend, field)
     )

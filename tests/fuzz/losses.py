@@ -218,7 +218,7 @@ class Preference:
         paths = {"logps": (("r", w), ("logp", w), ("full", base))}
         if request.needs_kl:
             paths["kl_reference_policy"] = (("k", w),)
-        for column, parts in paths.items():
+        for field, parts in paths.items():
             total, wrong = torch.zeros_like(logps), torch.zeros_like(logps)
             for name, weight in parts:
                 keys = [f"{name}_w", f"{name}_l"]
@@ -230,8 +230,8 @@ class Preference:
                     off = torch.cat([truth.slope_errors[k] for k in keys])
                 total = total + torch.where(weight == 0, 0.0, weight * slope[batch.sequence])
                 wrong = wrong + torch.where(weight == 0, 0.0, weight * off[batch.sequence])
-            self.coefficients[column] = total.view(rows.labels.shape)
-            self.coefficient_errors[column] = wrong.view(rows.labels.shape)
+            self.coefficients[field] = total.view(rows.labels.shape)
+            self.coefficient_errors[field] = wrong.view(rows.labels.shape)
         self.broken_pairs = batch.affected(rows.broken)
         if request.coupled and bool(self.broken_pairs.any()):
             self.broken_pairs = torch.ones_like(self.broken_pairs)

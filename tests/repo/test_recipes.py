@@ -14,7 +14,7 @@ import torch
 import oracle
 import qkernels
 from qkernels import backends, objectives
-from qkernels.core.columns import COLUMNS, COMBINED
+from qkernels.core.fields import COMBINED, FIELDS
 from qkernels.objectives import formulas
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ def test_recipe_of_an_objective():
 # What only the backward reads has no field in the results and no definition of its own in the oracle. What is computed
 # of both models alike is looked for under the policy's name.
 STATE = ("row_max", "log_sum")
-OUTPUTS = [name for name in COLUMNS if name not in STATE and not name.startswith("reference_")]
+OUTPUTS = [name for name in FIELDS if name not in STATE and not name.startswith("reference_")]
 
 
 def places() -> list[str]:
@@ -81,8 +81,8 @@ def names(path: str, output: str) -> bool:
 
 def test_the_recipe_names_places():
     assert len(places()) == 5, "one declaration, three implementations (torch, C++, Triton), one independent definition"
-    assert not names("qkernels/core/columns.py", "entropy_of_nothing")
-    assert not names("csrc/core/columns.h", "entropy_of_nothing")
+    assert not names("qkernels/core/fields.py", "entropy_of_nothing")
+    assert not names("csrc/core/fields.h", "entropy_of_nothing")
 
 
 @pytest.mark.parametrize("path", places())
@@ -94,7 +94,7 @@ def test_every_output_is_in_every_place(path):
 
 def test_an_output_is_declared_whole():
     """Its field, and how vocabulary shards of it combine; what follows from the states combines by itself."""
-    fields = {name for name in COLUMNS if name.removeprefix("reference_") not in STATE}
+    fields = {name for name in FIELDS if name.removeprefix("reference_") not in STATE}
     assert fields == set(qkernels.TokenStats._fields) == set(oracle.STATS)
     by_itself = {"logps", "logsumexp", "reference_logps", "reference_logsumexp"}
     assert set(COMBINED) == fields - by_itself

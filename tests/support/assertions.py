@@ -87,7 +87,7 @@ def assert_within(actual: Tensor, expected: Tensor, allowed: Tensor | float, wha
 def assert_row_output(
     name: str, actual: Tensor, expected: Tensor, logits_dtype: torch.dtype, size: Tensor | float = 1.0
 ) -> None:
-    """One column of per-row results.
+    """One field of per-row results.
 
     size: the magnitude that the bound is relative to where it is more than the result itself (see above).
     """

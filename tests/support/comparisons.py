@@ -10,7 +10,7 @@ from assertions import assert_gradient, assert_row_output, assert_within, loss_a
 from cases import IGNORE, PairBatch, Rows, generator
 from qkernels import fused_token_dpo, token_logps, token_stats
 from qkernels.core.coefficients import coefficients
-from qkernels.core.columns import REFERENCE_STATE, STATE, bits
+from qkernels.core.fields import REFERENCE_STATE, STATE, bits
 
 
 def row_sizes(rows: Rows) -> dict[str, Tensor]:
@@ -113,11 +113,11 @@ def check_gradient_into(
     logits, labels = rows.logits.unsqueeze(0), rows.labels.unsqueeze(0)
     full = any(name in oracle.WITH_REFERENCE for name in outputs)
     reference = rows.reference.unsqueeze(0) if full else None
-    columns = STATE | bits(outputs) | (REFERENCE_STATE if full else 0)
+    fields = STATE | bits(outputs) | (REFERENCE_STATE if full else 0)
     how = (rows.temperature, IGNORE)
-    stats = backend.module.row_stats(logits, labels, reference, columns, *how)
+    stats = backend.module.row_stats(logits, labels, reference, fields, *how)
     upstream = random_upstream(rows, outputs)
-    given = coefficients(stats, {name: value.unsqueeze(0) for name, value in upstream.items()}, columns)
+    given = coefficients(stats, {name: value.unsqueeze(0) for name, value in upstream.items()}, fields)
     pitch = rows.vocab + gap
     memory = torch.full((offset + len(rows.labels) * pitch,), 777.0, dtype=narrow, device=logits.device)
     lines = memory[offset:].view(1, -1, pitch)
@@ -218,7 +218,7 @@ def check_rewards(name: str, actual: Tensor, truth: oracle.Loss, beta: float, dt
     expected = getattr(truth, name)
     assert not actual.requires_grad, f"{name} must not carry gradient"
     total = sum(
-        truth.stats[column].abs().clamp_min(1).sum() for column in ("logps", "reference_logps") if column in truth.stats
+        truth.stats[field].abs().clamp_min(1).sum() for field in ("logps", "reference_logps") if field in truth.stats
     )
     unit = 1e-12 if dtype == torch.float64 else 2e-6
     assert_within(actual, expected, unit * beta * total + 1e-7 * expected.abs(), name)

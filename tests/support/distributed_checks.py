@@ -99,21 +99,21 @@ def rows_on_gpu(dtype: torch.dtype) -> None:
     check_rows(make_rows((3, 5), 67, dtype, f"cuda:{dist.get_rank()}", temperature=0.8), "auto", False, world())
 
 
-def spoiled_rows(column: str) -> str:
+def spoiled_rows(changed: str) -> str:
     """The check of the check: one of the sums that travel is 1 % off, or one coefficient."""
     real, real_inputs = vocab_parallel.groups.all_reduce_, vocab_parallel.Shard.gradient_inputs
 
     def wrong(values: Tensor, how: str, group: str) -> Tensor:
         real(values, how, group)
-        if how == "sum" and column.isdigit():
-            values[int(column)] *= 1.01
+        if how == "sum" and changed.isdigit():
+            values[int(changed)] *= 1.01
         return values
 
     def wrong_inputs(self, call):
         call = real_inputs(self, call)
-        if column in ("state", "coefficients"):
-            changed = call.state[2] if column == "state" else call.coefficients[1]
-            changed *= 1.01
+        if changed in ("state", "coefficients"):
+            values = call.state[2] if changed == "state" else call.coefficients[1]
+            values *= 1.01
         return call
 
     vocab_parallel.groups.all_reduce_, vocab_parallel.Shard.gradient_inputs = wrong, wrong_inputs

@@ -281,9 +281,7 @@ def check_linear_outputs(out, truth, batch, token_weights, beta, size, reference
         allowed = 2 * unit * beta * size * torch.ones_like(logps).maximum(logps.abs()).maximum(reference.abs())
         assert_within(out.token_rewards, beta * (logps - reference), allowed, "token_rewards")
     total = sum(
-        truth.stats[column].abs().clamp_min(size).sum()
-        for column in ("logps", "reference_logps")
-        if column in truth.stats
+        truth.stats[field].abs().clamp_min(size).sum() for field in ("logps", "reference_logps") if field in truth.stats
     )
     for name in ("chosen_rewards", "rejected_rewards"):
         actual, expected = getattr(out, name), getattr(truth, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qkernels.core.calls import RowStats, takes
-from qkernels.core.columns import BIT, column_index
+from qkernels.core.fields import BIT, field_index
 
 SLIGHTLY = 1.01
 
@@ -18,16 +18,16 @@ def expect_failure(check, spoil) -> None:
         check()
 
 
-def spoil_column(monkeypatch, backend, name: str, factor: float = SLIGHTLY):
-    """Make `row_stats` return one column scaled (0 and 1 exchanged for is_top1)."""
+def spoil_field(monkeypatch, backend, name: str, factor: float = SLIGHTLY):
+    """Make `row_stats` return one field scaled (0 and 1 exchanged for is_top1)."""
     real = backend.module.row_stats
 
     @takes(RowStats)
     def wrong(call):
         stats = real(call).clone()
-        if call.columns & BIT[name]:
-            column = stats[column_index(call.columns, name)]
-            column.copy_(1 - column if name == "is_top1" else column * factor)
+        if call.fields & BIT[name]:
+            field = stats[field_index(call.fields, name)]
+            field.copy_(1 - field if name == "is_top1" else field * factor)
         return stats
 
     return lambda: monkeypatch.setattr(backend.module, "row_stats", wrong)

@@ -36,7 +36,7 @@ from qkernels import backends, fused_token_dpo, token_logps, token_stats
 from qkernels.backends import ops
 from qkernels.backends import reference as truth
 from qkernels.backends.triton import common, pair_loss_kernel, row_grad_kernel, row_stats_kernel
-from qkernels.core.columns import BIT, REFERENCE_STATE, STATE
+from qkernels.core.fields import BIT, REFERENCE_STATE, STATE
 
 DEVICE = torch.device("cpu" if common.INTERPRETED else "cuda")
 BACKEND = SimpleNamespace(name="triton", device=DEVICE)
@@ -252,8 +252,8 @@ def test_ignored_rows_and_rows_without_gradient_are_not_read(splits, outputs):
         assert value[1] == 0
 
     full = len(outputs) > 1
-    columns = STATE | REFERENCE_STATE
-    state = ops.row_stats.op(*batched(logits, rows.labels, reference), columns, 1.0, IGNORE, "triton")
+    fields = STATE | REFERENCE_STATE
+    state = ops.row_stats.op(*batched(logits, rows.labels, reference), fields, 1.0, IGNORE, "triton")
     coefficients = normal(5 if full else 1, 1, 4).to(DEVICE)
     coefficients[:, 0, 3] = 0
     logits[3], reference[3] = torch.nan, torch.nan
@@ -278,8 +278,8 @@ def test_labels_outside_the_vocabulary(splits, monkeypatch):
         with pytest.raises(IndexError, match=r"labels\[1\] = 1300 is outside \[0, 1300\)"):
             ops.row_stats.op(*args, STATE, 1.0, IGNORE, "triton")
     monkeypatch.setattr(common, "check_labels", lambda *_: None)  # what a GPU does without that variable
-    for columns in (STATE, STATE | REFERENCE_STATE | BIT["kl_reference_policy"]):
-        stats = ops.row_stats.op(*args, columns, 1.0, IGNORE, "triton")
+    for fields in (STATE, STATE | REFERENCE_STATE | BIT["kl_reference_policy"]):
+        stats = ops.row_stats.op(*args, fields, 1.0, IGNORE, "triton")
         assert bool(stats[:, 0, 1:].isnan().all()) and bool(stats[:, 0, 0].isfinite().all())
     state = ops.row_stats.op(*args, STATE, 1.0, IGNORE, "triton")
     ones = torch.ones(1, 1, 4, device=DEVICE)

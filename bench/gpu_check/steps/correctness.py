@@ -70,7 +70,7 @@ NOT_CORE = (
 def core(bench: Bench) -> list[str]:
     """The tests that run kernels on the GPU, files side by side."""
     if bench.rehearsal:
-        return _pytest([ROOT / "tests" / "core" / "test_columns.py"])
+        return _pytest([ROOT / "tests" / "core" / "test_fields.py"])
     files = [path for folder in CORE for path in (ROOT / "tests" / folder).glob("test_*.py")]
     return _pytest([path for path in files if path.name not in NOT_CORE], "-k", "cuda or triton", "-m", "not nightly")
 
@@ -184,7 +184,7 @@ def exercise(bench: Bench) -> list[str]:
     """Each kernel once on small tensors of awkward shapes; what the memory checks run."""
     from qkernels import backends
     from qkernels.backends import ops
-    from qkernels.core.columns import COLUMNS, REFERENCE_STATE, STATE
+    from qkernels.core.fields import FIELDS, REFERENCE_STATE, STATE
 
     for name in bench.backends():
         for vocab, dtype, shift in ((1, torch.float32, 1), (2053, torch.bfloat16, 3), (20011, torch.float16, 5)):
@@ -193,7 +193,7 @@ def exercise(bench: Bench) -> list[str]:
             labels = torch.tensor([[0, IGNORE, vocab - 1]], device=bench.device)
             for reference in (logits.clone(), other):
                 how = (1.0, IGNORE, name)
-                stats = ops.row_stats.op(logits, labels, reference, (1 << len(COLUMNS)) - 1, *how)
+                stats = ops.row_stats.op(logits, labels, reference, (1 << len(FIELDS)) - 1, *how)
                 state = ops.row_stats.op(logits, labels, reference, STATE | REFERENCE_STATE, *how)
                 for k in (1, 5):
                     coefficients = torch.ones(k, 1, 3, device=bench.device)

@@ -63,7 +63,7 @@ def stats(bench: Bench) -> list[str]:
 def backward(bench: Bench) -> list[str]:
     """The gradient kernel by itself, in place: one read, one write. Refilled before each round, which is not timed."""
     from qkernels.backends import ops
-    from qkernels.core.columns import STATE
+    from qkernels.core.fields import STATE
 
     lines = []
     for vocab in (bench.vocab, bench.vocab + 1):

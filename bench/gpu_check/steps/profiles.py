@@ -28,7 +28,7 @@ def _calls(bench: Bench) -> Iterator[tuple[str, Callable[[], object]]]:
     """The kernels of a training step, and the ones with the most to do; a few rows per SM are enough for a profile."""
     import qkernels
     from qkernels.backends import ops
-    from qkernels.core.columns import REFERENCE_STATE, STATE
+    from qkernels.core.fields import REFERENCE_STATE, STATE
 
     rows = bench.rows if bench.rehearsal else 1056
     logits, reference = (bench.logits(rows, bench.vocab, torch.bfloat16, seed) for seed in (0, 2))

@@ -74,7 +74,7 @@ def _of_a_step(bench: Bench, backend: str) -> dict[str, Callable[[], object]]:
     """The kernels of a training step, the one with the most to do, and one on short rows, by name."""
     import qkernels
     from qkernels.backends import ops
-    from qkernels.core.columns import STATE
+    from qkernels.core.fields import STATE
 
     logits, reference = (bench.logits(bench.rows, bench.vocab, torch.bfloat16, seed) for seed in (0, 2))
     labels = bench.labels(bench.rows, bench.vocab)

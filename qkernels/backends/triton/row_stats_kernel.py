@@ -9,7 +9,7 @@ When a lane's maximum changes, with d = (m_old - m_new) scale, its running sums 
 becomes 2^d exp, exp_t becomes 2^d (exp_t + d exp), cross becomes 2^d (cross + (d - d of the other model) exp). That is
 one exponential per tile and lane, none per element. At the end the lanes' sums are merged by the same rule. The label's
 entry is left out of all sums (and of m); `_complete` adds it in fp64, so that log pi = -log1p(sum of the others) keeps
-its relative precision when the model is almost certain. The formulas of the columns are those of csrc/core/columns.h.
+its relative precision when the model is almost certain. The formulas of the fields are those of csrc/core/fields.h.
 
 Programs. One per row, of 4 warps; two where both models' log-probs are asked for but no divergence (one per model,
 which needs fewer registers than both models in one program). Divergences need both rows jointly. Where there are fewer
@@ -19,7 +19,7 @@ in order and finishes the row. No atomics: results have the same bits from run t
 Memory traffic. Each logit is read once, by 128-bit loads whatever V, strides and addresses are (`common`); the label's
 logit twice. Rows whose label is ignored or outside of the vocabulary are not read. Where the reference's rows have
 another alignment modulo 16 bytes than the policy's (ALIGNED = False, decided by the host for the whole call) the
-reference's loads are as narrow as its elements. Written: 4 bytes per column and row.
+reference's loads are as narrow as its elements. Written: 4 bytes per field and row.
 
 Aliasing. Nothing that is written is read, except the scratch buffer by the second kernel.
 
@@ -32,7 +32,7 @@ Numerics.
   entries), between split rows and whole ones, and in a divergence with a reference of another dtype or alignment.
 - m starts at -inf; while it is -inf, exponents are relative to 0: logits as low as the type allows need no sentinel.
 - e comes from the unbounded t, which may be NaN; where e multiplies t, t is bounded or 0 * inf replaced by 0.
-- A NaN, a +inf or nothing but -inf: NaN in all of that model's columns, by arithmetic (exp is NaN, or the maximum is
+- A NaN, a +inf or nothing but -inf: NaN in all of that model's fields, by arithmetic (exp is NaN, or the maximum is
   not finite). Both divergences then are NaN as well. A label outside [0, V): NaN without reading the row.
 - is_top1 compares the label with the largest entry, and with the largest one before it (`before_label`).
 """
@@ -44,7 +44,7 @@ from torch import Tensor
 
 from ...core import layout
 from ...core.calls import RowStats
-from ...core.columns import BIT, COLUMNS, NEEDS_REFERENCE
+from ...core.fields import BIT, FIELDS, NEEDS_REFERENCE
 from . import common
 from .common import (
     _INF,
@@ -76,23 +76,23 @@ _LN2 = tl.constexpr(0.69314718055994530942)
 # The raw logits are summed times this (kRawUnit of csrc/core/softmax.h): their sum stays finite in fp32.
 _RAW_UNIT = tl.constexpr(2.0**-30)
 
-assert len(COLUMNS) <= 16, "_put counts the bits of 16 columns"
+assert len(FIELDS) <= 16, "_put counts the bits of 16 fields"
 _ONE = tl.constexpr(1)
-_COLUMNS = tl.constexpr(len(COLUMNS))
-_ROW_MAX = tl.constexpr(COLUMNS.index("row_max"))
-_LOG_SUM = tl.constexpr(COLUMNS.index("log_sum"))
-_LOGPS = tl.constexpr(COLUMNS.index("logps"))
-_REFERENCE_ROW_MAX = tl.constexpr(COLUMNS.index("reference_row_max"))
-_REFERENCE_LOG_SUM = tl.constexpr(COLUMNS.index("reference_log_sum"))
-_REFERENCE_LOGPS = tl.constexpr(COLUMNS.index("reference_logps"))
-_LOGSUMEXP = tl.constexpr(COLUMNS.index("logsumexp"))
-_REFERENCE_LOGSUMEXP = tl.constexpr(COLUMNS.index("reference_logsumexp"))
-_ENTROPY = tl.constexpr(COLUMNS.index("entropy"))
-_KL_REFERENCE_POLICY = tl.constexpr(COLUMNS.index("kl_reference_policy"))
-_KL_POLICY_REFERENCE = tl.constexpr(COLUMNS.index("kl_policy_reference"))
-_LOG_SUM_SQ_PROBS = tl.constexpr(COLUMNS.index("log_sum_sq_probs"))
-_MEAN_LOGITS = tl.constexpr(COLUMNS.index("mean_logits"))
-_IS_TOP1 = tl.constexpr(COLUMNS.index("is_top1"))
+_FIELDS = tl.constexpr(len(FIELDS))
+_ROW_MAX = tl.constexpr(FIELDS.index("row_max"))
+_LOG_SUM = tl.constexpr(FIELDS.index("log_sum"))
+_LOGPS = tl.constexpr(FIELDS.index("logps"))
+_REFERENCE_ROW_MAX = tl.constexpr(FIELDS.index("reference_row_max"))
+_REFERENCE_LOG_SUM = tl.constexpr(FIELDS.index("reference_log_sum"))
+_REFERENCE_LOGPS = tl.constexpr(FIELDS.index("reference_logps"))
+_LOGSUMEXP = tl.constexpr(FIELDS.index("logsumexp"))
+_REFERENCE_LOGSUMEXP = tl.constexpr(FIELDS.index("reference_logsumexp"))
+_ENTROPY = tl.constexpr(FIELDS.index("entropy"))
+_KL_REFERENCE_POLICY = tl.constexpr(FIELDS.index("kl_reference_policy"))
+_KL_POLICY_REFERENCE = tl.constexpr(FIELDS.index("kl_policy_reference"))
+_LOG_SUM_SQ_PROBS = tl.constexpr(FIELDS.index("log_sum_sq_probs"))
+_MEAN_LOGITS = tl.constexpr(FIELDS.index("mean_logits"))
+_IS_TOP1 = tl.constexpr(FIELDS.index("is_top1"))
 
 
 # --- the running sums of a tile's lanes -------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def _merge_jointly(sums, raw, before_label, r_sums, scale):
     )  # fmt: skip
 
 
-# --- from sums to columns ---------------------------------------------------------------------------------------------
+# --- from sums to fields ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -339,55 +339,55 @@ def _complete(maximum, exp, label_logit, inverse_temperature):
 
 
 @triton.jit
-def _put(out, columns, value, rows, COLUMN: tl.constexpr):
-    """Store a column if it was asked for. Its index in the output is the number of columns before it that were."""
-    x = columns & ((_ONE << COLUMN) - 1)  # count its bits
+def _put(out, fields, value, rows, FIELD: tl.constexpr):
+    """Store a field if it was asked for. Its index in the output is the number of fields before it that were."""
+    x = fields & ((_ONE << FIELD) - 1)  # count its bits
     x = x - ((x >> 1) & 0x5555)
     x = (x & 0x3333) + ((x >> 2) & 0x3333)
     x = (x + (x >> 4)) & 0x0F0F
     slot = (x + (x >> 8)) & 0x1F
-    tl.store(out + slot.to(tl.int64) * rows, value.to(tl.float32), mask=((columns >> COLUMN) & 1) != 0)
+    tl.store(out + slot.to(tl.int64) * rows, value.to(tl.float32), mask=((fields >> FIELD) & 1) != 0)
 
 
 @triton.jit
 def _finish_policy(
-    out, columns, rows, vocab, inverse_temperature, label_logit, sums, raw, before_label,
+    out, fields, rows, vocab, inverse_temperature, label_logit, sums, raw, before_label,
     ENTROPY: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """The policy's columns of a row from its complete sums."""
+    """The policy's fields of a row from its complete sums."""
     maximum, exp, exp_t, exp_sq, _ = sums
     row_max, exponent, factor, t, e, total, log_sum, logp = _complete(maximum, exp, label_logit, inverse_temperature)
     invalid = log_sum - log_sum  # NaN if there is no softmax, else 0
-    _put(out, columns, row_max.to(tl.float64) + invalid, rows, _ROW_MAX)
-    _put(out, columns, log_sum, rows, _LOG_SUM)
-    _put(out, columns, logp, rows, _LOGPS)
-    _put(out, columns, row_max.to(tl.float64) * inverse_temperature + log_sum, rows, _LOGSUMEXP)
+    _put(out, fields, row_max.to(tl.float64) + invalid, rows, _ROW_MAX)
+    _put(out, fields, log_sum, rows, _LOG_SUM)
+    _put(out, fields, logp, rows, _LOGPS)
+    _put(out, fields, row_max.to(tl.float64) * inverse_temperature + log_sum, rows, _LOGSUMEXP)
     if ENTROPY:
         weighted_t = weighted(factor, exp_t.to(tl.float64) + exponent * exp.to(tl.float64)) + weighted(e, t)
         entropy = log_sum - _LN2 * (weighted_t / total)
-        _put(out, columns, tl.where(entropy < 0, 0.0, entropy), rows, _ENTROPY)
+        _put(out, fields, tl.where(entropy < 0, 0.0, entropy), rows, _ENTROPY)
     if EXTRAS:
         sum_sq = exp_sq.to(tl.float64) * factor * factor + e * e
-        _put(out, columns, tl.log(sum_sq) - 2 * log_sum, rows, _LOG_SUM_SQ_PROBS)
+        _put(out, fields, tl.log(sum_sq) - 2 * log_sum, rows, _LOG_SUM_SQ_PROBS)
         mean = (raw.to(tl.float64) * (1 / _RAW_UNIT) + label_logit.to(tl.float64)) / vocab * inverse_temperature
-        _put(out, columns, mean + invalid, rows, _MEAN_LOGITS)
+        _put(out, fields, mean + invalid, rows, _MEAN_LOGITS)
         first = (label_logit == row_max) & (before_label < label_logit)
-        _put(out, columns, tl.where(first, 1.0, 0.0) + invalid, rows, _IS_TOP1)
+        _put(out, fields, tl.where(first, 1.0, 0.0) + invalid, rows, _IS_TOP1)
 
 
 @triton.jit
-def _finish_reference(out, columns, rows, inverse_temperature, r_label_logit, r_sums):
-    """The reference's own columns."""
+def _finish_reference(out, fields, rows, inverse_temperature, r_label_logit, r_sums):
+    """The reference's own fields."""
     r_maximum, r_exp, _ = r_sums
     row_max, _, _, _, _, _, log_sum, logp = _complete(r_maximum, r_exp, r_label_logit, inverse_temperature)
-    _put(out, columns, row_max.to(tl.float64) + (log_sum - log_sum), rows, _REFERENCE_ROW_MAX)
-    _put(out, columns, log_sum, rows, _REFERENCE_LOG_SUM)
-    _put(out, columns, logp, rows, _REFERENCE_LOGPS)
-    _put(out, columns, row_max.to(tl.float64) * inverse_temperature + log_sum, rows, _REFERENCE_LOGSUMEXP)
+    _put(out, fields, row_max.to(tl.float64) + (log_sum - log_sum), rows, _REFERENCE_ROW_MAX)
+    _put(out, fields, log_sum, rows, _REFERENCE_LOG_SUM)
+    _put(out, fields, logp, rows, _REFERENCE_LOGPS)
+    _put(out, fields, row_max.to(tl.float64) * inverse_temperature + log_sum, rows, _REFERENCE_LOGSUMEXP)
 
 
 @triton.jit
-def _finish_divergences(out, columns, rows, inverse_temperature, label_logit, r_label_logit, sums, r_sums):
+def _finish_divergences(out, fields, rows, inverse_temperature, label_logit, r_label_logit, sums, r_sums):
     """Both KLs; never below 0, where the rounding of a sum that should cancel can leave them."""
     maximum, exp, _, _, cross = sums
     r_maximum, r_exp, r_cross = r_sums
@@ -398,18 +398,18 @@ def _finish_divergences(out, columns, rows, inverse_temperature, label_logit, r_
     r_cross = weighted(r_factor, r_cross.to(tl.float64) + (r_exponent - exponent) * r_exp.to(tl.float64))
     r_cross += weighted(re, rt - t)
     kl = _LN2 * (r_cross / r_total) - r_log_sum + log_sum
-    _put(out, columns, tl.where(kl < 0, 0.0, kl), rows, _KL_REFERENCE_POLICY)
+    _put(out, fields, tl.where(kl < 0, 0.0, kl), rows, _KL_REFERENCE_POLICY)
     cross = weighted(factor, cross.to(tl.float64) + (exponent - r_exponent) * exp.to(tl.float64))
     cross += weighted(e, t - rt)
     kl = _LN2 * (cross / total) - log_sum + r_log_sum
-    _put(out, columns, tl.where(kl < 0, 0.0, kl), rows, _KL_POLICY_REFERENCE)
+    _put(out, fields, tl.where(kl < 0, 0.0, kl), rows, _KL_POLICY_REFERENCE)
 
 
 @triton.jit
-def _fill(out, columns, value, rows):
-    """The same value in all columns."""
-    for column in tl.static_range(_COLUMNS):
-        _put(out, columns, value, rows, column)
+def _fill(out, fields, value, rows):
+    """The same value in all fields."""
+    for field in tl.static_range(_FIELDS):
+        _put(out, fields, value, rows, field)
 
 
 # --- the scratch buffer of split rows, in the order of PARTIALS -------------------------------------------------------
@@ -441,7 +441,7 @@ def _store_cross(to, sums, r_sums):
 
 _RUNTIME = (
     "logits", "reference", "labels", "out", "partial", "inner", "vocab", "outer_stride", "inner_stride",
-    "r_outer_stride", "r_inner_stride", "ignore_index", "inverse_high", "inverse_low", "columns", "splits", "span",
+    "r_outer_stride", "r_inner_stride", "ignore_index", "inverse_high", "inverse_low", "fields", "splits", "span",
     "head_mask",
 )  # fmt: skip
 
@@ -462,7 +462,7 @@ def row_stats_kernel(
     ignore_index: tl.int64,
     inverse_high: tl.float32,  # 1 / temperature
     inverse_low: tl.float32,
-    columns: tl.int32,
+    fields: tl.int32,
     splits: tl.int32,
     span: tl.int32,  # elements per program
     head_mask: tl.int32,  # -1; 0 if no row has a whole tile: all of it is one masked tile then, whatever its alignment
@@ -496,9 +496,9 @@ def row_stats_kernel(
     label64 = tl.load(labels + row)
     outside = (label64 < 0) | (label64 >= vocab)
     if (label64 == ignore_index) | outside:
-        # Each column is written by one program: that of the policy, or the combining one.
+        # Each field is written by one program: that of the policy, or the combining one.
         if not (SPLIT or of_reference):
-            _fill(out, columns, tl.where(label64 == ignore_index, 0.0, float("nan")), rows)
+            _fill(out, fields, tl.where(label64 == ignore_index, 0.0, float("nan")), rows)
         return
     inverse_temperature = joined(inverse_high, inverse_low)
     scale = (inverse_temperature * _LOG2E).to(tl.float32)
@@ -518,9 +518,9 @@ def row_stats_kernel(
         else:
             y = tl.load(z_row + label).to(tl.float32)
             ry = tl.load(r_row + label).to(tl.float32)
-            _finish_policy(out, columns, rows, vocab, inverse_temperature, y, sums, raw, before_label, ENTROPY, EXTRAS)
-            _finish_reference(out, columns, rows, inverse_temperature, ry, r_sums)
-            _finish_divergences(out, columns, rows, inverse_temperature, y, ry, sums, r_sums)
+            _finish_policy(out, fields, rows, vocab, inverse_temperature, y, sums, raw, before_label, ENTROPY, EXTRAS)
+            _finish_reference(out, fields, rows, inverse_temperature, ry, r_sums)
+            _finish_divergences(out, fields, rows, inverse_temperature, y, ry, sums, r_sums)
     elif of_reference:
         lanes_of_r, _, _ = _accumulate_row(r_row, n, label, scale, head_mask, False, False, LANES, R_VEC, UNROLL)
         r_sums = _merge_reference((lanes_of_r[0], lanes_of_r[1], lanes_of_r[4]), scale)
@@ -528,7 +528,7 @@ def row_stats_kernel(
             _store_reference(to, r_sums)
         else:
             ry = tl.load(r_row + label).to(tl.float32)
-            _finish_reference(out, columns, rows, inverse_temperature, ry, r_sums)
+            _finish_reference(out, fields, rows, inverse_temperature, ry, r_sums)
     else:
         lane_sums, lane_raw, lane_before = _accumulate_row(
             z_row, n, label, scale, head_mask, ENTROPY, EXTRAS, LANES, VEC, UNROLL
@@ -538,7 +538,7 @@ def row_stats_kernel(
             _store_policy(to, sums, raw, before_label)
         else:
             y = tl.load(z_row + label).to(tl.float32)
-            _finish_policy(out, columns, rows, vocab, inverse_temperature, y, sums, raw, before_label, ENTROPY, EXTRAS)
+            _finish_policy(out, fields, rows, vocab, inverse_temperature, y, sums, raw, before_label, ENTROPY, EXTRAS)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -554,7 +554,7 @@ def combine_kernel(
     ignore_index: tl.int64,
     inverse_high: tl.float32,
     inverse_low: tl.float32,
-    columns: tl.int32,
+    fields: tl.int32,
     splits: tl.int32,
     span: tl.int32,
     head_mask: tl.int32,
@@ -569,7 +569,7 @@ def combine_kernel(
     label64 = tl.load(labels + row)
     outside = (label64 < 0) | (label64 >= vocab)
     if (label64 == ignore_index) | outside:
-        _fill(out, columns, tl.where(label64 == ignore_index, 0.0, float("nan")), rows)
+        _fill(out, fields, tl.where(label64 == ignore_index, 0.0, float("nan")), rows)
         return
     inverse_temperature = joined(inverse_high, inverse_low)
     scale = (inverse_temperature * _LOG2E).to(tl.float32)
@@ -590,39 +590,39 @@ def combine_kernel(
         (maximum, exp, exp_t, exp_sq, cross), raw, before_label, (r_maximum, r_exp, r_cross), scale
     )
     y = tl.load(row_of(logits, row, inner, outer_stride, inner_stride) + label64).to(tl.float32)
-    _finish_policy(out, columns, rows, vocab, inverse_temperature, y, sums, raw, before_label, ENTROPY, EXTRAS)
+    _finish_policy(out, fields, rows, vocab, inverse_temperature, y, sums, raw, before_label, ENTROPY, EXTRAS)
     if REFERENCE:
         ry = tl.load(row_of(reference, row, inner, r_outer_stride, r_inner_stride) + label64).to(tl.float32)
-        _finish_reference(out, columns, rows, inverse_temperature, ry, r_sums)
+        _finish_reference(out, fields, rows, inverse_temperature, ry, r_sums)
         if REFERENCE == _JOINT:
-            _finish_divergences(out, columns, rows, inverse_temperature, y, ry, sums, r_sums)
+            _finish_divergences(out, fields, rows, inverse_temperature, y, ry, sums, r_sums)
 
 
 # --- host -------------------------------------------------------------------------------------------------------------
 
 
-def sums_for(columns: int) -> dict[str, int | bool]:
-    """What has to be accumulated for these columns: the compile-time part of a call, besides dtypes."""
-    pair = bool(columns & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
+def sums_for(fields: int) -> dict[str, int | bool]:
+    """What has to be accumulated for these fields: the compile-time part of a call, besides dtypes."""
+    pair = bool(fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
     return {
-        "REFERENCE": JOINT if pair else SEPARATE if columns & NEEDS_REFERENCE else NO_REFERENCE,
-        "ENTROPY": bool(columns & BIT["entropy"]),
-        "EXTRAS": bool(columns & (BIT["log_sum_sq_probs"] | BIT["mean_logits"] | BIT["is_top1"])),
+        "REFERENCE": JOINT if pair else SEPARATE if fields & NEEDS_REFERENCE else NO_REFERENCE,
+        "ENTROPY": bool(fields & BIT["entropy"]),
+        "EXTRAS": bool(fields & (BIT["log_sum_sq_probs"] | BIT["mean_logits"] | BIT["is_top1"])),
     }
 
 
 def row_stats(call: RowStats) -> Tensor:
     """Per-row results. See `qkernels.core.calls`."""
-    logits, labels, reference, columns, temperature, ignore_index, _ = call
+    logits, labels, reference, fields, temperature, ignore_index, _ = call
     common.check_labels(labels, logits.shape[-1], ignore_index)
-    out = logits.new_empty((columns.bit_count(), *labels.shape), dtype=torch.float32)
+    out = logits.new_empty((fields.bit_count(), *labels.shape), dtype=torch.float32)
     rows, vocab = labels.numel(), logits.shape[-1]
     if rows == 0:
         return out
     common.check_vocab(vocab)
     layout.dense(labels, torch.int64)
     layout.rows(logits)
-    how = sums_for(columns)
+    how = sums_for(fields)
     if reference is None or how["REFERENCE"] == NO_REFERENCE:
         reference, how["REFERENCE"] = logits, NO_REFERENCE
     vector, r_vector = common.vector_length(logits), common.vector_length(reference)
@@ -636,7 +636,7 @@ def row_stats(call: RowStats) -> Tensor:
     partial = out if splits == 1 else out.new_empty((rows, splits, len(PARTIALS)))
     args = (
         logits, reference, labels, out, partial, logits.shape[1], vocab, *common.row_strides(logits),
-        *common.row_strides(reference), ignore_index, *common.two_floats(1 / temperature), columns, splits,
+        *common.row_strides(reference), ignore_index, *common.two_floats(1 / temperature), fields, splits,
         common.span_of(vocab, splits, 8), 0 if vocab < lanes * min(vector, r_vector) else -1,
     )  # fmt: skip
     with common.on_device_of(logits):

@@ -1,9 +1,9 @@
 """The vocabulary of the row operations: which numbers a row of logits yields, and in which order they are stored.
 
 A backend implements two operations on rows (`row_stats`, `row_grad`); their results travel as one buffer whose
-leading dimension enumerates *columns*. This file is the declaration of each: its place in that buffer, what it needs,
-the field in which users get it, and how the numbers of vocabulary shards combine (`csrc/core/columns.h` repeats the
-order; a test compares the two).
+leading dimension enumerates *fields*, so called because most of them are fields of `TokenStats`. This file declares
+each field: its place in that buffer, what it needs, how users get it, and how the numbers of vocabulary shards combine
+(`csrc/core/fields.h` repeats the order; a test compares the two).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .printed import summarised
 
-# Order of the per-row results of `row_stats`. z = logits / temperature, m = max of the raw logits of the row.
-COLUMNS: tuple[str, ...] = (
+# The per-row results of `row_stats`, in their order. z = logits / temperature, m = max of the raw logits of the row.
+FIELDS: tuple[str, ...] = (
     "row_max",  # m, in units of the raw logits: exact in fp32
     "log_sum",  # log sum exp(z - m / temperature); row_max / temperature + log_sum = logsumexp, without its rounding
     "logps",  # z_label - logsumexp
@@ -33,13 +33,13 @@ COLUMNS: tuple[str, ...] = (
     "mean_logits",
     "is_top1",
 )
-BIT: dict[str, int] = {name: 1 << i for i, name in enumerate(COLUMNS)}
+BIT: dict[str, int] = {name: 1 << i for i, name in enumerate(FIELDS)}
 
-# What a backward pass needs of the forward pass: the first three columns of either model.
+# What a backward pass needs of the forward pass: the first three fields of either model.
 STATE = BIT["row_max"] | BIT["log_sum"] | BIT["logps"]
 REFERENCE_STATE = BIT["reference_row_max"] | BIT["reference_log_sum"] | BIT["reference_logps"]
 
-# Columns that read the reference row, and columns that have a gradient with respect to the policy's logits.
+# Fields that read the reference row, and fields that have a gradient with respect to the policy's logits.
 NEEDS_REFERENCE = REFERENCE_STATE | BIT["reference_logsumexp"] | BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "logsumexp", "entropy", "kl_reference_policy", "kl_policy_reference")
 
@@ -122,7 +122,7 @@ class Combined(NamedTuple):
     of_nothing: float = 0.0
 
 
-# By column; those of the states and both logsumexp follow from the sums of e_j themselves.
+# By field; those of the states and both logsumexp follow from the sums of e_j themselves.
 COMBINED: dict[str, Combined] = {
     "entropy": Combined(
         share=lambda entropy, policy, _: policy.weighted(entropy - policy.log_mass),
@@ -156,24 +156,24 @@ COMBINED: dict[str, Combined] = {
 }
 
 
-# --- masks of columns -------------------------------------------------------------------------------------------------
+# --- masks of fields --------------------------------------------------------------------------------------------------
 
 
 def bits(names: tuple[str, ...] | list[str]) -> int:
-    """The bit mask that asks for the named columns."""
+    """The bit mask that asks for the named fields."""
     mask = 0
     for name in names:
         mask |= BIT[name]
     return mask
 
 
-def column_names(mask: int) -> list[str]:
-    """The columns of a mask, in storage order."""
-    return [name for i, name in enumerate(COLUMNS) if mask >> i & 1]
+def field_names(mask: int) -> list[str]:
+    """The fields of a mask, in storage order."""
+    return [name for i, name in enumerate(FIELDS) if mask >> i & 1]
 
 
-def column_index(mask: int, name: str) -> int:
-    """Where a column lies in the buffer made for this mask."""
+def field_index(mask: int, name: str) -> int:
+    """Where a field lies in the buffer made for this mask."""
     return (mask & (BIT[name] - 1)).bit_count()
 
 

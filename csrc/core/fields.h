@@ -1,5 +1,5 @@
 // The per-row results, each with its place in the output and its formula, and the order of the coefficients: the C++
-// side of qkernels/core/columns.py and coefficients.py. The sums that the formulas start from are in softmax.h.
+// side of qkernels/core/fields.py and coefficients.py. The sums that the formulas start from are in softmax.h.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@
 
 namespace qk {
 
-enum Column : int {
+enum Field : int {
   kRowMax,
   kLogSum,
   kLogps,
@@ -25,23 +25,23 @@ enum Column : int {
   kLogSumSqProbs,
   kMeanLogits,
   kIsTop1,
-  kColumnCount
+  kFieldCount
 };
 
-constexpr const char* kColumnNames[kColumnCount] = {"row_max",
-                                                    "log_sum",
-                                                    "logps",
-                                                    "reference_row_max",
-                                                    "reference_log_sum",
-                                                    "reference_logps",
-                                                    "logsumexp",
-                                                    "reference_logsumexp",
-                                                    "entropy",
-                                                    "kl_reference_policy",
-                                                    "kl_policy_reference",
-                                                    "log_sum_sq_probs",
-                                                    "mean_logits",
-                                                    "is_top1"};
+constexpr const char* kFieldNames[kFieldCount] = {"row_max",
+                                                  "log_sum",
+                                                  "logps",
+                                                  "reference_row_max",
+                                                  "reference_log_sum",
+                                                  "reference_logps",
+                                                  "logsumexp",
+                                                  "reference_logsumexp",
+                                                  "entropy",
+                                                  "kl_reference_policy",
+                                                  "kl_policy_reference",
+                                                  "log_sum_sq_probs",
+                                                  "mean_logits",
+                                                  "is_top1"};
 
 // Entry j of a gradient row, times the temperature:
 //   label * (1[j = y] - p_j) + p_j (p + p_logp log p_j - p_logq log q_j) - q q_j
@@ -56,12 +56,12 @@ enum class Gather {
   kAll       // e t, e^2 and z
 };
 
-constexpr uint32_t bit(Column column) { return 1u << column; }
+constexpr uint32_t bit(Field field) { return 1u << field; }
 
 constexpr uint32_t kReadsReference = bit(kReferenceRowMax) | bit(kReferenceLogSum) | bit(kReferenceLogps) |
                                      bit(kReferenceLogsumexp) | bit(kKlReferencePolicy) | bit(kKlPolicyReference);
 
-// Columns that need both models' rows jointly, in one pass over the two.
+// Fields that need both models' rows jointly, in one pass over the two.
 constexpr uint32_t kDivergences = bit(kKlReferencePolicy) | bit(kKlPolicyReference);
 
 // The label's logit under one model, and the sums with its term added.
@@ -86,8 +86,8 @@ QK_HOST_DEVICE double weighted(double e, double x) { return e == 0 ? 0 : e * x; 
 
 QK_HOST_DEVICE double at_least_zero(double x) { return x < 0 ? 0 : x; }
 
-// All columns of a row from its complete sums. `values` has kColumnCount entries; `top1` is decided by the caller, who
-// can read the row again. Columns whose sums were not accumulated hold meaningless numbers.
+// All fields of a row from its complete sums. `values` has kFieldCount entries; `top1` is decided by the caller, who
+// can read the row again. Fields whose sums were not accumulated hold meaningless numbers.
 QK_HOST_DEVICE void finish(const RowSums& sums, float label_logit, float reference_label_logit, bool has_reference,
                            int64_t vocab, double temperature, bool top1, float* values) {
   const double log2e_per_temperature = quotient(kLog2e, temperature);
