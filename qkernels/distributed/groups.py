@@ -12,7 +12,6 @@ with QKERNELS_CHECK=1.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.memory import free_memory
+from .fingerprint import Fingerprint, SequencesFingerprint, digest
 
 # What the ranks of a group have agreed on before, by fingerprint of the call.
 _agreed: weakref.WeakKeyDictionary[Any, dict[int, list[Part]]] = weakref.WeakKeyDictionary()
@@ -162,17 +162,12 @@ class Part(NamedTuple):
     fingerprint: int
 
 
-def _fingerprint(same: Mapping[str, Any]) -> int:
-    text = repr(sorted(same.items()))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
-
-
 def _listed(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def _exchange(group: Any, name: str, width: int, free: int, same: Mapping[str, Any], error: str = "") -> list[Part]:
-    """Exchange 32 bytes, and more only if something is wrong.
+def _exchange(group: Any, name: str, width: int, free: int, facts: Mapping[str, Any], error: str = "") -> list[Part]:
+    """Exchange 32 bytes, and more only if something is wrong. `facts` are those of a `Fingerprint`, by their words.
 
     Raises, unless this rank brings an `error` of its own:
         RuntimeError: another rank failed.
@@ -180,7 +175,7 @@ def _exchange(group: Any, name: str, width: int, free: int, same: Mapping[str, A
     """
     # On the CPU where the group can: no GPU has to be waited for.
     device = torch.device("cpu") if "cpu" in _backends(group) else torch.device("cuda", torch.cuda.current_device())
-    own = torch.tensor([bool(error), width, free, _fingerprint(same)], dtype=torch.int64, device=device)
+    own = torch.tensor([bool(error), width, free, digest(facts)], dtype=torch.int64, device=device)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     parts = [Part(*row) for row in torch.stack(gathered).tolist()]
@@ -189,7 +184,7 @@ def _exchange(group: Any, name: str, width: int, free: int, same: Mapping[str, A
         return parts
     # Every rank sees the same parts, so all of them come here.
     details: list[Any] = [None] * len(parts)
-    dist.all_gather_object(details, error or {key: repr(value) for key, value in same.items()}, group=group)
+    dist.all_gather_object(details, error or {key: repr(value) for key, value in facts.items()}, group=group)
     if error:
         return parts
     if failed:
@@ -235,71 +230,41 @@ class Ranks:
     def _every_call(self) -> bool:
         return self.device.type == "cpu" or checks.asked_to_check()
 
-    def agree(
-        self, name: str, width: int, same: Mapping[str, Any], equal: Mapping[str, Any], chunked: bool = False
-    ) -> list[Part]:
+    def agree(self, name: str, fingerprint: Fingerprint, width: int = 0, chunked: bool = False) -> list[Part]:
         """Compare a call with the other ranks of a group, and return what each of them brings.
 
         Args:
             name: "tp_group" or "sp_group".
+            fingerprint: what has to be the same; checksums are compared where ranks exchange something.
             width: columns of the vocabulary that this rank holds.
-            same: what has to be the same, by name.
-            equal: arguments by name that have to be the same; of tensors the kind, and where compared the values.
             chunked: whether to say how much memory is free.
         """
         group = self.groups[name]
         _check_backend(group, name, self.device)
         self._waiting.remove(name)
-        same = {**same, **{key: _kind(value) for key, value in equal.items()}}
+        facts = fingerprint.facts()
         known: dict[int, list[Part]] | None = None
         if not self._every_call():
             known = _agreed.setdefault(group, {})
-            call = _fingerprint({**same, "own width": width})
+            call = digest({**facts, "own width": width})
             if call in known:
                 return known[call]
-        sums = {f"the checksum of {key}": _checksum(x) for key, x in equal.items() if _has_values(x)}
-        same = {**same, **sums}
+        facts |= fingerprint.checksums()
         try:
-            parts = _exchange(group, name, width, free_memory(self.device) if chunked else 0, same)
+            parts = _exchange(group, name, width, free_memory(self.device) if chunked else 0, facts)
         except ValueError as error:
             raise ValueError(f"{error}{self._hint if name == 'tp_group' else ''}") from None
         if known is not None:
             known[call] = parts
         return parts
 
-    def sequence_shard(self, sequences: int, dtype: torch.dtype, same: Mapping[str, Any]) -> SequenceShard | None:
-        """Agree with the other ranks of `sp_group` on a loss; None without one.
-
-        Args:
-            sequences: how many there are, 2B.
-            dtype: of the rows.
-            same: as for `agree`.
-        """
+    def sequence_shard(self, fingerprint: SequencesFingerprint) -> SequenceShard | None:
+        """Agree with the other ranks of `sp_group` on a loss; None without such a group."""
         if "sp_group" not in self.groups:
             return None
-        self.agree("sp_group", 0, {"number of sequences": sequences, "dtype": dtype, **same}, {})
+        self.agree("sp_group", fingerprint)
         group = self.groups["sp_group"]
         return SequenceShard(group, dist.get_rank(group), dist.get_world_size(group))
-
-
-def _has_values(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "meta"
-
-
-def _kind(value: Any) -> Any:
-    """What an argument is: a number itself, of a tensor what can be seen without its values."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    if not isinstance(value, Tensor):
-        return None if value is None else type(value).__name__
-    dtype = str(value.dtype).removeprefix("torch.")
-    return f"{dtype} of shape {tuple(value.shape)}{', requires grad' if value.requires_grad else ''}"
-
-
-def _checksum(values: Tensor) -> str:
-    """A number that other values, or the same ones in another order, hardly have."""
-    flat = values.detach().reshape(-1).double()
-    return repr(float((flat * torch.arange(1, flat.shape[0] + 1, device=flat.device)).sum()))
 
 
 _ALONE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()

@@ -21,7 +21,7 @@ A shard of nothing but -inf is empty (P_i = 0), and a row is NaN only if all its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ from ..core.fields import (
     stats_dtype,
 )
 from . import groups
+from .fingerprint import CallFingerprint
 from .groups import Ranks
 
 # The ignored label among labels that count from a shard's first column, whatever the caller's ignore_index is.
@@ -174,32 +175,24 @@ def row_stats(call: RowStats, shard: Shard | None) -> Tensor:
 
 
 def agree(
-    ranks: Ranks | None,
-    width: int,
-    labels: Tensor,
-    ignore_index: int,
-    equal: Mapping[str, Any],
-    same: Mapping[str, Any],
-    chunked: bool = False,
+    ranks: Ranks, fingerprint: CallFingerprint, width: int, ignore_index: int, chunked: bool = False
 ) -> Shard | None:
     """Agree with the other ranks of `tp_group` on a call and on who holds which columns; None without such a group.
 
     Args:
         ranks: the groups of the call.
+        fingerprint: what is the same on all ranks.
         width: columns of this rank's shard.
-        labels: the same on all ranks, in the whole vocabulary.
-        equal: further arguments that are the same on all ranks where they are tensors.
-        same: whatever else has to be the same on all ranks, by name.
+        ignore_index: the label of ignored rows.
         chunked: whether the call makes its logits chunk by chunk, whose size is agreed on too.
 
     Raises:
         ValueError: the ranks disagree. RuntimeError: another rank failed.
         IndexError: a label outside the vocabulary, where the host can look.
     """
-    if ranks is None or "tp_group" not in ranks.groups:
+    if "tp_group" not in ranks.groups:
         return None
-    same = {**same, "labels.shape": tuple(labels.shape)}
-    parts = ranks.agree("tp_group", width, same, {"labels": labels, **equal}, chunked=chunked)
+    parts = ranks.agree("tp_group", fingerprint, width, chunked)
     widths = [part.width for part in parts]
     group = ranks.groups["tp_group"]
     first = sum(widths[: groups.rank_of(group)])
@@ -212,7 +205,7 @@ def agree(
         free=min(part.free for part in parts),
     )
     try:
-        checks.check_labels(labels, shard.vocab, ignore_index)
+        checks.check_labels(fingerprint.labels, shard.vocab, ignore_index)
     except IndexError as error:
         raise IndexError(f"{error}; the ranks of tp_group hold {', '.join(map(str, widths))} columns") from None
     return shard

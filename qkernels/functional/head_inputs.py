@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..core import checks
 from ..core.compile import constant_when_compiled
 from ..core.fields import BIT, REFERENCE_STATE, STATE, stats_dtype
 from ..distributed import groups, vocab_parallel
+from ..distributed.fingerprint import NOTHING, CallFingerprint, Fingerprint, words
 from ..distributed.groups import Ranks
 from ..distributed.vocab_parallel import Shard
 from ..head import chunks
@@ -80,29 +82,40 @@ class HeadInputs(NamedTuple):
         hidden, weight, bias = self.policy
         return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
 
-    def agree(self, ranks: Ranks | None, equal: Mapping[str, Any], same: Mapping[str, Any]) -> HeadInputs:
+    def agree(
+        self,
+        ranks: Ranks | None,
+        request: HeadRequest,
+        options: Fingerprint = NOTHING,
+        arguments: Mapping[str, Any] | None = None,
+        plan: str | None = None,
+    ) -> HeadInputs:
         """The same with their shard, once the ranks of `tp_group` have found that they make the same call.
 
         Args:
             ranks: the groups of the call; None without any.
-            equal: tensors by name that have to be the same on all ranks, besides the labels.
-            same: whatever else has to be.
+            request: the call.
+            options: facts of its options, besides those of the head.
+            arguments: by name, those that have to be the same on all ranks, besides the labels.
+            plan: the one asked for; None where there is no choice.
         """
         labels, shard = self.labels.view(self.shape), None
         if ranks is not None:
-            how = (self.temperature, self.softcap, self.logit_scale, self.rounded, self.ignore_index)
-            same = {
-                **same,
-                "dtype": self.dtype,
-                "a reference": self.reference is not None,
-                "requires_grad of hidden states, weight, bias": self.needs(),
-                "temperature, softcap, logit_scale, logits_dtype, ignore_index": how,
-                "max_chunk_bytes": self.max_chunk_bytes,
-            }
-            shard = vocab_parallel.agree(
-                ranks, self.vocab, labels=labels, ignore_index=self.ignore_index, equal=equal, same=same,
-                chunked=True,
-            )  # fmt: skip
+            fingerprint = HeadFingerprint(
+                call=request.function,
+                options=options,
+                labels=labels,
+                arguments=arguments or {},
+                plan=plan,
+                hidden_name=request.names[0],
+                hidden_size=self.policy.hidden.shape[-1],
+                dtype=self.dtype,
+                reference=self.reference is not None,
+                needs=self.needs(),
+                numbers=(self.temperature, self.softcap, self.logit_scale, self.rounded, self.ignore_index),
+                max_chunk_bytes=self.max_chunk_bytes,
+            )
+            shard = vocab_parallel.agree(ranks, fingerprint, self.vocab, self.ignore_index, chunked=True)
         if shard is not None:
             return self._replace(shard=shard)
         checks.check_labels(labels, self.vocab, self.ignore_index)  # rows lose their positions in the chunks
@@ -179,6 +192,30 @@ def fields_with_state(fields: int, has_model: bool) -> int:
     if has_model and fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
         fields |= REFERENCE_STATE
     return fields
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeadFingerprint(CallFingerprint):
+    """Of a call on hidden states.
+
+    plan: the one asked for; None where there is no choice.
+    hidden_name, hidden_size: the argument with the hidden states, and H.
+    dtype: of the logits' inputs.
+    reference: whether there is a reference model.
+    needs: whether hidden states, weight and bias need a gradient.
+    numbers: how logits follow from products, and the ignored label.
+    """
+
+    plan: str | None
+    hidden_name: str
+    hidden_size: int = field(metadata=words("{hidden_name}.shape[-1]"))
+    dtype: torch.dtype
+    reference: bool = field(metadata=words("a reference"))
+    needs: tuple[bool, bool, bool] = field(metadata=words("requires_grad of hidden states, weight, bias"))
+    numbers: tuple[float, float | None, float, bool, int] = field(
+        metadata=words("temperature, softcap, logit_scale, logits_dtype, ignore_index")
+    )
+    max_chunk_bytes: int | None
 
 
 class HeadRequest(NamedTuple):

@@ -110,12 +110,7 @@ def linear_token_stats(
         wanted = Outputs.of(outputs, "reference_hidden", reference_hidden is not None)
         number = None if valid_rows is None else checks.row_count(valid_rows, "valid_rows")
         inputs = request.validate()
-        same = {
-            "the call": request.function,
-            "outputs": wanted.names,
-            "hidden.shape[-1]": inputs.policy.hidden.shape[-1],
-        }
-        inputs = inputs.agree(ranks, counting.as_equal(number, ranks), same)
+        inputs = inputs.agree(ranks, request, wanted.fingerprint(), counting.as_equal(number, ranks))
         factor = None if number is None else counting.check_number(number, inputs.labels, inputs.ignore_index)
     inputs.refuse_meta("hidden")
     carrying = _carrying(wanted.names, detached)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from ..autograd.saved import by_name
 from ..core import checks
 from ..core.fields import stats_dtype
 from ..core.sequences import Sequences
+from ..distributed.fingerprint import NOTHING, Fingerprint, SequencesFingerprint
 from ..distributed.groups import Ranks, SequenceShard
 from ..head import chunks
 from ..head import plan as head_plan
@@ -110,7 +111,7 @@ class HiddenLossRequest(NamedTuple):
             host_checked = self._check_valid_rows(checked)
             shard = None
             if ranks is not None:
-                shard = ranks.sequence_shard(checked.tensors.sequences, checked.inputs.dtype, checked.same)
+                shard = ranks.sequence_shard(checked.fingerprint())
         return self._plan(self._count(checked, shard, host_checked))
 
     def _validate(self, model: HeadRequest, ranks: Ranks | None) -> _Checked:
@@ -120,21 +121,13 @@ class HiddenLossRequest(NamedTuple):
         loss = request.loss()
         given = None if self.valid_rows is None else checks.row_counts(self.valid_rows, "valid_rows")
         inputs, has_model = model.validate(), model.reference_hidden is not None
-        same: dict[str, Any] = {}
-        equal: dict[str, Any] = {}
-        shared: dict[str, Any] = {}
+        options, arguments = NOTHING, {}
         if ranks is not None:
-            same = loss.same(self.cu_seqlens is not None, has_model)
-            equal = {**request.shared_tensors(), **valid_rows.as_equal(given, ranks)}
-            shared = {
-                "the call": model.function,
-                "plan": self.plan,
-                "policy_hidden.shape[-1]": inputs.policy.hidden.shape[-1],
-                **same,
-            }
-        inputs = inputs.agree(ranks, equal, shared)
+            options = loss.fingerprint(self.cu_seqlens is not None, has_model)
+            arguments = {**request.shared_tensors(), **valid_rows.as_equal(given, ranks)}
+        inputs = inputs.agree(ranks, model, options, arguments, plan=self.plan)
         tensors = request.inputs(loss, model.labels, has_model, stats_dtype(inputs.dtype), inputs.ignore_index)
-        return _Checked(inputs, loss, tensors, given, same)
+        return _Checked(inputs, loss, tensors, given, options)
 
     def _check_valid_rows(self, checked: _Checked) -> bool:
         """Compare the given numbers with the labels where the host can read them; whether it has."""
@@ -205,7 +198,11 @@ class _Checked(NamedTuple):
     loss: Loss
     tensors: LossInputs
     given: list[int] | None
-    same: Mapping[str, Any]  # what ranks that share the loss have to have alike
+    options: Fingerprint  # what ranks that share the loss must have alike
+
+    def fingerprint(self) -> SequencesFingerprint:
+        """What ranks that share the sequences must have alike."""
+        return SequencesFingerprint(sequences=self.tensors.sequences, dtype=self.inputs.dtype, options=self.options)
 
     def labels(self) -> Tensor:
         """`[2B, T]`, or `[1, N]` of a packed batch; contiguous."""

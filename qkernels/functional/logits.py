@@ -12,6 +12,7 @@ from ..autograd.logits import DefaultLoss, PairTerms
 from ..core import checks
 from ..core.compile import eager_with_groups
 from ..core.fields import BIT, DIFFERENTIABLE, STATE, field_index, stats_dtype
+from ..distributed.fingerprint import NOTHING, SequencesFingerprint
 from ..objectives import LossType
 from . import preference
 from .preference import Batch, LossRequest
@@ -123,7 +124,7 @@ def token_logps(
         tp_group=tp_group,
     ).local()
     with request.ranks() as ranks:
-        rows = request.validate().agree(ranks, {}, {"the call": request.function})
+        rows = request.validate().agree(ranks, request.function)
     return rows.stats(BIT["logps"], ("logps",))["logps"].view(rows.shape)
 
 
@@ -171,7 +172,7 @@ def token_stats(
     ).local()
     with request.ranks() as ranks:
         wanted = Outputs.of(outputs, "reference_logits", reference_logits is not None)
-        rows = request.validate().agree(ranks, {}, {"the call": request.function, "outputs": wanted.names})
+        rows = request.validate().agree(ranks, request.function, wanted.fingerprint())
     carrying = tuple(name for name in DIFFERENTIABLE if name in wanted.names)
     return TokenStats.of(rows.stats(wanted.fields, carrying), wanted.names, rows.shape)
 
@@ -271,13 +272,16 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
         wanted.check_shape(request.logits, "V")
         loss = wanted.loss()
         rows = request.validate()
-        same: dict[str, Any] = {}
+        options = NOTHING
         if ranks is not None:
-            same = loss.same(wanted.cu_seqlens is not None, has_model)
-            rows = rows.agree(ranks, wanted.shared_tensors(), {"the call": request.function, **same})
+            options = loss.fingerprint(wanted.cu_seqlens is not None, has_model)
+            rows = rows.agree(ranks, request.function, options, wanted.shared_tensors())
         dtype = stats_dtype(rows.logits.dtype)
         inputs = wanted.inputs(loss, request.labels, has_model, dtype, rows.ignore_index)
-        shard = None if ranks is None else ranks.sequence_shard(inputs.sequences, dtype, same)
+        shard = None
+        if ranks is not None:
+            sequences = SequencesFingerprint(sequences=inputs.sequences, dtype=dtype, options=options)
+            shard = ranks.sequence_shard(sequences)
     fused = loss.is_fused and ranks is None
     if fused and inputs.weights is None and loss.spec.ld_alpha is None:
         terms = PairTerms(inputs.reference.given, None, inputs.cu_seqlens, loss.beta, loss.spec.label_smoothing)

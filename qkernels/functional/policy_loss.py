@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..autograd import FiniteGradient
 from ..core import checks
 from ..core.sequences import Sequences, log_ratios
+from ..distributed.fingerprint import Fingerprint, words
 from ..head.plan import LinearPlan
 from ..objectives.policy import CORRECTED_INSIDE, LEVELS, REDUCTIONS, PolicyObjective, PolicyScores, resolve_policy
 from ..objectives.scores import expm1, finite_exp
@@ -188,19 +189,27 @@ class PolicyArguments(LossArguments[PolicyOutput]):
         items = self.given["num_items_in_batch"]
         return {**found, "num_items_in_batch": items if isinstance(items, Tensor) else None}
 
-    def same(self) -> dict[str, Any]:
+    def fingerprint(self) -> PolicyFingerprint:
         objective, items = self.options.objective, self.given["num_items_in_batch"]
         named = objective.name or objective.function.__qualname__
-        return {
-            "the loss": (named, sorted(objective.options.items()), self.options[1:]),
-            "num_items_in_batch": None if isinstance(items, Tensor) else items,
-        }
+        return PolicyFingerprint(
+            loss=(named, sorted(objective.options.items()), self.options[1:]),
+            num_items=None if isinstance(items, Tensor) else items,
+        )
 
     def token_weights(self, labels: Tensor, ignore_index: int) -> Tensor | None:
         return None
 
     def of(self, labels: Tensor, batch: Batch, has_model: bool) -> PolicyLoss:
         return PolicyLoss(self, labels, batch, has_model)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PolicyFingerprint(Fingerprint):
+    """Of a policy loss: its name and options, and the number of tokens it is divided by where that is a number."""
+
+    loss: tuple[Any, ...] = field(metadata=words("the loss"))
+    num_items: float | None = field(metadata=words("num_items_in_batch as a number"))
 
 
 class PolicyLoss(UnitLoss[PolicyOutput]):

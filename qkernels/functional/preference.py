@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..core import checks
 from ..core.calls import PairLoss as PairLossCall
 from ..core.fields import BIT
 from ..core.sequences import Sequences, Shard
+from ..distributed.fingerprint import Fingerprint, words
 from ..objectives import LossSpec, LossType, PairScores
 from .results import TokenDPOOutput
 
@@ -48,18 +50,29 @@ class Loss(NamedTuple):
         """Those of them that it differentiates."""
         return ("logps", "kl_reference_policy") if self.spec.needs_kl else ("logps",)
 
-    def same(self, packed: bool, has_model: bool) -> dict[str, Any]:
-        """What ranks that share it have to have alike, by name."""
+    def fingerprint(self, packed: bool, has_model: bool) -> LossFingerprint:
+        """What ranks that share it must have alike."""
         spec = self.spec
         terms = [(term.name or term.function.__qualname__, weight, options) for term, weight, options in spec.terms]
         link = (spec.f_divergence, spec.f_alpha_divergence_coef)
-        return {
-            "the loss": (terms, spec.label_smoothing, link, spec.ld_alpha, spec.use_weighting),
-            "beta": self.beta,
-            "reduction": self.reduction,
-            "a packed batch": packed,
-            "a reference model": has_model,
-        }
+        return LossFingerprint(
+            loss=(terms, spec.label_smoothing, link, spec.ld_alpha, spec.use_weighting),
+            beta=self.beta,
+            reduction=self.reduction,
+            packed=packed,
+            has_model=has_model,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LossFingerprint(Fingerprint):
+    """Of a preference loss. `loss`: its terms with their weights and options, and what it does with them."""
+
+    loss: tuple[Any, ...] = field(metadata=words("the loss"))
+    beta: float
+    reduction: str
+    packed: bool = field(metadata=words("a packed batch"))
+    has_model: bool = field(metadata=words("a reference model"))
 
 
 class LossInputs(NamedTuple):

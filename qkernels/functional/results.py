@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -9,7 +10,15 @@ from torch import Tensor
 from ..core import checks
 from ..core.fields import BIT, NEEDS_REFERENCE, TokenStats, bits
 from ..core.printed import summarised
+from ..distributed.fingerprint import Fingerprint
 from ..head.plan import LinearPlan
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OutputsFingerprint(Fingerprint):
+    """Of a call that returns the named per-row results."""
+
+    outputs: tuple[str, ...]
 
 
 class Outputs(NamedTuple):
@@ -42,6 +51,10 @@ class Outputs(NamedTuple):
         if has_reference and not needing:
             raise ValueError(f"{reference_name} given, but none of the outputs {list(outputs)} reads it")
         return Outputs(outputs, bits(outputs))
+
+    def fingerprint(self) -> OutputsFingerprint:
+        """What ranks must have alike."""
+        return OutputsFingerprint(outputs=self.names)
 
 
 class TokenDPOOutput(NamedTuple):

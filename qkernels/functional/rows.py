@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from ..autograd.saved import by_name
 from ..core import calls, checks
 from ..core.fields import BIT, REFERENCE_STATE, STATE, stats_dtype
 from ..distributed import groups, vocab_parallel
+from ..distributed.fingerprint import NOTHING, CallFingerprint, Fingerprint, words
 from ..distributed.groups import Ranks
 from ..distributed.vocab_parallel import Shard
 
@@ -37,27 +39,32 @@ class Rows(NamedTuple):
     backend: str
     shard: Shard | None = None
 
-    def agree(self, ranks: Ranks | None, equal: Mapping[str, Any], same: Mapping[str, Any]) -> Rows:
+    def agree(
+        self, ranks: Ranks | None, call: str, options: Fingerprint = NOTHING, arguments: Mapping[str, Any] | None = None
+    ) -> Rows:
         """The same rows with their shard, once the ranks of `tp_group` have found that they make the same call.
 
         Args:
             ranks: the groups of the call; None without any.
-            equal: tensors by name that have to be the same on all ranks, besides the labels.
-            same: whatever else has to be.
+            call: name of the public function.
+            options: facts of its options, besides those of the rows.
+            arguments: by name, those that have to be the same on all ranks, besides the labels.
         """
         if ranks is None:
             return self
-        vocab, ignore_index = self.logits.shape[-1], self.ignore_index
-        same = {
-            **same,
-            "dtype of the results": stats_dtype(self.logits.dtype),
-            "a reference": self.reference is not None,
-            "temperature, ignore_index": (self.temperature, ignore_index),
-        }
-        labels = self.labels.view(self.shape)
-        shard = vocab_parallel.agree(ranks, vocab, labels=labels, ignore_index=ignore_index, equal=equal, same=same)
+        vocab, labels = self.logits.shape[-1], self.labels.view(self.shape)
+        fingerprint = RowsFingerprint(
+            call=call,
+            options=options,
+            labels=labels,
+            arguments=arguments or {},
+            dtype=stats_dtype(self.logits.dtype),
+            reference=self.reference is not None,
+            temperature_and_ignore_index=(self.temperature, self.ignore_index),
+        )
+        shard = vocab_parallel.agree(ranks, fingerprint, vocab, self.ignore_index)
         if shard is None:  # the backend would see them too late for the other ranks of sp_group
-            checks.check_labels(labels, vocab, ignore_index)
+            checks.check_labels(labels, vocab, self.ignore_index)
         return self._replace(shard=shard)
 
     def call(self, fields: int) -> calls.RowStats:
@@ -82,6 +89,15 @@ class Rows(NamedTuple):
             how = Backward(self.inplace, carrying, self.shard)
             return by_name(wanted, fields, carrying, RowStats.apply(self.logits, self.call(fields), how))
         return by_name(fields, fields, (), (vocab_parallel.row_stats(self.call(fields), self.shard),))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowsFingerprint(CallFingerprint):
+    """Of a call on logits. `dtype`: of the per-row results; `reference`: whether there are logits of a reference."""
+
+    dtype: torch.dtype = field(metadata=words("dtype of the results"))
+    reference: bool = field(metadata=words("a reference"))
+    temperature_and_ignore_index: tuple[float, int] = field(metadata=words("temperature, ignore_index"))
 
 
 class RowsRequest(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..autograd.sequence_sums import Summed, Totals, sequence_sums
 from ..core import checks
+from ..distributed.fingerprint import Fingerprint, words
 from ..head.plan import LinearPlan
 from ..objectives.units import check_once
 from ..objectives.unpaired import SequenceObjective, SequenceScores, resolve_sequence
@@ -82,21 +84,30 @@ class SequenceArguments(LossArguments[SequenceOutput]):
         names = ("desirable", "token_weights", "reference_logps", "kl", "kl_logps", "kl_reference_logps")
         return {name: value if isinstance(value := self.given[name], Tensor) else None for name in names}
 
-    def same(self) -> dict[str, Any]:
+    def fingerprint(self) -> SequenceFingerprint:
         objective = self.objective
         named = objective.name or objective.function.__qualname__
         kl = self.given["kl"]
-        return {
-            "the loss": (named, sorted(objective.options.items())),
-            "beta, reduction": (self.beta, self.reduction),
-            "kl": None if isinstance(kl, Tensor) else kl,
-        }
+        return SequenceFingerprint(
+            loss=(named, sorted(objective.options.items())),
+            beta_and_reduction=(self.beta, self.reduction),
+            kl=None if isinstance(kl, Tensor) else kl,
+        )
 
     def token_weights(self, labels: Tensor, ignore_index: int) -> Tensor | None:
         return check_token_weights(self.given["token_weights"], labels, ignore_index)
 
     def of(self, labels: Tensor, batch: Batch, has_model: bool) -> SequenceLoss:
         return SequenceLoss(self, labels, batch, has_model)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SequenceFingerprint(Fingerprint):
+    """Of a loss on plain sequences: its name and options, and the KL where that is a number."""
+
+    loss: tuple[Any, ...] = field(metadata=words("the loss"))
+    beta_and_reduction: tuple[float, str] = field(metadata=words("beta, reduction"))
+    kl: float | None = field(metadata=words("kl as a number"))
 
 
 class SequenceLoss(UnitLoss[SequenceOutput]):

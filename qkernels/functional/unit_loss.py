@@ -18,6 +18,7 @@ from ..autograd.head import Known, KnownGradient
 from ..core import checks
 from ..core.fields import BIT, bits, field_names, stats_dtype
 from ..core.sequences import Sequences
+from ..distributed.fingerprint import NOTHING, Fingerprint, SequencesFingerprint
 from ..distributed.groups import Ranks, SequenceShard
 from ..head import chunks
 from ..head import plan as head_plan
@@ -84,7 +85,7 @@ class LossArguments(ABC, Generic[Output]):
         """Arguments that all ranks of `tp_group` have to have alike, by name."""
 
     @abstractmethod
-    def same(self) -> dict[str, Any]:
+    def fingerprint(self) -> Fingerprint:
         """What else they have to have alike."""
 
     @abstractmethod
@@ -158,8 +159,8 @@ def from_logits(
             request = tempered(request, check_temperature(temperatures, labels)[1])
         rows = request.validate()
         if ranks is not None:
-            equal = {**arguments.tensors(), "cu_seqlens": cu_seqlens}
-            rows = rows.agree(ranks, equal, {"the call": request.function, **arguments.same()})
+            tensors = {**arguments.tensors(), "cu_seqlens": cu_seqlens}
+            rows = rows.agree(ranks, request.function, arguments.fingerprint(), tensors)
         labels = request.labels
         batch = _batch(rows.labels, labels, cu_seqlens, arguments, (rows.ignore_index, stats_dtype(rows.logits.dtype)))
         loss = arguments.of(labels, batch, has_model)
@@ -181,7 +182,11 @@ def _shard(ranks: Ranks | None, batch: Batch, arguments: LossArguments[Any]) -> 
     """Which part of every sequence this rank has, once the ranks of `sp_group` agree on the loss; None without one."""
     if ranks is None:
         return None
-    return ranks.sequence_shard(batch.sequences.number, batch.weights.dtype, arguments.same())
+    return ranks.sequence_shard(
+        SequencesFingerprint(
+            sequences=batch.sequences.number, dtype=batch.weights.dtype, options=arguments.fingerprint()
+        )
+    )
 
 
 def _spread(
@@ -253,18 +258,11 @@ class HiddenUnits(NamedTuple):
             given = None if options.valid_rows is None else checks.row_counts(options.valid_rows, "valid_rows")
             inputs = model._replace(temperature=temperature).validate()
             has_model = inputs.reference is not None
+            tensors, facts = {}, NOTHING
             if ranks is not None:
                 own = {"cu_seqlens": options.cu_seqlens, **valid_rows.as_equal(given, ranks)}
-                equal = {**arguments.tensors(), "temperature": temperatures, **own}
-                same = {
-                    "the call": model.function,
-                    "plan": options.plan,
-                    f"{model.names[0]}.shape[-1]": inputs.policy.hidden.shape[-1],
-                    **arguments.same(),
-                }
-                inputs = inputs.agree(ranks, equal, same)
-            else:
-                inputs = inputs.agree(None, {}, {})
+                tensors, facts = {**arguments.tensors(), "temperature": temperatures, **own}, arguments.fingerprint()
+            inputs = inputs.agree(ranks, model, facts, tensors, plan=options.plan)
             how = (inputs.ignore_index, stats_dtype(inputs.dtype))
             rows = inputs.labels.view(labels.shape if labels.dim() == 2 else (1, -1))
             batch = _batch(rows, labels, options.cu_seqlens, arguments, how)
