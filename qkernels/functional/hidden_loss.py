@@ -24,7 +24,7 @@ from . import preference, valid_rows
 from .head_inputs import HeadInputs, HeadRequest, fields_with_state
 from .pair_chunks import PairChunks
 from .preference import Batch, Loss, LossInputs, LossRequest
-from .results import Outputs, PlannedOutput, TokenDPOOutput
+from .results import Outputs, TokenDPOOutput
 from .unit_chunks import groups_of
 from .valid_rows import Counts
 
@@ -279,7 +279,9 @@ class HiddenLoss(NamedTuple):
             output = output._replace(loss=KnownGradient.apply(output.loss, *inputs.policy, known))
         if factor is not None:  # what the loss made of the rows, and the gradients that are known already
             output = TokenDPOOutput(*(None if x is None else x * factor for x in output))  # type: ignore[arg-type]
-        return (output if torch.compiler.is_compiling() else PlannedOutput.of(output, plan)), stats
+        if not torch.compiler.is_compiling():
+            output.plan = plan
+        return output, stats
 
     def _pair_chunks(self, plan: LinearPlan) -> tuple[dict[str, Tensor], Known]:
         """The fields of all rows by name, and the gradients that a chunk's own loss has told."""

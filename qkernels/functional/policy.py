@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.compile import eager_with_groups
 from ..head.plan import LinearPlan
 from .head_inputs import HeadRequest
-from .policy_loss import PlannedPolicyOutput, PolicyArguments, PolicyOutput
+from .policy_loss import PolicyArguments, PolicyOutput
 from .rows import RowsRequest
 from .unit_loss import HiddenUnits, UnitOptions, from_logits
 
@@ -193,8 +193,8 @@ def fused_linear_policy_loss(
         `valid_rows` that are not what the labels have.
     """
     given = dict(locals())
-    output, chosen = _prepared(given).run()
-    return PlannedPolicyOutput.of(output, chosen)
+    output: PolicyOutput = _prepared(given).run()
+    return output
 
 
 def plan_linear_policy(hidden: Tensor, weight: Tensor, labels: Tensor, **arguments: Any) -> LinearPlan:

@@ -59,7 +59,18 @@ class PolicyMetrics(NamedTuple):
     idle_rows: Tensor | None
 
 
-class PolicyOutput(NamedTuple):
+class _PolicyFields(NamedTuple):
+    """The fields of a `PolicyOutput`."""
+
+    loss: Tensor
+    token_logps: Tensor
+    token_ratios: Tensor
+    token_kl: Tensor | None
+    metrics: PolicyMetrics
+    stats: TokenStats | None
+
+
+class PolicyOutput(_PolicyFields):
     """What the policy losses return. Only `loss` carries gradient.
 
     loss: `[]`, or shaped like `labels` with reduction="none".
@@ -73,31 +84,7 @@ class PolicyOutput(NamedTuple):
     logits and from inside torch.compile.
     """
 
-    loss: Tensor
-    token_logps: Tensor
-    token_ratios: Tensor
-    token_kl: Tensor | None
-    metrics: PolicyMetrics
-    stats: TokenStats | None
-
-    @property
-    def plan(self) -> LinearPlan | None:
-        return None
-
-
-class PlannedPolicyOutput(PolicyOutput):
-    """A `PolicyOutput` that knows its plan."""
-
-    plan: LinearPlan | None = None  # type: ignore[assignment]
-
-    @staticmethod
-    def of(output: PolicyOutput, plan: LinearPlan | None) -> PolicyOutput:
-        """The same output with its plan."""
-        if plan is None:
-            return output
-        planned = PlannedPolicyOutput(*output)
-        planned.plan = plan
-        return planned
+    plan: LinearPlan | None = None
 
 
 class PolicyOptions(NamedTuple):

@@ -57,7 +57,21 @@ class Outputs(NamedTuple):
         return OutputsFingerprint(outputs=self.names)
 
 
-class TokenDPOOutput(NamedTuple):
+class _TokenDPOFields(NamedTuple):
+    """The fields of a `TokenDPOOutput`. Its plan is none of them: they are tensors, and where torch takes the tuple apart
+    and builds it anew (hooks of FSDP, the first step of DDP with a static graph), the plan is None afterwards.
+    """
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    token_logps: Tensor
+    reference_token_logps: Tensor | None
+    token_rewards: Tensor | None
+    logsumexp: Tensor
+
+
+class TokenDPOOutput(_TokenDPOFields):
     """What the preference losses return. Only `loss` carries gradient.
 
     loss: `[]`, or `[B]` with reduction="none".
@@ -71,34 +85,7 @@ class TokenDPOOutput(NamedTuple):
     from inside torch.compile, and where a wrapper such as FSDP has rebuilt the tuple.
     """
 
-    loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    token_logps: Tensor
-    reference_token_logps: Tensor | None
-    token_rewards: Tensor | None
-    logsumexp: Tensor
-
-    @property
-    def plan(self) -> LinearPlan | None:
-        return None
+    plan: LinearPlan | None = None
 
     def __repr__(self) -> str:
         return summarised(self)
-
-
-class PlannedOutput(TokenDPOOutput):
-    """A `TokenDPOOutput` that knows its plan, which is not one of the fields: they are tensors.
-
-    To torch it is a named tuple of tensors; where torch takes it apart and builds it anew (hooks of FSDP, the first
-    step of DDP with a static graph), the plan is None afterwards.
-    """
-
-    plan: LinearPlan | None = None  # type: ignore[assignment]
-
-    @staticmethod
-    def of(output: TokenDPOOutput, plan: LinearPlan | None) -> PlannedOutput:
-        """The same output with its plan."""
-        planned = PlannedOutput(*output)
-        planned.plan = plan
-        return planned

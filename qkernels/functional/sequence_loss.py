@@ -21,7 +21,19 @@ from .unit_chunks import Part
 from .unit_loss import LossArguments, UnitLoss, fields_of
 
 
-class SequenceOutput(NamedTuple):
+class _SequenceFields(NamedTuple):
+    """The fields of a `SequenceOutput`."""
+
+    loss: Tensor
+    rewards: Tensor
+    token_logps: Tensor
+    reference_token_logps: Tensor | None
+    token_rewards: Tensor | None
+    kl: Tensor | None
+    stats: TokenStats | None
+
+
+class SequenceOutput(_SequenceFields):
     """What the losses on plain sequences return. Only `loss` carries gradient.
 
     loss: `[]`, or `[S]` with reduction="none".
@@ -36,32 +48,7 @@ class SequenceOutput(NamedTuple):
     logits and from inside torch.compile.
     """
 
-    loss: Tensor
-    rewards: Tensor
-    token_logps: Tensor
-    reference_token_logps: Tensor | None
-    token_rewards: Tensor | None
-    kl: Tensor | None
-    stats: TokenStats | None
-
-    @property
-    def plan(self) -> LinearPlan | None:
-        return None
-
-
-class PlannedSequenceOutput(SequenceOutput):
-    """A `SequenceOutput` that knows its plan."""
-
-    plan: LinearPlan | None = None  # type: ignore[assignment]
-
-    @staticmethod
-    def of(output: SequenceOutput, plan: LinearPlan | None) -> SequenceOutput:
-        """The same output with its plan."""
-        if plan is None:
-            return output
-        planned = PlannedSequenceOutput(*output)
-        planned.plan = plan
-        return planned
+    plan: LinearPlan | None = None
 
 
 class SequenceArguments(LossArguments[SequenceOutput]):

@@ -331,8 +331,8 @@ class HiddenUnits(NamedTuple):
         active = self.loss.active()
         return None if active is None or bool((active | ~self.batch.used).all()) else active
 
-    def run(self) -> tuple[Any, LinearPlan | None]:
-        """Run the plan; the output of the loss, and the plan (None inside torch.compile)."""
+    def run(self) -> Any:
+        """Run the plan; the output of the loss, with the plan."""
         inputs, plan, batch, loss = self.inputs, self.plan, self.batch, self.loss
         assert plan is not None
         inputs.refuse_meta("hidden")
@@ -352,7 +352,10 @@ class HiddenUnits(NamedTuple):
             value = KnownGradient.apply(value, *inputs.policy, known)
         if factor is not None:
             value = value * factor
-        return output._replace(loss=value), None if torch.compiler.is_compiling() else plan
+        output = output._replace(loss=value)
+        if not torch.compiler.is_compiling():
+            output.plan = plan
+        return output
 
     def _by_units(self, plan: LinearPlan) -> tuple[dict[str, Tensor], Known, int]:
         """The fields of all rows by name, the gradients, and how many rows had none."""

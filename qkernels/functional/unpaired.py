@@ -11,7 +11,7 @@ from ..core.compile import eager_with_groups
 from ..head.plan import LinearPlan
 from .head_inputs import HeadRequest
 from .rows import RowsRequest
-from .sequence_loss import PlannedSequenceOutput, SequenceArguments, SequenceOutput
+from .sequence_loss import SequenceArguments, SequenceOutput
 from .unit_loss import HiddenUnits, UnitOptions, from_logits
 
 SequenceLossType = str | Callable[..., Tensor]
@@ -154,8 +154,8 @@ def fused_linear_sequence_loss(
         `valid_rows` that are not what the labels have.
     """
     given = dict(locals())
-    output, chosen = _prepared(given).run()
-    return PlannedSequenceOutput.of(output, chosen)
+    output: SequenceOutput = _prepared(given).run()
+    return output
 
 
 def plan_linear_sequences(
