@@ -255,19 +255,21 @@ void fold_row(const Rows& rows, const StatsCall& call, int64_t row, int64_t begi
     const bool copied = must_copy(start, n, label);
     CopyResult whole;
     if (copied) whole = copy_block<false>(data, start, n, label, copy);
-    auto sum = [&](float base) {
-      return copied ? sum_block<kGather>(copy.values, copy.padded, Shift(base, scale))
-                    : sum_block<kGather>(data + start, n, Shift(base, scale));
+    auto sum = [&](const Shift& shift) {
+      if (!copied) return sum_block<kGather>(data + start, n, shift);
+      Sums block = sum_block<kGather>(copy.values, copy.padded, shift);
+      block.max = whole.max;
+      block.raw = whole.raw;
+      return block;
     };
     float base = sums.max;
     if (start == begin) base = copied ? whole.max : max_of_block(data + start, n);
-    Sums block = sum(base);
-    if (copied) block.max = whole.max, block.raw = whole.raw;
+    Sums block = sum(Shift(base, scale));
     const float max = std::max(base, block.max);
     if (out_of_reach(base, max, log2e_per_temperature)) {
       rescale(sums, rescale_exponent(base, max, log2e_per_temperature), 0);
-      block = sum(base = max);
-      if (copied) block.max = whole.max, block.raw = whole.raw;
+      base = max;
+      block = sum(Shift(base, scale));
     }
     block.max_at = start;
     add(sums, block);
@@ -275,67 +277,119 @@ void fold_row(const Rows& rows, const StatsCall& call, int64_t row, int64_t begi
   }
 }
 
-// Fold the segment [begin, end) of both models' rows into `sums`. Rows of different types meet as fp32 copies in their
-// own order, and their sums of exponentials are taken once more in the order of each type: these have the same bits
+// Entries [start, start + n) of both models' rows, of one type.
+template <class T>
+class SameTypeBlock {
+ public:
+  SameTypeBlock(const StatsCall& call, int64_t row, int64_t start, int64_t n)
+      : policy_(row_of<T>(call.policy, call.shape, row) + start),
+        reference_(row_of<T>(call.reference, call.shape, row) + start),
+        n_(n),
+        copied_(must_copy(start, n, call.labels.data[row])) {
+    if (!copied_) return;
+    const int64_t label = call.labels.data[row] - start;
+    policy_whole_ = copy_block<false>(policy_, 0, n, label, policy_copy_);
+    reference_whole_ = copy_block<false>(reference_, 0, n, label, reference_copy_);
+  }
+
+  float policy_max() const { return copied_ ? policy_whole_.max : max_of_block(policy_, n_); }
+  float reference_max() const { return copied_ ? reference_whole_.max : max_of_block(reference_, n_); }
+
+  template <Gather kGather>
+  RowSums sum(const Shift& shift, const Shift& reference_shift) const {
+    if (!copied_) return sum_pair<kGather>(policy_, reference_, n_, shift, reference_shift);
+    RowSums sums =
+        sum_pair<kGather>(policy_copy_.values, reference_copy_.values, policy_copy_.padded, shift, reference_shift);
+    sums.policy.max = policy_whole_.max;
+    sums.policy.raw = policy_whole_.raw;
+    sums.reference.max = reference_whole_.max;
+    return sums;
+  }
+
+ private:
+  const T* policy_;
+  const T* reference_;
+  const int64_t n_;
+  const bool copied_;
+  Copy policy_copy_, reference_copy_;
+  CopyResult policy_whole_, reference_whole_;
+};
+
+// The same of rows of different types, `T` of the policy: fp32 copies of both, in their own order. The sum of
+// exponentials of a bf16 row is taken once more, in the order in which its vectors are loaded: it has the same bits
 // with and without the other model.
-template <Gather kGather, class T>
+template <class T>
+class MixedTypeBlock {
+ public:
+  MixedTypeBlock(const StatsCall& call, int64_t row, int64_t start, int64_t n)
+      : call_(call), row_(row), start_(start), n_(n) {
+    policy_whole_ = copy<true>(call.policy, policy_copy_);
+    reference_whole_ = copy<true>(call.reference, reference_copy_);
+  }
+
+  float policy_max() const { return policy_whole_.max; }
+  float reference_max() const { return reference_whole_.max; }
+
+  template <Gather kGather>
+  RowSums sum(const Shift& shift, const Shift& reference_shift) const {
+    RowSums sums =
+        sum_pair<kGather>(policy_copy_.values, reference_copy_.values, policy_copy_.padded, shift, reference_shift);
+    sums.policy.max = policy_whole_.max;
+    sums.policy.raw = policy_whole_.raw;
+    sums.reference.max = reference_whole_.max;
+    if (kEvenOdd<T>)
+      sums.policy.exp = sum_exp_in_load_order(call_.policy, shift);
+    else if (call_.reference.dtype == DType::kBFloat16)
+      sums.reference.exp = sum_exp_in_load_order(call_.reference, reference_shift);
+    return sums;
+  }
+
+ private:
+  template <bool kOwnOrder>
+  CopyResult copy(const Rows& rows, Copy& to) const {
+    return copy_block<kOwnOrder>(rows, call_.shape, row_, start_, n_, call_.labels.data[row_], to);
+  }
+
+  double sum_exp_in_load_order(const Rows& rows, const Shift& shift) const {
+    Copy ordered;
+    copy<false>(rows, ordered);
+    return sum_block<Gather::kExp>(ordered.values, ordered.padded, shift).exp;
+  }
+
+  const StatsCall& call_;
+  const int64_t row_, start_, n_;
+  Copy policy_copy_, reference_copy_;
+  CopyResult policy_whole_, reference_whole_;
+};
+
+// Fold the segment [begin, end) of both models' rows into `sums`, block by block.
+template <Gather kGather, class Block>
 void fold_pair(const StatsCall& call, int64_t row, int64_t begin, int64_t end, RowSums& sums) {
   const double log2e_per_temperature = kLog2e / call.temperature;
   const float scale = static_cast<float>(log2e_per_temperature);
-  const T* policy = row_of<T>(call.policy, call.shape, row);
-  const bool same_type = call.reference.dtype == call.policy.dtype;
-  const T* reference = same_type ? row_of<T>(call.reference, call.shape, row) : nullptr;
-  const int64_t label = call.labels.data[row];
-  Copy copy, reference_copy;
   for (int64_t start = begin; start < end; start += kBlock) {
-    const int64_t n = std::min(kBlock, end - start);
-    const bool copied = !same_type || must_copy(start, n, label);
-    CopyResult whole, reference_whole;
-    if (!same_type) {
-      whole = copy_block<true>(policy, start, n, label, copy);
-      reference_whole = copy_block<true>(call.reference, call.shape, row, start, n, label, reference_copy);
-    } else if (copied) {
-      whole = copy_block<false>(policy, start, n, label, copy);
-      reference_whole = copy_block<false>(call.reference, call.shape, row, start, n, label, reference_copy);
-    }
-    auto sum = [&](float base, float reference_base) {
-      const Shift shift(base, scale), reference_shift(reference_base, scale);
-      if (!copied) return sum_pair<kGather>(policy + start, reference + start, n, shift, reference_shift);
-      RowSums block = sum_pair<kGather>(copy.values, reference_copy.values, copy.padded, shift, reference_shift);
-      block.policy.max = whole.max;
-      block.policy.raw = whole.raw;
-      block.reference.max = reference_whole.max;
-      if (!same_type) {
-        Copy ordered;
-        if (kEvenOdd<T>) {
-          copy_block<false>(policy, start, n, label, ordered);
-          block.policy.exp = sum_block<Gather::kExp>(ordered.values, ordered.padded, shift).exp;
-        } else if (call.reference.dtype == DType::kBFloat16) {
-          copy_block<false>(call.reference, call.shape, row, start, n, label, ordered);
-          block.reference.exp = sum_block<Gather::kExp>(ordered.values, ordered.padded, reference_shift).exp;
-        }
-      }
-      return block;
-    };
+    const Block block(call, row, start, std::min(kBlock, end - start));
     float base = sums.policy.max, reference_base = sums.reference.max;
     if (start == begin) {
-      base = copied ? whole.max : max_of_block(policy + start, n);
-      reference_base = copied ? reference_whole.max : max_of_block(reference + start, n);
+      base = block.policy_max();
+      reference_base = block.reference_max();
     }
-    RowSums block = sum(base, reference_base);
-    const float max = std::max(base, block.policy.max);
-    const float reference_max = std::max(reference_base, block.reference.max);
+    RowSums added = block.template sum<kGather>(Shift(base, scale), Shift(reference_base, scale));
+    const float max = std::max(base, added.policy.max);
+    const float reference_max = std::max(reference_base, added.reference.max);
     const bool far = out_of_reach(base, max, log2e_per_temperature);
     const bool reference_far = out_of_reach(reference_base, reference_max, log2e_per_temperature);
     if (far || reference_far) {
       // Each model by itself, so that its sums have the bits they have without the other model.
       const float new_base = far ? max : base, new_reference_base = reference_far ? reference_max : reference_base;
       rescale(sums, base, new_base, reference_base, new_reference_base, log2e_per_temperature);
-      block = sum(base = new_base, reference_base = new_reference_base);
+      base = new_base;
+      reference_base = new_reference_base;
+      added = block.template sum<kGather>(Shift(base, scale), Shift(reference_base, scale));
     }
-    block.policy.max_at = start;
-    add(sums.policy, block.policy);
-    add(sums.reference, block.reference);
+    added.policy.max_at = start;
+    add(sums.policy, added.policy);
+    add(sums.reference, added.reference);
     rescale(sums, base, max, reference_base, reference_max, log2e_per_temperature);
   }
 }
@@ -347,7 +401,13 @@ void fold_one(const Rows& rows, const StatsCall& call, int64_t row, int64_t begi
 
 template <Gather kGather>
 void fold_both(const StatsCall& call, int64_t row, int64_t begin, int64_t end, RowSums& sums) {
-  with_type(call.policy.dtype, [&](auto t) { fold_pair<kGather, Pointee<decltype(t)>>(call, row, begin, end, sums); });
+  with_type(call.policy.dtype, [&](auto t) {
+    using T = Pointee<decltype(t)>;
+    if (call.reference.dtype == call.policy.dtype)
+      fold_pair<kGather, SameTypeBlock<T>>(call, row, begin, end, sums);
+    else
+      fold_pair<kGather, MixedTypeBlock<T>>(call, row, begin, end, sums);
+  });
 }
 
 void sum_segment(const StatsCall& call, int64_t row, int64_t segment, RowSums* sums) {

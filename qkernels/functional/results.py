@@ -58,8 +58,8 @@ class Outputs(NamedTuple):
 
 
 class _TokenDPOFields(NamedTuple):
-    """The fields of a `TokenDPOOutput`. Its plan is none of them: they are tensors, and where torch takes the tuple apart
-    and builds it anew (hooks of FSDP, the first step of DDP with a static graph), the plan is None afterwards.
+    """The fields of a `TokenDPOOutput`. Its plan is none of them: they are tensors, and where torch takes the tuple
+    apart and builds it anew (hooks of FSDP, the first step of DDP with a static graph), the plan is None afterwards.
     """
 
     loss: Tensor
