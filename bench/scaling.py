@@ -1,4 +1,4 @@
-"""What a vocabulary or positions split over ranks cost: messages, bytes, and time beyond the split products.
+"""What a vocabulary or positions split over ranks cost: collectives, bytes, and time beyond the split GEMMs.
 
     python -m bench.scaling                          measure, and print the tables
     python -m bench.scaling --rounds 0               count only, no times
@@ -6,10 +6,10 @@
 
 Starts `--ranks` processes with one thread each, joined by gloo. Every collective is counted where it leaves for
 torch.distributed. The overhead compares a call with `tp_group` with the same call on the same part of the vocabulary
-without a group: same products, nothing sent. Rounds of both alternate, so that other work on the machine meets both.
+without a group: same GEMMs, nothing sent. Rounds of both alternate, so that other work on the machine meets both.
 
-The last table is arithmetic, no measurement: messages and bytes at sizes of a large model, by formulas that the counted
-ones have to agree with, and the bandwidth and latency stated there.
+The last table is arithmetic, no measurement: collectives and bytes at sizes of a large model, by formulas that the
+counted ones have to agree with, and the bandwidth and latency stated there.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Sizes:
 
 
 class Counter:
-    """Counts what goes through torch.distributed while it is entered: messages and bytes of tensors."""
+    """Counts what goes through torch.distributed while it is entered: collectives and bytes of tensors."""
 
     def __init__(self) -> None:
         self.messages: list[int] = []
@@ -230,7 +230,7 @@ class Layout:
         return self.tp * self.sp * self.dp
 
     def milliseconds(self) -> tuple[float, float, float, float]:
-        """Of a step, on paper: three products, `tp_group`'s messages, `sp_group`'s, and FSDP's of the head.
+        """Of a step, on paper: three GEMMs, `tp_group`'s collectives, `sp_group`'s, and FSDP's of the head.
 
         Every tp group has `LARGE.rows` rows whatever the number of ranks. A ring of R ranks moves 2 (R - 1) / R of the
         bytes through each; FSDP gathers the head's part once and reduces its gradient.
@@ -301,7 +301,7 @@ def report(ranks: int, sizes: Sizes, logits_vocab: int, rounds: int, results: li
         f" operations per second and rank; {WITHIN[0] / 1e9:.0f} GB/s and {WITHIN[1] * 1e6:.0f} us per message within"
         f" {SERVER} ranks, {BETWEEN[0] / 1e9:.0f} GB/s and {BETWEEN[1] * 1e6:.0f} us beyond; nothing overlaps.",
         "",
-        "| ranks | tp x sp x dp | products | tp messages | sp messages | head gathered, its gradient reduced |",
+        "| ranks | tp x sp x dp | GEMMs | tp collectives | sp collectives | head gathered, its gradient reduced |",
         "|---|---|---|---|---|---|",
     ]
     for layout in LAYOUTS:

@@ -1,6 +1,6 @@
 """The public functions in pure torch, whatever the device and dtype: what the kernels are compared with.
 
-Each is the function of the same name with `backend="torch"`; use float64 logits for the truth.
+Each is the function of the same name with `backend="torch"`; use float64 logits for reference values.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The tree of all sequences of `horizon` tokens over `vocab` symbols has one state per prefix. States of depth t are
 numbered as the base-`vocab` number that their tokens spell, so the table of depth t has `vocab ** t` rows and the
 children of row i are the rows `i * vocab + a` of the next depth. Equation numbers are of "From r to Q*" (Rafailov et
-al. 2024). What a language model's logits say about such a tree is `qkernels.token_mdp`; this module is the truth that
-it can be held against.
+al. 2024). What a language model's logits say about such a tree is `qkernels.token_mdp`; this module gives the exact
+values that it can be compared with.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Zeroing memory that nobody is about to read: gradient rows of ignored labels.
+// Zeroing memory that is not about to be read: gradient rows of ignored labels.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 // Row kernels for the CPU: per-row statistics and gradients of logits. Compiled once per instruction set.
 //
 // Memory traffic: `sum_segment` reads each logit once, `grad_segment` reads each logit once and writes each gradient
-// once. Logits are widened in registers and used where they lie; only the block that holds the label (its entry is
+// once. Logits are widened in registers and used in place; only the block that holds the label (its entry is
 // taken out of the sums) and the last one (padded with -inf) are copied to a buffer in the L1 cache.
 //
 // Sums are taken relative to the maximum of the blocks *before* the current one, whose own maximum is found in the
@@ -14,7 +14,8 @@
 //
 // Numerics: see core/softmax.h. Partial sums of at most kTerms terms each are kept in fp32, and added in double. So
 // what a sum loses grows neither with the vocabulary nor with narrower vectors. The sum of exponentials has the same
-// bits whatever else is gathered and whether the other model is there: cached and live reference log-probs are equal.
+// bits whatever else is accumulated and with or without the other model: cached reference log-probs equal those
+// computed in the same call.
 #include "row_kernels.h"
 
 #include <algorithm>
@@ -29,7 +30,7 @@ namespace qk {
 namespace QK_ISA {
 namespace {
 
-// Vectors under work at a time: a pair (see simd.h).
+// Vectors in flight: a pair (see simd.h).
 constexpr int kUnroll = 2;
 constexpr int kStep = kUnroll * kLanes;
 static_assert(kBlock % kStep == 0, "a block is a whole number of unrolled steps");
@@ -62,7 +63,7 @@ float maximum(const Vec (&maxima)[n]) {
   return lane_max(all);
 }
 
-// A block copied as fp32 and padded with -inf to whole steps, in the order in which its pairs are loaded where it lies,
+// A block copied as fp32 and padded with -inf to whole steps, in the order in which its pairs are loaded in place,
 // so that sums have the same bits either way; or in its own order.
 struct Copy {
   alignas(64) float values[kBlock];
@@ -76,7 +77,7 @@ struct CopyResult {
   double raw = 0;
 };
 
-// Blocks that cannot be summed where they lie.
+// Blocks that cannot be summed in place.
 bool must_copy(int64_t start, int64_t n, int64_t label) {
   return n % kStep != 0 || (label >= start && label < start + n);
 }

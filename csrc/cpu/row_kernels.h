@@ -6,8 +6,8 @@
 
 namespace qk {
 
-// A row is walked in blocks that stay in the L1 cache (8 KiB of fp32) and cut into segments of 16 blocks. Segments
-// are summed apart and merged in order, whether one thread or several walk the row: the bits do not depend on it.
+// A row is read in blocks that stay in the L1 cache (8 KiB of fp32) and cut into segments of 16 blocks. Segments
+// are summed apart and merged in order, whether one thread or several read the row: the bits do not depend on it.
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kSegment = 16 * kBlock;
 

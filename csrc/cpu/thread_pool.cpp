@@ -43,7 +43,7 @@ class Pool {
         try {
           std::thread([this] { work(); }).detach();
         } catch (const std::system_error&) {
-          break;  // no more threads to be had: the loop runs on those there are
+          break;  // no more threads are available: the loop runs on those there are
         }
         ++workers_;
       }

@@ -19,7 +19,7 @@ namespace cuda {
 // use as a mask, gives a finite sum of the 2^10 terms and more of a thread; as exponents such logits would overflow.
 constexpr float kCrossUnit = 0x1p-12f;
 
-// One thread's sums of one model; the fields are those of `Sums`, but for the unit of `cross`.
+// One thread's sums of one model; the members are those of `Sums`, but for the unit of `cross`.
 struct ThreadSums {
   float max = -kInfinity;
   float exp = 0, exp_t = 0, exp_sq = 0, cross = 0, raw = 0;

@@ -441,7 +441,7 @@ int main(int count, char** arguments) {
         for (qk::DType reference : types) check_rows(random, dtype, reference, {1, 4, 2500}, 3, 1, 0.7, 4, true, 2);
         check_rows(random, dtype, dtype, {1, 2, 33001}, 0, 3, 1.3, 10, false, 3);  // more than one segment, shared
         check_rows(random, dtype, dtype, {3, 100, 11}, 2, 0, 1, 1, false, 2);      // many short rows
-        check_rows(random, dtype, dtype, {1, 2, 5000}, 0, 0, 1, 300, false, 1);    // sums restated again and again
+        check_rows(random, dtype, dtype, {1, 2, 5000}, 0, 0, 1, 300, false, 1);    // sums rescaled again and again
       }
       check_special_rows();
     }

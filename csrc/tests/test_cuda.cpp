@@ -206,7 +206,7 @@ void check_case(std::mt19937& random, const Case& c) {
   if (alike) expect(few[2] == stats[kLogps], name + ": the same bits beside the reference");
   single(bit(kReferenceLogps));
   expect_close(few[0], q.logp[y], 2e-6, 0, name + ": reference_logps alone");
-  if (alike) expect(few[0] == stats[kReferenceLogps], name + ": cached and live reference");
+  if (alike) expect(few[0] == stats[kReferenceLogps], name + ": reference cached and computed in the same call");
 
   // Gradients: of the label alone and full, new and in place, from logits of another alignment.
   float coefficients[kCoefficientCount];

@@ -20,19 +20,19 @@ from ..head import chunks, ops
 from ..head.call import HeadCall, Model
 from ..head.chunks import Gradients
 from . import once_differentiable
-from .saved import carried, restored, saveable
+from .saved import restored, results_of, saveable
 
 
 class HeadStats(torch.autograd.Function):
     """`(hidden [N, H], weight [V, H], bias [V] or None, call) -> stats [K, N], fields [N] ...`. Four GEMMs.
 
     `call` has the same model, the reference, which is a constant, and the labels. `stats` is a constant; the fields
-    named in `carrying`, which follow it, are differentiable in hidden, weight and bias.
+    named in `differentiable`, which follow it, have a gradient with respect to hidden, weight and bias.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, carrying: tuple[str, ...]
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, differentiable: tuple[str, ...]
     ) -> tuple[Tensor, ...]:
         if call.policy.hidden is not hidden:  # inside torch.compile
             call = call._replace(policy=Model(hidden, weight, bias))
@@ -42,14 +42,14 @@ class HeadStats(torch.autograd.Function):
         reference = call.reference if with_kl and call.reference is not None else (None, None, None)
         constants = saveable(ctx, *reference, call.temperatures)
         ctx.save_for_backward(hidden, weight, bias, *constants, call.labels, call.valid, stats)
-        ctx.config, ctx.carrying = call.config, carrying
-        return carried(ctx, stats, fields, carrying)
+        ctx.config, ctx.differentiable = call.config, differentiable
+        return results_of(ctx, stats, fields, differentiable)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *kept, labels, valid, stats = ctx.saved_tensors
-        reference_hidden, reference_weight, reference_bias, temperatures = restored(ctx, *kept)
+        hidden, weight, bias, *saved, labels, valid, stats = ctx.saved_tensors
+        reference_hidden, reference_weight, reference_bias, temperatures = restored(ctx, *saved)
         reference = None
         if reference_hidden is not None and reference_weight is not None:
             reference = Model(reference_hidden, reference_weight, reference_bias)
@@ -61,7 +61,7 @@ class HeadStats(torch.autograd.Function):
             valid=valid,
             temperatures=temperatures,
         )
-        upstream = coefficients(stats, dict(zip(ctx.carrying, grads, strict=True)), ctx.config.fields)
+        upstream = coefficients(stats, dict(zip(ctx.differentiable, grads, strict=True)), ctx.config.fields)
         states = stats[:3] if reference is None else stats[:6]
         needs = list(ctx.needs_input_grad[:3])
         if torch.compiler.is_compiling():
@@ -83,7 +83,7 @@ class FrozenHead(torch.autograd.Function):
         stats, unit = ops.linear_unit_gradient.as_op(call) if compiling else chunks.unit_gradient(call)
         ctx.save_for_backward(unit, call.labels == call.config.ignore_index, call.valid)
         ctx.dtype, ctx.shard = hidden.dtype, call.config.shard
-        return carried(ctx, stats, call.config.fields, ("logps",))
+        return results_of(ctx, stats, call.config.fields, ("logps",))
 
     @staticmethod
     @once_differentiable

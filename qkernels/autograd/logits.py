@@ -18,7 +18,7 @@ from ..core.coefficients import coefficients
 from ..core.fields import BIT, STATE, field_index
 from ..distributed.vocab_parallel import Shard, row_stats
 from . import once_differentiable
-from .saved import carried, restored, saveable
+from .saved import restored, results_of, saveable
 
 # Attribute set on the storage that an in-place backward has turned into a gradient: the version of its tensors at that
 # moment, so that logits refilled since then are accepted again. All views share both, the storage and the version.
@@ -41,12 +41,12 @@ class Backward(NamedTuple):
     """How the gradient of logits is made.
 
     inplace: over the logits' own storage.
-    carrying: the fields that carry a gradient.
+    differentiable: names of the differentiable fields.
     shard: this rank's shard of the vocabulary; None where it holds all of it.
     """
 
     inplace: bool
-    carrying: tuple[str, ...]
+    differentiable: tuple[str, ...]
     shard: Shard | None = None
 
 
@@ -54,8 +54,8 @@ class RowStats(torch.autograd.Function):
     """`(logits [S, T, V], call) -> stats [K, S, T], fields [S, T] ...`.
 
     `call` has the same logits, labels and the reference, which is a constant. `stats` is a constant; the fields named
-    in `how.carrying`, which follow it, are differentiable in the logits. What carries no gradient costs nothing in the
-    backward. With a shard, the logits are this rank's columns and the results those of the whole rows.
+    in `how.differentiable`, which follow it, have a gradient with respect to the logits. Those without cost nothing in
+    the backward. With a shard, the logits are this rank's columns and the results those of the whole rows.
     """
 
     @staticmethod
@@ -64,16 +64,16 @@ class RowStats(torch.autograd.Function):
             call = call._replace(logits=logits)
         stats = row_stats(call, how.shard)
         with_kl = call.fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
-        (kept,) = saveable(ctx, call.reference if with_kl else None)
-        ctx.save_for_backward(logits, call.labels, kept, stats)
+        (saved,) = saveable(ctx, call.reference if with_kl else None)
+        ctx.save_for_backward(logits, call.labels, saved, stats)
         ctx.how, ctx.options = how, call[3:]
-        return carried(ctx, stats, call.fields, how.carrying)
+        return results_of(ctx, stats, call.fields, how.differentiable)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, labels, kept, stats = ctx.saved_tensors
-        (reference,) = restored(ctx, kept)
+        logits, labels, saved, stats = ctx.saved_tensors
+        (reference,) = restored(ctx, saved)
         fields, temperature, ignore_index, backend = ctx.options
         call = calls.RowGrad(
             logits=logits,
@@ -81,7 +81,7 @@ class RowStats(torch.autograd.Function):
             reference=reference,
             state=stats,
             reference_state=None if reference is None else stats[3:6],
-            coefficients=coefficients(stats, dict(zip(ctx.how.carrying, grads, strict=True)), fields),
+            coefficients=coefficients(stats, dict(zip(ctx.how.differentiable, grads, strict=True)), fields),
             upstream=None,
             temperature=temperature,
             ignore_index=ignore_index,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.sequences import Sequences, both_forbid, log_ratios
+from ..core.sequences import Sequences, both_masked, log_ratios
 from . import finite_gradient, once_differentiable
 
 
@@ -90,10 +90,10 @@ class SequenceSums(torch.autograd.Function):
     def forward(ctx: Any, logps: Tensor, kl: Tensor | None, summed: Summed, names: list[str]) -> tuple[Tensor, ...]:
         weights, base, tokens = summed.weights, summed.base_weights, summed.reference_tokens
         rows = {"logps": weights * logps}
-        row_ratios, forbidden = [], None
+        row_ratios, masked = [], None
         if tokens is not None:
-            forbidden = both_forbid(logps, tokens)
-            row_ratios = [log_ratios(logps, tokens, forbidden)]
+            masked = both_masked(logps, tokens)
+            row_ratios = [log_ratios(logps, tokens, masked)]
             rows["ratios"], rows["reference"] = weights * row_ratios[0], weights * tokens
         if summed.counts is None:
             rows["counts"] = base
@@ -105,8 +105,8 @@ class SequenceSums(torch.autograd.Function):
         given = []
         if summed.reference_sums is not None:
             reference = summed.reference_sums.double()
-            forbidden = both_forbid(sums[0], reference)
-            given += [reference, log_ratios(sums[0], reference, forbidden)]
+            masked = both_masked(sums[0], reference)
+            given += [reference, log_ratios(sums[0], reference, masked)]
         if summed.counts is not None:
             given += [summed.counts]
         totals = (torch.cat([sums, torch.stack(given)]) if given else sums).to(weights.dtype)
@@ -114,7 +114,7 @@ class SequenceSums(torch.autograd.Function):
         parts = totals.view(len(names) * n, totals.shape[1] // n).unbind()
         constant = ("reference", "counts")
         constants = [part for i, part in enumerate(parts) if names[i // n] in constant]
-        ctx.save_for_backward(weights, base, forbidden)
+        ctx.save_for_backward(weights, base, masked)
         ctx.summed, ctx.names = summed, names
         ctx.mark_non_differentiable(totals, *constants, *row_ratios)
         ctx.set_materialize_grads(False)
@@ -123,7 +123,7 @@ class SequenceSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        weights, base, forbidden = ctx.saved_tensors
+        weights, base, masked = ctx.saved_tensors
         summed, n = ctx.summed, ctx.summed.parts
         of = {name: _joined(grads[i * n : (i + 1) * n]) for i, name in enumerate(ctx.names)}
         ratios, logps, kl, full = (of.get(name) for name in ("ratios", "logps", "kl", "full_logps"))
@@ -134,9 +134,9 @@ class SequenceSums(torch.autograd.Function):
 
         terms: list[Tensor] = []
         if ratios is not None and summed.reference_tokens is not None:
-            terms.append(rows(ratios, weights).masked_fill_(forbidden, 0.0))
+            terms.append(rows(ratios, weights).masked_fill_(masked, 0.0))
         elif ratios is not None:  # of the same sums as `logps`
-            ratios = ratios.double().masked_fill_(forbidden, 0.0)
+            ratios = ratios.double().masked_fill_(masked, 0.0)
             logps = ratios if logps is None else ratios + logps
         if full is not None:
             terms.append(rows(full, base))

@@ -1,4 +1,4 @@
-"""Row operations in pure torch: any device, any floating dtype, float64 included. The truth the kernels are tested on.
+"""Row operations in pure torch: any device, any floating dtype, float64 included. Kernels are tested against them.
 
 Arithmetic is in float32 (float64 for float64 logits). Three choices keep it exact, and every other backend repeats
 them:
@@ -111,9 +111,9 @@ def row_stats(call: RowStats) -> Tensor:
         values["is_top1"] = policy.top1
 
     # A row of -inf, a NaN, a bad label: NaN in that row alone. An ignored row: 0.
-    broken = bad | policy.log_sum.squeeze(-1).isnan()
+    invalid = bad | policy.log_sum.squeeze(-1).isnan()
     out = torch.stack([values[name].squeeze(-1).to(dtype) for name in field_names(fields)])
-    return out.masked_fill(broken, float("nan")).masked_fill(ignored, 0.0)
+    return out.masked_fill(invalid, float("nan")).masked_fill(ignored, 0.0)
 
 
 @takes(RowGrad)

@@ -85,7 +85,7 @@ def give_back_scratch(buffers: Iterable[Tensor]) -> None:
 
 @constant_when_compiled  # what is free while tracing stands for later
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now; 8 GiB where it does not say."""
+    """Bytes that are available on a device now; 8 GiB where it does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

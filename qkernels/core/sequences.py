@@ -29,18 +29,18 @@ class Shard(Protocol):
         """The same for sums that enter the losses of single rows."""
 
 
-def both_forbid(logps: Tensor, reference_logps: Tensor) -> Tensor:
+def both_masked(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """Where both log-probs are -inf."""
     return torch.maximum(logps, reference_logps).isneginf()
 
 
-def log_ratios(logps: Tensor, reference_logps: Tensor, forbidden: Tensor | None = None) -> Tensor:
-    """log pi - log pi_ref; 0 where both are -inf: a token that both models forbid tells nothing about the reward.
+def log_ratios(logps: Tensor, reference_logps: Tensor, masked: Tensor | None = None) -> Tensor:
+    """log pi - log pi_ref; 0 where both are -inf: a token that both models mask says nothing about the reward.
 
-    forbidden: `both_forbid` of the same, where it is known.
+    masked: `both_masked` of the same, where it is known.
     """
-    forbidden = both_forbid(logps, reference_logps) if forbidden is None else forbidden
-    return (logps - reference_logps).masked_fill_(forbidden, 0.0)
+    masked = both_masked(logps, reference_logps) if masked is None else masked
+    return (logps - reference_logps).masked_fill_(masked, 0.0)
 
 
 class Sequences(NamedTuple):
@@ -84,7 +84,7 @@ class Sequences(NamedTuple):
         return total if keep_double else total.to(rows.dtype)
 
     def sums_of(self, several: list[Tensor]) -> Tensor:
-        """`sums(rows, keep_double=True)` of each, `[K, 2B]`, in one message."""
+        """`sums(rows, keep_double=True)` of each, `[K, 2B]`, in one collective."""
         if self.offsets is None:
             total = torch.stack(several).sum(2, dtype=torch.float64)
         else:

@@ -148,7 +148,7 @@ def _check_backend(group: Any, name: str, device: torch.device) -> None:
 
 
 class Part(NamedTuple):
-    """What a rank tells the others.
+    """What a rank sends to the others.
 
     failed: whether it has an error of its own to raise.
     width: columns of the vocabulary that it holds (0 for positions).

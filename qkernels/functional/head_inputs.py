@@ -172,8 +172,8 @@ class HeadInputs(NamedTuple):
             shard=self.shard,
         )
 
-    def stats(self, plan: LinearPlan, fields: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
-        """Per-row results by name, `[N]`, those of `carrying` with autograd as the plan has it."""
+    def stats(self, plan: LinearPlan, fields: int, differentiable: tuple[str, ...]) -> dict[str, Tensor]:
+        """Per-row results by name, `[N]`, those of `differentiable` with autograd as the plan has it."""
         if plan.name == "forward_only":
             call = self.call(fields, plan.chunk_rows)
             if torch.compiler.is_compiling():
@@ -183,7 +183,7 @@ class HeadInputs(NamedTuple):
         call = self.call(fields, plan.chunk_rows)
         if plan.name == "frozen_head":
             return by_name(wanted, fields, ("logps",), FrozenHead.apply(self.policy.hidden, call))
-        return by_name(wanted, fields, carrying, HeadStats.apply(*self.policy, call, carrying))
+        return by_name(wanted, fields, differentiable, HeadStats.apply(*self.policy, call, differentiable))
 
 
 def fields_with_state(fields: int, has_model: bool) -> int:

@@ -67,7 +67,7 @@ def linear_token_stats(
         temperature: divides the logits; above 0.
         ignore_index: the label that marks a row to be left out.
         valid_rows: how many labels are not `ignore_index`, exactly, counted where the labels were on the CPU. With it
-            the host never waits for a GPU (but see `tp_group`); without it, once.
+            there is no host-device synchronisation (but see `tp_group`); without it, one.
         max_chunk_bytes: memory for a chunk's logits and their gradient; None takes a share of the free memory.
         backend: "auto", or by name; `qkernels.info()` lists what can run.
         tp_group: process group (or 1-D `DeviceMesh`) over whose ranks, in their order, the vocabulary is split: each
@@ -113,14 +113,14 @@ def linear_token_stats(
         inputs = inputs.agree(ranks, request, wanted.fingerprint(), counting.as_equal(number, ranks))
         factor = None if number is None else counting.check_number(number, inputs.labels, inputs.ignore_index)
     inputs.refuse_meta("hidden")
-    carrying = _carrying(wanted.names, detached)
-    inputs, plan = _plan_stats(inputs, wanted.fields, carrying, number)
-    stats = counting.times(inputs.stats(plan, wanted.fields, carrying), factor)
+    differentiable = _differentiable(wanted.names, detached)
+    inputs, plan = _plan_stats(inputs, wanted.fields, differentiable, number)
+    stats = counting.times(inputs.stats(plan, wanted.fields, differentiable), factor)
     return TokenStats.of(stats, wanted.names, inputs.shape)
 
 
-def _carrying(outputs: tuple[str, ...], detached: Sequence[str]) -> tuple[str, ...]:
-    """The outputs that carry a gradient."""
+def _differentiable(outputs: tuple[str, ...], detached: Sequence[str]) -> tuple[str, ...]:
+    """The differentiable outputs."""
     detached = checks.names(detached, "detached")
     unknown = [name for name in detached if name not in outputs]
     if unknown:
@@ -129,10 +129,10 @@ def _carrying(outputs: tuple[str, ...], detached: Sequence[str]) -> tuple[str, .
 
 
 def _plan_stats(
-    inputs: HeadInputs, fields: int, carrying: tuple[str, ...], number: int | None
+    inputs: HeadInputs, fields: int, differentiable: tuple[str, ...], number: int | None
 ) -> tuple[HeadInputs, LinearPlan]:
     """Count the valid rows, where `number` does not say how many there are, and choose a plan."""
-    if not carrying:  # nothing to be saved for a backward that cannot come
+    if not differentiable:  # nothing to be saved for a backward that cannot come
         inputs = inputs._replace(policy=detached(inputs.policy))
     valid = None
     if counting.host_can_count(inputs.labels):
@@ -141,7 +141,7 @@ def _plan_stats(
     work = inputs.work(
         "auto",
         fields,
-        only_logps=carrying == ("logps",),
+        only_logps=differentiable == ("logps",),
         coupled="the upstream gradient is not known in advance",
         valid_rows=(inputs.labels if inputs.valid is None else inputs.valid).shape[0],
         unit_rows=0,
@@ -323,11 +323,11 @@ def fused_linear_token_dpo(
         reference_logps: instead, cached log-probs per token or per sequence, as in `fused_token_dpo`.
         beta, loss_type, loss_weights, label_smoothing, loss_kwargs, token_weights, cu_seqlens, temperature,
             ignore_index, reduction: as in `fused_token_dpo`.
-        valid_rows: 2B ints, how many rows of each sequence count, exactly: those whose label is not `ignore_index` and
-            whose token weight, if there are any, is not 0. (With `ld_alpha=0` a row past the shorter of the pair's two
-            numbers does not count either, unless the loss has WPO weights or the SFT term; with `sp_group` the rows of
-            this rank are meant.) Count them where the labels are on the CPU, `(labels != -100).sum(1).tolist()`: the
-            host then never waits for a GPU (but see `tp_group`), without them once per call.
+        valid_rows: 2B ints, how many rows of each sequence are valid, exactly: those whose label is not `ignore_index`
+            and whose token weight, if there are any, is not 0. (With `ld_alpha=0` a row past the shorter of the pair's
+            two numbers is not valid either, unless the loss has WPO weights or the SFT term; with `sp_group` the rows
+            of this rank are meant.) Count them where the labels are on the CPU, `(labels != -100).sum(1).tolist()`:
+            there is no host-device synchronisation then (but see `tp_group`), without them one per call.
         softcap: of Gemma; None for none.
         logit_scale: of Cohere (`logit_scale`) and Granite (1 / `logits_scaling`), applied before the softcap.
         logits_dtype: "float32" keeps logits exact; "input" rounds them to the dtype of the GEMMs, to match an engine

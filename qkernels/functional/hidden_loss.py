@@ -264,7 +264,7 @@ class HiddenLoss(NamedTuple):
         if plan.name == "pair_chunks":
             stats, known = self._pair_chunks(plan)
         else:
-            stats = inputs.stats(plan, self.fields, self.loss.carrying)
+            stats = inputs.stats(plan, self.fields, self.loss.differentiable)
         factor = self.counts.wrong(batch)
         stats = valid_rows.times(stats, factor)  # before the sums, which other ranks share
         output = preference.loss_and_rewards(
@@ -284,7 +284,7 @@ class HiddenLoss(NamedTuple):
         return output, stats
 
     def _pair_chunks(self, plan: LinearPlan) -> tuple[dict[str, Tensor], Known]:
-        """The fields of all rows by name, and the gradients that a chunk's own loss has told."""
+        """The fields of all rows by name, and the gradients that follow from each chunk's own loss."""
         inputs = self.inputs
         fields = fields_with_state(self.fields, inputs.reference is not None)
         call = inputs.call(fields, plan.chunk_rows)

@@ -173,8 +173,8 @@ def token_stats(
     with request.ranks() as ranks:
         wanted = Outputs.of(outputs, "reference_logits", reference_logits is not None)
         rows = request.validate().agree(ranks, request.function, wanted.fingerprint())
-    carrying = tuple(name for name in DIFFERENTIABLE if name in wanted.names)
-    return TokenStats.of(rows.stats(wanted.fields, carrying), wanted.names, rows.shape)
+    differentiable = tuple(name for name in DIFFERENTIABLE if name in wanted.names)
+    return TokenStats.of(rows.stats(wanted.fields, differentiable), wanted.names, rows.shape)
 
 
 @eager_with_groups
@@ -298,7 +298,7 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
     rows = rows._replace(labels=batch.labels)
     if fused:
         return _fused_loss(rows, preference.pair_terms(batch, inputs.reference, loss))
-    stats = rows.stats(loss.fields(has_model), loss.carrying)
+    stats = rows.stats(loss.fields(has_model), loss.differentiable)
     return preference.loss_and_rewards(stats, batch, inputs.reference, loss, rows.backend, shape=rows.shape)
 
 

@@ -59,7 +59,7 @@ def token_mdp_from_logps(
         logps, logsumexp: of the policy, from `token_stats`.
         reference_logps: log pi_ref(label).
         beta: strength of the KL constraint the policy was trained with.
-        valid: bool, the rows that count.
+        valid: bool, the valid rows.
         cu_seqlens: `[2B + 1]`, boundaries of a packed batch.
     """
     shape = logps.shape

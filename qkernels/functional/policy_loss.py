@@ -212,7 +212,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         self.fields = fields_of(
             *(("reference_logps",) if has_model else ()), *(("entropy",) if options.reads_entropy else ())
         )
-        self.carrying = ("logps", "entropy") if options.entropy_coef else ("logps",)
+        self.differentiable = ("logps", "entropy") if options.entropy_coef else ("logps",)
         self.shape, self.batch = labels.shape, batch
         self.advantages = _advantages(given["advantages"], labels, batch)
         self.old = None if options.on_policy else per_token(given["old_logps"], "old_logps", labels, batch)

@@ -46,7 +46,7 @@ class Loss(NamedTuple):
         return wanted
 
     @property
-    def carrying(self) -> tuple[str, ...]:
+    def differentiable(self) -> tuple[str, ...]:
         """Those of them that it differentiates."""
         return ("logps", "kl_reference_policy") if self.spec.needs_kl else ("logps",)
 
@@ -301,7 +301,7 @@ NO_LOGPS = Reference(None, None)  # where none were given
 
 def check_token_weights(token_weights: Any, labels: Tensor, ignore_index: int) -> Tensor | None:
     """Per-token factors: floating point or bool, shaped like the labels, a constant; where the host can look, numbers
-    of 0 or more in the rows that count."""
+    of 0 or more in the valid rows."""
     if token_weights is None:
         return None
     if isinstance(token_weights, Tensor) and token_weights.dtype == torch.bool:
@@ -434,7 +434,7 @@ def loss_gradient(
     if loss.spec.is_default:
         of_mean: Tensor = ops.pair_loss(_pair_call(stats, batch, reference, loss, backend))[2]
         return {"logps": of_mean * (batch.sequences.number // 2)}
-    leaves: dict[str, Tensor] = {name: stats[name].detach().requires_grad_() for name in loss.carrying}
+    leaves: dict[str, Tensor] = {name: stats[name].detach().requires_grad_() for name in loss.differentiable}
     with torch.enable_grad():
         summed = loss._replace(reduction="sum")
         shape = batch.labels.shape

@@ -79,15 +79,15 @@ class Rows(NamedTuple):
             backend=self.backend,
         )
 
-    def stats(self, fields: int, carrying: tuple[str, ...]) -> dict[str, Tensor]:
-        """Run `row_stats` with autograd for the fields named in `carrying`; these fields by name, `[S, T]`."""
+    def stats(self, fields: int, differentiable: tuple[str, ...]) -> dict[str, Tensor]:
+        """Run `row_stats` with autograd for the fields named in `differentiable`; these fields by name, `[S, T]`."""
         wanted = fields
-        if carrying and self.logits.requires_grad and torch.is_grad_enabled():
+        if differentiable and self.logits.requires_grad and torch.is_grad_enabled():
             fields |= STATE
             if fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
                 fields |= REFERENCE_STATE
-            how = Backward(self.inplace, carrying, self.shard)
-            return by_name(wanted, fields, carrying, RowStats.apply(self.logits, self.call(fields), how))
+            how = Backward(self.inplace, differentiable, self.shard)
+            return by_name(wanted, fields, differentiable, RowStats.apply(self.logits, self.call(fields), how))
         return by_name(fields, fields, (), (vocab_parallel.row_stats(self.call(fields), self.shard),))
 
 

@@ -103,7 +103,7 @@ class SequenceLoss(UnitLoss[SequenceOutput]):
     def __init__(self, arguments: SequenceArguments, labels: Tensor, batch: Batch, has_model: bool):
         given, self.objective = arguments.given, arguments.objective
         self.beta, self.reduction = arguments.beta, arguments.reduction
-        self.unit, self.carrying, self.shape, self.batch = self.objective.unit, ("logps",), labels.shape, batch
+        self.unit, self.differentiable, self.shape, self.batch = self.objective.unit, ("logps",), labels.shape, batch
         self.fields = fields_of(*(("reference_logps",) if has_model else ()))
         number, dtype = batch.sequences.number, batch.weights.dtype
         self.share = 1.0 / number if self.reduction == "mean" else 1.0

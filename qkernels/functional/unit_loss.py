@@ -42,12 +42,12 @@ class UnitLoss(ABC, Generic[Output]):
 
     unit: "token", "sequence" or "batch".
     fields: mask of the per-row results that it reads.
-    carrying: those of them that it differentiates; "logps" is among them.
+    differentiable: those of them that it differentiates; "logps" is among them.
     """
 
     unit: str
     fields: int
-    carrying: tuple[str, ...]
+    differentiable: tuple[str, ...]
 
     @abstractmethod
     def total(self, stats: Mapping[str, Tensor], part: Part) -> Tensor:
@@ -66,8 +66,8 @@ class UnitLoss(ABC, Generic[Output]):
         return None
 
     def gradient(self, stats: Mapping[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """d total / d field, for the fields that carry a gradient."""
-        leaves = {name: stats[name].detach().requires_grad_() for name in self.carrying}
+        """d total / d field, for the differentiable fields."""
+        leaves = {name: stats[name].detach().requires_grad_() for name in self.differentiable}
         with torch.enable_grad():
             total = self.total({**stats, **leaves}, part)
         found: Sequence[Tensor | None] = [None] * len(leaves)
@@ -168,7 +168,7 @@ def from_logits(
     batch, loss = _spread(batch, loss, shard, lambda whole: arguments.of(labels, whole, has_model))
     rows = rows._replace(labels=batch.labels)
     fields, wanted = _fields(loss, outputs, has_model, "reference_logits")
-    stats = rows.stats(fields, loss.carrying)
+    stats = rows.stats(fields, loss.differentiable)
     part = Part.whole(batch)
     idle = None
     if not torch.compiler.is_compiling():
@@ -298,7 +298,7 @@ class HiddenUnits(NamedTuple):
         work = inputs.work(
             wanted,
             self.fields,
-            only_logps=self.loss.carrying == ("logps",),
+            only_logps=self.loss.differentiable == ("logps",),
             coupled=self._coupled(),
             valid_rows=rows,
             unit_rows=min(1, rows) if unit == "token" else largest,
@@ -342,7 +342,7 @@ class HiddenUnits(NamedTuple):
             stats, known, dropped = self._by_units(plan)
             idle = torch.tensor(dropped)
         else:
-            stats = inputs.stats(plan, self.fields, loss.carrying)
+            stats = inputs.stats(plan, self.fields, loss.differentiable)
         factor = self.counts.wrong(batch)
         stats = {k: v.view(batch.labels.shape) for k, v in valid_rows.times(stats, factor).items()}
         found = {"idle_rows": idle, "stats": _extra(stats, self.wanted, inputs)}

@@ -138,7 +138,7 @@ def fused_linear_sequence_loss(
         labels: int64 `[S, T]` or `[N]`, aligned with the rows (see `shift_labels`).
         bias: `[V]`.
         reference_hidden, reference_weight, reference_bias: of the reference, which may have an H of its own; constants.
-        valid_rows: S ints, how many rows of each sequence count; see `fused_linear_token_dpo`.
+        valid_rows: S ints, how many rows of each sequence are valid; see `fused_linear_token_dpo`.
         temperature: a number, or a tensor shaped like `labels`, which takes no copy here.
         softcap, logit_scale, logits_dtype, max_chunk_bytes, backend, tp_group, sp_group: as in
             `fused_linear_token_dpo`.

@@ -77,11 +77,11 @@ def check_sizes(given: list[int], sequences: Sequences) -> None:
 
 def check_counts(given: list[int], batch: Batch) -> None:
     """ValueError for numbers of valid rows that are not those of the labels; the host reads the labels."""
-    for i, (said, n) in enumerate(zip(given, sums(batch).tolist(), strict=True)):
-        if said != n:
+    for i, (claimed, n) in enumerate(zip(given, sums(batch).tolist(), strict=True)):
+        if claimed != n:
             raise ValueError(
-                f"valid_rows[{i}] is {said}, but {int(n)} rows of sequence {i} count (a label that is not ignore_index,"
-                " a token weight that is not 0, and with ld_alpha=0 within the pair's shared length)"
+                f"valid_rows[{i}] is {claimed}, but {int(n)} rows of sequence {i} are valid (a label that is not"
+                " ignore_index, a token weight that is not 0, and with ld_alpha=0 within the pair's shared length)"
             )
 
 

@@ -101,7 +101,7 @@ class Work(NamedTuple):
     fields: bit mask of the per-row results.
     only_logps: whether `logps` is the only per-row result that carries gradient.
     coupled: None if the loss of each unit is known from that unit alone, else why not.
-    valid_rows: how many rows count.
+    valid_rows: how many rows are valid.
     unit_rows: valid rows of the largest unit.
     wanted: "auto" or a plan's name.
     max_chunk_bytes: the caller's budget; None for one from the free memory.

@@ -1,4 +1,4 @@
-"""The truth that every backend is tested against: each formula written out in float64, sharing no code with qkernels.
+"""Reference values for the tests of every backend: each formula written out in float64, sharing no code with qkernels.
 
 Rows are treated with torch's own `log_softmax`, `gather` and autograd; sequences are plain Python lists of row numbers,
 so that dense and packed batches become the same thing before a formula is applied. Where the literature has a formula

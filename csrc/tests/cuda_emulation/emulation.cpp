@@ -144,7 +144,7 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Exchange> exchanges;
   Fiber host;
-  bool from_host = false;  // the switch under way
+  bool from_host = false;  // the switch in progress
   const void* host_stack = nullptr;
   size_t host_stack_bytes = 0;
   const std::function<void()>* kernel = nullptr;
