@@ -250,6 +250,7 @@ MISTAKES = {
     "shape of weights": "disagree: token_weights is 'float32 of shape (4, 6)' on rank 0 and 'float32 of shape (24,)'",
     "weights with a gradient": "and 'float32 of shape (4, 6), requires grad' on rank 1",
     "constant reference": "disagree: reference_logps is 0.0 on rank 0 and 0.5 on rank 1",
+    "constant kl": "disagree: kl as a number is 0.0 on rank 0 and 0.5 on rank 1",
     "functions": "disagree: the call is 'token_logps' on rank 0 and 'fused_token_dpo' on rank 1",
     "requires_grad": "disagree: requires_grad of hidden states, weight, bias is (True, False, False) on rank 0",
     "hidden size": "disagree: hidden.shape[-1] is 12 on rank 0 and 11 on rank 1",

@@ -22,6 +22,7 @@ from cases import IGNORE, PairBatch, Rows, make_pairs, make_rows, normal, pack
 from comparisons import random_upstream, row_sizes
 from qkernels import (
     fused_linear_token_dpo,
+    fused_sequence_loss,
     fused_token_dpo,
     linear_token_logps,
     linear_token_stats,
@@ -731,6 +732,10 @@ def wrong_calls(case: str) -> str:
         text = caught(lambda: dpo(token_weights=torch.ones(4, 6, requires_grad=last)))
     elif case == "constant reference":
         text = caught(lambda: dpo(reference_logps=0.5 * rank))
+    elif case == "constant kl":
+        text = caught(lambda: fused_sequence_loss(
+            logits, labels, labels[:, 0] > 0, reference_logps=0.0, kl=0.5 * rank, tp_group=world(),
+        ))  # fmt: skip
     elif case == "functions":
         text = caught(lambda: dpo() if last else token_logps(logits, labels, tp_group=world()))
     elif case == "requires_grad":
