@@ -114,14 +114,14 @@ def per_row(call: Callable[[int, dict], list[str]], machine: Any, total: Callabl
 
 def counts_of(host: Any, cases: Any, machine: Any) -> dict[str, dict[str, float]]:
     """Every variant on one host."""
-    from qkernels.core.fields import BIT, FIELDS, STATE
+    from qkernels.core.fields import BIT, FIELDS, SOFTMAX
 
     everything = (1 << len(FIELDS)) - 1
     fields = {
-        "STATE": STATE,
-        "ENTROPY": STATE | BIT["entropy"],
+        "STATE": SOFTMAX,
+        "ENTROPY": SOFTMAX | BIT["entropy"],
         "POLICY": everything & ~cases.NEEDS_REFERENCE,
-        "KLS": STATE | BIT["entropy"] | BIT["kl_policy_reference"] | BIT["kl_reference_policy"],
+        "KLS": SOFTMAX | BIT["entropy"] | BIT["kl_policy_reference"] | BIT["kl_reference_policy"],
         "ALL": everything,
     }
     found = {}

@@ -308,7 +308,7 @@ def source_of(variant: Variant, architecture: str) -> tuple[Any, dict[str, str],
         values |= {**flags, **tile}
         values["UNROLL"] = row_grad_kernel.UNROLL[values["WITH_REFERENCE"]]
         pointers |= {"out": variant.gradient}
-        pointers |= dict.fromkeys(("state", "r_state", "coefficients", "upstream"), "fp32")
+        pointers |= dict.fromkeys(("softmax", "r_softmax", "coefficients", "upstream"), "fp32")
     else:
         function, options = pair_loss_kernel.pair_loss_kernel, pair_loss_kernel.OPTIONS
         values = {"REFERENCE": 1, "WEIGHTED": False, "PACKED": False, **flags}

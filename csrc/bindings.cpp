@@ -28,10 +28,10 @@ int64_t row_stats(const Sizes& shape, const View& policy, const View& reference,
 }
 
 void row_grad(const Sizes& shape, const View& policy, const View& reference, Address labels, int64_t ignore_index,
-              double temperature, Address state, Address reference_state, Address coefficients, int coefficient_count,
-              Address upstream, const View& out, bool out_is_zero, int threads) {
-  const qk::GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, state,
-                                      reference_state, coefficients, coefficient_count, upstream, out, out_is_zero);
+              double temperature, Address softmax, Address reference_softmax, Address coefficients,
+              int coefficient_count, Address upstream, const View& out, bool out_is_zero, int threads) {
+  const qk::GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, softmax,
+                                      reference_softmax, coefficients, coefficient_count, upstream, out, out_is_zero);
   py::gil_scoped_release release;
   qk::row_grad(call, threads);
 }
@@ -83,7 +83,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def_by_keyword(m, "row_stats", &row_stats, "shape", "policy", "reference", "labels", "ignore_index", "temperature",
                  "fields", "out", "threads");
   def_by_keyword(m, "row_grad", &row_grad, "shape", "policy", "reference", "labels", "ignore_index", "temperature",
-                 "state", "reference_state", "coefficients", "coefficient_count", "upstream", "out", "out_is_zero",
+                 "softmax", "reference_softmax", "coefficients", "coefficient_count", "upstream", "out", "out_is_zero",
                  "threads");
   def_by_keyword(m, "pair_loss", &pair_loss, "sequences", "length", "rows", "offsets", "labels", "ignore_index",
                  "weights", "logps", "reference", "per_sequence", "beta", "label_smoothing", "loss", "rewards", "grad",

@@ -38,7 +38,7 @@ inline StatsCall stats_call(const Sizes& shape, const View& policy, const View& 
 }
 
 inline GradCall grad_call(const Sizes& shape, const View& policy, const View& reference, Address labels,
-                          int64_t ignore_index, double temperature, Address state, Address reference_state,
+                          int64_t ignore_index, double temperature, Address softmax, Address reference_softmax,
                           Address coefficients, int coefficient_count, Address upstream, const View& out,
                           bool out_is_zero) {
   return {shape_of(shape),
@@ -46,8 +46,8 @@ inline GradCall grad_call(const Sizes& shape, const View& policy, const View& re
           rows_of(reference),
           {at<int64_t>(labels), ignore_index},
           temperature,
-          at<float>(state),
-          at<float>(reference_state),
+          at<float>(softmax),
+          at<float>(reference_softmax),
           at<float>(coefficients),
           coefficient_count,
           at<float>(upstream),

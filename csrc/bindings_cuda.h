@@ -22,11 +22,11 @@ inline void cuda_row_stats(const Sizes& shape, const View& policy, const View& r
 }
 
 inline void cuda_row_grad(const Sizes& shape, const View& policy, const View& reference, Address labels,
-                          int64_t ignore_index, double temperature, Address state, Address reference_state,
+                          int64_t ignore_index, double temperature, Address softmax, Address reference_softmax,
                           Address coefficients, int coefficient_count, Address upstream, const View& out,
                           const Where& where) {
-  const GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, state, reference_state,
-                                  coefficients, coefficient_count, upstream, out, false);
+  const GradCall call = grad_call(shape, policy, reference, labels, ignore_index, temperature, softmax,
+                                  reference_softmax, coefficients, coefficient_count, upstream, out, false);
   py::gil_scoped_release release;
   cuda::row_grad(call, launch_of(where));
 }
@@ -49,7 +49,7 @@ inline void bind_cuda(py::module_& m) {
   def_by_keyword(m, "cuda_row_stats", &cuda_row_stats, "shape", "policy", "reference", "labels", "ignore_index",
                  "temperature", "fields", "out", "where");
   def_by_keyword(m, "cuda_row_grad", &cuda_row_grad, "shape", "policy", "reference", "labels", "ignore_index",
-                 "temperature", "state", "reference_state", "coefficients", "coefficient_count", "upstream", "out",
+                 "temperature", "softmax", "reference_softmax", "coefficients", "coefficient_count", "upstream", "out",
                  "where");
   def_by_keyword(m, "cuda_pair_loss", &cuda_pair_loss, "sequences", "length", "rows", "offsets", "labels",
                  "ignore_index", "weights", "logps", "reference", "per_sequence", "beta", "label_smoothing", "loss",

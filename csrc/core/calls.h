@@ -63,9 +63,9 @@ struct GradCall {
   Rows policy, reference;
   Labels labels;
   double temperature = 1;
-  const float* state = nullptr;            // [3, rows]: row_max, log_sum, logps
-  const float* reference_state = nullptr;  // the same of the reference, or null
-  const float* coefficients = nullptr;     // [coefficient_count, rows]
+  const float* softmax = nullptr;            // softmax statistics [3, rows]: row_max, log_sum, logps
+  const float* reference_softmax = nullptr;  // the same of the reference, or null
+  const float* coefficients = nullptr;       // [coefficient_count, rows]
   int coefficient_count = 1;
   const float* upstream = nullptr;  // [1], which all coefficients are multiplied by; null for 1
   Rows out;                         // may be `policy` itself; of its dtype, or 16 bits wide for fp32 logits

@@ -34,9 +34,9 @@ QK_HOST_DEVICE RowCoefficients coefficients_of(const GradCall& call, int64_t row
   const int64_t rows = call.shape.rows();
   const double upstream = call.upstream ? static_cast<double>(*call.upstream) : 1;
   RowCoefficients c = {};
-  c.row_max = call.state[row];
-  c.log_sum = call.state[rows + row];
-  c.logp = call.state[2 * rows + row];
+  c.row_max = call.softmax[row];
+  c.log_sum = call.softmax[rows + row];
+  c.logp = call.softmax[2 * rows + row];
   c.label = upstream * call.coefficients[row];
   if (call.coefficient_count == kCoefficientCount) {
     c.p = upstream * call.coefficients[kP * rows + row];
@@ -44,9 +44,9 @@ QK_HOST_DEVICE RowCoefficients coefficients_of(const GradCall& call, int64_t row
     c.p_logq = upstream * call.coefficients[kPLogQ * rows + row];
     c.q = upstream * call.coefficients[kQ * rows + row];
   }
-  if (call.reference_state) {
-    c.reference_max = call.reference_state[row];
-    c.reference_log_sum = call.reference_state[rows + row];
+  if (call.reference_softmax) {
+    c.reference_max = call.reference_softmax[row];
+    c.reference_log_sum = call.reference_softmax[rows + row];
   }
   return c;
 }

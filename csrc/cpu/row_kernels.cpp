@@ -524,13 +524,13 @@ void grad_segment_of(const GradCall& call, int64_t row, int64_t segment) {
     if (!call.out_is_zero) fill_zero(out, static_cast<size_t>(n) * sizeof(T));
     return;
   }
-  const bool both = call.reference_state && call.coefficient_count == kCoefficientCount;
+  const bool both = call.reference_softmax && call.coefficient_count == kCoefficientCount;
   const float reference_label = both ? element(call.reference, call.shape, row, label) : 0;
   const T at_label = qk::narrow<T>(static_cast<float>(grad_at_label(c, both, reference_label, call.temperature)));
   const P* policy = row_of<P>(call.policy, call.shape, row) + begin;
   if (c.is_multiple_of_p())
     grad_plain(call, c, policy, n, out);
-  else if (!call.reference_state)
+  else if (!call.reference_softmax)
     grad_full<false>(call, c, policy, policy, n, out);
   else if (call.reference.dtype == call.policy.dtype)
     grad_full<true>(call, c, policy, row_of<P>(call.reference, call.shape, row) + begin, n, out);

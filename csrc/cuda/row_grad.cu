@@ -11,10 +11,10 @@
 // Few rows are split over blocks, whose pieces do not depend on each other.
 //
 // Aliasing. The output may be the logits, if it is of their type: each thread reads what it writes before it writes it,
-// and what no other thread reads. State, coefficients, labels and the reference are not written.
+// and what no other thread reads. Softmax statistics, coefficients, labels and the reference are not written.
 //
 // Numerics. Per element fp32, rounded once. -inf logits have e = 0 and gradient 0 whatever the factor is. NaN in the
-// state makes the row NaN, and so does a label outside [0, V).
+// softmax statistics makes the row NaN, and so does a label outside [0, V).
 #include "dispatch.h"
 #include "launch.cuh"
 #include "row_grad_entries.h"
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kForm, std::is_same<T, voi
     return;
   }
   const int label = static_cast<int>(call.labels.data[row]) - start;
-  const bool with_reference = kForm == Form::kPair && call.reference_state;
+  const bool with_reference = kForm == Form::kPair && call.reference_softmax;
   if constexpr (std::is_same<T, void>::value) {
     const AnyRow policy = {address_of(call.policy, call.shape, row, start), call.policy.dtype};
     const AnyRow reference = {with_reference ? address_of(call.reference, call.shape, row, start) : nullptr,
@@ -72,7 +72,7 @@ void launch_grad(const GradCall& call, const Launch& where, const Split& split) 
 template <class T, class G>
 void launch_form(const GradCall& call, const Launch& where, const Split& split) {
   if (call.coefficient_count != kCoefficientCount) return launch_grad<T, G, Form::kPlain>(call, where, split);
-  if (call.reference_state) return launch_grad<T, G, Form::kPair>(call, where, split);
+  if (call.reference_softmax) return launch_grad<T, G, Form::kPair>(call, where, split);
   launch_grad<T, G, Form::kFull>(call, where, split);
 }
 
@@ -83,9 +83,9 @@ void row_grad(const GradCall& call, const Launch& where) {
   check_vocab(call.shape);
   const DeviceGuard guard(where.device);
   const Split split = split_row(call.shape.vocab, where.splits);
-  const bool pair = call.coefficient_count == kCoefficientCount && call.reference_state;
+  const bool pair = call.coefficient_count == kCoefficientCount && call.reference_softmax;
   GradCall used = call;
-  if (!pair) used.reference_state = nullptr;
+  if (!pair) used.reference_softmax = nullptr;
   if (!is_vectorizable(call, pair)) return launch_grad<void, void, Form::kPair>(used, where, split);
   with_type(call.out.dtype, [&](auto out) {
     using G = Pointee<decltype(out)>;

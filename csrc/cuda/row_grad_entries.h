@@ -32,7 +32,7 @@ QK_HOST_DEVICE RowGrad prepare_row_grad(const GradCall& call, int64_t row) {
     r.fill = std::numeric_limits<float>::quiet_NaN();
     return r;
   }
-  const bool both = call.reference_state && call.coefficient_count == kCoefficientCount;
+  const bool both = call.reference_softmax && call.coefficient_count == kCoefficientCount;
   const float reference_label = both ? element(call.reference, call.shape, row, label) : 0;
   r.factors = grad_factors(c, call.temperature);
   if (!both) r.factors.reference_slope = r.factors.q_scale = 0;

@@ -153,7 +153,7 @@ void check_rows(std::mt19937& random, qk::DType dtype, qk::DType reference_dtype
   qk::row_grad(grad, threads);
   qk::GradCall simple = grad;
   simple.reference = {};
-  simple.reference_state = nullptr;
+  simple.reference_softmax = nullptr;
   simple.coefficients = coefficients.data();
   simple.upstream = nullptr;
   simple.coefficient_count = 1;

@@ -252,7 +252,7 @@ void check_case(std::mt19937& random, const Case& c) {
   for (int form = 0; form < 3; ++form) {
     GradCall g = grad;
     if (form == 0) g.coefficient_count = 1;
-    if (form < 2) g.reference_state = nullptr;
+    if (form < 2) g.reference_softmax = nullptr;
     Row fast(policy), any(c.dtype, c.vocab, (c.offset + 2 * width(c.dtype)) % 16);
     g.out = g.policy = fast.rows();
     expect(is_vectorizable(g, form == 2) == (form < 2 || alike), name + ": which kernel");
@@ -375,10 +375,10 @@ void check_one_writer() {
       Row policy(DType::kBFloat16, kRows * kVocab, 0), reference(other, kRows * kVocab, 0);
       for (int i = 0; i < kRows * kVocab; ++i) policy.set(i, 0.1f * static_cast<float>(i % 7)), reference.set(i, 1);
       const auto rows = [&](const Row& row) { return Rows{row.rows().data, row.dtype(), 0, kVocab}; };
-      const uint32_t state = bit(kRowMax) | bit(kLogSum) | bit(kLogps), both = state | state << 3;
+      const uint32_t softmax = bit(kRowMax) | bit(kLogSum) | bit(kLogps), both = softmax | softmax << 3;
       const std::string name =
           "splits " + std::to_string(splits) + " types 1/" + std::to_string(static_cast<int>(other));
-      for (const uint32_t fields : {state, both, bit(kReferenceLogps), kEverything}) {
+      for (const uint32_t fields : {softmax, both, bit(kReferenceLogps), kEverything}) {
         std::vector<float> out(static_cast<size_t>(kRows * __builtin_popcount(fields)));
         const StatsCall call{{1, kRows, kVocab}, rows(policy), rows(reference), {labels, -100}, 1, fields, out.data()};
         check_writers(

@@ -62,13 +62,13 @@ class HeadStats(torch.autograd.Function):
             temperatures=temperatures,
         )
         upstream = coefficients(stats, dict(zip(ctx.differentiable, grads, strict=True)), ctx.config.fields)
-        states = stats[:3] if reference is None else stats[:6]
+        softmax = stats[:3] if reference is None else stats[:6]
         needs = list(ctx.needs_input_grad[:3])
         if torch.compiler.is_compiling():
-            found = ops.linear_gradients.as_op(ops.GradientsCall(states, upstream, needs, call))
+            found = ops.linear_gradients.as_op(ops.GradientsCall(softmax, upstream, needs, call))
             found = tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
         else:
-            found = chunks.gradients(call, states, upstream, needs)
+            found = chunks.gradients(call, softmax, upstream, needs)
         return *found, None, None
 
 

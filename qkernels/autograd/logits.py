@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import ops
 from ..core import calls
 from ..core.coefficients import coefficients
-from ..core.fields import BIT, STATE, field_index
+from ..core.fields import BIT, SOFTMAX, field_index
 from ..distributed.vocab_parallel import Shard, row_stats
 from . import once_differentiable
 from .saved import restored, results_of, saveable
@@ -79,8 +79,8 @@ class RowStats(torch.autograd.Function):
             logits=logits,
             labels=labels,
             reference=reference,
-            state=stats,
-            reference_state=None if reference is None else stats[3:6],
+            softmax=stats,
+            reference_softmax=None if reference is None else stats[3:6],
             coefficients=coefficients(stats, dict(zip(ctx.how.differentiable, grads, strict=True)), fields),
             upstream=None,
             temperature=temperature,
@@ -117,7 +117,7 @@ def _mark_overwritten(logits: Tensor) -> None:
     setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
 
 
-_LOGPS = field_index(STATE, "logps")  # in every buffer that begins with the state
+_LOGPS = field_index(SOFTMAX, "logps")  # in every buffer that begins with the softmax statistics
 
 
 class PairTerms(NamedTuple):
@@ -178,8 +178,8 @@ class DefaultLoss(torch.autograd.Function):
             logits=logits,
             labels=labels,
             reference=None,
-            state=stats,
-            reference_state=None,
+            softmax=stats,
+            reference_softmax=None,
             coefficients=grad.unsqueeze(0),
             upstream=grad_loss,
             temperature=temperature,

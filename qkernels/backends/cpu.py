@@ -122,10 +122,10 @@ def row_stats(call: RowStats) -> Tensor:
 
 
 def _row_grad_into(out: Tensor, out_is_zero: bool, call: RowGrad) -> None:
-    logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
-    state = state.contiguous()
+    logits, labels, reference, softmax, reference_softmax, coefficients, upstream, temperature, ignore_index, _ = call
+    softmax = softmax.contiguous()
     coefficients = (coefficients if coefficients.dtype == torch.float32 else coefficients.float()).contiguous()
-    reference_state = None if reference_state is None else reference_state.contiguous()
+    reference_softmax = None if reference_softmax is None else reference_softmax.contiguous()
     _C.row_grad(
         shape=logits.shape,
         policy=view_of(logits),
@@ -133,8 +133,8 @@ def _row_grad_into(out: Tensor, out_is_zero: bool, call: RowGrad) -> None:
         labels=address(labels, torch.int64),
         ignore_index=ignore_index,
         temperature=temperature,
-        state=address(state),
-        reference_state=address(reference_state),
+        softmax=address(softmax),
+        reference_softmax=address(reference_softmax),
         coefficients=address(coefficients),
         coefficient_count=coefficients.shape[0],
         upstream=address(upstream),

@@ -179,10 +179,10 @@ def row_stats(call: RowStats) -> Tensor:
 @takes(RowGrad, after=1)
 def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
-    logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
+    logits, labels, reference, softmax, reference_softmax, coefficients, upstream, temperature, ignore_index, _ = call
     assert extension is not None
-    state, coefficients = state.contiguous(), coefficients.float().contiguous()
-    reference_state = None if reference is None or reference_state is None else reference_state.contiguous()
+    softmax, coefficients = softmax.contiguous(), coefficients.float().contiguous()
+    reference_softmax = None if reference is None or reference_softmax is None else reference_softmax.contiguous()
     extension.cuda_row_grad(
         shape=logits.shape,
         policy=view_of(logits),
@@ -190,8 +190,8 @@ def row_grad_into(out: Tensor, call: RowGrad) -> None:
         labels=address(labels, torch.int64),
         ignore_index=ignore_index,
         temperature=temperature,
-        state=address(state),
-        reference_state=address(reference_state),
+        softmax=address(softmax),
+        reference_softmax=address(reference_softmax),
         coefficients=address(coefficients),
         coefficient_count=coefficients.shape[0],
         upstream=address(upstream),

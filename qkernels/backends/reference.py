@@ -136,7 +136,7 @@ def row_grad_(call: RowGrad) -> None:
 
 def _row_grad(call: RowGrad) -> Tensor:
     """The gradient, not yet rounded to the dtype of the logits."""
-    logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
+    logits, labels, reference, softmax, reference_softmax, coefficients, upstream, temperature, ignore_index, _ = call
     dtype = stats_dtype(logits.dtype)
     if upstream is not None:
         coefficients = coefficients * upstream
@@ -144,7 +144,7 @@ def _row_grad(call: RowGrad) -> Tensor:
     bad = ~ignored & ((labels < 0) | (labels >= logits.shape[-1]))
     safe = labels.masked_fill(ignored | bad, 0).unsqueeze(-1)
     coefs = coefficients.to(dtype).unsqueeze(-1)
-    row_max, log_sum, logps = state[:3].to(dtype).unsqueeze(-1)
+    row_max, log_sum, logps = softmax[:3].to(dtype).unsqueeze(-1)
     log_p = (logits.to(dtype) - row_max) / temperature - log_sum
     p = log_p.exp()
     label = coefs[0]
@@ -154,8 +154,8 @@ def _row_grad(call: RowGrad) -> Tensor:
         _, p_plain, p_logp, p_logq, q_plain = coefs
         slope = p_plain.expand_as(p)
         slope = slope + torch.where(p_logp == 0, 0.0, p_logp * log_p)
-        if reference is not None and reference_state is not None:
-            reference_max, reference_log_sum = reference_state.to(dtype).unsqueeze(-1)[:2]
+        if reference is not None and reference_softmax is not None:
+            reference_max, reference_log_sum = reference_softmax.to(dtype).unsqueeze(-1)[:2]
             log_q = (reference.to(dtype) - reference_max) / temperature - reference_log_sum
             slope = slope - torch.where(p_logq == 0, 0.0, p_logq * log_q)
             others = torch.where(p == 0, torch.zeros_like(p), p * slope) - q_plain * log_q.exp()

@@ -65,8 +65,8 @@ class RowGrad(NamedTuple):
     One read and one write of each logit. Rows that are ignored, or whose coefficients are all 0, are set to 0 without
     being read.
 
-    state: `[3 or more, S, T]`, from `row_stats`; its first three, those of `STATE`, are read.
-    reference_state: `[3, S, T]`, those of `REFERENCE_STATE`.
+    softmax: `[3 or more, S, T]`, softmax statistics from `row_stats`; its first three, those of `SOFTMAX`, are read.
+    reference_softmax: `[3, S, T]`, those of `REFERENCE_SOFTMAX`.
     coefficients: `[1 or 5, S, T]`, see `qkernels.core.coefficients`. The reference is read only by five of them.
     upstream: `[]`, multiplies all coefficients; on the device, in the dtype of the results. None stands for 1.
     """
@@ -74,8 +74,8 @@ class RowGrad(NamedTuple):
     logits: Tensor
     labels: Tensor
     reference: Tensor | None
-    state: Tensor
-    reference_state: Tensor | None
+    softmax: Tensor
+    reference_softmax: Tensor | None
     coefficients: Tensor
     upstream: Tensor | None
     temperature: float

@@ -35,12 +35,14 @@ FIELDS: tuple[str, ...] = (
 )
 BIT: dict[str, int] = {name: 1 << i for i, name in enumerate(FIELDS)}
 
-# What a backward pass needs of the forward pass: the first three fields of either model.
-STATE = BIT["row_max"] | BIT["log_sum"] | BIT["logps"]
-REFERENCE_STATE = BIT["reference_row_max"] | BIT["reference_log_sum"] | BIT["reference_logps"]
+# The softmax statistics of either model, its first three fields: what a backward pass needs of the forward pass.
+SOFTMAX = BIT["row_max"] | BIT["log_sum"] | BIT["logps"]
+REFERENCE_SOFTMAX = BIT["reference_row_max"] | BIT["reference_log_sum"] | BIT["reference_logps"]
 
 # Fields that read the reference row, and fields that have a gradient with respect to the policy's logits.
-NEEDS_REFERENCE = REFERENCE_STATE | BIT["reference_logsumexp"] | BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
+NEEDS_REFERENCE = (
+    REFERENCE_SOFTMAX | BIT["reference_logsumexp"] | BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
+)
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "logsumexp", "entropy", "kl_reference_policy", "kl_policy_reference")
 
 
@@ -122,7 +124,7 @@ class Combined(NamedTuple):
     of_nothing: float = 0.0
 
 
-# By field; those of the states and both logsumexp follow from the sums of e_j themselves.
+# By field; the softmax statistics and both logsumexp follow from the sums of e_j themselves.
 COMBINED: dict[str, Combined] = {
     "entropy": Combined(
         share=lambda entropy, policy, _: policy.weighted(entropy - policy.log_mass),

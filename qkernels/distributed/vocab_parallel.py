@@ -12,9 +12,9 @@ m_i, s_i the maximum and the sum of exponentials of rank i's shard, m = max m_i,
 The label's own term is left out of S on the rank that holds it, as S_i (1 - p_i(label)) with all the digits of the
 saved log-prob, and added last: a token that is certain keeps its gradient.
 
-Backward: the entry of column j needs the state of the whole row and the row's coefficients, and nothing else. Where the
-label lies in another shard, label (1[j = y] - p_j) is -label p_j, which the coefficient `p` expresses. So gradients of
-logits are local, and dL/dhidden is a sum over ranks.
+Backward: the entry of column j needs the softmax statistics of the whole row and the row's coefficients, and nothing
+else. Where the label lies in another shard, label (1[j = y] - p_j) is -label p_j, which the coefficient `p` expresses.
+So gradients of logits are local, and dL/dhidden is a sum over ranks.
 
 A shard of nothing but -inf is empty (P_i = 0), and a row is NaN only if all its shards are empty, or one holds a NaN.
 """
@@ -35,8 +35,8 @@ from ..core.fields import (
     BIT,
     COMBINED,
     NEEDS_REFERENCE,
-    REFERENCE_STATE,
-    STATE,
+    REFERENCE_SOFTMAX,
+    SOFTMAX,
     bits,
     field_names,
     stats_dtype,
@@ -48,7 +48,7 @@ from .groups import Ranks
 # The ignored label among labels that count from a shard's first column, whatever the caller's ignore_index is.
 IGNORED = -100
 
-_NO_FIELD = BIT["logsumexp"] | BIT["reference_logsumexp"]  # follow from the states
+_NO_FIELD = BIT["logsumexp"] | BIT["reference_logsumexp"]  # follow from the softmax statistics
 # Of both models at once: the divergences.
 _JOINT = [name for name in COMBINED if BIT[name] & NEEDS_REFERENCE]
 _BLOCK = 64  # rows that are recomputed at a time
@@ -102,7 +102,7 @@ class Shard(NamedTuple):
         local, mine = self.local_labels(labels, ignore_index)
         if not fields & NEEDS_REFERENCE:
             reference = None
-        have = fields & ~_NO_FIELD | STATE | (0 if reference is None else REFERENCE_STATE)
+        have = fields & ~_NO_FIELD | SOFTMAX | (0 if reference is None else REFERENCE_SOFTMAX)
         part = _part(call._replace(labels=local, reference=reference, fields=have, ignore_index=IGNORED))
         at = local.clamp(0, self.width - 1).unsqueeze(-1)
         place = _Place(mine, labels >= self.first + self.width, self.width / self.vocab)
@@ -132,16 +132,16 @@ class Shard(NamedTuple):
         return stats.masked_fill(local == IGNORED, 0.0).to(stats_dtype(logits.dtype))
 
     def gradient_inputs(self, call: RowGrad) -> RowGrad:
-        """The call of `row_grad` for this shard: with other labels, state `[3, S, T]` and coefficients `[5, S, T]`.
+        """The call of `row_grad` for this shard: with other labels, softmax statistics and coefficients.
 
-        Its ignored label is `IGNORED`.
+        `softmax` is `[3, S, T]`, `coefficients` `[5, S, T]`, and the ignored label `IGNORED`.
         """
-        logits, labels, state, coefficients = call.logits, call.labels, call.state, call.coefficients
+        logits, labels, softmax, coefficients = call.logits, call.labels, call.softmax, call.coefficients
         temperature, ignore_index = call.temperature, call.ignore_index
         local, mine = self.local_labels(labels, ignore_index)
         # Backends make the label's entry of the label's log-prob: the placeholder of a label elsewhere brings its own.
-        placeholder = logits[..., 0].double() - state[0].double()
-        logps = torch.where(mine, state[2], (placeholder / temperature - state[1]).to(state.dtype))
+        placeholder = logits[..., 0].double() - softmax[0].double()
+        logps = torch.where(mine, softmax[2], (placeholder / temperature - softmax[1]).to(softmax.dtype))
         label = coefficients[0]
         elsewhere = torch.where(mine, 0.0, -label)
         label = torch.where(mine, label, 0.0)
@@ -150,8 +150,8 @@ class Shard(NamedTuple):
             coefficients = torch.stack([label, elsewhere, zero, zero, zero])
         else:
             coefficients = torch.stack([label, coefficients[1] + elsewhere, *coefficients[2:]])
-        state = torch.stack([state[0], state[1], logps])
-        return call._replace(labels=local, state=state, coefficients=coefficients, ignore_index=IGNORED)
+        softmax = torch.stack([softmax[0], softmax[1], logps])
+        return call._replace(labels=local, softmax=softmax, coefficients=coefficients, ignore_index=IGNORED)
 
     def sum_rows(self, partial: Tensor, valid: Tensor) -> Tensor:
         """The sum over the ranks of a tensor `[N, H]` that is 0 outside of rows `valid` `[M]`. May reuse its memory."""
@@ -253,7 +253,7 @@ class _Model:
         return (at_top & self.mine & (in_shard > 0)).double() - (at_top & self._label_is_later).double()
 
     def whole(self, total: dict[str, Tensor], temperature: float) -> dict[str, Tensor]:
-        """The fields of the whole rows' state, from the sums over the shards."""
+        """The softmax statistics of the whole rows, from the sums over the shards."""
         others, label = total[self.prefix + "others"], total[self.prefix + "label"]
         # Nothing but -inf, or a shard with a NaN: NaN. Elsewhere the maximum is finite.
         self.invalid = torch.where(self.top.isfinite() & ~others.isnan(), 0.0, torch.nan)

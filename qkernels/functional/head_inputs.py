@@ -15,7 +15,7 @@ from ..autograd.head import FrozenHead, HeadStats
 from ..autograd.saved import by_name
 from ..core import checks
 from ..core.compile import constant_when_compiled
-from ..core.fields import BIT, REFERENCE_STATE, STATE, stats_dtype
+from ..core.fields import BIT, REFERENCE_SOFTMAX, SOFTMAX, stats_dtype
 from ..distributed import groups, vocab_parallel
 from ..distributed.fingerprint import NOTHING, CallFingerprint, Fingerprint, words
 from ..distributed.groups import Ranks
@@ -179,18 +179,18 @@ class HeadInputs(NamedTuple):
             if torch.compiler.is_compiling():
                 return by_name(fields, fields, (), HeadStats.apply(*self.policy, call, ()))
             return by_name(fields, fields, (), (chunks.stats(call),))
-        wanted, fields = fields, fields_with_state(fields, self.reference is not None)
+        wanted, fields = fields, fields_with_softmax(fields, self.reference is not None)
         call = self.call(fields, plan.chunk_rows)
         if plan.name == "frozen_head":
             return by_name(wanted, fields, ("logps",), FrozenHead.apply(self.policy.hidden, call))
         return by_name(wanted, fields, differentiable, HeadStats.apply(*self.policy, call, differentiable))
 
 
-def fields_with_state(fields: int, has_model: bool) -> int:
+def fields_with_softmax(fields: int, has_model: bool) -> int:
     """What a backward needs besides the results asked for."""
-    fields |= STATE
+    fields |= SOFTMAX
     if has_model and fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
-        fields |= REFERENCE_STATE
+        fields |= REFERENCE_SOFTMAX
     return fields
 
 

@@ -21,7 +21,7 @@ from ..head.chunks import Gradients
 from ..head.plan import LinearPlan
 from ..objectives import LossType
 from . import preference, valid_rows
-from .head_inputs import HeadInputs, HeadRequest, fields_with_state
+from .head_inputs import HeadInputs, HeadRequest, fields_with_softmax
 from .pair_chunks import PairChunks
 from .preference import Batch, Loss, LossInputs, LossRequest
 from .results import Outputs, TokenDPOOutput
@@ -286,7 +286,7 @@ class HiddenLoss(NamedTuple):
     def _pair_chunks(self, plan: LinearPlan) -> tuple[dict[str, Tensor], Known]:
         """The fields of all rows by name, and the gradients that follow from each chunk's own loss."""
         inputs = self.inputs
-        fields = fields_with_state(self.fields, inputs.reference is not None)
+        fields = fields_with_softmax(self.fields, inputs.reference is not None)
         call = inputs.call(fields, plan.chunk_rows)
         pairs = PairChunks(call, self.batch, self.reference, self.loss, counts=self.counts)
         needs = inputs.needs()  # now: inside a backward nothing does

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..autograd.logits import DefaultLoss, PairTerms
 from ..core import checks
 from ..core.compile import eager_with_groups
-from ..core.fields import BIT, DIFFERENTIABLE, STATE, field_index, stats_dtype
+from ..core.fields import BIT, DIFFERENTIABLE, SOFTMAX, field_index, stats_dtype
 from ..distributed.fingerprint import NOTHING, SequencesFingerprint
 from ..objectives import LossType
 from . import preference
@@ -70,9 +70,9 @@ def _with_logsumexp(fields: int) -> tuple[int, int]:
 
 
 # The fields of default DPO: with cached log-probs of the reference, and with its logits.
-_DEFAULT = _with_logsumexp(STATE)
-_DEFAULT_WITH_MODEL = _with_logsumexp(STATE | BIT["reference_logps"])
-_LOGPS = field_index(STATE, "logps")
+_DEFAULT = _with_logsumexp(SOFTMAX)
+_DEFAULT_WITH_MODEL = _with_logsumexp(SOFTMAX | BIT["reference_logps"])
+_LOGPS = field_index(SOFTMAX, "logps")
 
 
 @eager_with_groups

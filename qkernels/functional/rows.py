@@ -15,7 +15,7 @@ from .. import backends
 from ..autograd.logits import Backward, RowStats, refuse_overwritten
 from ..autograd.saved import by_name
 from ..core import calls, checks
-from ..core.fields import BIT, REFERENCE_STATE, STATE, stats_dtype
+from ..core.fields import BIT, REFERENCE_SOFTMAX, SOFTMAX, stats_dtype
 from ..distributed import groups, vocab_parallel
 from ..distributed.fingerprint import NOTHING, CallFingerprint, Fingerprint, words
 from ..distributed.groups import Ranks
@@ -83,9 +83,9 @@ class Rows(NamedTuple):
         """Run `row_stats` with autograd for the fields named in `differentiable`; these fields by name, `[S, T]`."""
         wanted = fields
         if differentiable and self.logits.requires_grad and torch.is_grad_enabled():
-            fields |= STATE
+            fields |= SOFTMAX
             if fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
-                fields |= REFERENCE_STATE
+                fields |= REFERENCE_SOFTMAX
             how = Backward(self.inplace, differentiable, self.shard)
             return by_name(wanted, fields, differentiable, RowStats.apply(self.logits, self.call(fields), how))
         return by_name(fields, fields, (), (vocab_parallel.row_stats(self.call(fields), self.shard),))

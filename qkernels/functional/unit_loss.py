@@ -26,7 +26,7 @@ from ..head.call import HeadCall
 from ..head.chunks import Gradients
 from ..head.plan import LinearPlan
 from . import valid_rows
-from .head_inputs import HeadInputs, HeadRequest, fields_with_state
+from .head_inputs import HeadInputs, HeadRequest, fields_with_softmax
 from .preference import Batch
 from .results import Outputs, TokenStats
 from .rows import Rows, RowsRequest
@@ -360,7 +360,7 @@ class HiddenUnits(NamedTuple):
     def _by_units(self, plan: LinearPlan) -> tuple[dict[str, Tensor], Known, int]:
         """The fields of all rows by name, the gradients, and how many rows had none."""
         inputs = self.inputs
-        fields = fields_with_state(self.fields, inputs.reference is not None)
+        fields = fields_with_softmax(self.fields, inputs.reference is not None)
         call = inputs.call(fields, plan.chunk_rows)
         units = _Chunks(self, call, plan.name.split("_")[0])
         needs = inputs.needs()  # now: inside a backward nothing does

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import backends
 from ..core.calls import RowGrad, RowStats
 from ..core.coefficients import coefficients as coefficients_of
-from ..core.fields import BIT, STATE, field_index, field_names, stats_dtype
+from ..core.fields import BIT, SOFTMAX, field_index, field_names, stats_dtype
 from ..core.memory import give_back_scratch, take_scratch
 from .call import HeadCall, Model
 from .products import Head, WeightGrad, gradient_dtype
@@ -169,19 +169,19 @@ class Pass:
 
         Args:
             chunk: with its logits.
-            stats: `[3 or 6, 1, n]`, the states of the models.
+            stats: `[3 or 6, 1, n]`, the softmax statistics of the models.
             coefficients: `[1 or 5, 1, n]`, see `qkernels.core.coefficients`.
         """
         config, n = self.call.config, chunk.labels.shape[1]
-        reference_state = stats[3:6] if coefficients.shape[0] > 1 and stats.shape[0] >= 6 else None
+        reference_softmax = stats[3:6] if coefficients.shape[0] > 1 and stats.shape[0] >= 6 else None
         if chunk.temperatures is not None:  # d(l / t)/dl of each row
             coefficients = coefficients / chunk.temperatures.view(1, 1, n)
         rows = RowGrad(
             logits=chunk.logits,
             labels=chunk.labels,
-            reference=chunk.reference if reference_state is not None else None,
-            state=stats[:3],
-            reference_state=reference_state,
+            reference=chunk.reference if reference_softmax is not None else None,
+            softmax=stats[:3],
+            reference_softmax=reference_softmax,
             coefficients=coefficients,
             upstream=None,
             temperature=config.row_temperature,
@@ -255,8 +255,8 @@ def unit_gradient(call: HeadCall) -> tuple[Tensor, Tensor]:
     result = work.result()
     unit = torch.zeros(call.policy.hidden.shape, dtype=saved_dtype(call.config.dtype), device=call.labels.device)
     for chunk in work.chunks(work.selections()):
-        values = work.stats(chunk, fields | STATE)
-        _put(result, chunk.where, _only(values, fields | STATE, fields)[:, 0], 1)
+        values = work.stats(chunk, fields | SOFTMAX)
+        _put(result, chunk.where, _only(values, fields | SOFTMAX, fields)[:, 0], 1)
         ones = torch.ones_like(values[:1])
         _put(unit, chunk.where, work.head.input_grad(work.gradient(chunk, values[:3], ones)))
     return result, unit
@@ -278,14 +278,14 @@ class _Gradients:
         self.hidden = torch.zeros(hidden.shape, dtype=dtypes[0], device=hidden.device) if needs[0] else None
         self.weight = WeightGrad(work.head, needs[1], needs[2], chunks)
 
-    def add(self, chunk: _Chunk, states: Tensor, coefficients: Tensor) -> None:
+    def add(self, chunk: _Chunk, softmax: Tensor, coefficients: Tensor) -> None:
         scale, x = None, chunk.x
         if self.work.narrow == torch.float16:
             scale = coefficients.abs().amax(0, keepdim=True)
             scale = torch.where(scale > 0, torch.exp2(scale.log2().ceil()), 1.0)
             coefficients = coefficients / scale
             scale = scale.view(-1, 1)
-        g = self.work.gradient(chunk, states, coefficients)
+        g = self.work.gradient(chunk, softmax, coefficients)
         dx = None
         if self.hidden is not None:
             dx = self.work.head.input_grad(g)
@@ -307,12 +307,12 @@ class _Gradients:
 
 
 @_without_autocast
-def gradients(call: HeadCall, states: Tensor, coefficients: Tensor, needs: Sequence[bool]) -> Gradients:
+def gradients(call: HeadCall, softmax: Tensor, coefficients: Tensor, needs: Sequence[bool]) -> Gradients:
     """dL/dhidden, dL/dweight, dL/dbias (None where not needed) from coefficients; the logits are recomputed.
 
     Args:
         call: the batch. Its reference is read only by five coefficients.
-        states: `[3 or 6, N]`, the states of the models from `stats`.
+        softmax: `[3 or 6, N]`, the softmax statistics of the models, from `stats`.
         coefficients: `[1 or 5, N]`, see `qkernels.core.coefficients`.
         needs: which of the three are wanted.
     """
@@ -321,7 +321,7 @@ def gradients(call: HeadCall, states: Tensor, coefficients: Tensor, needs: Seque
     total = _Gradients(work, needs, [None if x is None else x.dtype for x in call.policy], len(selections))
     for chunk in work.chunks(selections):
         at = (slice(None), chunk.where)
-        total.add(chunk, states[at].unsqueeze(1), coefficients[at].unsqueeze(1))
+        total.add(chunk, softmax[at].unsqueeze(1), coefficients[at].unsqueeze(1))
     return total.result()
 
 
@@ -369,21 +369,21 @@ def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> t
         leading = min(rows, loss.leading[number])
         if leading:
             coefficients = coefficients_of(values, loss.gradient_of(number, values), fields)
-            states = values[:6] if fields & BIT["reference_row_max"] else values[:3]
+            softmax = values[:6] if fields & BIT["reference_row_max"] else values[:3]
             if leading < rows:
                 chunk = chunk.first(leading)
-                states, coefficients = (x[..., :leading].contiguous() for x in (states, coefficients))
+                softmax, coefficients = (x[..., :leading].contiguous() for x in (softmax, coefficients))
             # (Ranks that share a head have to agree on the rows: they take all of them.)
             if loss.drops and coefficients.device.type == "cpu" and call.config.shard is None:
-                chunk, states, coefficients = _with_gradient(chunk, states, coefficients)
+                chunk, softmax, coefficients = _with_gradient(chunk, softmax, coefficients)
             leading = chunk.labels.shape[1]
         loss.dropped += rows - leading
         if leading:
-            total.add(chunk, states, coefficients)
+            total.add(chunk, softmax, coefficients)
     return result, total.result()
 
 
-def _with_gradient(chunk: _Chunk, states: Tensor, coefficients: Tensor) -> tuple[_Chunk, Tensor, Tensor]:
+def _with_gradient(chunk: _Chunk, softmax: Tensor, coefficients: Tensor) -> tuple[_Chunk, Tensor, Tensor]:
     """The rows of a chunk whose coefficients are not all 0, moved to its front in its own memory; the host looks.
 
     Only as many rows of logits are copied as there are holes among the first ones.
@@ -391,7 +391,7 @@ def _with_gradient(chunk: _Chunk, states: Tensor, coefficients: Tensor) -> tuple
     wanted = (coefficients != 0).any(0)[0]
     number, rows = int(wanted.sum()), wanted.shape[0]
     if number == rows:
-        return chunk, states, coefficients
+        return chunk, softmax, coefficients
     holes = (~wanted[:number]).nonzero()[:, 0]
     movers = wanted[number:].nonzero()[:, 0] + number
     order = torch.arange(number, device=wanted.device)
@@ -409,4 +409,4 @@ def _with_gradient(chunk: _Chunk, states: Tensor, coefficients: Tensor) -> tuple
         labels=chunk.labels[:, order].contiguous(),
         temperatures=None if chunk.temperatures is None else chunk.temperatures[order],
     )
-    return moved, states[..., order], coefficients[..., order]
+    return moved, softmax[..., order], coefficients[..., order]

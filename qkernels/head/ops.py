@@ -25,12 +25,12 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 class GradientsCall(NamedTuple):
     """The arguments of `chunks.gradients`.
 
-    states: `[3 or 6, N]`, the states of the models.
+    softmax: `[3 or 6, N]`, the softmax statistics of the models.
     coefficients: `[1 or 5, N]`, see `qkernels.core.coefficients`.
     needs: whether hidden, weight and bias need a gradient.
     """
 
-    states: Tensor
+    softmax: Tensor
     coefficients: Tensor
     needs: list[bool]
     call: HeadCall
@@ -53,15 +53,15 @@ def _unit_gradient_fake(call: HeadCall) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(given: GradientsCall) -> tuple[Tensor, ...]:
-    result = chunks.gradients(given.call, given.states, given.coefficients, given.needs)
-    return tuple(given.states.new_empty(0) if gradient is None else gradient for gradient in result)
+    result = chunks.gradients(given.call, given.softmax, given.coefficients, given.needs)
+    return tuple(given.softmax.new_empty(0) if gradient is None else gradient for gradient in result)
 
 
 def _gradients_fake(given: GradientsCall) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format)
         if needed and x is not None
-        else given.states.new_empty(0)
+        else given.softmax.new_empty(0)
         for x, needed in zip(given.call.policy, given.needs, strict=True)
     )
 

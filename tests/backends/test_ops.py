@@ -20,7 +20,7 @@ from qkernels import (
 )
 from qkernels.backends import ops
 from qkernels.core.coefficients import COEFFICIENTS
-from qkernels.core.fields import BIT, REFERENCE_STATE, STATE
+from qkernels.core.fields import BIT, REFERENCE_SOFTMAX, SOFTMAX
 from qkernels.head import ops as head_ops
 from runnable import HAS_COMPILER
 
@@ -44,7 +44,7 @@ def row_inputs(backend, dtype, strided=False):
 
 
 def stats_fields():
-    return STATE | REFERENCE_STATE | BIT["kl_reference_policy"] | BIT["is_top1"]
+    return SOFTMAX | REFERENCE_SOFTMAX | BIT["kl_reference_policy"] | BIT["is_top1"]
 
 
 class Seen(TorchDispatchMode):
@@ -78,7 +78,7 @@ def test_what_looks_on_sees_the_ops():
 
 @pytest.mark.nightly_except(backend=KERNELS)
 @pytest.mark.dtypes(*PLAIN)
-@pytest.mark.parametrize("fields, strided", [(BIT["logps"], True), (STATE | BIT["entropy"], False)])
+@pytest.mark.parametrize("fields, strided", [(BIT["logps"], True), (SOFTMAX | BIT["entropy"], False)])
 def test_row_stats_without_reference(backend, dtype, fields, strided):
     logits, labels, _ = row_inputs(backend, dtype, strided)
     torch.library.opcheck(ops.row_stats.op, (logits, labels, None, fields, 1.0, -100, backend.name))
@@ -93,7 +93,7 @@ def test_row_stats_with_reference(backend, dtype):
 
 def grad_args(backend, dtype, full, strided=False):
     logits, labels, reference = row_inputs(backend, dtype, strided)
-    fields = STATE | REFERENCE_STATE
+    fields = SOFTMAX | REFERENCE_SOFTMAX
     stats = ops.row_stats.op(logits, labels, reference, fields, 0.7, -100, backend.name)
     coefficients = normal(len(COEFFICIENTS) if full else 1, 2, 3).to(stats)
     if full:
@@ -152,12 +152,12 @@ def without_views(seen):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_upstream_multiplies_all_coefficients(backend, dtype, full):
-    logits, labels, reference, *states, coefficients, _, temperature, ignore, name = grad_args(backend, dtype, full)
+    logits, labels, reference, *softmax, coefficients, _, temperature, ignore, name = grad_args(backend, dtype, full)
     how = (temperature, ignore, name)
-    given = ops.row_grad.op(logits, labels, reference, *states, 4 * coefficients, coefficients.new_tensor(0.25), *how)
-    assert torch.equal(given, ops.row_grad.op(logits, labels, reference, *states, coefficients, None, *how))
+    given = ops.row_grad.op(logits, labels, reference, *softmax, 4 * coefficients, coefficients.new_tensor(0.25), *how)
+    assert torch.equal(given, ops.row_grad.op(logits, labels, reference, *softmax, coefficients, None, *how))
     silent = ops.row_grad.op(
-        logits * torch.nan, labels, reference, *states, coefficients, coefficients.new_zeros(()), *how
+        logits * torch.nan, labels, reference, *softmax, coefficients, coefficients.new_zeros(()), *how
     )
     assert bool((silent == 0).all()), "an upstream gradient of 0 leaves nothing to be read"
 
@@ -203,8 +203,8 @@ def linear_args(backend, dtype, fields, live=False, bias=True, softcap=None, str
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize(
     "fields, options",
-    [(BIT["logps"], {"bias": False, "strided": True}), (STATE | BIT["entropy"], {"softcap": 2.0}),
-     (STATE | REFERENCE_STATE | BIT["kl_reference_policy"], {"live": True})],
+    [(BIT["logps"], {"bias": False, "strided": True}), (SOFTMAX | BIT["entropy"], {"softcap": 2.0}),
+     (SOFTMAX | REFERENCE_SOFTMAX | BIT["kl_reference_policy"], {"live": True})],
 )  # fmt: skip
 def test_linear_stats(backend, dtype, fields, options):
     models, how = linear_args(backend, dtype, fields, **options)
@@ -215,7 +215,7 @@ def test_linear_stats(backend, dtype, fields, options):
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("options", [{"bias": False, "strided": True}, {"softcap": 2.0}, {"live": True}])
 def test_linear_unit_gradient(backend, dtype, options):
-    fields = STATE | (BIT["reference_logps"] if options.get("live") else 0)
+    fields = SOFTMAX | (BIT["reference_logps"] if options.get("live") else 0)
     models, how = linear_args(backend, dtype, fields, **options)
     torch.library.opcheck(head_ops.linear_unit_gradient.op, (*models, *how))
 
@@ -225,7 +225,7 @@ def test_linear_unit_gradient(backend, dtype, options):
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)])
 @pytest.mark.parametrize("live", [False, True])
 def test_linear_gradients(backend, dtype, needs, live):
-    fields = STATE | (REFERENCE_STATE | BIT["kl_policy_reference"] if live else 0)
+    fields = SOFTMAX | (REFERENCE_SOFTMAX | BIT["kl_policy_reference"] if live else 0)
     models, how = linear_args(backend, dtype, fields, live, strided=True)
     stats = head_ops.linear_stats.op(*models, *how)
     coefficients = normal(len(COEFFICIENTS) if live else 1, 8).to(stats)
@@ -236,7 +236,7 @@ def test_linear_gradients(backend, dtype, needs, live):
 @pytest.mark.nightly_except(backend=KERNELS)
 @pytest.mark.dtypes(torch.float32)
 def test_linear_ops_take_the_number_of_rows(backend, dtype):
-    models, how = linear_args(backend, dtype, STATE)
+    models, how = linear_args(backend, dtype, SOFTMAX)
     number = int((models[6] != -100).sum())
     assert 0 < number < 8
     stats = head_ops.linear_stats.op(*models, *how)
@@ -253,7 +253,7 @@ def test_linear_ops_take_the_number_of_rows(backend, dtype):
 
 @pytest.mark.dtypes(torch.float32)
 def test_linear_ops_name_a_bad_label_by_its_row(backend, dtype):
-    models, how = linear_args(backend, dtype, STATE)
+    models, how = linear_args(backend, dtype, SOFTMAX)
     models[6][5] = 11
     if backend.device.type != "cpu":
         pytest.skip("a GPU answers with NaN")
@@ -266,7 +266,7 @@ def test_linear_ops_name_a_bad_label_by_its_row(backend, dtype):
 def test_fake_results_have_the_real_shapes_and_dtypes(dtype):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for fields in (BIT["logps"], STATE | BIT["entropy"], stats_fields()):
+    for fields in (BIT["logps"], SOFTMAX | BIT["entropy"], stats_fields()):
         with FakeTensorMode() as mode:
             logits = mode.from_tensor(torch.zeros(2, 3, 17, dtype=dtype))
             labels = mode.from_tensor(torch.zeros(2, 3, dtype=torch.int64))

@@ -231,7 +231,7 @@ def test_one_compilation_serves_all_shapes(monkeypatch):
     """known bug 22: no length, stride, address or size is part of the key; whether rows are split is."""
     from qkernels.backends import triton as triton_backend
     from qkernels.backends.triton import common, row_grad_kernel, row_stats_kernel
-    from qkernels.core.fields import STATE
+    from qkernels.core.fields import SOFTMAX
 
     monkeypatch.setattr(common, "splits_for", lambda *_: 1)
     stats, stats_calls = recorded(monkeypatch, row_stats_kernel, "row_stats_kernel")
@@ -239,20 +239,20 @@ def test_one_compilation_serves_all_shapes(monkeypatch):
     for i, shape in enumerate(SHAPES):
         logits = logits_of(**shape)
         labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
-        state = torch.zeros(3, *labels.shape)
+        softmax = torch.zeros(3, *labels.shape)
         for temperature in (1.0, 0.7):
-            triton_backend.row_stats(logits, labels, None, STATE, temperature, -100 - i * 2**33)
-            triton_backend.row_grad_into(logits, logits, labels, None, state, None, state[:1], None, temperature, 0)
+            triton_backend.row_stats(logits, labels, None, SOFTMAX, temperature, -100 - i * 2**33)
+            triton_backend.row_grad_into(logits, logits, labels, None, softmax, None, softmax[:1], None, temperature, 0)
     assert len(stats_calls.calls) == len(grad_calls.calls) == 2 * len(SHAPES)
     assert len(keys_of(stats, stats_calls.calls)) == 1
     assert len(keys_of(grad, grad_calls.calls)) == 1
     # Other fields of the same sums are a run-time value as well; other sums are another kernel.
     logits = logits_of(1, 1, 16)
     labels = torch.zeros(1, 1, dtype=torch.int64)
-    for fields in (1, 2, 4, 64, 64 | STATE):
+    for fields in (1, 2, 4, 64, 64 | SOFTMAX):
         triton_backend.row_stats(logits, labels, None, fields, 1.0, -100)
     assert len(keys_of(stats, stats_calls.calls)) == 1
-    triton_backend.row_stats(logits, labels, None, STATE | 1 << 8, 1.0, -100)
+    triton_backend.row_stats(logits, labels, None, SOFTMAX | 1 << 8, 1.0, -100)
     assert len(keys_of(stats, stats_calls.calls)) == 2
 
 
@@ -273,13 +273,13 @@ def test_what_is_compiled_here_is_what_is_launched(monkeypatch):
     """The report's signatures and compile-time values are those of a launch."""
     from qkernels.backends import triton as triton_backend
     from qkernels.backends.triton import common, row_stats_kernel
-    from qkernels.core.fields import STATE
+    from qkernels.core.fields import SOFTMAX
 
     monkeypatch.setattr(common, "splits_for", lambda *_: 1)
     reported = kernel_report.source_of(VARIANTS["log-probs"], "sm_90")
     kernel, recorder = recorded(monkeypatch, row_stats_kernel, "row_stats_kernel")
     logits = logits_of(2, 3, 128257)
-    triton_backend.row_stats(logits, torch.zeros(2, 3, dtype=torch.int64), None, STATE, 1.0, -100)
+    triton_backend.row_stats(logits, torch.zeros(2, 3, dtype=torch.int64), None, SOFTMAX, 1.0, -100)
     _, options = recorder.calls[0]
     assert reported[0] is kernel
     assert {**reported[2], **reported[3]} == options

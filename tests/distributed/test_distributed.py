@@ -61,7 +61,7 @@ def test_rows_of_logits_in_place(two):
 SUMS = [0, 1, 2, 3, *(4 + i for i, name in enumerate(COMBINED) if name != "is_top1")]
 
 
-@pytest.mark.parametrize("changed", [*map(str, SUMS), "state", "coefficients"])
+@pytest.mark.parametrize("changed", [*map(str, SUMS), "softmax", "coefficients"])
 def test_every_sum_is_checked(two, changed):
     for error in two.run(checks.spoiled_rows, changed):
         assert "values are wrong" in error

@@ -167,8 +167,8 @@ def test_a_lost_upstream_gradient_is_seen(backend, dtype, plan, monkeypatch):
     if plan == "recompute":
         real = chunks.gradients
 
-        def wrong(call, states, coefficients, needs):
-            return real(call, states, coefficients / 1.02, needs)
+        def wrong(call, softmax, coefficients, needs):
+            return real(call, softmax, coefficients / 1.02, needs)
 
         spoil = lambda: monkeypatch.setattr(chunks, "gradients", wrong)  # noqa: E731
     elif plan == "frozen_head":

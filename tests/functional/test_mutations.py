@@ -82,7 +82,7 @@ def test_the_state_of_the_backward_is_checked(backend, dtype, field, output, mon
     upstream = random_upstream(rows, (output,))
     # A row maximum close to 0 hardly changes by 1 %: shift all logits.
     rows.logits, rows.reference = rows.logits + 4, rows.reference + 4
-    # Of the state, `logps` reaches only the label's own entry, as exp(logp) - 1.
+    # Of the softmax statistics, `logps` reaches only the label's own entry, as exp(logp) - 1.
     factor = 1.05 if field == "logps" else SLIGHTLY
     expect_failure(lambda: check_gradient(backend, rows, upstream), spoil_field(monkeypatch, backend, field, factor))
 

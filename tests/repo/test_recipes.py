@@ -62,8 +62,8 @@ def test_recipe_of_an_objective():
 
 # What only the backward reads has no field in the results and no definition of its own in the oracle. What is computed
 # of both models alike is looked for under the policy's name.
-STATE = ("row_max", "log_sum")
-OUTPUTS = [name for name in FIELDS if name not in STATE and not name.startswith("reference_")]
+SOFTMAX = ("row_max", "log_sum")
+OUTPUTS = [name for name in FIELDS if name not in SOFTMAX and not name.startswith("reference_")]
 
 
 def places() -> list[str]:
@@ -93,8 +93,8 @@ def test_every_output_is_in_every_place(path):
 
 
 def test_an_output_is_declared_whole():
-    """Its field, and how vocabulary shards of it combine; what follows from the states combines by itself."""
-    fields = {name for name in FIELDS if name.removeprefix("reference_") not in STATE}
+    """Its field, and how vocabulary shards of it combine; what the softmax statistics yield combines by itself."""
+    fields = {name for name in FIELDS if name.removeprefix("reference_") not in SOFTMAX}
     assert fields == set(qkernels.TokenStats._fields) == set(oracle.STATS)
     by_itself = {"logps", "logsumexp", "reference_logps", "reference_logsumexp"}
     assert set(COMBINED) == fields - by_itself

@@ -10,7 +10,7 @@ from assertions import assert_gradient, assert_row_output, assert_within, loss_a
 from cases import IGNORE, PairBatch, Rows, generator
 from qkernels import fused_token_dpo, token_logps, token_stats
 from qkernels.core.coefficients import coefficients
-from qkernels.core.fields import REFERENCE_STATE, STATE, bits
+from qkernels.core.fields import REFERENCE_SOFTMAX, SOFTMAX, bits
 
 
 def row_sizes(rows: Rows) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def check_gradient_into(
     logits, labels = rows.logits.unsqueeze(0), rows.labels.unsqueeze(0)
     full = any(name in oracle.WITH_REFERENCE for name in outputs)
     reference = rows.reference.unsqueeze(0) if full else None
-    fields = STATE | bits(outputs) | (REFERENCE_STATE if full else 0)
+    fields = SOFTMAX | bits(outputs) | (REFERENCE_SOFTMAX if full else 0)
     how = (rows.temperature, IGNORE)
     stats = backend.module.row_stats(logits, labels, reference, fields, *how)
     upstream = random_upstream(rows, outputs)
@@ -122,8 +122,8 @@ def check_gradient_into(
     memory = torch.full((offset + len(rows.labels) * pitch,), 777.0, dtype=narrow, device=logits.device)
     lines = memory[offset:].view(1, -1, pitch)
     out, before = lines[..., : rows.vocab], logits.clone()
-    states = (stats[:3], stats[3:6] if full else None)
-    backend.module.row_grad_into(out, logits, labels, reference, *states, given, None, *how)
+    softmax = (stats[:3], stats[3:6] if full else None)
+    backend.module.row_grad_into(out, logits, labels, reference, *softmax, given, None, *how)
     assert torch.equal(logits, before) and bool((lines[..., rows.vocab :] == 777).all())
     assert bool((memory[:offset] == 777).all())
     assert bool((out[labels == IGNORE] == 0).all())

@@ -112,8 +112,8 @@ def spoiled_rows(changed: str) -> str:
 
     def wrong_inputs(self, call):
         call = real_inputs(self, call)
-        if changed in ("state", "coefficients"):
-            values = call.state[2] if changed == "state" else call.coefficients[1]
+        if changed in ("softmax", "coefficients"):
+            values = call.softmax[2] if changed == "softmax" else call.coefficients[1]
             values *= 1.01
         return call
 

@@ -36,7 +36,7 @@ from qkernels import backends, fused_token_dpo, token_logps, token_stats
 from qkernels.backends import ops
 from qkernels.backends import reference as truth
 from qkernels.backends.triton import common, pair_loss_kernel, row_grad_kernel, row_stats_kernel
-from qkernels.core.fields import BIT, REFERENCE_STATE, STATE
+from qkernels.core.fields import BIT, REFERENCE_SOFTMAX, SOFTMAX
 
 DEVICE = torch.device("cpu" if common.INTERPRETED else "cuda")
 BACKEND = SimpleNamespace(name="triton", device=DEVICE)
@@ -252,12 +252,13 @@ def test_ignored_rows_and_rows_without_gradient_are_not_read(splits, outputs):
         assert value[1] == 0
 
     full = len(outputs) > 1
-    fields = STATE | REFERENCE_STATE
-    state = ops.row_stats.op(*batched(logits, rows.labels, reference), fields, 1.0, IGNORE, "triton")
+    fields = SOFTMAX | REFERENCE_SOFTMAX
+    softmax = ops.row_stats.op(*batched(logits, rows.labels, reference), fields, 1.0, IGNORE, "triton")
     coefficients = normal(5 if full else 1, 1, 4).to(DEVICE)
     coefficients[:, 0, 3] = 0
     logits[3], reference[3] = torch.nan, torch.nan
-    args = (*batched(logits, rows.labels, reference), state[:3], state[3:], coefficients, None, 1.0, IGNORE, "triton")
+    saved = (softmax[:3], softmax[3:])
+    args = (*batched(logits, rows.labels, reference), *saved, coefficients, None, 1.0, IGNORE, "triton")
     grad = ops.row_grad.op(*args)[0]
     assert bool((grad[[1, 3]] == 0).all()) and bool(grad[[0, 2]].isfinite().all()) and bool((grad[0] != 0).any())
     ops.row_grad_.op(*args)
@@ -276,14 +277,14 @@ def test_labels_outside_the_vocabulary(splits, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("QKERNELS_CHECK", "1")
         with pytest.raises(IndexError, match=r"labels\[1\] = 1300 is outside \[0, 1300\)"):
-            ops.row_stats.op(*args, STATE, 1.0, IGNORE, "triton")
+            ops.row_stats.op(*args, SOFTMAX, 1.0, IGNORE, "triton")
     monkeypatch.setattr(common, "check_labels", lambda *_: None)  # what a GPU does without that variable
-    for fields in (STATE, STATE | REFERENCE_STATE | BIT["kl_reference_policy"]):
+    for fields in (SOFTMAX, SOFTMAX | REFERENCE_SOFTMAX | BIT["kl_reference_policy"]):
         stats = ops.row_stats.op(*args, fields, 1.0, IGNORE, "triton")
         assert bool(stats[:, 0, 1:].isnan().all()) and bool(stats[:, 0, 0].isfinite().all())
-    state = ops.row_stats.op(*args, STATE, 1.0, IGNORE, "triton")
+    softmax = ops.row_stats.op(*args, SOFTMAX, 1.0, IGNORE, "triton")
     ones = torch.ones(1, 1, 4, device=DEVICE)
-    grad = ops.row_grad.op(args[0], args[1], None, state, None, ones, None, 1.0, IGNORE, "triton")
+    grad = ops.row_grad.op(args[0], args[1], None, softmax, None, ones, None, 1.0, IGNORE, "triton")
     assert bool(grad[0, 1:].isnan().all()) and bool(grad[0, 0].isfinite().all())
 
 
@@ -320,11 +321,12 @@ def test_packed_rows_and_a_slice_of_the_vocabulary():
 def test_gradient_in_a_new_tensor_has_the_bits_of_the_one_in_place(splits):
     rows = make_rows((1, 3), 1203, BF16, DEVICE)
     args = (rows.logits, rows.labels, rows.reference)
-    state = ops.row_stats.op(*args, STATE | REFERENCE_STATE, 0.9, IGNORE, "triton")
+    softmax = ops.row_stats.op(*args, SOFTMAX | REFERENCE_SOFTMAX, 0.9, IGNORE, "triton")
     for full in (False, True):
         logits = strided(rows.logits, (4000, 1205, 1), 3)
         coefficients = normal(5 if full else 1, 1, 3).to(DEVICE)
-        args = (logits, rows.labels, rows.reference, state[:3], state[3:], coefficients, None, 0.9, IGNORE, "triton")
+        saved = (softmax[:3], softmax[3:])
+        args = (logits, rows.labels, rows.reference, *saved, coefficients, None, 0.9, IGNORE, "triton")
         expected = ops.row_grad.op(*args)
         ops.row_grad_.op(*args)
         assert expected.is_contiguous() and torch.equal(logits, expected)
@@ -506,7 +508,7 @@ def test_rows_that_are_too_long_for_32_bit_positions_are_refused():
     logits = torch.zeros(1, device=DEVICE).expand(1, 1, 2**30 + 1)
     labels = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="more than 2\\^30 entries"):
-        ops.row_stats.op(logits, labels, None, STATE, 1.0, IGNORE, "triton")
+        ops.row_stats.op(logits, labels, None, SOFTMAX, 1.0, IGNORE, "triton")
 
 
 def test_auto_takes_the_interpreter_for_nothing():

@@ -184,7 +184,7 @@ def exercise(bench: Bench) -> list[str]:
     """Each kernel once on small tensors of awkward shapes; what the memory checks run."""
     from qkernels import backends
     from qkernels.backends import ops
-    from qkernels.core.fields import FIELDS, REFERENCE_STATE, STATE
+    from qkernels.core.fields import FIELDS, REFERENCE_SOFTMAX, SOFTMAX
 
     for name in bench.backends():
         for vocab, dtype, shift in ((1, torch.float32, 1), (2053, torch.bfloat16, 3), (20011, torch.float16, 5)):
@@ -194,11 +194,11 @@ def exercise(bench: Bench) -> list[str]:
             for reference in (logits.clone(), other):
                 how = (1.0, IGNORE, name)
                 stats = ops.row_stats.op(logits, labels, reference, (1 << len(FIELDS)) - 1, *how)
-                state = ops.row_stats.op(logits, labels, reference, STATE | REFERENCE_STATE, *how)
+                softmax = ops.row_stats.op(logits, labels, reference, SOFTMAX | REFERENCE_SOFTMAX, *how)
                 for k in (1, 5):
                     coefficients = torch.ones(k, 1, 3, device=bench.device)
                     upstream = torch.ones((), device=bench.device)
-                    given = (reference, stats[:3], state[3:], coefficients)
+                    given = (reference, stats[:3], softmax[3:], coefficients)
                     ops.row_grad.op(logits, labels, *given, upstream, *how)
                     ops.row_grad_.op(logits.clone(), labels, *given, None, *how)
                     if reference is not other:  # enough for Triton to compile

@@ -63,7 +63,7 @@ def stats(bench: Bench) -> list[str]:
 def backward(bench: Bench) -> list[str]:
     """The gradient kernel by itself, in place: one read, one write. Refilled before each round, which is not timed."""
     from qkernels.backends import ops
-    from qkernels.core.fields import STATE
+    from qkernels.core.fields import SOFTMAX
 
     lines = []
     for vocab in (bench.vocab, bench.vocab + 1):
@@ -73,10 +73,10 @@ def backward(bench: Bench) -> list[str]:
         coefficients = torch.ones(1, 1, bench.rows, device=bench.device)
         for backend in bench.backends():
             how = (1.0, IGNORE, backend)
-            state = ops.row_stats.op(logits.unsqueeze(0), labels, None, STATE, *how)
+            softmax = ops.row_stats.op(logits.unsqueeze(0), labels, None, SOFTMAX, *how)
             seconds = bench.add(
                 "gradient in place", f"qkernels, {backend}", logits, 2,
-                functools.partial(ops.row_grad_.op, work, labels, None, state, None, coefficients, None, *how),
+                functools.partial(ops.row_grad_.op, work, labels, None, softmax, None, coefficients, None, *how),
                 functools.partial(work.copy_, logits),
             )  # fmt: skip
             if vocab == bench.vocab:

@@ -28,7 +28,7 @@ def _calls(bench: Bench) -> Iterator[tuple[str, Callable[[], object]]]:
     """The kernels of a training step, and the ones with the most to do; a few rows per SM are enough for a profile."""
     import qkernels
     from qkernels.backends import ops
-    from qkernels.core.fields import REFERENCE_STATE, STATE
+    from qkernels.core.fields import REFERENCE_SOFTMAX, SOFTMAX
 
     rows = bench.rows if bench.rehearsal else 1056
     logits, reference = (bench.logits(rows, bench.vocab, torch.bfloat16, seed) for seed in (0, 2))
@@ -42,12 +42,12 @@ def _calls(bench: Bench) -> Iterator[tuple[str, Callable[[], object]]]:
         few = functools.partial(qkernels.token_stats, logits[:16], labels[:16], backend=backend, outputs=("logps",))
         yield f"log-probs of 16 rows, {backend}", few
         how = (1.0, IGNORE, backend)
-        state = ops.row_stats.op(one, labels.unsqueeze(0), two, STATE | REFERENCE_STATE, *how)
+        softmax = ops.row_stats.op(one, labels.unsqueeze(0), two, SOFTMAX | REFERENCE_SOFTMAX, *how)
         k = torch.ones(1, 1, rows, device=bench.device)
-        plain = (one, labels.unsqueeze(0), None, state[:3], None, k, None, *how)
+        plain = (one, labels.unsqueeze(0), None, softmax[:3], None, k, None, *how)
         yield f"gradient of log-probs, {backend}", functools.partial(ops.row_grad.op, *plain)
         five = torch.ones(5, 1, rows, device=bench.device)
-        pair = (one, labels.unsqueeze(0), two, state[:3], state[3:], five, None, *how)
+        pair = (one, labels.unsqueeze(0), two, softmax[:3], softmax[3:], five, None, *how)
         yield f"gradient with KLs, {backend}", functools.partial(ops.row_grad.op, *pair)
 
 

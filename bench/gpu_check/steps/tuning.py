@@ -74,13 +74,13 @@ def _of_a_step(bench: Bench, backend: str) -> dict[str, Callable[[], object]]:
     """The kernels of a training step, the one with the most to do, and one on short rows, by name."""
     import qkernels
     from qkernels.backends import ops
-    from qkernels.core.fields import STATE
+    from qkernels.core.fields import SOFTMAX
 
     logits, reference = (bench.logits(bench.rows, bench.vocab, torch.bfloat16, seed) for seed in (0, 2))
     labels = bench.labels(bench.rows, bench.vocab)
     how = (1.0, IGNORE, backend)
     one, label_rows = logits.unsqueeze(0), labels.unsqueeze(0)
-    state = ops.row_stats.op(one, label_rows, None, STATE, *how)
+    softmax = ops.row_stats.op(one, label_rows, None, SOFTMAX, *how)
     ones = torch.ones(1, 1, bench.rows, device=bench.device)
     stats = functools.partial(qkernels.token_stats, logits, labels, backend=backend)
     short = logits[:, : bench.vocab // 4]
@@ -89,7 +89,7 @@ def _of_a_step(bench: Bench, backend: str) -> dict[str, Callable[[], object]]:
         "log-probs": functools.partial(stats, outputs=("logps",)),
         "log-probs of short rows": functools.partial(qkernels.token_logps, short, short_labels, backend=backend),
         "with KLs": functools.partial(stats, outputs=("logps", "kl_policy_reference"), reference_logits=reference),
-        "gradient": functools.partial(ops.row_grad.op, one, label_rows, None, state, None, ones, None, *how),
+        "gradient": functools.partial(ops.row_grad.op, one, label_rows, None, softmax, None, ones, None, *how),
     }
 
 

@@ -23,12 +23,12 @@ bytes of `out`, so all stores of whole tiles are 128 bits wide. Loads are too if
 those of `out` modulo 16 bytes (in place always, and for contiguous logits), else they are as narrow as the elements.
 
 Aliasing. `out` may be the logits: a tile is read by the threads that write it, before they write it, and no tile
-overlaps another. State, coefficients, labels and the reference are not written; `functional` refuses a reference in
-the same storage.
+overlaps another. Softmax statistics, coefficients, labels and the reference are not written; `functional` refuses a
+reference in the same storage.
 
 Numerics. e of an entry below the smallest normal number is 0. -inf logits have e = 0 and gradient 0 whatever the
-factor is; -inf of the reference only matters where r_slope is not 0. NaN in the state makes the row NaN, and so does a
-label outside [0, V).
+factor is; -inf of the reference only matters where r_slope is not 0. NaN in the softmax statistics makes the row NaN,
+and so does a label outside [0, V).
 
 Few rows are split over programs; the pieces of a row do not depend on each other.
 """
@@ -94,7 +94,7 @@ def _fill_row(out, n, value, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 _RUNTIME = (
-    "logits", "reference", "labels", "state", "r_state", "coefficients", "upstream", "out", "inner", "vocab",
+    "logits", "reference", "labels", "softmax", "r_softmax", "coefficients", "upstream", "out", "inner", "vocab",
     "outer_stride", "inner_stride", "r_outer_stride", "r_inner_stride", "out_outer_stride", "out_inner_stride",
     "ignore_index", "inverse_high", "inverse_low", "splits", "span",
 )  # fmt: skip
@@ -105,8 +105,8 @@ def row_grad_kernel(
     logits,  # (S, T, V)
     reference,  # (S, T, V), or anything without one
     labels,  # (S, T) int64
-    state,  # (3, S, T): row_max, log_sum, logps
-    r_state,  # (3, S, T), or anything without a reference
+    softmax,  # (3, S, T): row_max, log_sum, logps
+    r_softmax,  # (3, S, T), or anything without a reference
     coefficients,  # (1 or 5, S, T), in the order of rows.COEFFICIENTS
     upstream,  # (), which all coefficients are multiplied by, if SCALED; anything otherwise
     out,  # (S, T, V), may be the logits
@@ -157,9 +157,9 @@ def row_grad_kernel(
 
     inverse_temperature = joined(inverse_high, inverse_low)
     scale = (inverse_temperature * _LOG2E).to(tl.float32)
-    row_max = tl.load(state + row)
-    log_sum = tl.load(state + rows + row).to(tl.float64)
-    logp = tl.load(state + 2 * rows + row).to(tl.float64)
+    row_max = tl.load(softmax + row)
+    log_sum = tl.load(softmax + rows + row).to(tl.float64)
+    logp = tl.load(softmax + 2 * rows + row).to(tl.float64)
     p = tl.exp(logp)
     p_scale = tl.exp(-log_sum) * inverse_temperature
     at_label = -of_label * expm1(logp)  # label (1 - p), with its relative precision when p -> 1
@@ -173,8 +173,8 @@ def row_grad_kernel(
         slope = (p_scale * of_logp * _LN2).to(tl.float32)
         at_p = of_p + tl.where(of_logp == 0, 0.0, of_logp * logp)
         if WITH_REFERENCE:
-            r_max = tl.load(r_state + row)
-            r_log_sum = tl.load(r_state + rows + row).to(tl.float64)
+            r_max = tl.load(r_softmax + row)
+            r_log_sum = tl.load(r_softmax + rows + row).to(tl.float64)
             ry = tl.load(row_of(reference, row, inner, r_outer_stride, r_inner_stride) + label64).to(tl.float64)
             logq = (ry - r_max.to(tl.float64)) * inverse_temperature - r_log_sum
             at_p -= tl.where(of_logq == 0, 0.0, of_logq * logq)
@@ -223,23 +223,23 @@ def row_grad_kernel(
 
 def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
-    logits, labels, reference, state, reference_state, coefficients, upstream, temperature, ignore_index, _ = call
+    logits, labels, reference, softmax, reference_softmax, coefficients, upstream, temperature, ignore_index, _ = call
     rows, vocab = labels.numel(), logits.shape[-1]
     if rows == 0:
         return
     common.check_vocab(vocab)
     layout.dense(labels, torch.int64)
     layout.rows(logits)
-    state, coefficients = state.contiguous(), coefficients.float().contiguous()
+    softmax, coefficients = softmax.contiguous(), coefficients.float().contiguous()
     full = coefficients.shape[0] > 1
-    ref, r_state, with_reference = logits, state, False
-    if full and reference is not None and reference_state is not None:
-        ref, r_state, with_reference = reference, reference_state.contiguous(), True
+    ref, r_softmax, with_reference = logits, softmax, False
+    if full and reference is not None and reference_softmax is not None:
+        ref, r_softmax, with_reference = reference, reference_softmax.contiguous(), True
     vector = common.vector_length(logits, ref, out)
     splits = common.splits_for(rows, vocab, common.LANES * vector, logits.device)
     with common.on_device_of(logits):
         row_grad_kernel[(rows * splits,)](
-            logits, ref, labels, state, r_state, coefficients, coefficients if upstream is None else upstream, out,
+            logits, ref, labels, softmax, r_softmax, coefficients, coefficients if upstream is None else upstream, out,
             logits.shape[1], vocab, *common.row_strides(logits), *common.row_strides(ref), *common.row_strides(out),
             ignore_index, *common.two_floats(1 / temperature), splits, common.span_of(vocab, splits, 8), FULL=full,
             SCALED=upstream is not None, WITH_REFERENCE=with_reference,
