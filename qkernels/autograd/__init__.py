@@ -34,7 +34,7 @@ def finite_gradient(gradient: Tensor) -> Tensor:
     """A gradient kept within +-1e30 (fp32) or +-1e300 (fp64).
 
     A loss that overflows, such as the square of an exponential, has an infinite gradient. Times a weight or a
-    probability of 0 it would be NaN, and one pair would spoil the gradients of the whole batch.
+    probability of 0 it would be NaN, and one pair would turn the gradients of the whole batch into NaN.
     """
     largest = _LARGEST_GRADIENT[gradient.dtype]
     return gradient.clamp(-largest, largest)

@@ -1,7 +1,7 @@
 """The check of the checks of the hidden-states path: 1 % wrong in one place must fail the comparison made for it.
 
-As in `test_mutations.py`, each test first runs unharmed, so that it cannot fail for another reason. What is spoilt here
-lies between the row operations and the public functions: products, chunks, scales, plans.
+As in `test_mutations.py`, each test first runs unharmed, so that it cannot fail for another reason. What is perturbed
+here lies between the row operations and the public functions: GEMMs, chunks, scales, plans.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 import oracle
 from cases import make_head_batch
 from linear_comparisons import check_linear_preference, check_linear_stats
-from mutations import SLIGHTLY, expect_failure, spoil_field
+from mutations import SLIGHTLY, expect_failure, perturb_field
 from qkernels.autograd import head as autograd
 from qkernels.functional import hidden_loss
 from qkernels.functional.pair_chunks import PairChunks
@@ -44,7 +44,7 @@ def test_every_gradient_is_checked(backend, dtype, plan, which, monkeypatch):
     name = {"pair_chunks": "known_gradients", "recompute": "gradients"}[plan]
     real = getattr(chunks, name)
 
-    def spoilt(gradients):
+    def perturbed(gradients):
         return tuple(
             g if g is None or part != which else g * SLIGHTLY
             for part, g in zip(("hidden", "weight", "bias"), gradients, strict=True)
@@ -52,7 +52,7 @@ def test_every_gradient_is_checked(backend, dtype, plan, which, monkeypatch):
 
     def wrong(*args):
         result = real(*args)
-        return (result[0], spoilt(result[1])) if plan == "pair_chunks" else spoilt(result)
+        return (result[0], perturbed(result[1])) if plan == "pair_chunks" else perturbed(result)
 
     expect_failure(check_plan(backend, dtype, plan), lambda: monkeypatch.setattr(chunks, name, wrong))
 
@@ -66,8 +66,8 @@ def test_the_frozen_heads_pass_is_checked(backend, dtype, which, monkeypatch):
         stats, unit = real(*args)
         return (stats * SLIGHTLY, unit) if which == "stats" else (stats, unit * SLIGHTLY)
 
-    spoil = lambda: monkeypatch.setattr(chunks, "unit_gradient", wrong)  # noqa: E731
-    expect_failure(check_plan(backend, dtype, "frozen_head"), spoil)
+    perturb = lambda: monkeypatch.setattr(chunks, "unit_gradient", wrong)  # noqa: E731
+    expect_failure(check_plan(backend, dtype, "frozen_head"), perturb)
 
 
 @pytest.mark.dtypes(*PLAIN)
@@ -104,7 +104,7 @@ def test_rounded_logits_are_seen(backend, dtype, monkeypatch):
     batch = make_head_batch(2, 6, 24, 61, dtype, backend.device)
     real = Head.logits
 
-    def spoilt(change):
+    def perturbed(change):
         def wrong(self, x, out):
             real(self, x, out)
             out.copy_(change(out))
@@ -117,7 +117,7 @@ def test_rounded_logits_are_seen(backend, dtype, monkeypatch):
     narrow = torch.float16 if dtype == torch.float16 else torch.bfloat16
     for change in (lambda z: z.to(narrow).to(z.dtype), lambda z: z * (1 + 1e-4), lambda z: z.roll(1, 0)):
         with monkeypatch.context() as patch:
-            expect_failure(run, lambda patch=patch, c=change: patch.setattr(Head, "logits", spoilt(c)))
+            expect_failure(run, lambda patch=patch, c=change: patch.setattr(Head, "logits", perturbed(c)))
 
 
 @pytest.mark.dtypes(*PLAIN)
@@ -125,7 +125,7 @@ def test_rounded_logits_are_seen(backend, dtype, monkeypatch):
 def test_every_output_is_checked(backend, dtype, name, monkeypatch):
     batch = make_head_batch(1, 6, 16, 40, dtype, backend.device)
     expect_failure(
-        lambda: check_linear_stats(backend, batch, (name,), trains=""), spoil_field(monkeypatch, backend, name)
+        lambda: check_linear_stats(backend, batch, (name,), trains=""), perturb_field(monkeypatch, backend, name)
     )
 
 
@@ -170,10 +170,10 @@ def test_a_lost_upstream_gradient_is_seen(backend, dtype, plan, monkeypatch):
         def wrong(call, softmax, coefficients, needs):
             return real(call, softmax, coefficients / 1.02, needs)
 
-        spoil = lambda: monkeypatch.setattr(chunks, "gradients", wrong)  # noqa: E731
+        perturb = lambda: monkeypatch.setattr(chunks, "gradients", wrong)  # noqa: E731
     elif plan == "frozen_head":
         real_scaled = autograd.scaled
-        spoil = lambda: monkeypatch.setattr(  # noqa: E731
+        perturb = lambda: monkeypatch.setattr(  # noqa: E731
             autograd, "scaled", lambda values, factor, dtype: real_scaled(values, factor / 1.02, dtype)
         )
     else:
@@ -183,8 +183,8 @@ def test_a_lost_upstream_gradient_is_seen(backend, dtype, plan, monkeypatch):
             def backward(ctx, grad):
                 return autograd.KnownGradient.backward(ctx, torch.ones_like(grad))
 
-        spoil = lambda: monkeypatch.setattr(hidden_loss, "KnownGradient", Forgetful)  # noqa: E731
-    expect_failure(run, spoil)
+        perturb = lambda: monkeypatch.setattr(hidden_loss, "KnownGradient", Forgetful)  # noqa: E731
+    expect_failure(run, perturb)
 
 
 @pytest.mark.dtypes(torch.float32)

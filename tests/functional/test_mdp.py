@@ -17,7 +17,7 @@ from torch import Tensor
 
 from assertions import assert_within
 from cases import IGNORE, generator, make_pairs, make_rows, pack
-from mutations import SLIGHTLY, expect_failure, spoil_field
+from mutations import SLIGHTLY, expect_failure, perturb_field
 from qkernels import fused_token_dpo, token_logps, token_mdp, token_stats
 from qkernels.functional import mdp as functional_mdp
 from qkernels.tabular import TabularMDP, random_mdp, solve_mdp
@@ -412,12 +412,12 @@ def test_the_mdp_is_checked(backend, dtype, field, check, monkeypatch):
 )  # fmt: skip
 def test_the_theorems_are_checked(backend, dtype, check, monkeypatch):
     """A log-prob off by 1 % breaks each of the paper's statements."""
-    expect_failure(lambda: check(backend, dtype), spoil_field(monkeypatch, backend, "logps"))
+    expect_failure(lambda: check(backend, dtype), perturb_field(monkeypatch, backend, "logps"))
 
 
 def test_beam_search_is_checked(backend, monkeypatch):
     """Scores of the wrong sign find the worst plan."""
     expect_failure(
         lambda: test_a_beam_as_wide_as_the_tree_finds_the_best_plan(backend, 3),
-        spoil_field(monkeypatch, backend, "logps", -1.0),
+        perturb_field(monkeypatch, backend, "logps", -1.0),
     )

@@ -12,7 +12,7 @@ import torch
 import oracle
 from cases import IGNORE, make_pairs, make_rows, pack
 from comparisons import check_gradient, check_logps, check_outputs, check_preference, random_upstream
-from mutations import SLIGHTLY, expect_failure, spoil_field
+from mutations import SLIGHTLY, expect_failure, perturb_field
 from oracle import Options
 from qkernels import objectives
 from qkernels.core.calls import RowGrad, takes
@@ -27,7 +27,7 @@ def rows_for(backend, dtype):
     return rows
 
 
-def spoil_gradient(monkeypatch, backend, change) -> object:
+def perturb_gradient(monkeypatch, backend, change) -> object:
     """Make `row_grad` and `row_grad_` write `change(gradient, labels)`."""
     real, real_ = backend.module.row_grad, backend.module.row_grad_
 
@@ -40,18 +40,18 @@ def spoil_gradient(monkeypatch, backend, change) -> object:
         real_(call)
         call.logits.copy_(change(call.logits.clone(), call.labels))
 
-    def spoil():
+    def perturb():
         monkeypatch.setattr(backend.module, "row_grad", wrong)
         monkeypatch.setattr(backend.module, "row_grad_", wrong_)
 
-    return spoil
+    return perturb
 
 
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("name", oracle.STATS)
 def test_every_output_is_checked(backend, dtype, name, monkeypatch):
     rows = rows_for(backend, dtype)
-    expect_failure(lambda: check_outputs(backend, rows, (name,)), spoil_field(monkeypatch, backend, name))
+    expect_failure(lambda: check_outputs(backend, rows, (name,)), perturb_field(monkeypatch, backend, name))
     with pytest.raises(AssertionError):
         check_outputs(backend, rows)
     if name == "logps":
@@ -64,8 +64,8 @@ def test_every_output_is_checked(backend, dtype, name, monkeypatch):
 def test_output_bounds_are_tight(backend, dtype, name, monkeypatch):
     """An error in the fifth digit is seen, too."""
     rows = rows_for(backend, dtype)
-    spoil = spoil_field(monkeypatch, backend, name, 1 + 2e-5)
-    expect_failure(lambda: check_outputs(backend, rows, (name,)), spoil)
+    perturb = perturb_field(monkeypatch, backend, name, 1 + 2e-5)
+    expect_failure(lambda: check_outputs(backend, rows, (name,)), perturb)
 
 
 @pytest.mark.dtypes(*PLAIN)
@@ -84,7 +84,7 @@ def test_the_state_of_the_backward_is_checked(backend, dtype, field, output, mon
     rows.logits, rows.reference = rows.logits + 4, rows.reference + 4
     # Of the softmax statistics, `logps` reaches only the label's own entry, as exp(logp) - 1.
     factor = 1.05 if field == "logps" else SLIGHTLY
-    expect_failure(lambda: check_gradient(backend, rows, upstream), spoil_field(monkeypatch, backend, field, factor))
+    expect_failure(lambda: check_gradient(backend, rows, upstream), perturb_field(monkeypatch, backend, field, factor))
 
 
 def scaled_everywhere(grad, labels):
@@ -128,7 +128,7 @@ def test_every_gradient_is_checked(backend, dtype, name, inplace, monkeypatch):
         fresh = make_rows((3, 4), 67, dtype, backend.device, temperature=0.8)  # the in-place gradient overwrites it
         check_gradient(backend, fresh, upstream, inplace_backward=inplace)
 
-    expect_failure(check, spoil_gradient(monkeypatch, backend, scaled_everywhere))
+    expect_failure(check, perturb_gradient(monkeypatch, backend, scaled_everywhere))
 
 
 @pytest.mark.dtypes(*PLAIN)
@@ -142,8 +142,8 @@ def test_every_place_of_a_gradient_is_checked(backend, dtype, change, monkeypatc
     for outputs in (("logps",), oracle.WITH_GRADIENT):
         upstream = random_upstream(rows, outputs)
         with monkeypatch.context() as patch:
-            spoil = spoil_gradient(patch, backend, change)
-            expect_failure(lambda u=upstream: check_gradient(backend, rows, u), spoil)
+            perturb = perturb_gradient(patch, backend, change)
+            expect_failure(lambda u=upstream: check_gradient(backend, rows, u), perturb)
 
 
 @pytest.mark.dtypes(torch.float32)
@@ -151,8 +151,8 @@ def test_gradient_bounds_are_tight(backend, dtype, monkeypatch):
     """Section 6 of the design: relative 1e-5; 3e-5 is too much."""
     rows = rows_for(backend, dtype)
     upstream = random_upstream(rows, ("logps",))
-    spoil = spoil_gradient(monkeypatch, backend, lambda grad, labels: grad * (1 + 3e-5))
-    expect_failure(lambda: check_gradient(backend, rows, upstream), spoil)
+    perturb = perturb_gradient(monkeypatch, backend, lambda grad, labels: grad * (1 + 3e-5))
+    expect_failure(lambda: check_gradient(backend, rows, upstream), perturb)
 
 
 @pytest.mark.dtypes(torch.bfloat16, torch.float16)
@@ -163,7 +163,7 @@ def test_two_ulps_are_too_many(backend, dtype, monkeypatch):
     def two_more(grad, labels):
         return (grad.view(torch.int16) + 2).view(dtype)
 
-    expect_failure(lambda: check_gradient(backend, rows, upstream), spoil_gradient(monkeypatch, backend, two_more))
+    expect_failure(lambda: check_gradient(backend, rows, upstream), perturb_gradient(monkeypatch, backend, two_more))
 
 
 @pytest.mark.dtypes(*PLAIN)
@@ -241,11 +241,11 @@ def test_every_objective_is_checked(backend, dtype, name, monkeypatch):
         run, lambda: monkeypatch.setattr(objectives.LossSpec, "losses", lambda *args: real(*args) * SLIGHTLY)
     )
     # The value alone, with the right gradient, and the gradient alone, with the right value.
-    for spoil in (
+    for perturb in (
         lambda loss: loss + 0.01 * loss.detach(),
         lambda loss: loss * SLIGHTLY - 0.01 * loss.detach(),
     ):
-        monkeypatch.setattr(objectives.LossSpec, "losses", lambda *args, _spoil=spoil: _spoil(real(*args)))
+        monkeypatch.setattr(objectives.LossSpec, "losses", lambda *args, _perturb=perturb: _perturb(real(*args)))
         with pytest.raises(AssertionError):
             run()
 
@@ -256,5 +256,5 @@ def test_what_objectives_read_is_checked(backend, dtype, field, monkeypatch):
     batch = make_pairs(2, 6, 30, dtype, backend.device)
     name = "tdpo1" if field == "kl_reference_policy" else "ipo"
     expect_failure(
-        lambda: check_preference(backend, batch, name, use_weighting=True), spoil_field(monkeypatch, backend, field)
+        lambda: check_preference(backend, batch, name, use_weighting=True), perturb_field(monkeypatch, backend, field)
     )

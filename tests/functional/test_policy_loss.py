@@ -408,25 +408,25 @@ def test_gradcheck(loss_type):
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("spoil", ["advantages", "old_logps", "reference_logps", "scale", "coefficients"])
-def test_one_percent_is_seen(spoil, monkeypatch):
+@pytest.mark.parametrize("perturbed", ["advantages", "old_logps", "reference_logps", "scale", "coefficients"])
+def test_one_percent_is_seen(perturbed, monkeypatch):
     case = Case(10)
     arguments = case.arguments("grpo", beta=0.2, reference_logps=case.reference)
     check(case, arguments)
-    if spoil == "scale":
+    if perturbed == "scale":
         from qkernels.functional import policy_loss
 
         real = policy_loss._scale
         monkeypatch.setattr(policy_loss, "_scale", lambda *a: 1.01 * real(*a))
         wrong = arguments
-    elif spoil == "coefficients":
+    elif perturbed == "coefficients":
         from qkernels.head import chunks
 
         known = chunks.coefficients_of
         monkeypatch.setattr(chunks, "coefficients_of", lambda *a: 1.01 * known(*a))
         wrong = arguments
     else:
-        wrong = {**arguments, spoil: 1.01 * arguments[spoil]}
+        wrong = {**arguments, perturbed: 1.01 * arguments[perturbed]}
     out, gradients = run(case, wrong)
     expected = run_truth(case, arguments)
     values = [(out.loss, expected["loss"]), *((gradients[n], expected[n]) for n in gradients)]

@@ -35,7 +35,7 @@ class Heads:
         else:
             r_hidden, r_weight = scale * rand(*shape, other), scale * other**-0.5 * rand(vocab, other)
         r_bias = None if bias is None else bias + 0.1 * rand(vocab)
-        hidden = s.spoil(hidden, labels)
+        hidden = s.inject(hidden, labels)
         if s["equal"] and other == size:
             r_hidden, r_weight, r_bias = hidden, weight, bias
 

@@ -167,7 +167,7 @@ class Setup:
             reference[masked] = -torch.inf
         return policy, reference
 
-    def spoil(self, rows: Tensor, labels: Tensor) -> Tensor:
+    def inject(self, rows: Tensor, labels: Tensor) -> Tensor:
         """NaN in ignored rows, and the broken row (the first valid one)."""
         flat, ids = rows.view(-1, rows.shape[-1]), labels.reshape(-1).cpu()
         valid = (ids != self["ignore_index"]).nonzero().view(-1)
@@ -195,7 +195,7 @@ class Setup:
             reference_dtype = DTYPES[self["reference_dtype"]]
         limit = 5e3 if torch.float16 in (self.dtype, reference_dtype) else 1e30
         policy, reference = self.logits_like(shape, labels, min(self["scale"], limit))
-        policy = self.place(self.spoil(policy, labels).to(self.dtype), names[0], rows=True)
+        policy = self.place(self.inject(policy, labels).to(self.dtype), names[0], rows=True)
         return policy, self.place(reference.to(reference_dtype), names[1], rows=True)
 
     def leaf(self, tensor: Tensor | None, trains: bool) -> Tensor | None:

@@ -223,20 +223,20 @@ def test_a_sum_does_not_tell_in_how_many_chunks_it_came(kernel):
 
 
 @needs_sum
-@pytest.mark.parametrize("spoil", ["scale", "one entry", "overwritten", "rounded"])
-def test_errors_of_sums_are_seen(kernel, monkeypatch, spoil):
+@pytest.mark.parametrize("perturbed", ["scale", "one entry", "overwritten", "rounded"])
+def test_errors_of_sums_are_seen(kernel, monkeypatch, perturbed):
     left, right, start = matrix(37, 14, 1), matrix(37, 35, 2), torch.randn(14, 35)
     real = native.gemm
 
     def wrong(name, left, right, out):
-        if spoil == "overwritten":
+        if perturbed == "overwritten":
             out.zero_()
         real(name, left, right, out)
-        if spoil == "scale":
+        if perturbed == "scale":
             out.mul_(1 + 1e-4)
-        elif spoil == "one entry":
+        elif perturbed == "one entry":
             out[7, 3] += 1e-3
-        elif spoil == "rounded":
+        elif perturbed == "rounded":
             out.copy_(out.to(BF16))
 
     check_sum(left, right, start)
@@ -332,16 +332,16 @@ def test_gradients_without_a_kernel_of_the_extension(multiplies, block, monkeypa
 
 
 @with_kernels("dX")
-@pytest.mark.parametrize("spoil", ["scale", "one entry", "transposed"])
-def test_errors_of_rounded_results_are_seen(kernel, monkeypatch, spoil):
+@pytest.mark.parametrize("perturbed", ["scale", "one entry", "transposed"])
+def test_errors_of_rounded_results_are_seen(kernel, monkeypatch, perturbed):
     left, right = matrix(37, 37, 1), matrix(37, 37, 2)
     real = native.gemm
 
     def wrong(name, left, right, out):
-        real(name, left, right.t() if spoil == "transposed" else right, out)
-        if spoil == "scale":
+        real(name, left, right.t() if perturbed == "transposed" else right, out)
+        if perturbed == "scale":
             out.mul_(1.01)
-        elif spoil == "one entry":
+        elif perturbed == "one entry":
             out[7, 3] += 0.1
 
     check_rounded("dX", left, right)
@@ -406,22 +406,22 @@ def test_the_same_bits_for_any_number_of_threads(kernel):
 
 
 @needs_product
-@pytest.mark.parametrize("spoil", ["scale", "one entry", "last column", "rounded", "no bias"])
-def test_errors_are_seen(kernel, monkeypatch, spoil):
+@pytest.mark.parametrize("perturbed", ["scale", "one entry", "last column", "rounded", "no bias"])
+def test_errors_are_seen(kernel, monkeypatch, perturbed):
     """The check of this file's own check."""
     left, right, bias = matrix(14, 37, 1), matrix(35, 37, 2), torch.randn(35)
     check(left, right, bias)
     real = native.gemm
 
     def wrong(name, left, right, out, bias):
-        real(name, left, right, out, None if spoil == "no bias" else bias)
-        if spoil == "scale":
+        real(name, left, right, out, None if perturbed == "no bias" else bias)
+        if perturbed == "scale":
             out.mul_(1 + 1e-4)
-        elif spoil == "one entry":
+        elif perturbed == "one entry":
             out[7, 3] += 1e-3
-        elif spoil == "last column":
+        elif perturbed == "last column":
             out[:, -1] = 0
-        elif spoil == "rounded":
+        elif perturbed == "rounded":
             out.copy_(out.to(BF16))
 
     monkeypatch.setattr(native, "gemm", wrong)

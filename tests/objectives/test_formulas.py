@@ -167,6 +167,6 @@ def test_one_percent_is_seen(name):
     """In the value with the right slope, and in the slope with the right value."""
     options = options_of(name)
     check(name, options)
-    for spoil in (lambda loss: loss + 0.01 * loss.detach(), lambda loss: loss * SLIGHTLY - 0.01 * loss.detach()):
+    for perturb in (lambda loss: loss + 0.01 * loss.detach(), lambda loss: loss * SLIGHTLY - 0.01 * loss.detach()):
         with pytest.raises(AssertionError):
-            check(name, options, lambda *args, spoil=spoil: spoil(ours(*args)))
+            check(name, options, lambda *args, perturb=perturb: perturb(ours(*args)))

@@ -128,8 +128,8 @@ def test_dpo_learns_q(example):
         errors.append(compared["error"])
     assert errors == sorted(errors)
     learnt, true = found["advantage"]
-    spoilt = module.compare([1.01 * table for table in true], true, module.visits(mdp))
-    assert spoilt["error"] > 5e-3, "one percent would be seen"
+    perturbed = module.compare([1.01 * table for table in true], true, module.visits(mdp))
+    assert perturbed["error"] > 5e-3, "one percent would be seen"
 
 
 @pytest.mark.nightly

@@ -100,7 +100,7 @@ def rows_on_gpu(dtype: torch.dtype) -> None:
     check_rows(make_rows((3, 5), 67, dtype, f"cuda:{dist.get_rank()}", temperature=0.8), "auto", False, world())
 
 
-def spoiled_rows(changed: str) -> str:
+def perturbed_rows(changed: str) -> str:
     """The check of the check: one of the sums that travel is 1 % off, or one coefficient."""
     real, real_inputs = vocab_parallel.groups.all_reduce_, vocab_parallel.Shard.gradient_inputs
 

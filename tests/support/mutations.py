@@ -10,15 +10,15 @@ from qkernels.core.fields import BIT, field_index
 SLIGHTLY = 1.01
 
 
-def expect_failure(check, spoil) -> None:
-    """`check` passes, and raises AssertionError once `spoil` has been called."""
+def expect_failure(check, perturb) -> None:
+    """`check` passes, and raises AssertionError once `perturb` has been called."""
     check()
-    spoil()
+    perturb()
     with pytest.raises(AssertionError):
         check()
 
 
-def spoil_field(monkeypatch, backend, name: str, factor: float = SLIGHTLY):
+def perturb_field(monkeypatch, backend, name: str, factor: float = SLIGHTLY):
     """Make `row_stats` return one field scaled (0 and 1 exchanged for is_top1)."""
     real = backend.module.row_stats
 
