@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .core import checks
+
 _ENTRIES = 1 << 22  # of a block of resamples
 
 
@@ -50,10 +52,7 @@ def bootstrap(
         TypeError, ValueError: a number out of range.
     """
     for name, value in (("units", units), ("resamples", resamples)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}")
+        checks.integer(value, name, 1)
     _level(level)
     generator = torch.Generator().manual_seed(seed)
     values = []

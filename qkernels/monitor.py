@@ -267,14 +267,8 @@ class RewardMonitor:
         mismatch_tolerance: float = 1e-3,
     ):
         self.beta = checks.positive(beta, "beta")
-        for name, value in (("patience", patience), ("least_pairs", least_pairs)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if patience < 1:
-            raise ValueError(f"patience must be 1 or more, got {patience}")
-        if least_pairs < 4:
-            raise ValueError(f"least_pairs must be 4 or more, got {least_pairs}")
-        self.patience, self.least_pairs = patience, least_pairs
+        self.patience = checks.integer(patience, "patience", 1)
+        self.least_pairs = checks.integer(least_pairs, "least_pairs", 4)
         self.share_band = checks.positive(share_band, "share_band")
         self.least_fall = checks.positive(least_fall, "least_fall")
         self.least_margin = checks.positive(least_margin, "least_margin")

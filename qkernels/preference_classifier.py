@@ -171,10 +171,8 @@ class PreferenceClassifier:
                 if field not in text:
                     where = f" (of category {category!r})" if category else ""
                     raise ValueError(f"template must contain {field}{where}")
-        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int)):
-            raise TypeError(f"max_length must be an int or None, got {type(max_length).__name__}")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length must be 1 or more, got {max_length}")
+        if max_length is not None:
+            checks.integer(max_length, "max_length", 1)
         if batch_tokens is None:
             batch_tokens = default_batch_tokens(next(model.parameters()).device)
         if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:

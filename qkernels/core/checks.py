@@ -98,6 +98,15 @@ def positive(value: Any, name: str) -> float:
     return float(value)
 
 
+def integer(value: Any, name: str, least: int) -> int:
+    """An int of at least that."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+    return value
+
+
 def row_count(value: Any, name: str) -> int:
     """A number of rows, on the host: an int (or what can stand for one), 0 or more."""
     _on_the_host(value, name)

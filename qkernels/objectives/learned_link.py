@@ -73,12 +73,7 @@ class LearnedLink(ABC):
     """
 
     def __init__(self, memory: int, warm_up: int):
-        for name, value in (("memory", memory), ("warm_up", warm_up)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
-        self.memory, self.warm_up = memory, warm_up
+        self.memory, self.warm_up = checks.integer(memory, "memory", 1), checks.integer(warm_up, "warm_up", 1)
         self.seen = 0
         self.past = torch.empty(0, dtype=torch.float64)
         self._collected: list[Tensor] | None = None
@@ -201,10 +196,7 @@ class PSPO(LearnedLink):
         refit_on: str = "memory",
     ):
         super().__init__(memory, warm_up)
-        if isinstance(refit, bool) or not isinstance(refit, int):
-            raise TypeError(f"refit must be an int, got {type(refit).__name__}")
-        if refit < 1:
-            raise ValueError(f"refit must be 1 or more, got {refit}")
+        checks.integer(refit, "refit", 1)
         if not 0 <= logistic_share <= 1:
             raise ValueError(f"logistic_share must lie in [0, 1], got {logistic_share}")
         if not 0 < floor < 0.5:

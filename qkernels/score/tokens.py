@@ -149,11 +149,8 @@ class TokenScorer:
         self.beta = checks.positive(beta, "beta")
         if batch_tokens is None:
             batch_tokens = default_batch_tokens(next(model.parameters()).device)
-        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int):
-            raise TypeError(f"batch_tokens must be an int, got {type(batch_tokens).__name__}")
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be 1 or more, got {batch_tokens}")
-        self.batch_tokens, self.max_chunk_bytes, self.backend = batch_tokens, max_chunk_bytes, backend
+        self.batch_tokens = checks.integer(batch_tokens, "batch_tokens", 1)
+        self.max_chunk_bytes, self.backend = max_chunk_bytes, backend
         self.outputs = check_outputs(outputs, "cached" if cached else "none" if reference is None else "live")
         needed = {part for name in self.outputs for part in _FROM.get(name, (name,))}
         if "reference_logps" not in needed and not needed & set(_ONLY_LIVE) and (cached or reference is not None):
