@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.memory import free_memory
-from .fingerprint import Fingerprint, SequencesFingerprint, digest
+from .fingerprint import NOTHING, Fingerprint, SequencesFingerprint, digest
 
 # What the ranks of a group have agreed on before, by fingerprint of the call.
 _agreed: weakref.WeakKeyDictionary[Any, dict[int, list[Part]]] = weakref.WeakKeyDictionary()
@@ -258,11 +258,11 @@ class Ranks:
             known[call] = parts
         return parts
 
-    def sequence_shard(self, fingerprint: SequencesFingerprint) -> SequenceShard | None:
-        """Agree with the other ranks of `sp_group` on a loss; None without such a group."""
+    def sequence_shard(self, sequences: int, dtype: torch.dtype, options: Fingerprint | None) -> SequenceShard | None:
+        """Agree with the other ranks of `sp_group` on a loss; None without one. See `SequencesFingerprint`."""
         if "sp_group" not in self.groups:
             return None
-        self.agree("sp_group", fingerprint)
+        self.agree("sp_group", SequencesFingerprint(sequences=sequences, dtype=dtype, options=options or NOTHING))
         group = self.groups["sp_group"]
         return SequenceShard(group, dist.get_rank(group), dist.get_world_size(group))
 

@@ -86,7 +86,7 @@ class HeadInputs(NamedTuple):
         self,
         ranks: Ranks | None,
         request: HeadRequest,
-        options: Fingerprint = NOTHING,
+        options: Fingerprint | None = None,
         arguments: Mapping[str, Any] | None = None,
         plan: str | None = None,
     ) -> HeadInputs:
@@ -103,7 +103,7 @@ class HeadInputs(NamedTuple):
         if ranks is not None:
             fingerprint = HeadFingerprint(
                 call=request.function,
-                options=options,
+                options=options or NOTHING,
                 labels=labels,
                 arguments=arguments or {},
                 plan=plan,

@@ -13,7 +13,7 @@ from ..autograd.saved import by_name
 from ..core import checks
 from ..core.fields import stats_dtype
 from ..core.sequences import Sequences
-from ..distributed.fingerprint import NOTHING, Fingerprint, SequencesFingerprint
+from ..distributed.fingerprint import Fingerprint
 from ..distributed.groups import Ranks, SequenceShard
 from ..head import chunks
 from ..head import plan as head_plan
@@ -111,7 +111,7 @@ class HiddenLossRequest(NamedTuple):
             host_checked = self._check_valid_rows(checked)
             shard = None
             if ranks is not None:
-                shard = ranks.sequence_shard(checked.fingerprint())
+                shard = ranks.sequence_shard(checked.tensors.sequences, checked.inputs.dtype, checked.options)
         return self._plan(self._count(checked, shard, host_checked))
 
     def _validate(self, model: HeadRequest, ranks: Ranks | None) -> _Checked:
@@ -121,7 +121,8 @@ class HiddenLossRequest(NamedTuple):
         loss = request.loss()
         given = None if self.valid_rows is None else checks.row_counts(self.valid_rows, "valid_rows")
         inputs, has_model = model.validate(), model.reference_hidden is not None
-        options, arguments = NOTHING, {}
+        options: Fingerprint | None = None
+        arguments: dict[str, Any] = {}
         if ranks is not None:
             options = loss.fingerprint(self.cu_seqlens is not None, has_model)
             arguments = {**request.shared_tensors(), **valid_rows.as_equal(given, ranks)}
@@ -198,11 +199,7 @@ class _Checked(NamedTuple):
     loss: Loss
     tensors: LossInputs
     given: list[int] | None
-    options: Fingerprint  # what ranks that share the loss must have alike
-
-    def fingerprint(self) -> SequencesFingerprint:
-        """What ranks that share the sequences must have alike."""
-        return SequencesFingerprint(sequences=self.tensors.sequences, dtype=self.inputs.dtype, options=self.options)
+    options: Fingerprint | None  # what ranks that share the loss must have alike; None without ranks
 
     def labels(self) -> Tensor:
         """`[2B, T]`, or `[1, N]` of a packed batch; contiguous."""

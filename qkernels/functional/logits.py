@@ -12,7 +12,7 @@ from ..autograd.logits import DefaultLoss, PairTerms
 from ..core import checks
 from ..core.compile import eager_with_groups
 from ..core.fields import BIT, DIFFERENTIABLE, SOFTMAX, field_index, stats_dtype
-from ..distributed.fingerprint import NOTHING, SequencesFingerprint
+from ..distributed.fingerprint import Fingerprint
 from ..objectives import LossType
 from . import preference
 from .preference import Batch, LossRequest
@@ -172,7 +172,7 @@ def token_stats(
     ).local()
     with request.ranks() as ranks:
         wanted = Outputs.of(outputs, "reference_logits", reference_logits is not None)
-        rows = request.validate().agree(ranks, request.function, wanted.fingerprint())
+        rows = request.validate().agree(ranks, request.function, None if ranks is None else wanted.fingerprint())
     differentiable = tuple(name for name in DIFFERENTIABLE if name in wanted.names)
     return TokenStats.of(rows.stats(wanted.fields, differentiable), wanted.names, rows.shape)
 
@@ -272,7 +272,7 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
         wanted.check_shape(request.logits, "V")
         loss = wanted.loss()
         rows = request.validate()
-        options = NOTHING
+        options: Fingerprint | None = None
         if ranks is not None:
             options = loss.fingerprint(wanted.cu_seqlens is not None, has_model)
             rows = rows.agree(ranks, request.function, options, wanted.shared_tensors())
@@ -280,8 +280,7 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
         inputs = wanted.inputs(loss, request.labels, has_model, dtype, rows.ignore_index)
         shard = None
         if ranks is not None:
-            sequences = SequencesFingerprint(sequences=inputs.sequences, dtype=dtype, options=options)
-            shard = ranks.sequence_shard(sequences)
+            shard = ranks.sequence_shard(inputs.sequences, dtype, options)
     fused = loss.is_fused and ranks is None
     if fused and inputs.weights is None and loss.spec.ld_alpha is None:
         terms = PairTerms(inputs.reference.given, None, inputs.cu_seqlens, loss.beta, loss.spec.label_smoothing)

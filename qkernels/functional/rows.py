@@ -40,7 +40,11 @@ class Rows(NamedTuple):
     shard: Shard | None = None
 
     def agree(
-        self, ranks: Ranks | None, call: str, options: Fingerprint = NOTHING, arguments: Mapping[str, Any] | None = None
+        self,
+        ranks: Ranks | None,
+        call: str,
+        options: Fingerprint | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> Rows:
         """The same rows with their shard, once the ranks of `tp_group` have found that they make the same call.
 
@@ -55,7 +59,7 @@ class Rows(NamedTuple):
         vocab, labels = self.logits.shape[-1], self.labels.view(self.shape)
         fingerprint = RowsFingerprint(
             call=call,
-            options=options,
+            options=options or NOTHING,
             labels=labels,
             arguments=arguments or {},
             dtype=stats_dtype(self.logits.dtype),

@@ -18,7 +18,7 @@ from ..autograd.head import Known, KnownGradient
 from ..core import checks
 from ..core.fields import BIT, bits, field_names, stats_dtype
 from ..core.sequences import Sequences
-from ..distributed.fingerprint import NOTHING, Fingerprint, SequencesFingerprint
+from ..distributed.fingerprint import Fingerprint
 from ..distributed.groups import Ranks, SequenceShard
 from ..head import chunks
 from ..head import plan as head_plan
@@ -182,11 +182,7 @@ def _shard(ranks: Ranks | None, batch: Batch, arguments: LossArguments[Any]) -> 
     """Which part of every sequence this rank has, once the ranks of `sp_group` agree on the loss; None without one."""
     if ranks is None:
         return None
-    return ranks.sequence_shard(
-        SequencesFingerprint(
-            sequences=batch.sequences.number, dtype=batch.weights.dtype, options=arguments.fingerprint()
-        )
-    )
+    return ranks.sequence_shard(batch.sequences.number, batch.weights.dtype, arguments.fingerprint())
 
 
 def _spread(
@@ -258,7 +254,8 @@ class HiddenUnits(NamedTuple):
             given = None if options.valid_rows is None else checks.row_counts(options.valid_rows, "valid_rows")
             inputs = model._replace(temperature=temperature).validate()
             has_model = inputs.reference is not None
-            tensors, facts = {}, NOTHING
+            facts: Fingerprint | None = None
+            tensors: dict[str, Any] = {}
             if ranks is not None:
                 own = {"cu_seqlens": options.cu_seqlens, **valid_rows.as_equal(given, ranks)}
                 tensors, facts = {**arguments.tensors(), "temperature": temperatures, **own}, arguments.fingerprint()
