@@ -66,6 +66,9 @@ def assert_same(compiled, eager, batch: HeadBatch, trains: str, unit: float = 1e
         assert_within(actual, expected.double(), rounding * largest, "compiled")
 
 
+# A compilation takes seconds: by day one of each way through the passes, at night every option.
+@pytest.mark.nightly_except(options=("default", "smoothed", "softcap"))
+@pytest.mark.nightly_cases(options=("default",), trains=("h", "w"))
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize(
     "options, trains",
@@ -80,6 +83,7 @@ def test_compiled_losses(backend, dtype, options, trains):
     assert_same(compiled, run, batch.pack() if options == "smoothed" else batch, trains)
 
 
+@pytest.mark.nightly_except(trains=("hwb",))
 @pytest.mark.dtypes(torch.bfloat16)
 @pytest.mark.parametrize("trains", ["h", "hwb"])
 def test_compiled_stats(backend, dtype, trains):
@@ -98,6 +102,7 @@ def test_compiled_stats(backend, dtype, trains):
     assert_same(torch.compile(run, backend="aot_eager", fullgraph=True), run, batch, trains)
 
 
+@pytest.mark.nightly  # test_ops.py has a step on inductor
 @pytest.mark.skipif(not HAS_COMPILER, reason="a C++ compiler, which inductor needs, is missing")
 @pytest.mark.dtypes(torch.bfloat16)
 def test_compiled_with_inductor(backend, dtype):
@@ -113,8 +118,10 @@ def test_compiled_with_inductor(backend, dtype):
     assert_same(compiled, run, batch, "hwb", unit=2e-2)  # inductor keeps fp32 between layer and norm
 
 
+@pytest.mark.nightly_except(trains=("hwb",))
 @pytest.mark.dtypes(torch.float32)
-def test_compiled_under_autocast(backend, dtype):
+@pytest.mark.parametrize("trains", ["h", "hwb"])
+def test_compiled_under_autocast(backend, dtype, trains):
     torch._dynamo.reset()
     batch = make_head_batch(2, 5, 8, 20, dtype, backend.device)
     loss = loss_function(backend)
@@ -123,11 +130,11 @@ def test_compiled_under_autocast(backend, dtype):
         with torch.autocast(backend.device.type, torch.bfloat16):
             return loss(*args)
 
-    for trains in ("h", "hwb"):
-        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-        assert_same(compiled, run, batch, trains, unit=2.0**-6)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert_same(compiled, run, batch, trains, unit=2.0**-6)
 
 
+@pytest.mark.nightly_except(packed=(False,))
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("packed, trains", [(False, "hw"), (True, "h")])
 def test_one_compilation_serves_all_lengths(backend, dtype, packed, trains):
@@ -144,6 +151,7 @@ def test_one_compilation_serves_all_lengths(backend, dtype, packed, trains):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.nightly  # of the paths from logits it is tested by day
 @pytest.mark.dtypes(torch.float32)
 def test_the_default_mode_generalises_at_the_second_length(backend, dtype):
     """Without dynamic=True torch compiles once more at the second length; never again."""
@@ -165,6 +173,7 @@ def test_a_compiled_call_cuts_chunks_too(backend, dtype):
     assert_same(torch.compile(run, backend="aot_eager", fullgraph=True), run, batch, "hwb")
 
 
+@pytest.mark.nightly_except(where=("inside",))
 @pytest.mark.parametrize("where", ["before", "inside"])
 def test_a_graph_break_changes_nothing(backend, where):
     """Without fullgraph, Dynamo runs what it cannot trace and compiles the pieces around it one by one."""

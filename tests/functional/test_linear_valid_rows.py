@@ -512,6 +512,7 @@ def test_one_compilation_serves_all_numbers(monkeypatch):
     assert not counters["graph_break"]
 
 
+@pytest.mark.nightly
 def test_the_default_mode_compiles_twice_where_all_numbers_change():
     torch._dynamo.reset()
     batch = small()
@@ -524,6 +525,7 @@ def test_the_default_mode_compiles_twice_where_all_numbers_change():
         assert loss.isfinite()
 
 
+@pytest.mark.nightly_except(trains=("hw",))
 @pytest.mark.parametrize("trains", ["h", "hw"])
 def test_compiled_calls_answer_wrong_numbers_with_nan(trains):
     torch._dynamo.reset()

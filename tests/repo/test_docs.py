@@ -48,7 +48,7 @@ def test_snippet_of_the_integrations(number, setup, tmp_path, monkeypatch):
             pytest.importorskip(name, reason=f"{name} is not installed")
     monkeypatch.chdir(tmp_path)
     if "torch.compile" in SNIPPETS[number]:  # inductor takes half a minute; test_ops and test_linear_compile run it
-        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     run(SNIPPETS[number], f"docs/integrations.md, snippet {number + 1}", setup)
 
 
