@@ -16,6 +16,8 @@ from processes import Ranks
 from qkernels.core.fields import COMBINED
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float64)
+# What four ranks do otherwise than two does not depend on the dtype.
+four_in_fp32 = pytest.mark.nightly_cases(ranks=(4,), dtype=(torch.bfloat16, torch.float64))
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,7 @@ def short(dtype: torch.dtype) -> str:
 # --- the vocabulary, from logits -------------------------------------------------------------------------------------
 
 
+@four_in_fp32
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
 @pytest.mark.parametrize("vocab", [13, 67])
 def test_rows_of_logits(ranks, dtype, vocab):
@@ -96,6 +99,8 @@ def test_losses_from_logits(two, loss):
 # --- the vocabulary, from hidden states ------------------------------------------------------------------------------
 
 
+@four_in_fp32
+@pytest.mark.nightly_cases(chunks=(False,), dtype=(torch.bfloat16, torch.float64))
 @pytest.mark.parametrize("plan", ["frozen_head", "pair_chunks", "recompute"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
 @pytest.mark.parametrize("chunks", [False, True], ids=["one chunk", "chunks"])
@@ -114,6 +119,8 @@ def test_losses_from_hidden_without_a_live_reference(two):
     two.run(checks.losses_from_hidden, torch.float32, "recompute", {}, loss, False, False)
 
 
+@four_in_fp32
+@pytest.mark.nightly_cases(chunks=(False,), dtype=(torch.bfloat16, torch.float64))
 @pytest.mark.parametrize("dtype", FLOATS, ids=short)
 @pytest.mark.parametrize("chunks", [False, True], ids=["one chunk", "chunks"])
 def test_stats_from_hidden(ranks, dtype, chunks):
@@ -143,6 +150,7 @@ def test_dtensors_that_cannot_be_used(four):
 # --- positions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly_cases(ranks=(4,), loss=LOSSES[1:-1])
 @pytest.mark.parametrize("loss", LOSSES, ids=named)
 def test_losses_of_positions(ranks, loss):
     ranks.run(checks.losses_of_positions, *loss)
