@@ -239,6 +239,11 @@ def compare(actual: dict[str, Any], expected: dict[str, Any], layout: str, bits:
 CASES = [(function, argument) for function, names in ARGUMENTS.items() for argument in names]
 
 
+# Strides are torch's affair in the torch backend; what runs no backend runs once, by this name.
+KERNELS = tuple(name for name in FUNCTIONS if not name.startswith("plan_linear") and name != "shift_labels")
+
+
+@pytest.mark.nightly_cases(backend=("torch",), function=KERNELS)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("function, argument", CASES)
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)
