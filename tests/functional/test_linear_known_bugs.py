@@ -46,6 +46,7 @@ def test_columns_past_the_vocabulary_do_not_count(backend, dtype, vocab):
     check_linear_stats(backend, batch, oracle.STATS)
 
 
+@pytest.mark.nightly_cases(backend=("torch",), plan=("pair_chunks", "recompute"))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("upstream", [0.0, 0.37, -2.5, 1024.0])
@@ -170,6 +171,12 @@ def test_work_is_proportional_to_the_rows_that_count(backend, dtype):
     assert flops == [3 * 2 * 80 * 16 * 30, 3 * 2 * 40 * 16 * 30, 3 * 2 * 4 * 16 * 30]
 
 
+# One that is fused, one that reads divergences, two that couple pairs or count tokens: with every backend and dtype.
+OTHERS = tuple(objectives.OBJECTIVES.keys() - {"sigmoid", "tdpo2", "rspo", "sigmoid_norm"})
+
+
+@pytest.mark.nightly_cases(loss_type=OTHERS, backend=("torch",))
+@pytest.mark.nightly_cases(loss_type=OTHERS, dtype=(torch.bfloat16,))
 @pytest.mark.dtypes(*PLAIN)
 @pytest.mark.parametrize("loss_type", sorted(set(objectives.OBJECTIVES) - {"exo_pair"}))
 def test_a_sequence_or_a_batch_without_valid_tokens(backend, dtype, loss_type):
@@ -252,6 +259,7 @@ def test_every_option_changes_the_result(backend):
     assert loss(max_chunk_bytes=bytes_for(5, batch, "", None)) == pytest.approx(base["sigmoid"], rel=1e-5)
 
 
+@pytest.mark.nightly_cases(backend=("torch",), plan=("pair_chunks", "recompute"))
 @pytest.mark.parametrize("logit_scale", [1.0, 0.25])
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 @pytest.mark.parametrize("plan", PLANS)
@@ -311,6 +319,7 @@ def test_a_frozen_part_gets_no_gradient(backend):
         assert (models["hidden"].grad is None) == (who == "w") and (models["weight"].grad is None) == (who == "h")
 
 
+@pytest.mark.nightly_cases(backend=("torch",), plan=("pair_chunks", "recompute"))
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("plan", PLANS)
 def test_with_equal_models_the_loss_is_ln_2_and_every_reward_is_exactly_zero(backend, dtype, plan, packed):
@@ -384,6 +393,8 @@ def test_cached_reference_logps_equal_live_ones(backend, dtype):
             assert all(torch.equal(cache, live.reference_token_logps) for cache in caches.values())
 
 
+@pytest.mark.nightly_cases(backend=("torch",), plan=("pair_chunks", "recompute"))
+@pytest.mark.nightly_cases(dtype=(torch.float16,), plan=("pair_chunks", "recompute"))
 @pytest.mark.parametrize("loss_type", ["sigmoid", "tdpo1"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_bias_enters_values_and_gradients(backend, dtype, plan, loss_type):
