@@ -69,6 +69,7 @@ def run_judge(options: JudgeOptions, stream: TextIO | None = None) -> dict[str, 
             folder = Folder(options.out, lock)
             folder.refuse(options.resume, options.overwrite)
             _spare_inputs(options)
+            _check_models(options)
             scorer = None if options.scorer is None else Scorer(options.scorer)
             prompts, files = _prompts(options, progress)
             folder.open(_settings(options), options.resume, options.overwrite)
@@ -116,6 +117,22 @@ def _require_packages(options: JudgeOptions) -> None:
         raise JudgeError(f"judging needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
+def _check_models(options: JudgeOptions) -> None:
+    """What can be known of the models before one of them answers for hours, and before the folder is there."""
+    named = [(f"--{side}", getattr(options, side)) for side in ANSWERS if is_model(getattr(options, side))]
+    for option, name in [*named, ("--judge", options.judge)]:
+        models.refuse_absent(option, name)
+        if name is not None:
+            _tokenizer_folder(option, name)
+
+
+def _tokenizer_folder(option: str, name: str) -> str:
+    place = models.tokenizer_folder(name, needed=False)
+    if place is None:
+        raise JudgeError(f"{option} {name}: the folder has no tokenizer; save it there with tokenizer.save_pretrained")
+    return place
+
+
 def is_model(name: str) -> bool:
     """Whether a side is a model, not a file (or a folder of files) of answers."""
     path = Path(name)
@@ -134,7 +151,14 @@ def _prompts(
         if not is_model(name):
             if not Path(name).exists():
                 raise JudgeError(f"--{side} {name}: no such file or folder")
-            files[side] = read_answers(Path(name))
+            try:
+                files[side] = read_answers(Path(name))
+            except DataError as error:
+                if not Path(name).is_dir():
+                    raise
+                raise JudgeError(
+                    f"--{side} {name}: no model (the folder has no config.json), and no answers ({error})"
+                ) from None
     if options.prompts is not None:
         prompts, again = read_prompts(options.prompts)
         if again:
@@ -190,10 +214,7 @@ def _template(options: JudgeOptions) -> str:
 
 def _load(options: JudgeOptions, option: str, name: str) -> tuple[Any, Any]:
     """A model and its tokenizer."""
-    models.refuse_absent(option, name)
-    place = models.tokenizer_folder(name, needed=False)
-    if place is None:
-        raise JudgeError(f"{option} {name}: the folder has no tokenizer; save it there with tokenizer.save_pretrained")
+    place = _tokenizer_folder(option, name)
     with quiet_transformers():
         tokenizer = models.load_tokenizer(option, place, options.trust_remote_code)
         return models.load_model(option, name, options, models.device_of(options.device)), tokenizer

@@ -210,7 +210,7 @@ def _text(path: Path, name: str, file: BinaryIO) -> Iterator[Row]:
     first = _first_lines(file)
     file.seek(0)
     if not first:
-        raise DataError(f"{path}: the file is empty; expected preference pairs as a JSON array or as JSON lines")
+        raise DataError(f"{path}: the file is empty; expected records, as a JSON array or as JSON lines")
     is_lines = name.endswith((".jsonl", ".ndjson"))
     if not is_lines and first[0].startswith(b"{"):
         # One object a line under the name .json is common.

@@ -22,6 +22,7 @@ from .options import ScoreError, ScoreOptions
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
 _ADAPTER = "adapter_config.json"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
 _TRAINING_ARGUMENTS, _LARGEST_ARGUMENTS = "training_args.bin", 1 << 20
 _BLOCK, _BLOCKS = 4096, 16
 
@@ -119,11 +120,50 @@ def load(options: ScoreOptions, tokenizers: Tokenizers) -> Loaded:
 
 
 def refuse_absent(option: str, name: str | None) -> None:
-    """A mistyped path must not be looked for on the hub, whose names are "owner/model"."""
-    if name is None or Path(name).exists():
+    """A mistyped path must not be looked for on the hub, whose names are "owner/model"; nor a folder without weights
+    found out when hours of work are done."""
+    if name is None:
         return
-    if not is_hub_name(name):
-        raise ScoreError(f"{option} {name}: no such folder (a model of the Hugging Face Hub is named OWNER/MODEL)")
+    folder = Path(name)
+    if not folder.exists():
+        if not is_hub_name(name):
+            raise ScoreError(f"{option} {name}: no such folder (a model of the Hugging Face Hub is named OWNER/MODEL)")
+    elif folder.is_dir():
+        if is_adapter(name):
+            read_json(folder / _ADAPTER, "save the adapter again")
+        if problem := weights_problem(folder):
+            raise ScoreError(f"{option} {name}: {problem}")
+
+
+def weights_problem(folder: Path, others: str = "") -> str | None:
+    """What is wrong with the weights in a model's folder, from the names of its files and their headers alone.
+
+    Args:
+        folder: of a model or a PEFT adapter.
+        others: what else could hold weights, for the message, such as " or a GGUF file".
+
+    Returns:
+        In words: there are none, some are missing, a file is not whole. None if nothing is.
+    """
+    import safetensors
+
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5])
+        what = f"the folder has no weights (model.safetensors, pytorch_model.bin{others})"
+        return f"{what}, only {held}" if held else f"{what}; it is empty"
+    for index in folder.glob("*.safetensors.index.json"):
+        named = read_json(index, "save the model again").get("weight_map")
+        files = set(named.values()) if isinstance(named, dict) else set()
+        missing = sorted(str(file) for file in files if not (folder / str(file)).is_file())
+        if missing:
+            return f"{index.name} names weights that the folder lacks: {', '.join(missing[:5])}"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, "pt"):
+                pass
+        except Exception as error:  # SafetensorError, or OSError
+            return f"{file.name} cannot be loaded ({first_line(error)}); copy or download it again"
+    return None
 
 
 def device_of(name: str) -> torch.device:

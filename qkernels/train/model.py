@@ -7,14 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from ..score.models import is_adapter
+from ..score.models import is_adapter, weights_problem
 from ..text.characters import first_line
 from ..text.hub import is_hub_name
 from ..text.lengths import position_limit
 from .folder import BASE
 from .options import TrainError
-
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
 class Start(NamedTuple):
@@ -50,18 +48,14 @@ def check_folder(name: str) -> Path | None:
             f"--model {name}: a PEFT adapter, whose reference would be the adapter itself; merge it into its base"
             " first (peft: model.merge_and_unload().save_pretrained(DIR)), and train that"
         )
-    has_weights = any(any(path.glob(pattern)) for pattern in _WEIGHTS)
     gguf = sorted(path.glob("*.gguf"))
-    if has_weights:
+    problem = weights_problem(path, " or a GGUF file")
+    if problem is None:
         if not (path / "config.json").is_file():
             raise TrainError(f"--model {name}: the folder has weights and no config.json")
         return None
     if not gguf:
-        held = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        raise TrainError(
-            f"--model {name}: the folder has no weights (model.safetensors, pytorch_model.bin or a GGUF file), only"
-            f" {held}"
-        )
+        raise TrainError(f"--model {name}: {problem}")
     if len(gguf) > 1:
         raise TrainError(
             f"--model {name}: expected one GGUF file, found {', '.join(file.name for file in gguf[:5])}; put the one"

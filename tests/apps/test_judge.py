@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -316,6 +317,24 @@ def test_bad_options_are_refused(sides: Path, monkeypatch, more: list[str], mess
     monkeypatch.chdir(sides)
     status, _, err = judge(*usual(sides, *more))
     assert status == 2 and message in err and "\x1b" not in err, err
+
+
+def test_models_that_cannot_answer_or_judge_are_told_before_one_has_answered(sides: Path, folders: Path):  # noqa: F811
+    """And before the folder is there: the same command, mended, is no second run."""
+    scorer = ["--scorer", f"{sides}/scorers.py:numbers"]
+    (sides / "bare").mkdir()
+    (sides / "empty").mkdir()
+    shutil.copy(folders / "policy/config.json", sides / "bare")
+    prompts = write(sides / "prompts.jsonl", [{"prompt": "Count."}])
+    for more, message in (
+        (["--a", sides / "bare", "--prompts", prompts, *scorer], f"--a {sides / 'bare'}: the folder has no weights"),
+        (["--a", sides / "empty", "--prompts", prompts, *scorer], f"--a {sides / 'empty'}: no model"),
+        (["--a", folders / "policy", "--prompts", prompts, "--judge", sides / "bare"], "the folder has no weights"),
+        (["--judge", sides / "empty"], f"--judge {sides / 'empty'}: the folder has no weights"),
+    ):
+        status, _, err = judge(*usual(sides, *more))
+        assert status == 2 and message in err and "answers to generate" not in err, err
+        assert not (sides / "out").exists()
 
 
 def test_answers_that_do_not_match_are_told(sides: Path):

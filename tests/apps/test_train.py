@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -307,12 +308,23 @@ def test_models_that_cannot_be_trained_are_refused(given: Path, tmp_path: Path) 
     empty, adapter, ggufs = tmp_path / "empty", tmp_path / "adapter", tmp_path / "ggufs"
     for path in (empty, adapter, ggufs):
         path.mkdir()
+    (tmp_path / "bare").mkdir()
+    cut = tmp_path / "cut"  # as an interrupted download leaves it
+    shutil.copytree(given / "model", cut)
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    parts = tmp_path / "parts"
+    shutil.copytree(given / "model", parts)
+    (parts / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-2.safetensors"}}')
     (empty / "config.json").write_text("{}")
     (adapter / "adapter_config.json").write_text("{}")
     for name in "ab":
         (ggufs / f"{name}.gguf").write_bytes(b"GGUF")
     for model, message in (
         (empty, "the folder has no weights (model.safetensors, pytorch_model.bin or a GGUF file), only config.json"),
+        (tmp_path / "bare", "no weights (model.safetensors, pytorch_model.bin or a GGUF file); it is empty"),
+        (cut, "model.safetensors cannot be loaded ("),
+        (parts, "names weights that the folder lacks: model-2.safetensors"),
         (adapter, "a PEFT adapter, whose reference would be the adapter itself; merge it into its base"),
         (ggufs, "expected one GGUF file, found a.gguf, b.gguf"),
         (tmp_path / "absent", "no such folder"),
@@ -334,8 +346,6 @@ def test_a_gguf_file_needs_its_package(given: Path, tmp_path: Path, monkeypatch)
 
 def test_a_gguf_file_becomes_a_folder_with_the_same_weights(given: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
-    import shutil
-
     from transformers import AutoModelForCausalLM
 
     from qkernels.train.model import check_folder, from_gguf
