@@ -245,6 +245,7 @@ def test_evaluation_needs_no_graph():
         compute_token_logps(model, hf_models.batch())
 
 
+@pytest.mark.nightly  # a snippet of docs/integrations.md compiles one, too
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_model():
     model, counters = hf_models.model(num_hidden_layers=1), torch._dynamo.utils.counters

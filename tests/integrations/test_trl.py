@@ -140,7 +140,7 @@ SMOOTHED = ("exo_pair", "robust", "aot", "aot_unpaired")
 
 
 # Each formula is held against the oracle in test_formulas.py; here, by kind: how the trainers call it.
-@pytest.mark.nightly_except(loss=("sigmoid", "bco_pair", "sppo_hard", "aot", "discopop", "sft", "sigmoid_norm"))
+@pytest.mark.nightly_except(loss=("sigmoid", "bco_pair", "aot", "discopop", "sft"))
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_of_trl(loss, tmp_path):
     options = {"loss_type": loss, "label_smoothing": 0.1 if loss in SMOOTHED else 0.0, "beta": 0.2}
