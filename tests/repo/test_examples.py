@@ -99,6 +99,7 @@ def test_the_checker_knows_right_from_wrong(example):
                     assert judge(country, form.format(country=country, value=wrong)) == (0, 0, 1)
 
 
+@pytest.mark.nightly
 def test_decline(example, tmp_path, capsys):
     results = run(example("decline"), tmp_path, capsys)
     worst = results["largest_difference_eq_16"]
