@@ -476,8 +476,8 @@ def _public_functions(backend):
     }
 
 
-# The other two are parts of linear_token_stats, and compiled for one length above and in test_linear_compile.py.
-@pytest.mark.nightly_except(name=("shift_labels", "token_mdp", "linear_token_stats"))
+# The others are compiled for one length above and in test_linear_compile.py.
+@pytest.mark.nightly_except(name=("shift_labels", "linear_token_stats"))
 @pytest.mark.not_backends("torch")
 @pytest.mark.dtypes(torch.float32)
 @pytest.mark.parametrize("name", ["shift_labels", "token_stats", "token_mdp", "linear_token_logps",

@@ -544,6 +544,7 @@ def test_compiled_calls_answer_wrong_numbers_with_nan(trains):
             assert models["hidden"].grad.isfinite().all() == right
 
 
+@pytest.mark.nightly
 def test_compiled_per_token_functions_take_the_number():
     torch._dynamo.reset()
     batch = small()

@@ -20,7 +20,7 @@ from qkernels import backends
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TRAINED = ("gradient of hidden", "gradient of weight", "gradient of bias")
-TRITON_CASES = 20  # for 200 on the CPU: the interpreter takes 50 ms for each row
+TRITON_CASES = 10  # for 200 on the CPU: the interpreter takes 50 ms for each row
 
 
 def _explain(failures: list[engine.Failure], backend: str) -> str:

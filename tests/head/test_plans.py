@@ -206,6 +206,9 @@ def test_planning_runs_nothing(backend, monkeypatch):
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
+# The plan knows the dtype by its size, and of the backend whether it has products of its own.
+@pytest.mark.nightly_except(share=(0.0, 0.9), dtype=(torch.float32, torch.bfloat16))
+@pytest.mark.nightly_cases(backend=("torch",), share=(0.0,))
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize(
     "trains, options, products, reference",
@@ -350,6 +353,7 @@ WAYS = {
 }
 
 
+@pytest.mark.nightly_except(dtype=(torch.float32, torch.bfloat16))
 @pytest.mark.only_backends("cpu")
 @pytest.mark.dtypes(torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("way", WAYS)

@@ -203,6 +203,7 @@ def test_divergence_is_infinite_where_the_other_model_forbids_a_token(splits):
 
 
 @pytest.mark.nightly_except(broken=("nan", "all -inf"))
+@pytest.mark.nightly_cases(broken=("nan",), splits=(3,))
 @pytest.mark.parametrize("broken", ["nan", "nan label", "all -inf", "+inf", "+inf label"])
 def test_a_broken_row_is_nan_alone(splits, broken):
     rows = rows_of(1300, FLOAT)
