@@ -244,7 +244,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         difference = (old.detach() - part.rows(self.sampling)).nan_to_num(nan=0.0)
         if mode.startswith("sequence"):
             sequences = part.batch.sequences
-            difference = sequences.to_tokens(sequences.sums(torch.where(part.batch.used, difference, 0.0)))
+            difference = sequences.to_tokens(sequences.sums(torch.where(part.batch.valid, difference, 0.0)))
         ratio = finite_exp(torch.exp, difference)
         low, high = self.options.limits
         if mode.endswith("truncate"):
@@ -256,7 +256,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
 
     def scores(self, stats: Mapping[str, Tensor], part: Part) -> PolicyScores:
         """What the objective sees of a part."""
-        options, used = self.options, part.batch.used
+        options, valid = self.options, part.batch.valid
         logps = FiniteGradient.apply(stats["logps"])
         old = logps.detach() if self.old is None else part.rows(self.old)
         reference = stats.get("reference_logps")
@@ -275,7 +275,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
             sampling_logps=None if self.sampling is None else part.rows(self.sampling),
             entropy=stats["entropy"].detach() if "entropy" in stats else None,
             importance=importance,
-            valid=used,
+            valid=valid,
             sequences=sequences,
         )
         if options.level == "token":
@@ -304,7 +304,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
 
     def _check(self, losses: Any, scores: PolicyScores) -> None:
         """A user's function has to return one loss per token, and to keep the unit that it declares."""
-        objective, used = self.options.objective, scores.valid
+        objective, valid = self.options.objective, scores.valid
         if objective.name:
             return
         function = objective.function
@@ -314,11 +314,11 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
             raise ValueError(
                 f"loss_type {name} must return one loss per token, shape {tuple(scores.logps.shape)}; got {got}"
             )
-        if objective.unit == "batch" or used is None or not checks.readable(losses):
+        if objective.unit == "batch" or valid is None or not checks.readable(losses):
             return
         if objective.unit == "token":
-            tokens = _each(scores, lambda value: value[used])
-            check_once(function, "token", lambda s: function(s, **objective.options), tokens, losses[used])
+            tokens = _each(scores, lambda value: value[valid])
+            check_once(function, "token", lambda s: function(s, **objective.options), tokens, losses[valid])
             return
         dense = _as_dense(scores)
         check_once(function, "sequence", _of_sequences(function, objective.options), dense,
@@ -326,9 +326,9 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
 
     def wanted(self, stats: Mapping[str, Tensor]) -> Tensor:
         """bool, the valid tokens of the highest entropy."""
-        used, entropy = self.batch.used, stats["entropy"].detach()
-        threshold = entropy[used].float().quantile(1 - self.options.entropy_quantile) if bool(used.any()) else 0.0
-        return used & (entropy >= threshold)
+        valid, entropy = self.batch.valid, stats["entropy"].detach()
+        threshold = entropy[valid].float().quantile(1 - self.options.entropy_quantile) if bool(valid.any()) else 0.0
+        return valid & (entropy >= threshold)
 
     def everywhere(self, value: Tensor) -> Tensor:
         """The sum over the ranks of `sp_group`; the value itself without."""
@@ -342,8 +342,8 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
 
     def _bonus(self, stats: Mapping[str, Tensor], part: Part) -> Tensor:
         """The entropy bonus: its factor times the mean entropy of the tokens that the loss is taken over, fp64."""
-        wanted = part.rows(self.batch.used) if self.options.entropy_quantile >= 1 else self.wanted(stats)
-        number = (self.batch.used if self.options.entropy_quantile >= 1 else wanted).sum()
+        wanted = part.rows(self.batch.valid) if self.options.entropy_quantile >= 1 else self.wanted(stats)
+        number = (self.batch.valid if self.options.entropy_quantile >= 1 else wanted).sum()
         number = self.everywhere(number).clamp_min(1)
         summed = self.everywhere(torch.where(wanted, stats["entropy"].double(), 0.0).sum())
         return self.options.entropy_coef * summed / number
@@ -361,8 +361,8 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
             loss = (total - self._bonus(stats, part) if options.entropy_coef else total).to(dtype)
         with torch.no_grad():
             scores = replace(scores, logps=scores.logps.detach(), log_ratios=scores.log_ratios.detach())
-            token_kl = None if scores.reference_logps is None else torch.where(self.batch.used, k3(scores), 0.0)
-            ratios = torch.where(self.batch.used, scores.ratios, 0.0)
+            token_kl = None if scores.reference_logps is None else torch.where(self.batch.valid, k3(scores), 0.0)
+            ratios = torch.where(self.batch.valid, scores.ratios, 0.0)
             idle = None if known["idle_rows"] is None else self.everywhere(known["idle_rows"])
             metrics = self._metrics(scores, token_kl, policy_loss, idle)
         return PolicyOutput(
@@ -377,11 +377,11 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
     def _metrics(
         self, scores: PolicyScores, token_kl: Tensor | None, policy_loss: Tensor, idle: Tensor | None
     ) -> PolicyMetrics:
-        used, ratios = self.batch.used, scores.ratios
-        number = self.everywhere(used.sum()).clamp_min(1)
+        valid, ratios = self.batch.valid, scores.ratios
+        number = self.everywhere(valid.sum()).clamp_min(1)
 
         def mean(values: Tensor) -> Tensor:
-            summed = self.everywhere(torch.where(used, values.double(), 0.0).sum())
+            summed = self.everywhere(torch.where(valid, values.double(), 0.0).sum())
             return (summed / number).to(policy_loss.dtype)
 
         lowest, highest = self._range(ratios)
@@ -395,7 +395,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
             ratio_max=highest,
             clip_low=None if low is None else mean(low),
             clip_high=None if high is None else mean(high),
-            overflows=self.everywhere((used & (scores.log_ratios > _OVERFLOW[ratios.dtype])).sum()),
+            overflows=self.everywhere((valid & (scores.log_ratios > _OVERFLOW[ratios.dtype])).sum()),
             old_kl=mean(finite_exp(expm1, own) - own),
             kl=None if token_kl is None else mean(token_kl),
             entropy=None if scores.entropy is None else mean(scores.entropy),
@@ -405,10 +405,11 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
 
     def _range(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest of valid tokens."""
-        used, shard = self.batch.used, self.batch.sequences.shard
+        valid, shard = self.batch.valid, self.batch.sequences.shard
         none = torch.nan if shard is None else -torch.inf
         lowest, highest = (
-            (x.masked_fill(~used, -torch.inf).amax() if used.numel() else x.new_tensor(none)) for x in (-ratios, ratios)
+            (x.masked_fill(~valid, -torch.inf).amax() if valid.numel() else x.new_tensor(none))
+            for x in (-ratios, ratios)
         )
         if shard is not None:
             lowest, highest = shard.largest(lowest), shard.largest(highest)
@@ -555,7 +556,7 @@ def _advantages(value: Any, labels: Tensor, batch: Batch) -> Tensor:
             f" {tuple(value.shape)}"
         )
     value = checks.like(value, "advantages", torch.Size([number]), labels, "labels").detach()
-    return torch.where(batch.used, batch.sequences.to_tokens(value.to(batch.weights.dtype)), 0.0)
+    return torch.where(batch.valid, batch.sequences.to_tokens(value.to(batch.weights.dtype)), 0.0)
 
 
 def _reference(given: Any, labels: Tensor, batch: Batch, has_model: bool, beta: float) -> Tensor | None:
@@ -570,20 +571,20 @@ def _reference(given: Any, labels: Tensor, batch: Batch, has_model: bool, beta: 
 
 def _scale(batch: Batch, options: PolicyOptions, items: Any) -> Tensor:
     """What each token's loss counts for, fp64 `[S, T]`."""
-    used, sequences = batch.used.double(), batch.sequences
+    valid, sequences = batch.valid.double(), batch.sequences
     number, reduction = max(1, sequences.number), options.reduction
     if reduction == "sequence_mean":
-        return used / sequences.to_tokens(sequences.sums(used).clamp_min(1.0)) / number
+        return valid / sequences.to_tokens(sequences.sums(valid).clamp_min(1.0)) / number
     if reduction in ("sequence_sum", "sum", "none"):
-        return used / number if reduction == "sequence_sum" else used
+        return valid / number if reduction == "sequence_sum" else valid
     if reduction == "fixed_length":
         assert options.max_completion_length is not None
-        return used / (number * options.max_completion_length)
+        return valid / (number * options.max_completion_length)
     if reduction == "items" and items is not None:
         if isinstance(items, Tensor):
             if items.numel() != 1:
                 raise ValueError(f"num_items_in_batch must be one number, got shape {tuple(items.shape)}")
-            return used / items.detach().to(used).reshape(()).clamp_min(1.0)
-        return used / max(1.0, _number(items, "num_items_in_batch"))
-    total = used.sum() if sequences.shard is None else sequences.shard.sum(used.sum())
-    return used / total.clamp_min(1.0)
+            return valid / items.detach().to(valid).reshape(()).clamp_min(1.0)
+        return valid / max(1.0, _number(items, "num_items_in_batch"))
+    total = valid.sum() if sequences.shard is None else sequences.shard.sum(valid.sum())
+    return valid / total.clamp_min(1.0)

@@ -176,18 +176,18 @@ class Batch(NamedTuple):
     """The rows of a preference batch and what each counts for.
 
     labels: int64 `[S, T]`, with `ignore_index` also where the weight is 0.
-    used: bool `[S, T]`, the rows that are not ignored.
+    valid: bool `[S, T]`, the rows that are not ignored.
     weights: fp32 `[S, T]`, factors in the sequence sums, LD-DPO's included; 0 at ignored rows.
     base_weights: the same before LD-DPO.
     sequences, cu_seqlens: the grouping of the rows.
-    ignore_index: the label of rows that are not used.
+    ignore_index: the label of rows that are not valid.
     counts: fp64 `[2B]`, sums of `base_weights` over the whole sequences, where these rows are not all that the sums
         are over; None where they are.
     mean_count: fp64 `[]`, chosen tokens per pair of the whole batch, where these rows are a part of it; None where not.
     """
 
     labels: Tensor
-    used: Tensor
+    valid: Tensor
     weights: Tensor
     base_weights: Tensor
     sequences: Sequences
@@ -213,7 +213,7 @@ class Batch(NamedTuple):
         if token_weights is None and spec.ld_alpha is None:
             return Batch(
                 labels=labels,
-                used=valid,
+                valid=valid,
                 weights=base,
                 base_weights=base,
                 sequences=sequences,
@@ -230,11 +230,11 @@ class Batch(NamedTuple):
             shared = sequences.to_tokens(torch.minimum(chosen, rejected).repeat(2))
             weights = torch.where(position > shared, base * spec.ld_alpha, base)
         # WPO and SFT average over all tokens, also those that LD-DPO gives no weight.
-        used = (base if spec.use_weighting or not spec.discounted else weights) != 0
-        labels = labels.masked_fill(~used, ignore_index)
+        valid = (base if spec.use_weighting or not spec.discounted else weights) != 0
+        labels = labels.masked_fill(~valid, ignore_index)
         return Batch(
             labels=labels,
-            used=used,
+            valid=valid,
             weights=weights,
             base_weights=base,
             sequences=sequences,
@@ -254,7 +254,7 @@ class Batch(NamedTuple):
 class Reference(NamedTuple):
     """Where the reference's log-probs come from: at most one is set, none for a reference model or for log-probs of 0.
 
-    tokens: `[S, T]`, per token; anything where a row is not used.
+    tokens: `[S, T]`, per token; anything where a row is not valid.
     sequence_sums: `[2B]`, per sequence.
     """
 
@@ -343,9 +343,9 @@ def loss_and_rewards(
             total, rewards, _, both = ops.pair_loss(call)
         per_token = halves(both)
     else:
-        if tokens is None and reference.sequence_sums is None:  # 0 in rows that are not used
+        if tokens is None and reference.sequence_sums is None:  # 0 in rows that are not valid
             given = reference.tokens
-            tokens = torch.zeros_like(batch.weights) if given is None else torch.where(batch.used, given, 0.0)
+            tokens = torch.zeros_like(batch.weights) if given is None else torch.where(batch.valid, given, 0.0)
         summed = Summed(
             sequences=batch.sequences,
             weights=batch.weights,

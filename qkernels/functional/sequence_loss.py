@@ -154,7 +154,7 @@ class SequenceLoss(UnitLoss[SequenceOutput]):
             return None
         if self.reference.tokens is None:
             return torch.zeros_like(part.batch.weights)
-        return torch.where(part.batch.used, part.rows(self.reference.tokens), 0.0)
+        return torch.where(part.batch.valid, part.rows(self.reference.tokens), 0.0)
 
     def losses(self, scores: SequenceScores) -> Tensor:
         """The loss of each sequence."""

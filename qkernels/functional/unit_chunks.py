@@ -94,7 +94,7 @@ class UnitChunks(ABC):
         batch, known = self.batch, list(counts)
         may = [True] * len(known)
         if active is not None:
-            may = [bool(flag) for flag in (batch.sequences.sums((active & batch.used).double()) > 0).tolist()]
+            may = [bool(flag) for flag in (batch.sequences.sums((active & batch.valid).double()) > 0).tolist()]
             if not all(may):
                 order = sorted(range(len(known)), key=lambda i: not may[i])
                 pieces = index.split(known)
@@ -147,7 +147,7 @@ class UnitChunks(ABC):
         return Part(
             batch=Batch(
                 labels=labels,
-                used=rows(batch.used),
+                valid=rows(batch.valid),
                 weights=rows(batch.weights),
                 base_weights=rows(batch.base_weights),
                 sequences=Sequences.of(labels, cu_seqlens),

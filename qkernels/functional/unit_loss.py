@@ -100,7 +100,7 @@ class LossArguments(ABC, Generic[Output]):
 def per_token(value: Any, name: str, labels: Tensor, batch: Batch) -> Tensor:
     """An argument shaped like the caller's labels, as `[S, T]` in the dtype of the results; 0 at ignored rows."""
     value = checks.like(value, name, labels.shape, labels, "labels").detach().reshape(batch.labels.shape)
-    return torch.where(batch.used, value.to(batch.weights.dtype), 0.0)
+    return torch.where(batch.valid, value.to(batch.weights.dtype), 0.0)
 
 
 def check_shape(rows: Any, name: str, last: str, cu_seqlens: Any) -> None:
@@ -201,7 +201,7 @@ def _spread(
 def _idle(gradient: Mapping[str, Tensor], batch: Batch) -> Tensor:
     """How many valid rows have no gradient."""
     moving = torch.stack([g != 0 for g in gradient.values()]).any(0)
-    return (batch.used & ~moving).sum()
+    return (batch.valid & ~moving).sum()
 
 
 def _batch(
@@ -303,7 +303,7 @@ class HiddenUnits(NamedTuple):
         work = work._replace(
             unit=unit if unit in head_plan.BY_UNIT else "sequence",
             idle=True,
-            idle_rows=0 if active is None else int((~active & self.batch.used).sum()),
+            idle_rows=0 if active is None else int((~active & self.batch.valid).sum()),
         )
         return head_plan.plan(work)
 
@@ -326,7 +326,7 @@ class HiddenUnits(NamedTuple):
         if self.counts.given is not None and not checks.readable(self.inputs.labels):
             return None  # the caller wants no synchronisation
         active = self.loss.active()
-        return None if active is None or bool((active | ~self.batch.used).all()) else active
+        return None if active is None or bool((active | ~self.batch.valid).all()) else active
 
     def run(self) -> Any:
         """Run the plan; the output of the loss, with the plan."""

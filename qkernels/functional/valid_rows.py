@@ -60,7 +60,7 @@ def host_can_count(labels: Tensor) -> bool:
 
 def sums(batch: Batch) -> Tensor:
     """Valid rows of each sequence, `[2B]` float64, where the rows are."""
-    return batch.sequences.here().sums(batch.used.double())
+    return batch.sequences.here().sums(batch.valid.double())
 
 
 def check_sizes(given: list[int], sequences: Sequences) -> None:

@@ -75,14 +75,14 @@ def metric_sums(
 
     def token_sums(values: Tensor) -> tuple[Tensor, Tensor]:
         """Over the valid rows of all chosen, and of all rejected answers."""
-        rows = torch.where(batch.used, values.reshape(batch.used.shape).double(), 0.0)
+        rows = torch.where(batch.valid, values.reshape(batch.valid.shape).double(), 0.0)
         chosen, rejected = batch.sequences.sums(rows).chunk(2)
         return chosen.sum(), rejected.sum()
 
     assert stats.mean_logits is not None and stats.is_top1 is not None
-    chosen_tokens, rejected_tokens = batch.sequences.sums(batch.used.double()).chunk(2)
+    chosen_tokens, rejected_tokens = batch.sequences.sums(batch.valid.double()).chunk(2)
     entropy, logits, correct = token_sums(results.entropy), token_sums(stats.mean_logits), token_sums(stats.is_top1)
-    logps = batch.sequences.sums(batch.weights * results.logps.reshape(batch.used.shape)).double()
+    logps = batch.sequences.sums(batch.weights * results.logps.reshape(batch.valid.shape)).double()
     chosen_logps, rejected_logps = logps.chunk(2)
     chosen, rejected = results.chosen_rewards.double(), results.rejected_rewards.double()
     sums: dict[str, Tensor | int] = {
