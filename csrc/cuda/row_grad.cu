@@ -24,7 +24,7 @@ namespace cuda {
 namespace {
 
 // Blocks per SM for which `__launch_bounds__` leaves registers.
-constexpr int blocks_of(Form form, bool any) { return (any || form == Form::kPair ? 3 : 4) * 256 / kThreads; }
+constexpr int blocks_of(Form form, bool any) { return (any || form == Form::kPair ? 6 : 8) * 128 / kThreads; }
 
 __device__ __forceinline__ char* address_of(const Rows& rows, const Shape& shape, int64_t row, int start) {
   return static_cast<char*>(rows.data) +

@@ -2,7 +2,7 @@
 //
 // Maths. core/softmax.h; online_softmax.h for what one thread accumulates.
 //
-// Blocks. One block of 256 threads per row; two where log-probs of both models are asked for but no divergence (one
+// Blocks. One block of 128 threads per row; two where log-probs of both models are asked for but no divergence (one
 // block per model, in the same launch where their types agree). Divergences take one block per row, which reads both
 // models' rows jointly. Few rows are split into pieces, whose sums go to a scratch buffer of the caller; a second
 // kernel adds them up in order and finishes the row. No atomics: the same bits from run to run.
@@ -34,9 +34,7 @@ enum class Reads {
 
 // Blocks per SM for which `__launch_bounds__` leaves registers. An H200 needs 26 KiB in flight per SM; a thread has at
 // most four 128-bit loads of each model in flight, half of that on average.
-constexpr int blocks_of(Gather gather, Reads reads) {
-  return (reads == Reads::kOne && gather != Gather::kAll ? 4 : 3) * 256 / kThreads;
-}
+constexpr int blocks_of(Reads reads) { return (reads == Reads::kOne ? 8 : 6) * 128 / kThreads; }
 
 // Whether the label of a row is ignored or outside of the vocabulary. Such a row is not read: all of its fields are 0
 // or NaN. Of the blocks that work on the row (one per piece and model, in either kernel) the one with `writes` stores
@@ -51,7 +49,7 @@ __device__ __forceinline__ bool write_ignored_or_invalid(const StatsCall& call, 
 
 // `models`: blocks per piece. `of_reference`: with one block per piece, that it reads the reference's row only.
 template <class T, Gather kGather, Reads kReads>
-__global__ void __launch_bounds__(kThreads, blocks_of(kGather, kReads))
+__global__ void __launch_bounds__(kThreads, blocks_of(kReads))
     row_stats_kernel(const __grid_constant__ StatsCall call, Split split, int models, bool of_reference,
                      PartialSums* scratch) {
   constexpr bool kPair = kReads != Reads::kOne;

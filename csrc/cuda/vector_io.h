@@ -17,7 +17,7 @@ namespace qk {
 namespace cuda {
 
 #ifndef QK_CUDA_THREADS  // bench.gpu_check also builds with other numbers, to compare them on a GPU
-#define QK_CUDA_THREADS 256
+#define QK_CUDA_THREADS 128
 #endif
 constexpr int kThreads = QK_CUDA_THREADS;  // of a block
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

@@ -42,8 +42,8 @@ def _load() -> ModuleType | None:
 extension: Any = _load()
 EMULATED = bool(getattr(extension, "CUDA_EMULATED", False))
 
-# Blocks that each SM should have, and the fewest entries that a piece of a split row should have.
-_BLOCKS_PER_SM = 4
+# Blocks that each SM works on at a time (of the widest kernels 6), and the fewest entries of a piece of a split row.
+_BLOCKS_PER_SM = 8
 _SMALLEST_PIECE = 2048
 
 
@@ -128,11 +128,11 @@ def _processors(index: int | None) -> int:
 
 
 def splits_for(rows: int, vocab: int, processors: int, most: int) -> int:
-    """Over how many blocks a row is split: 1 unless there are too few rows to keep all SMs (`processors`) busy."""
-    wanted = _BLOCKS_PER_SM * processors
-    if rows >= wanted:
-        return 1
-    return max(1, min(-(-wanted // max(rows, 1)), vocab // _SMALLEST_PIECE, most))
+    """Over how many blocks a row is split: 1 unless there are too few rows to keep all SMs (`processors`) busy.
+
+    Rounded down: all blocks should run at once, and one more than that would start when the others have finished.
+    """
+    return max(1, min(_BLOCKS_PER_SM * processors // max(rows, 1), vocab // _SMALLEST_PIECE, most))
 
 
 def _where(logits: Tensor, rows: int, splits: int | None = None, scratch: int = 0) -> tuple[int, int, int, int]:

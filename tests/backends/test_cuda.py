@@ -114,8 +114,8 @@ def test_asking_by_name_for_what_cannot_run_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "rows, vocab, splits", [(528, 128256, 1), (8192, 128256, 1), (527, 128256, 2), (16, 128256, 33), (1, 128256, 62),
-                            (1, 1000, 1), (1, 2**20, 64), (0, 128256, 62)]
+    "rows, vocab, splits", [(529, 128256, 1), (8192, 128256, 1), (528, 128256, 2), (256, 128256, 4), (32, 128256, 33),
+                            (1, 128256, 62), (1, 1000, 1), (1, 2**20, 64), (0, 128256, 62)]
 )  # fmt: skip
 def test_few_rows_are_spread_over_the_processors(rows, vocab, splits):
     assert cuda.splits_for(rows, vocab, 132, 64) == splits

@@ -449,7 +449,7 @@ def test_every_tuned_constant_is_one_that_is_used():
         for name, values in constants.items():
             assert getattr(module, name) in values, "the default is one of the candidates"
     before = cuda_splits()
-    assert tuning._with(cuda, {"_BLOCKS_PER_SM": 8}, cuda_splits)() != before == cuda_splits()
+    assert tuning._with(cuda, {"_BLOCKS_PER_SM": 16}, cuda_splits)() != before == cuda_splits()
 
     def triton_splits(rows: int = 16, vocab: int = 1 << 20) -> int:
         return common.splits_for(rows, vocab, 1024, CPU)

@@ -52,7 +52,9 @@ def test_two_models_are_two_blocks():
     assert both.floor == 2 * one.floor and both.seconds > 1.9 * one.seconds
 
 
-@pytest.mark.parametrize("plan, threads", [(kernel_report.CUDA_PLAN, 256), (kernel_report.PLAN, 128)])
+@pytest.mark.parametrize(
+    "plan, threads", [(kernel_report.CUDA_PLAN, kernel_report.CUDA_THREADS), (kernel_report.PLAN, 128)]
+)
 def test_occupancy_is_that_of_the_plans(plan, threads):
     for registers, blocks in plan.items():
         kernel = replace(KERNEL, threads=threads, registers=registers, shared=0)
