@@ -14,6 +14,7 @@ import torch
 
 import oracle
 import qkernels
+from fuzz import __main__ as command_line
 from fuzz import calls, engine, formulas, generate, setup, tensors, wrong_calls
 from qkernels import backends
 
@@ -159,10 +160,18 @@ def test_the_formulas_are_those_of_the_oracle(name, divergence):
     assert bool((size >= actual.abs() - 1e-12).all())
 
 
-def test_the_line_of_a_failure_repeats_it(monkeypatch):
-    done = _command("--backend", "torch", "--case", '{"call": "token_logps", "vocab": 3}')
-    assert done.returncode == 0 and done.stdout == "passed\n", done.stderr
-    done = _command("--backend", "torch", "--case", '{"call": "token_logps", "vocab": "three"}')
-    assert done.returncode == 1 and "failed: token_logps: raised" in done.stdout
-    done = _command("--backend", "torch", "--case", '{"call": "token_logps", "vocabulary": 3}')
-    assert done.returncode == 1 and "vocabulary" in done.stdout
+@pytest.mark.parametrize(
+    "case, status, said",
+    [('{"call": "token_logps", "vocab": 3}', 0, "passed\n"),
+     ('{"call": "token_logps", "vocab": "three"}', 1, "failed: token_logps: raised"),
+     ('{"call": "token_logps", "vocabulary": 3}', 1, "vocabulary")],
+)  # fmt: skip
+def test_the_line_of_a_failure_repeats_it(monkeypatch, capsys, case, status, said):
+    monkeypatch.setattr(sys, "argv", ["tests.fuzz", "--backend", "torch", "--case", case])
+    try:
+        ended = command_line.main()
+    except Exception as error:  # as a process it ends with 1, and its traceback is in sight
+        ended, printed = 1, str(error)
+    else:
+        printed = capsys.readouterr().out
+    assert ended == status and said in printed

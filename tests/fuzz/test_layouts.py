@@ -244,6 +244,7 @@ KERNELS = tuple(name for name in FUNCTIONS if not name.startswith("plan_linear")
 
 
 @pytest.mark.nightly_cases(backend=("torch",), function=KERNELS)
+@pytest.mark.nightly_cases(dtype=(torch.bfloat16,), function=tuple(name for name in KERNELS if "linear" in name))
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("function, argument", CASES)
 @pytest.mark.dtypes(torch.float32, torch.bfloat16)
