@@ -2,10 +2,12 @@
 
     python -m bench.score_cost                      pairs generated here
     python -m bench.score_cost --data FILE          preference pairs of your own (`qkernels.data`)
+    python -m bench.score_cost --model DIR --data FILE --batch-tokens 1024 --max-length 0 --lengths
+                                                    a model of your own, pairs as they are: all of scoring
 
-A Llama with random weights (`--hidden`, `--layers`, `--vocabulary`) and a reference of the same shape score every
-answer token with the default outputs of `qkernels score`. Timed in turn for each batch, so that all share the machine's
-noise:
+Without `--model`, a Llama with random weights (`--hidden`, `--layers`, `--vocabulary`) and a reference of the same
+shape score every answer token with the default outputs of `qkernels score`. Timed in turn for each batch, so that all
+share the machine's noise:
 
     forward    both models up to their heads
     products   hidden states of the answers' rows times the heads, chunk by chunk, into a buffer that is kept
@@ -13,6 +15,10 @@ noise:
 
 "Beyond the products" is head - products, as a share of forward. Memory is the highest rise of
 the resident set during `head`.
+
+With `--model`, which is policy and reference, in processor time and in turn for each batch: all of scoring
+(`TokenScorer.scores`: batches with their padding, both models, head, outputs), and its floor: each sequence alone
+through both models up to their heads, without padding, and the bare products.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qkernels import linear_token_stats, shift_labels
 from qkernels.data import Preference, read_preferences
@@ -40,7 +46,10 @@ from qkernels.text.lengths import batches_by_length
 from .measure import machine, peak_memory
 
 
-def _model(args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
+def _model(args: argparse.Namespace, seed: int) -> Any:
+    if args.model is not None:
+        dtype = getattr(torch, args.dtype)
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval().requires_grad_(False)
     torch.manual_seed(seed)
     heads = max(1, args.hidden // 64)
     config = LlamaConfig(
@@ -65,7 +74,11 @@ def _answers(args: argparse.Namespace) -> tuple[list[Answer], str]:
         pairs = read_preferences(args.data).pairs[: args.pairs]
         what = f"{len(pairs)} pairs of {args.data.name}"
     texts = [text for pair in pairs for text in (*(m.content for m in pair.prompt), pair.chosen, pair.rejected)]
-    encoder = Encoder(train_tokenizer(texts, min(8000, args.vocabulary)), max_length=args.max_length)
+    if args.model is None:
+        tokenizer = train_tokenizer(texts, min(8000, args.vocabulary))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    encoder = Encoder(tokenizer, max_length=args.max_length or None)
     encoded = [answer for both in encoder.pairs(dict(enumerate(pairs))) for answer in both]
     return [Answer(answer.prompt, answer.ids) for answer in encoded], what
 
@@ -75,20 +88,21 @@ def _padded(answers: Sequence[Answer]) -> tuple[torch.Tensor, torch.Tensor]:
     length = max(len(answer.prompt) + len(answer.ids) for answer in answers)
     ids = torch.zeros(len(answers), length, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE)
-    for row, (prompt, answer) in enumerate(answers):
+    for row, (prompt, answer, _) in enumerate(answers):
         ids[row, : len(prompt) + len(answer)] = torch.tensor([*prompt, *answer])
         labels[row, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     return ids, shift_labels(labels)
 
 
 class _Timer:
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        start = time.perf_counter()
+        start = self.clock()
         result = call(*arguments)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - start
         return result
 
 
@@ -122,8 +136,7 @@ def _products(scorer: TokenScorer, hidden: Sequence[torch.Tensor], labels: torch
 @torch.no_grad()
 def measure_time(scorer: TokenScorer, answers: Sequence[Answer], rounds: int) -> list[dict[str, float]]:
     """Seconds of each part over all batches, per round."""
-    vocabulary = scorer.vocabulary
-    buffer = torch.empty(max(1, 256 * 2**20 // (8 * vocabulary)), vocabulary)
+    buffer = _buffer(scorer)
     groups = list(batches_by_length([len(a.prompt) + len(a.ids) for a in answers], scorer.batch_tokens))
     found = []
     for round_ in range(rounds + 1):
@@ -135,6 +148,36 @@ def measure_time(scorer: TokenScorer, answers: Sequence[Answer], rounds: int) ->
             timer("head", _head, scorer, hidden, labels)
         found.append(timer.seconds)
     return found[1:]
+
+
+@torch.no_grad()
+def measure_floor(scorer: TokenScorer, answers: Sequence[Answer], rounds: int) -> list[dict[str, float]]:
+    """Processor seconds of scoring and of the parts of its floor over all batches, per round."""
+    buffer = _buffer(scorer)
+    groups = list(batches_by_length([answer.length for answer in answers], scorer.batch_tokens))
+    list(scorer.scores([answers[i] for i in groups[-1]]))  # a warm-up
+    found = []
+    for _ in range(rounds):
+        timer = _Timer(time.process_time)
+        for group in groups:
+            timer("scoring", lambda group=group: list(scorer.scores([answers[i] for i in group])))
+            for i in group:
+                ids, labels = _padded([answers[i]])
+                hidden = timer("forward", _hidden, scorer, ids)
+                timer("products", _products, scorer, hidden, labels, buffer)
+        found.append(timer.seconds)
+    return found
+
+
+def _padding(scorer: TokenScorer, answers: Sequence[Answer]) -> float:
+    """Positions of padding, as a share of tokens."""
+    lengths = [answer.length for answer in answers]
+    padded = sum(len(group) * lengths[group[0]] for group in batches_by_length(lengths, scorer.batch_tokens))
+    return padded / sum(lengths) - 1
+
+
+def _buffer(scorer: TokenScorer) -> torch.Tensor:
+    return torch.empty(max(1, 256 * 2**20 // (8 * scorer.vocabulary)), scorer.vocabulary)
 
 
 @torch.no_grad()
@@ -150,10 +193,30 @@ def measure_memory(scorer: TokenScorer, lengths: Sequence[int]) -> list[tuple[in
     return rows
 
 
+def _print_times(scorer: TokenScorer, answers: Sequence[Answer], answer_tokens: int, rounds: int) -> None:
+    print("| round | forward s | products s | head s | beyond the products s | of forward | answer tokens/s |")
+    print("|---|---|---|---|---|---|---|")
+    for number, seconds in enumerate(measure_time(scorer, answers, rounds), 1):
+        beyond = seconds["head"] - seconds["products"]
+        rate = answer_tokens / (seconds["forward"] + seconds["head"])
+        times = " | ".join(f"{value:.1f}" for value in (*seconds.values(), beyond))
+        print(f"| {number} | {times} | {beyond / seconds['forward']:.1%} | {rate:.0f} |")
+
+
+def _print_floor(scorer: TokenScorer, answers: Sequence[Answer], rounds: int) -> None:
+    print(f"Processor time; padding is {_padding(scorer, answers):.1%} of the tokens\n")
+    print("| round | scoring s | forward, one by one s | products s | scoring / floor |")
+    print("|---|---|---|---|---|")
+    for number, seconds in enumerate(measure_floor(scorer, answers, rounds), 1):
+        ratio = seconds["scoring"] / (seconds["forward"] + seconds["products"])
+        print(f"| {number} | {' | '.join(f'{value:.1f}' for value in seconds.values())} | {ratio:.3f} |")
+
+
 def main() -> None:
     """Measure and print Markdown."""
     parser = argparse.ArgumentParser(prog="python -m bench.score_cost", description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--model", type=Path, metavar="DIR", help="policy and reference (default: random weights)")
     add("--data", type=Path, metavar="FILE")
     add("--pairs", type=int, default=300)
     add("--hidden", type=int, default=512)
@@ -171,19 +234,18 @@ def main() -> None:
     answer_tokens = sum(len(a.ids) for a in answers)
     parameters = sum(p.numel() for p in scorer.model.parameters())
     facts = machine()
-    print(f"{what}, cut to {args.max_length} tokens: {tokens} tokens, {answer_tokens} of answers")
+    cut = f", cut to {args.max_length} tokens" if args.max_length else ""
+    print(f"{what}{cut}: {tokens} tokens, {answer_tokens} of answers")
+    config = scorer.model.config
     print(
-        f"Llama, {args.layers} layers, width {args.hidden}, vocabulary {args.vocabulary}: {parameters / 1e6:.1f} M"
-        f" parameters, {args.dtype}; policy and reference"
+        f"{args.model.name if args.model else 'Llama'}, {config.num_hidden_layers} layers, width {config.hidden_size},"
+        f" vocabulary {config.vocab_size}: {parameters / 1e6:.1f} M parameters, {args.dtype}; policy and reference"
     )
     print(f"{facts['processor']}; {facts['software']}\n")
-    print("| round | forward s | products s | head s | beyond the products s | of forward | answer tokens/s |")
-    print("|---|---|---|---|---|---|---|")
-    for number, seconds in enumerate(measure_time(scorer, answers, args.rounds), 1):
-        beyond = seconds["head"] - seconds["products"]
-        rate = answer_tokens / (seconds["forward"] + seconds["head"])
-        times = " | ".join(f"{value:.1f}" for value in (*seconds.values(), beyond))
-        print(f"| {number} | {times} | {beyond / seconds['forward']:.1%} | {rate:.0f} |")
+    if args.model is None:
+        _print_times(scorer, answers, answer_tokens, args.rounds)
+    else:
+        _print_floor(scorer, answers, args.rounds)
     if args.lengths:
         print("\n| tokens of one sequence | head MiB | both models' logits MiB |")
         print("|---|---|---|")

@@ -507,9 +507,17 @@ def summary(figures: Mapping[str, Any], options: JudgeOptions) -> str:
         rows.append(("orders", "one order alone was judged: a preference for a position is in the figure"))
     if figures["win_rate"]["low"] <= 0.5 <= figures["win_rate"]["high"]:
         rows.append(("", "The interval holds 50 %: neither side has been shown to be better."))
-    cut = [f"{count} of {side.upper()}" for side, count in figures["unfinished"].items() if count]
-    if cut:
-        rows.append(("cut", f"{' and '.join(cut)} did not end within --max-new-tokens {options.max_new_tokens}"))
+    for generated, why in (
+        (True, f"did not end within --max-new-tokens {options.max_new_tokens}"),
+        (False, "are unfinished, as the files of answers say"),
+    ):
+        cut = [
+            f"{count} of {side.upper()}"
+            for side, count in figures["unfinished"].items()
+            if count and is_model(getattr(options, side)) is generated
+        ]
+        if cut:
+            rows.append(("cut", f"{' and '.join(cut)} {why}"))
     rows += [("figures", str(options.out / FIGURES)), ("report", str(options.out / REPORT))]
     return "\n".join(f"{name:<13} {text}".rstrip() for name, text in rows)
 

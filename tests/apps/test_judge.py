@@ -218,6 +218,14 @@ def test_a_scorer_of_one_answer(sides: Path):
     assert [line["order"] for line in lines] == ["each"] * 6 and lines[0]["b_score"] == 0
 
 
+def test_answers_of_a_file_that_did_not_end_are_not_laid_to_this_runs_limit(sides: Path):
+    rows = [json.loads(line) for line in (sides / "a.jsonl").read_text().splitlines()]
+    write(sides / "a.jsonl", [{**row, "finished": i > 1} for i, row in enumerate(rows)])
+    status, out, err = judge(*usual(sides, "--scorer", f"{sides}/scorers.py:numbers"))
+    assert status == 0 and "2 of A are unfinished, as the files of answers say" in out, err
+    assert "--max-new-tokens" not in out
+
+
 def test_a_scorer_of_both_is_asked_in_both_orders(sides: Path, monkeypatch):
     monkeypatch.chdir(sides)
     status, out, err = judge(*usual(sides, "--scorer", "scorers:first"))

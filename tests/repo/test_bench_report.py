@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,3 +52,26 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([one, other, "--out", str(tmp_path / "out")])
     assert "another machine or software" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_what_scoring_costs_is_measured(tmp_path: Path, monkeypatch, capsys):
+    """Both tables of `python -m bench.score_cost`, of a model that is made and of one in a folder."""
+    pytest.importorskip("transformers")
+    import tiny_models
+
+    score_cost = pytest.importorskip("bench.score_cost")
+    texts = [{"prompt": f"Say {i}.", "chosen": "It is so.", "rejected": "No" + " no" * i} for i in range(3)]
+    tokenizer = tiny_models.tokenizer([text for row in texts for text in row.values()])
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_models.llama(len(tokenizer)).save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.json").write_text(json.dumps(texts))
+    usual = ["--data", str(tmp_path / "pairs.json"), "--max-length", "64", "--lengths"]
+    small = ["--hidden", "64", "--layers", "1", "--vocabulary", "500"]
+    for more, found in (
+        (small, r"\| 1 \| [\d.]+ \| [\d.]+ \| "),
+        (["--model", str(tmp_path / "model")], "padding is "),
+    ):
+        monkeypatch.setattr("sys.argv", ["bench.score_cost", *usual, *more])
+        score_cost.main()
+        assert re.search(found, capsys.readouterr().out)
