@@ -55,17 +55,19 @@ def check_sharding(args: Any) -> None:
     except ValueError as error:
         raise TrainError(str(error)) from None
 
-    if plugin := getattr(args, "fsdp_plugin_args", None):
-        version = int(plugin["fsdp_version"])
-    elif os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        version = int(os.environ.get("FSDP_VERSION") or 1)
-    else:
-        return
-    if version == 1 and (args.use_cpu or not torch.accelerator.is_available()):
+    if fsdp_version(args) == 1 and (args.use_cpu or not torch.accelerator.is_available()):
         raise TrainError(
             "FSDP1 shards models on accelerators alone, and there is none; FSDP2 does on CPUs as well: --fsdp_version 2"
             " of accelerate launch (`fsdp_version: 2` in its file), or --fsdp-config '{\"version\": 2}'"
         )
+
+
+def fsdp_version(args: Any) -> int | None:
+    """The FSDP that TRL's `DPOConfig` or `accelerate launch` has asked for; None for none."""
+    if plugin := getattr(args, "fsdp_plugin_args", None):
+        return int(plugin["fsdp_version"])
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return int(os.environ.get("FSDP_VERSION") or 1) if asked else None
 
 
 def sharding_on_cpus() -> Patch:

@@ -29,7 +29,7 @@ from ..text.characters import first_line, printable
 from . import dataset, folder
 from .model import Start, check_folder, from_gguf, load_start
 from .options import TrainError, TrainOptions, as_yaml, is_main_process, parse, speaks
-from .processes import check_launcher, check_sharding, save_model, sharding_on_cpus
+from .processes import check_launcher, check_sharding, fsdp_version, save_model, sharding_on_cpus
 
 if TYPE_CHECKING:
     from ..monitor import RewardMonitor
@@ -295,6 +295,8 @@ class _Run:
             "model (contents)": fingerprint(self.options.model),
             "data (contents)": prepared.digest,
             "processes": self.state.num_processes,
+            # Checkpoints of one kind are not read by the other, and a launcher may have asked for it.
+            **({} if (version := fsdp_version(self.args)) is None else {"FSDP version": version}),
         }
 
     # --- training -----------------------------------------------------------------------------------------------------

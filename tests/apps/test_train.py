@@ -619,6 +619,8 @@ def test_launchers_start_two_processes(given: Path, on_one: Path, tmp_path: Path
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "out/checkpoint-3/pytorch_model_fsdp_0").exists() == ("fsdp.yaml" in launcher)
     check_same_run(tmp_path / "out", on_one)
+    begun = json.loads((tmp_path / "out/train.json").read_text())["settings"]
+    assert begun["processes"] == 2 and begun.get("FSDP version") == (2 if "fsdp.yaml" in launcher else None)
 
 
 def launched() -> dict[str, str]:
@@ -635,7 +637,10 @@ def test_fsdp1_without_an_accelerator_and_one_process_for_several_are_refused(
     with monkeypatch.context() as patch:  # as accelerate launch --use_fsdp sets it
         patch.setenv("ACCELERATE_USE_FSDP", "true")
         status, _, err = train(given, tmp_path / "out")
-    assert status == 2 and "FSDP1 shards models on accelerators alone" in err, err
+        assert status == 2 and "FSDP1 shards models on accelerators alone" in err, err
+        patch.setenv("FSDP_VERSION", "2")
+        assert processes.fsdp_version(SimpleNamespace(fsdp_plugin_args=None)) == 2
+    assert processes.fsdp_version(SimpleNamespace(fsdp_plugin_args=None)) is None
     with monkeypatch.context() as patch:  # as accelerate launch --cpu --num_processes 2 sets it
         patch.setenv("ACCELERATE_USE_CPU", "True")
         patch.setenv("MASTER_ADDR", "127.0.0.1")
