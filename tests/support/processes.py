@@ -22,9 +22,11 @@ import torch
 _SECONDS = 60
 
 
-def _serve(rank: int, ranks: int, store: str, backend: str, connection) -> None:
+def _serve(rank: int, ranks: int, store: str, backend: str, connection, inherited) -> None:
     import torch.distributed as dist
 
+    for end in inherited:  # the parent's: with a copy of them here, no rank would learn that the parent is gone
+        end.close()
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -33,7 +35,13 @@ def _serve(rank: int, ranks: int, store: str, backend: str, connection) -> None:
         timeout=datetime.timedelta(seconds=_SECONDS),
     )  # fmt: skip
     connection.send((True, None))
-    while (task := connection.recv()) is not None:
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:  # the parent was killed
+            os._exit(1)
+        if task is None:
+            break
         function, arguments = task
         try:
             torch.manual_seed(17)
@@ -57,9 +65,13 @@ class Ranks:
         for rank in range(ranks):
             here, there = context.Pipe()
             store = str(Path(self._folder.name) / "store")
-            process = context.Process(target=_serve, args=(rank, ranks, store, backend, there), daemon=True)
-            process.start()
             self._connections.append(here)
+            inherited = self._connections if backend == "gloo" else ()
+            process = context.Process(
+                target=_serve, args=(rank, ranks, store, backend, there, tuple(inherited)), daemon=True
+            )
+            process.start()
+            there.close()
             self._processes.append(process)
         self._collect("start")
 
