@@ -83,6 +83,7 @@ class Pass:
 
     def __init__(self, call: HeadCall):
         self._buffers: dict[str, Tensor] = {}  # first: `__del__` reads it also if what follows fails
+        self._keep = not _follows_a_body(call.policy.hidden)
         self.call, config = call, call.config
         self.backend = backends.get(config.backend)
         self.head = self._head(call.policy, config.dtype)
@@ -112,7 +113,8 @@ class Pass:
         return torch.zeros(self.call.config.fields.bit_count(), labels.shape[0], dtype=self.wide, device=labels.device)
 
     def __del__(self) -> None:
-        give_back_scratch(self._buffers.values())
+        if self._keep:
+            give_back_scratch(self._buffers.values())
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         """`[rows, V]`, the same memory for every chunk: allocated once, for the largest of them."""
@@ -204,6 +206,13 @@ class Pass:
         out = self._buffer("grad", n, self.narrow)
         self.backend.row_grad_into(out.unsqueeze(0), rows)
         return out
+
+
+def _follows_a_body(hidden: Tensor) -> bool:
+    """Whether a model's backward is to follow. The memory of a step is at its peak there, and scratch buffers would lie
+    idle in it; to make their pages anew takes a hundredth of what such a step takes."""
+    source = hidden if hidden._base is None else hidden._base
+    return source.grad_fn is not None
 
 
 def _length(where: Selection) -> int:

@@ -116,3 +116,16 @@ def test_a_call_in_inference_mode_leaves_buffers_that_training_can_write():
         qkernels.linear_token_logps(hidden, weight, labels)
     assert memory._scratch, "the call has used no scratch buffer"
     call(hidden, weight, labels)
+
+
+def test_a_buffer_is_kept_unless_the_backward_of_a_body_follows():
+    """Also those that an earlier call without gradients, such as a reference's, has left."""
+    hidden, weight, labels = batch(128)
+    memory._scratch.clear()
+    call(hidden, weight, labels)
+    assert memory._scratch
+    body = torch.nn.Linear(hidden.shape[-1], hidden.shape[-1])
+    out = qkernels.fused_linear_token_dpo(body(hidden), weight, labels, reference_logps=0.0)
+    assert not memory._scratch
+    out.loss.backward()
+    assert body.weight.grad is not None and not memory._scratch
