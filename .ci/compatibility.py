@@ -6,7 +6,8 @@ For each Python (by default every python3.10 to python3.14 that answers) and eac
 pyproject.toml admits, the one in constraints.txt and the newest, a fresh environment gets the oldest and another one
 the newest transformers and TRL that pyproject.toml admits. There the quick tests and those of the integrations run on
 the installed package. What pip cannot install is said in the table, and so is a torch that comes as a CUDA build of
-gigabytes. (To have CPU builds, name an index with them: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.)
+gigabytes, unless --cuda-builds asks for those too: five gigabytes of disk at a time, and no GPU is needed. (To have CPU
+builds, name an index with them: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,11 +46,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", type=Path, metavar="PYTHON")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the rows into this page's table")
+    parser.add_argument("--cuda-builds", action="store_true", help="also torch builds that bring CUDA with them")
     options = parser.parse_args()
     failed = False
     for python in options.pythons or pythons_here():
         version, rows = version_of(python), []
-        for row in combinations(version, python):
+        for row in combinations(version, python, options.cuda_builds):
             print(" | ".join(row), flush=True)
             rows.append(row)
         failed |= any("FAILED" in row[-1] for row in rows)
@@ -75,7 +78,7 @@ def requirements(version: str) -> Iterator[list[str]]:
             yield [torch, *filter(None, others)]
 
 
-def combinations(version: str, python: Path) -> Iterator[tuple[str, ...]]:
+def combinations(version: str, python: Path, cuda_builds: bool) -> Iterator[tuple[str, ...]]:
     """A row of the table for each combination on one Python."""
     seen: dict[tuple[str, ...], str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +95,8 @@ def combinations(version: str, python: Path) -> Iterator[tuple[str, ...]]:
             key = tuple(plan.get(name, "none") for name in COLUMNS)
             if key in seen:
                 continue
-            if cuda := [name for name in plan if name.startswith(("nvidia-", "cuda-"))]:
+            cuda = [name for name in plan if name.startswith(("nvidia-", "cuda-"))]
+            if cuda and not cuda_builds:
                 seen[key] = f"not run: this torch is a CUDA build here, with {len(cuda)} packages of CUDA"
             else:
                 wheel = wheel or built(planner, scratch)
@@ -122,6 +126,14 @@ def built(python: Path, scratch: Path) -> Path:
 def tested(python: Path, folder: Path, plan: dict[str, str], wheel: Path) -> str:
     """The results of the tests in a fresh environment with these packages."""
     fresh = new_environment(folder, python)
+    try:
+        return results_in(fresh, plan, wheel)
+    finally:
+        shutil.rmtree(folder)
+
+
+def results_in(fresh: Path, plan: dict[str, str], wheel: Path) -> str:
+    """Install these packages and run the tests."""
     exactly = [f"{name}=={version}" for name, version in plan.items()]
     run(fresh, "-m", "pip", "install", "-q", "--no-deps", *exactly, str(wheel), quiet=True)
     results = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.coefficients import coefficients
-from ..core.fields import BIT
+from ..core.fields import DIVERGENCES
 from ..core.memory import BLOCK_ELEMENTS
 from ..head import chunks, ops
 from ..head.call import HeadCall, Model
@@ -38,7 +38,7 @@ class HeadStats(torch.autograd.Function):
             call = call._replace(policy=Model(hidden, weight, bias))
         stats = ops.linear_stats.as_op(call) if torch.compiler.is_compiling() else chunks.stats(call)
         fields = call.config.fields
-        with_kl = fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
+        with_kl = fields & DIVERGENCES
         reference = call.reference if with_kl and call.reference is not None else (None, None, None)
         constants = saveable(ctx, *reference, call.temperatures)
         ctx.save_for_backward(hidden, weight, bias, *constants, call.labels, call.valid, stats)

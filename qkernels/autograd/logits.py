@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import ops
 from ..core import calls
 from ..core.coefficients import coefficients
-from ..core.fields import BIT, SOFTMAX, field_index
+from ..core.fields import DIVERGENCES, SOFTMAX, field_index
 from ..distributed.vocab_parallel import Shard, row_stats
 from . import once_differentiable
 from .saved import restored, results_of, saveable
@@ -63,7 +63,7 @@ class RowStats(torch.autograd.Function):
         if call.logits is not logits:  # inside torch.compile
             call = call._replace(logits=logits)
         stats = row_stats(call, how.shard)
-        with_kl = call.fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"])
+        with_kl = call.fields & DIVERGENCES
         (saved,) = saveable(ctx, call.reference if with_kl else None)
         ctx.save_for_backward(logits, call.labels, saved, stats)
         ctx.how, ctx.options = how, call[3:]

@@ -39,10 +39,10 @@ BIT: dict[str, int] = {name: 1 << i for i, name in enumerate(FIELDS)}
 SOFTMAX = BIT["row_max"] | BIT["log_sum"] | BIT["logps"]
 REFERENCE_SOFTMAX = BIT["reference_row_max"] | BIT["reference_log_sum"] | BIT["reference_logps"]
 
-# Fields that read the reference row, and fields that have a gradient with respect to the policy's logits.
-NEEDS_REFERENCE = (
-    REFERENCE_SOFTMAX | BIT["reference_logsumexp"] | BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
-)
+# Fields that read both models' rows at once; fields that read the reference's row; fields that have a gradient with
+# respect to the policy's logits.
+DIVERGENCES = BIT["kl_reference_policy"] | BIT["kl_policy_reference"]
+NEEDS_REFERENCE = REFERENCE_SOFTMAX | BIT["reference_logsumexp"] | DIVERGENCES
 DIFFERENTIABLE: tuple[str, ...] = ("logps", "logsumexp", "entropy", "kl_reference_policy", "kl_policy_reference")
 
 
@@ -167,6 +167,11 @@ def bits(names: tuple[str, ...] | list[str]) -> int:
     for name in names:
         mask |= BIT[name]
     return mask
+
+
+def of_policy(mask: int) -> int:
+    """The fields of a policy that stand for these of a reference, in the same order: `logps` for `reference_logps`."""
+    return bits([name.removeprefix("reference_") for name in field_names(mask)])
 
 
 def field_names(mask: int) -> list[str]:

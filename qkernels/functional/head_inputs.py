@@ -15,7 +15,7 @@ from ..autograd.head import FrozenHead, HeadStats
 from ..autograd.saved import by_name
 from ..core import checks
 from ..core.compile import constant_when_compiled
-from ..core.fields import BIT, REFERENCE_SOFTMAX, SOFTMAX, stats_dtype
+from ..core.fields import DIVERGENCES, REFERENCE_SOFTMAX, SOFTMAX, stats_dtype
 from ..distributed import groups, vocab_parallel
 from ..distributed.fingerprint import NOTHING, CallFingerprint, Fingerprint, words
 from ..distributed.groups import Ranks
@@ -189,7 +189,7 @@ class HeadInputs(NamedTuple):
 def fields_with_softmax(fields: int, has_model: bool) -> int:
     """What a backward needs besides the results asked for."""
     fields |= SOFTMAX
-    if has_model and fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
+    if has_model and fields & DIVERGENCES:
         fields |= REFERENCE_SOFTMAX
     return fields
 

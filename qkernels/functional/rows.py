@@ -15,7 +15,7 @@ from .. import backends
 from ..autograd.logits import Backward, RowStats, refuse_overwritten
 from ..autograd.saved import by_name
 from ..core import calls, checks
-from ..core.fields import BIT, REFERENCE_SOFTMAX, SOFTMAX, stats_dtype
+from ..core.fields import DIVERGENCES, REFERENCE_SOFTMAX, SOFTMAX, stats_dtype
 from ..distributed import groups, vocab_parallel
 from ..distributed.fingerprint import NOTHING, CallFingerprint, Fingerprint, words
 from ..distributed.groups import Ranks
@@ -88,7 +88,7 @@ class Rows(NamedTuple):
         wanted = fields
         if differentiable and self.logits.requires_grad and torch.is_grad_enabled():
             fields |= SOFTMAX
-            if fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]):
+            if fields & DIVERGENCES:
                 fields |= REFERENCE_SOFTMAX
             how = Backward(self.inplace, differentiable, self.shard)
             return by_name(wanted, fields, differentiable, RowStats.apply(self.logits, self.call(fields), how))

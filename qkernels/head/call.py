@@ -7,7 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.fields import DIVERGENCES, stats_dtype
 from ..distributed.vocab_parallel import Shard
+
+
+def apart(fields: int, dtype: torch.dtype, reference_dtype: torch.dtype, shard: Shard | None) -> bool:
+    """Whether the logits of the reference make room for the policy's, in the same memory.
+
+    They do where no field reads both, and no exchange between ranks would become two.
+
+    Args:
+        fields: bit mask of the per-row results.
+        dtype, reference_dtype: of the GEMMs.
+        shard: this rank's shard of the vocabulary, or None.
+    """
+    return not fields & DIVERGENCES and shard is None and stats_dtype(dtype) == stats_dtype(reference_dtype)
 
 
 class Model(NamedTuple):

@@ -25,10 +25,10 @@ from torch import Tensor
 from .. import backends
 from ..core.calls import RowGrad, RowStats
 from ..core.coefficients import coefficients as coefficients_of
-from ..core.fields import BIT, SOFTMAX, field_index, field_names, stats_dtype
+from ..core.fields import BIT, NEEDS_REFERENCE, SOFTMAX, field_index, field_names, of_policy, stats_dtype
 from ..core.memory import give_back_scratch, take_scratch
-from .call import HeadCall, Model
-from .products import Head, WeightGrad, gradient_dtype
+from .call import HeadCall, Model, apart
+from .products import Head, WeightGrad, gradient_dtype, waits
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,6 +55,8 @@ def valid_rows(labels: Tensor, ignore_index: int, number: int | None = None) -> 
 class _Chunk(NamedTuple):
     """The rows of one chunk: their hidden states in the products' dtype, labels `[1, n]`, logits `[1, n, V]`.
 
+    reference: its logits; None where there is none, or where they are gone.
+    reference_stats: `[K', 1, n]`, the fields of the reference alone, where its logits are gone.
     temperatures: `[n, 1]`, by which the logits have been divided; None for 1.
     """
 
@@ -64,6 +66,7 @@ class _Chunk(NamedTuple):
     logits: Tensor
     reference: Tensor | None
     temperatures: Tensor | None
+    reference_stats: Tensor | None = None
 
     def first(self, rows: int) -> _Chunk:
         """The first rows of the chunk."""
@@ -89,6 +92,7 @@ class Pass:
         self.head = self._head(call.policy, config.dtype)
         self.reference_head = None if call.reference is None else self._head(call.reference, config.reference_dtype)
         self.wide = stats_dtype(config.dtype)
+        self.apart = apart(config.fields, config.dtype, config.reference_dtype, config.shard)
         self.narrow = gradient_dtype(call.labels.device, config.dtype)
         self._largest = 0
 
@@ -119,45 +123,72 @@ class Pass:
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         """`[rows, V]`, the same memory for every chunk: allocated once, for the largest of them."""
         if name not in self._buffers:
-            self._buffers[name] = take_scratch((self._largest, self.head.vocab), dtype, self.call.labels.device)
+            self.reserve(name, self._largest, dtype)
         return self._buffers[name][:rows]
+
+    def reserve(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+        """A buffer `[rows, V]` for the whole pass."""
+        self._buffers[name] = take_scratch((rows, self.head.vocab), dtype, self.call.labels.device)
+        return self._buffers[name]
+
+    def drop_logits(self) -> None:
+        """Free what only the chunks needed, before something large is made; unless the next call is to have it."""
+        if not self._keep:
+            for name in {"logits", "reference", "capped"} & self._buffers.keys():
+                del self._buffers[name]
 
     def chunks(self, selections: Sequence[Selection]) -> Iterator[_Chunk]:
         """Compute the logits of one selection of rows after the other."""
         call, config = self.call, self.call.config
         self._largest = max((_length(s) for s in selections), default=0)
         for where in selections:
-            x = _rows(call.policy.hidden, where).to(config.dtype)
-            logits = self._buffer("logits", x.shape[0], self.wide)
-            self.head.logits(x, logits)
-            temperatures = None
-            if call.temperatures is not None:
-                temperatures = _rows(call.temperatures, where).unsqueeze(1)
-                logits.div_(temperatures)
-            reference = None
-            if call.reference is not None and self.reference_head is not None:
-                reference = self._buffer("reference", x.shape[0], stats_dtype(config.reference_dtype))
-                self.reference_head.logits(_rows(call.reference.hidden, where).to(config.reference_dtype), reference)
-                if temperatures is not None:
-                    reference.div_(temperatures)
-                reference = reference.unsqueeze(0)
             labels = _rows(call.labels, where).unsqueeze(0)
+            temperatures = None if call.temperatures is None else _rows(call.temperatures, where).unsqueeze(1)
+            reference = reference_stats = None
+            if call.reference is not None and self.reference_head is not None:
+                y = _rows(call.reference.hidden, where).to(config.reference_dtype)
+                logits = self._logits(self.reference_head, y, temperatures, "logits" if self.apart else "reference")
+                if self.apart:
+                    own = of_policy(config.fields & NEEDS_REFERENCE)
+                    reference_stats = self._row_stats(logits, labels, None, own)
+                else:
+                    reference = logits
+            x = _rows(call.policy.hidden, where).to(config.dtype)
             yield _Chunk(
                 where=where,
                 x=x,
                 labels=labels,
-                logits=logits.unsqueeze(0),
+                logits=self._logits(self.head, x, temperatures, "logits"),
                 reference=reference,
                 temperatures=temperatures,
+                reference_stats=reference_stats,
             )
 
+    def _logits(self, head: Head, x: Tensor, temperatures: Tensor | None, name: str) -> Tensor:
+        """`[1, n, V]`: the logits of rows `x` in the buffer of that name."""
+        logits = self._buffer(name, x.shape[0], stats_dtype(x.dtype))
+        head.logits(x, logits)
+        if temperatures is not None:
+            logits.div_(temperatures)
+        return logits.unsqueeze(0)
+
     def stats(self, chunk: _Chunk, fields: int) -> Tensor:
-        """`[K, 1, n]`: the per-row results of a chunk."""
+        """`[K, 1, n]`: the per-row results of a chunk; those of the reference among them are those of the config."""
+        if chunk.reference_stats is None:
+            return self._row_stats(chunk.logits, chunk.labels, chunk.reference, fields)
+        if not fields & ~NEEDS_REFERENCE:
+            return chunk.reference_stats
+        own = self._row_stats(chunk.logits, chunk.labels, None, fields & ~NEEDS_REFERENCE)
+        policys, references = iter(own.split(1)), iter(chunk.reference_stats.split(1))
+        each = (next(references if BIT[name] & NEEDS_REFERENCE else policys) for name in field_names(fields))
+        return torch.cat(tuple(each))
+
+    def _row_stats(self, logits: Tensor, labels: Tensor, reference: Tensor | None, fields: int) -> Tensor:
         config = self.call.config
         rows = RowStats(
-            logits=chunk.logits,
-            labels=chunk.labels,
-            reference=chunk.reference,
+            logits=logits,
+            labels=labels,
+            reference=reference,
             fields=fields,
             temperature=config.row_temperature,
             ignore_index=config.ignore_index,
@@ -166,16 +197,19 @@ class Pass:
         result: Tensor = self.backend.row_stats(rows) if config.shard is None else config.shard.row_stats(rows)
         return result
 
-    def gradient(self, chunk: _Chunk, stats: Tensor, coefficients: Tensor) -> Tensor:
+    def gradient(self, chunk: _Chunk, stats: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         """dL/dl of a chunk's own logits, `[n, V]`, in the dtype of the GEMMs; the logits are gone afterwards.
 
         Args:
             chunk: with its logits.
             stats: `[3 or 6, 1, n]`, the softmax statistics of the models.
             coefficients: `[1 or 5, 1, n]`, see `qkernels.core.coefficients`.
+            out: where to write it; None for a buffer that the next chunk overwrites.
         """
         config, n = self.call.config, chunk.labels.shape[1]
-        reference_softmax = stats[3:6] if coefficients.shape[0] > 1 and stats.shape[0] >= 6 else None
+        reference_softmax = None
+        if chunk.reference is not None and coefficients.shape[0] > 1 and stats.shape[0] >= 6:
+            reference_softmax = stats[3:6]
         if chunk.temperatures is not None:  # d(l / t)/dl of each row
             coefficients = coefficients / chunk.temperatures.view(1, 1, n)
         rows = RowGrad(
@@ -195,7 +229,8 @@ class Pass:
         if config.softcap is not None:
             grad = self._buffer("capped", n, self.wide)
             self.backend.row_grad_into(grad.unsqueeze(0), rows)
-            out = grad if self.narrow == self.wide else self._buffer("grad", n, self.narrow)
+            if out is None:
+                out = grad if self.narrow == self.wide else self._buffer("grad", n, self.narrow)
             if chunk.temperatures is not None:  # the slope of the cap is a function of what it made
                 chunk.logits[0].mul_(chunk.temperatures)
             self.head.uncap(chunk.logits[0], grad, out)
@@ -203,7 +238,7 @@ class Pass:
         if self.narrow == self.wide:
             self.backend.row_grad_(rows)
             return chunk.logits[0]
-        out = self._buffer("grad", n, self.narrow)
+        out = self._buffer("grad", n, self.narrow) if out is None else out
         self.backend.row_grad_into(out.unsqueeze(0), rows)
         return out
 
@@ -278,13 +313,41 @@ def _only(stats_: Tensor, have: int, want: int) -> Tensor:
     return stats_[[field_index(have, name) for name in field_names(want)]]
 
 
-class _Gradients:
-    """dX, dW and db of a pass, from coefficients, in `dtypes` of hidden states, weight and bias."""
+class _Waiting:
+    """Chunks whose dW is one GEMM: gradients of their logits `[rows, V]`, hidden states `[rows, H]`, rows so far."""
 
-    def __init__(self, work: Pass, needs: Sequence[bool], dtypes: Sequence[torch.dtype | None], chunks: int):
+    def __init__(self, work: Pass, rows: int):
+        self.g = work.reserve("waiting", rows, work.narrow)
+        self.x = torch.empty(rows, work.head.weight.shape[1], dtype=work.narrow, device=self.g.device)
+        self.rows = 0
+
+    def room(self, rows: int) -> Tensor:
+        """For the next chunk's gradient."""
+        return self.g[self.rows : self.rows + rows]
+
+    def add(self, x: Tensor) -> None:
+        """The hidden states of the chunk whose gradient has been written to `room`."""
+        self.x[self.rows : self.rows + x.shape[0]] = x
+        self.rows += x.shape[0]
+
+
+class _Gradients:
+    """dX, dW and db of a pass, from coefficients, in `dtypes` of hidden states, weight and bias.
+
+    Args:
+        work: the pass.
+        needs: which of the three are wanted.
+        dtypes: theirs.
+        rows: with a gradient, of each chunk, at most.
+    """
+
+    def __init__(self, work: Pass, needs: Sequence[bool], dtypes: Sequence[torch.dtype | None], rows: Sequence[int]):
         self.work, self.dtypes = work, dtypes
-        hidden = work.call.policy.hidden
+        hidden, chunks = work.call.policy.hidden, sum(n > 0 for n in rows)
         self.hidden = torch.zeros(hidden.shape, dtype=dtypes[0], device=hidden.device) if needs[0] else None
+        self.waiting: _Waiting | None = None
+        if needs[1] and waits(work.call.policy.weight, work.call.config.dtype, sum(rows), chunks):
+            self.waiting, chunks = _Waiting(work, sum(rows)), 1
         self.weight = WeightGrad(work.head, needs[1], needs[2], chunks)
 
     def add(self, chunk: _Chunk, softmax: Tensor, coefficients: Tensor) -> None:
@@ -294,7 +357,8 @@ class _Gradients:
             scale = torch.where(scale > 0, torch.exp2(scale.log2().ceil()), 1.0)
             coefficients = coefficients / scale
             scale = scale.view(-1, 1)
-        g = self.work.gradient(chunk, softmax, coefficients)
+        waiting = self.waiting
+        g = self.work.gradient(chunk, softmax, coefficients, None if waiting is None else waiting.room(x.shape[0]))
         dx = None
         if self.hidden is not None:
             dx = self.work.head.input_grad(g)
@@ -305,12 +369,17 @@ class _Gradients:
             # The rows' own scales, relative to the largest, ride on x; the largest on the sum.
             top = scale.amax()
             self.weight.add(g, (x.float() * (scale / top)).to(x.dtype), scale.view(-1), top)
+        elif waiting is not None:
+            waiting.add(x)
         else:
             self.weight.add(g, x)
         if self.hidden is not None and dx is not None:
             _put(self.hidden, chunk.where, dx if summed is None else summed())
 
     def result(self) -> Gradients:
+        if self.waiting is not None and self.waiting.rows:
+            self.work.drop_logits()
+            self.weight.add(self.waiting.g[: self.waiting.rows], self.waiting.x[: self.waiting.rows])
         weight, bias = self.weight.result(self.dtypes[1], self.dtypes[2])
         return self.hidden, weight, bias
 
@@ -327,7 +396,8 @@ def gradients(call: HeadCall, softmax: Tensor, coefficients: Tensor, needs: Sequ
     """
     work = Pass(call if coefficients.shape[0] > 1 else call._replace(reference=None))
     selections = work.selections()
-    total = _Gradients(work, needs, [None if x is None else x.dtype for x in call.policy], len(selections))
+    dtypes = [None if x is None else x.dtype for x in call.policy]
+    total = _Gradients(work, needs, dtypes, [_length(where) for where in selections])
     for chunk in work.chunks(selections):
         at = (slice(None), chunk.where)
         total.add(chunk, softmax[at].unsqueeze(1), coefficients[at].unsqueeze(1))
@@ -370,7 +440,8 @@ def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> t
     work, fields = Pass(call), call.config.fields
     result = work.result()
     dtypes = [None if x is None else saved_dtype(x.dtype) for x in call.policy]
-    total = _Gradients(work, needs, dtypes, sum(rows > 0 for rows in loss.leading))
+    lengths = map(_length, loss.selections)
+    total = _Gradients(work, needs, dtypes, [min(n, lead) for n, lead in zip(lengths, loss.leading, strict=True)])
     for number, chunk in enumerate(work.chunks(loss.selections)):
         values = work.stats(chunk, fields)
         _put(result, chunk.where, values[:, 0], 1)

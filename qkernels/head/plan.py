@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.fields import BIT, stats_dtype
+from ..core.fields import DIVERGENCES, stats_dtype
 from ..core.memory import free_memory
 from ..distributed.vocab_parallel import Shard
-from .call import Model
+from .call import Model, apart
 from .chunks import saved_dtype
-from .products import block_bytes, gradient_dtype, logits_product
+from .products import block_bytes, gradient_dtype, logits_product, waits
 
 # The plans that know the gradient of a unit while its logits exist, by the unit.
 BY_UNIT = {unit: f"{unit}_chunks" for unit in ("pair", "sequence", "token")}
@@ -139,9 +139,11 @@ class Work(NamedTuple):
         return self.policy.weight.shape[0] if self.shard is None else self.shard.widest
 
     def bytes_per_row(self) -> int:
-        """Bytes that one row of a chunk takes: its logits (both models') and its gradient."""
+        """Bytes that one row of a chunk takes: its logits (both models' where they exist at once) and its gradient."""
         wide = stats_dtype(self.dtype).itemsize
-        size = wide + (0 if self.reference is None else stats_dtype(self.reference_dtype).itemsize)
+        size = wide
+        if self.reference is not None and not apart(self.fields, self.dtype, self.reference_dtype, self.shard):
+            size += stats_dtype(self.reference_dtype).itemsize
         if any(self.needs):
             narrow = gradient_dtype(self.policy.hidden.device, self.dtype).itemsize
             size += (narrow if narrow < wide else 0) + (wide if self.softcap else 0)
@@ -162,8 +164,10 @@ class Work(NamedTuple):
         # A chunk's hidden states as they come and as the GEMM packs them, their gradient, and the part of the head that
         # is widened at a time.
         size = rows * hidden * (2 * dtype.itemsize + products.itemsize)
-        sums = name != "frozen_head" and needs[1] and chunks > 1
-        size += block_bytes(device, dtype, vocab, hidden, rows=rows, sums=sums, trains=any(needs))
+        waiting = needs[1] and waits(policy.weight, dtype, self.valid_rows, chunks)
+        sums = name != "frozen_head" and needs[1] and chunks > 1 and not waiting
+        block_rows = self.valid_rows if waiting else rows
+        size += block_bytes(device, dtype, vocab, hidden, rows=block_rows, sums=sums, trains=any(needs))
         if self.reference is not None:
             size += rows * self.reference.hidden.shape[1] * self.reference_dtype.itemsize
         # Heads that are not in the GEMMs' dtype (autocast) are cast once.
@@ -173,7 +177,9 @@ class Work(NamedTuple):
         if name == "frozen_head":
             size += policy.hidden.numel() * saved_dtype(dtype).itemsize
         elif needs[1]:
-            summed = products if chunks <= 1 else stats_dtype(dtype)
+            if waiting:  # the gradients of all logits, the chunk's among them, and the hidden states
+                size += ((self.valid_rows - rows) * self.widest + self.valid_rows * hidden) * products.itemsize
+            summed = products if chunks <= 1 or waiting else stats_dtype(dtype)
             if summed != policy.weight.dtype:
                 size += policy.weight.numel() * summed.itemsize
         if name in BY_UNIT.values() and needs[0] and saved_dtype(policy.hidden.dtype) != policy.hidden.dtype:
@@ -194,7 +200,7 @@ def plan(work: Work) -> LinearPlan:
     backward = needs_hidden + needs_weight
     known = name in BY_UNIT.values()
     products = 1 + backward if known else {"forward_only": 1, "frozen_head": 2}.get(name, 2 + backward)
-    with_kl = bool(work.fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
+    with_kl = bool(work.fields & DIVERGENCES)
     number = -(-work.valid_rows // fit) if work.valid_rows else 0
     return LinearPlan(
         name=name,

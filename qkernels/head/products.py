@@ -14,6 +14,9 @@ fp32 for fp16 on a CPU. dW is summed over chunks in fp32 that nothing has rounde
 CPUs without bf16 instructions they run in fp32 on inputs widened block by block, and dX and dW are rounded once:
 torch's bf16 product, which such a CPU has no kernel for, is a hundred times slower there (0.5 against 64 GFLOP/s on
 one core of an AMD EPYC with AVX2).
+
+Where a batch has few rows (`waits`), their gradients wait in bf16 until the last chunk is done, and dW is one GEMM: the
+fp32 sums, which every chunk reads and writes whole, would take more memory than they do.
 """
 
 from __future__ import annotations
@@ -55,6 +58,22 @@ def _torch_multiplies_bf16() -> bool:
 def _widens_backward(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether dX and dW are products in fp32 of widened bf16 inputs: on CPUs without bf16 instructions."""
     return device.type == "cpu" and dtype == torch.bfloat16 and not _torch_multiplies_bf16()
+
+
+def waits(weight: Tensor, dtype: torch.dtype, rows: int, chunks: int) -> bool:
+    """Whether the gradients of all chunks' logits wait for one GEMM of dW, instead of fp32 sums of one for each chunk.
+
+    They do in bf16, where `[rows, V]` of them take no more memory than `[V, H]` of fp32. (In fp16 each chunk has a
+    scale of its own; the gradient of an fp32 weight is summed in the memory that it needs in any case.)
+
+    Args:
+        weight: `[V, H]`, as it came.
+        dtype: of the GEMMs.
+        rows: with a gradient, of all chunks.
+        chunks: how many there are.
+    """
+    bf16 = torch.bfloat16
+    return chunks > 1 and weight.dtype == dtype == bf16 and rows * bf16.itemsize <= weight.shape[1] * 4
 
 
 def block_bytes(

@@ -268,7 +268,8 @@ def test_the_same_results_as_from_logits(backend, dtype, loss_type):
     expected = logits(expected_models)
     expected.loss.backward()
     unit = 1e-12 if dtype == EXACT else 2e-5
-    for budget in (None, bytes_for(16, batch), bytes_for(1, batch)):
+    divergence = loss_type.startswith("tdpo")
+    for budget in (None, *(bytes_for(rows, batch, divergence=divergence) for rows in (16, 1))):
         models = leaves(batch, "hwb")
         out = linear(models, max_chunk_bytes=budget)
         out.loss.backward()
@@ -358,7 +359,8 @@ def test_any_shape_and_any_chunk_boundary(drawn, trains, plan, loss_type, shape,
     try:
         out = fused_linear_token_dpo(
             models["hidden"], models["weight"], batch.labels, lm_head_bias=models["bias"], plan=plan, **how,
-            **reference, **options, max_chunk_bytes=bytes_for(chunk_rows, batch, "hwb", capped, live), backend="torch",
+            **reference, **options, backend="torch",
+            max_chunk_bytes=bytes_for(chunk_rows, batch, "hwb", capped, live, loss_type == "tdpo1"),
         )  # fmt: skip
     except ValueError as error:
         assert plan == "pair_chunks" and "is not possible" in str(error)

@@ -124,8 +124,9 @@ def test_rounded_logits_are_seen(backend, dtype, monkeypatch):
 @pytest.mark.parametrize("name", oracle.STATS)
 def test_every_output_is_checked(backend, dtype, name, monkeypatch):
     batch = make_head_batch(1, 6, 16, 40, dtype, backend.device)
+    of_rows = name.removeprefix("reference_")  # the reference's rows are read by a call of their own
     expect_failure(
-        lambda: check_linear_stats(backend, batch, (name,), trains=""), perturb_field(monkeypatch, backend, name)
+        lambda: check_linear_stats(backend, batch, (name,), trains=""), perturb_field(monkeypatch, backend, of_rows)
     )
 
 

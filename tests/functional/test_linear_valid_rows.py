@@ -85,7 +85,9 @@ def call_of(batch: HeadBatch, options: dict, plan: str = "auto", chunk_rows: int
     if isinstance(how["reference_logps"], torch.Tensor):
         how["reference_logps"] = how["reference_logps"].to(batch.hidden.device)
     if chunk_rows is not None:
-        how["max_chunk_bytes"] = bytes_for(chunk_rows, batch, live_reference="reference_hidden" in how)
+        how["max_chunk_bytes"] = bytes_for(
+            chunk_rows, batch, live_reference="reference_hidden" in how, divergence="tdpo" in str(how.get("loss_type"))
+        )
     return {**how, "plan": "auto" if plan == "forward_only" else plan, "cu_seqlens": batch.cu_seqlens}
 
 

@@ -137,8 +137,8 @@ def fused_token_dpo(case: Case, backend: str) -> None:
 # --- hidden states ----------------------------------------------------------------------------------------------------
 
 
-def _bytes_for(s: Setup, heads: Heads, live: bool, names: dict[str, str]) -> int | None:
-    """A chunk budget that holds so many rows as the case says."""
+def _bytes_for(s: Setup, heads: Heads, live: bool, divergence: bool) -> int | None:
+    """A chunk budget that holds so many rows as the case says; a divergence needs both models' logits at once."""
     if s["chunk_rows"] is None:
         return None
     rows = max(1, heads.labels.numel())
@@ -152,6 +152,7 @@ def _bytes_for(s: Setup, heads: Heads, live: bool, names: dict[str, str]) -> int
             "reference_hidden": torch.cat([r_flat, r_flat]),
             "reference_weight": r_weight,
             "reference_bias": r_bias,
+            "loss_type": "tdpo1" if divergence else "sigmoid",
         }
     number = doubled.shape[0]
     ends = torch.tensor([0, number // 2, number], dtype=torch.int32, device=s.device)
@@ -190,7 +191,7 @@ def _linear_rows(s: Setup, function: str) -> None:
         "temperature": s["temperature"],
         "ignore_index": s["ignore_index"],
         "valid_rows": int((labels != s["ignore_index"]).sum()) if s["valid_rows"] else None,
-        "max_chunk_bytes": _bytes_for(s, heads, live, NAMES_OF_ROWS),
+        "max_chunk_bytes": _bytes_for(s, heads, live, any("kl_" in name for name in outputs)),
         "backend": s.backend,
     }
     if function == "linear_token_logps":
@@ -224,7 +225,7 @@ def _linear_arguments(s: Setup, request: Request, batch: Batch, heads: Heads) ->
     """Keyword arguments of `fused_linear_token_dpo` and `plan_linear`, with a plan that can do the work."""
     live = request.reference == "live"
     r_hidden, r_weight, r_bias = heads.reference
-    budget = _bytes_for(s, heads, live, NAMES_OF_LOSS)
+    budget = _bytes_for(s, heads, live, request.needs_kl)
     used = batch.loss_weights if not request.wpo and "sft" not in request.names else batch.base
     counts = [int(n) for n in batch.sums((used != 0).double())]
     half = batch.number // 2

@@ -18,6 +18,7 @@ from linear_comparisons import bytes_for, leaves
 from qkernels import LinearPlan, fused_linear_token_dpo, linear_token_stats, objectives, plan_linear
 from qkernels.backends import cpu
 from qkernels.core.memory import BLOCK_ELEMENTS, free_memory
+from qkernels.head import products
 from qkernels.head.products import block_bytes
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -153,6 +154,35 @@ def test_chunks_are_counted_as_they_run(monkeypatch):
                     assert all(s == seen[0] for s in seen)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("plan", ["pair_chunks", "recompute"])
+def test_few_rows_in_bf16_wait_for_one_gemm_of_dw(monkeypatch, plan):
+    """Up to 2 H rows in several chunks; more are summed in fp32, and so are those of a weight that autocast rounds."""
+    seen, real = [], products.WeightGrad.add
+
+    def add(self, g, x, *others):
+        seen.append(g.shape[0])
+        return real(self, g, x, *others)
+
+    monkeypatch.setattr(products.WeightGrad, "add", add)
+
+    def rows_of_dw(batch):
+        seen.clear()
+        args, keywords = arguments(batch, "hwb", plan=plan)
+        out = fused_linear_token_dpo(*args, **keywords, max_chunk_bytes=bytes_for(12, batch, "hwb", None, False))
+        out.loss.backward()
+        assert out.plan.chunks > 1
+        return list(seen)
+
+    few, many = small(torch.bfloat16), make_head_batch(PAIRS, LENGTH, SIZE // 8, VOCAB, torch.bfloat16)
+    assert few.valid <= 2 * SIZE and rows_of_dw(few) == [few.valid]
+    assert len(rows_of_dw(many)) > 1 and sum(seen) == many.valid
+    assert len(rows_of_dw(small())) > 1
+    few.weight, few.bias = few.weight.float(), few.bias.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(rows_of_dw(few)) > 1
+
+
 def test_chunks_take_their_share_of_the_free_memory(monkeypatch):
     """By default 256 MiB on a CPU, an eighth of what is free if that is less, a quarter for a pair that has to fit."""
     meta = make_head_batch(1, 8, 4, 16, torch.float32)
@@ -233,7 +263,13 @@ def test_products_are_counted(backend, dtype, trains, options, products, referen
     batch.labels[:] = 1
     batch.labels[:, : int(share * LENGTH)] = IGNORE
     for rows in (None, 12, 5):
-        budget = None if rows is None else bytes_for(rows, batch, trains, live_reference="live" in options)
+        budget = (
+            None
+            if rows is None
+            else bytes_for(
+                rows, batch, trains, live_reference="live" in options, divergence=options.get("loss_type") == "tdpo1"
+            )
+        )
         separable = "plan" not in options and options.get("loss_type") != "aot" and "w" in trains
         if rows is not None and separable and batch.valid > PAIRS * rows:
             continue  # pairs do not fit: another plan
@@ -348,6 +384,7 @@ WAYS = {
     "recompute": ("hwb", {"plan": "recompute"}),
     "frozen_head, softcap": ("h", {"softcap": 5.0}),
     "pair_chunks, softcap": ("hwb", {"softcap": 5.0, "logit_scale": 0.5}),
+    "pair_chunks, reference apart": ("hwb", {"live": True}),
     "pair_chunks, reference": ("hwb", {"live": True, "loss_type": "tdpo1"}),
     "recompute, reference": ("hwb", {"live": True, "loss_type": "tdpo1", "plan": "recompute"}),
 }
@@ -362,13 +399,27 @@ def test_peak_memory_is_what_the_plan_says(backend, dtype, way):
     batch = make_head_batch(4, 32, 32, 5000, dtype)
     batch.labels[:] = 1
     for rows in (64, 1000):
-        budget = bytes_for(rows, batch, trains, options.get("softcap"), "live" in options)
+        shape = (options.get("softcap"), "live" in options, "loss_type" in options)
+        budget = bytes_for(rows, batch, trains, *shape)
         peak, plan = memory_of_step(batch, trains, **options, max_chunk_bytes=budget)
         assert plan.chunks == (4 if rows == 64 else 1)
         check_peak(peak, plan, batch, dtype)
-        assert plan.chunk_bytes == plan.chunk_rows * bytes_for(
-            1, batch, trains, options.get("softcap"), "live" in options
-        )
+        assert plan.chunk_bytes == plan.chunk_rows * bytes_for(1, batch, trains, *shape)
+
+
+@pytest.mark.only_backends("cpu")
+@pytest.mark.dtypes(torch.bfloat16)
+@pytest.mark.parametrize("way", [way for way in WAYS if "frozen" not in way and "only" not in way])
+def test_peak_memory_of_few_rows_in_chunks(backend, dtype, way):
+    """Their gradients wait in 16 bits, and take less than the fp32 sums of dW would."""
+    trains, options = WAYS[way]
+    batch = make_head_batch(3, 6, 32, 5000, dtype)
+    batch.labels[:] = 1
+    shape = (options.get("softcap"), "live" in options, "loss_type" in options)
+    peak, plan = memory_of_step(batch, trains, **options, max_chunk_bytes=bytes_for(12, batch, trains, *shape))
+    assert plan.chunks == 3
+    check_peak(peak, plan, batch, dtype)
+    assert plan.peak_bytes < plan.chunk_bytes + batch.weight.numel() * 4
 
 
 @pytest.mark.only_backends("cpu")

@@ -105,7 +105,9 @@ def check_linear_stats(
         softcap=softcap,
         logit_scale=logit_scale,
         temperature=temperature,
-        max_chunk_bytes=None if chunk_rows is None else bytes_for(chunk_rows, batch, trains, softcap, with_reference),
+        max_chunk_bytes=None
+        if chunk_rows is None
+        else bytes_for(chunk_rows, batch, trains, softcap, with_reference, any("kl_" in name for name in outputs)),
         backend=backend.name,
         **reference,
     )
@@ -141,9 +143,14 @@ def check_linear_stats(
 
 
 def bytes_for(
-    rows: int, batch: HeadBatch, trains: str = "hwb", softcap: float | None = None, live_reference: bool = True
+    rows: int,
+    batch: HeadBatch,
+    trains: str = "hwb",
+    softcap: float | None = None,
+    live_reference: bool = True,
+    divergence: bool = False,
 ) -> int:
-    """A budget that holds exactly so many rows."""
+    """A budget that holds exactly so many rows; `divergence`: of a call that compares the two models' distributions."""
     models = leaves(batch, trains)
     reference = (
         {"reference_hidden": batch.reference_hidden, "reference_weight": batch.reference_weight}
@@ -152,7 +159,7 @@ def bytes_for(
     )
     plan = plan_linear(
         models["hidden"], models["weight"], batch.labels, lm_head_bias=models["bias"], cu_seqlens=batch.cu_seqlens,
-        softcap=softcap, **reference,
+        softcap=softcap, loss_type="tdpo1" if divergence else "sigmoid", **reference,
     )  # fmt: skip
     return rows * plan.chunk_bytes // plan.chunk_rows
 
@@ -211,7 +218,7 @@ def check_linear_preference(
         "plan": plan,
         "max_chunk_bytes": None
         if chunk_rows is None
-        else bytes_for(chunk_rows, batch, trains, softcap, live_reference),
+        else bytes_for(chunk_rows, batch, trains, softcap, live_reference, "tdpo" in str(loss_type)),
         "backend": backend.name,
         **reference,
     }

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from ...core import layout
 from ...core.calls import RowStats
-from ...core.fields import BIT, FIELDS, NEEDS_REFERENCE
+from ...core.fields import BIT, DIVERGENCES, FIELDS, NEEDS_REFERENCE
 from . import common
 from .common import (
     _INF,
@@ -603,7 +603,7 @@ def combine_kernel(
 
 def sums_for(fields: int) -> dict[str, int | bool]:
     """What has to be accumulated for these fields: the compile-time part of a call, besides dtypes."""
-    pair = bool(fields & (BIT["kl_reference_policy"] | BIT["kl_policy_reference"]))
+    pair = bool(fields & DIVERGENCES)
     return {
         "REFERENCE": JOINT if pair else SEPARATE if fields & NEEDS_REFERENCE else NO_REFERENCE,
         "ENTROPY": bool(fields & BIT["entropy"]),
