@@ -52,7 +52,7 @@ def steps(qk: Any) -> dict[str, Step]:
     """The calls that are timed, by name, beside the import; those with a gradient run forward and backward."""
     torch.manual_seed(0)
     logits, reference = torch.randn(4, 8, 64, requires_grad=True), torch.randn(4, 8, 64)
-    labels = torch.randint(0, 64, (4, 8))
+    labels, ignored = torch.randint(0, 64, (4, 8)), torch.full((4, 8), -100)
     cached = qk.token_logps(reference, labels)
     hidden, weight = torch.randn(4, 8, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
     constant, loss = logits.detach(), torch.zeros(())
@@ -71,6 +71,9 @@ def steps(qk: Any) -> dict[str, Step]:
         "fused_token_dpo, forward": lambda: qk.fused_token_dpo(constant, labels, reference_logps=cached, backend="cpu"),
         "fused_token_dpo, cached reference": forward_and_backward(
             lambda: qk.fused_token_dpo(logits, labels, reference_logps=cached, backend="cpu").loss
+        ),
+        "the same with every row ignored: the host alone": forward_and_backward(
+            lambda: qk.fused_token_dpo(logits, ignored, reference_logps=cached, backend="cpu").loss
         ),
         "fused_token_dpo, reference logits": forward_and_backward(
             lambda: qk.fused_token_dpo(logits, labels, reference_logits=reference, backend="cpu").loss
