@@ -77,12 +77,13 @@ void pack_left(const GemmCall& call, int64_t tile, int64_t tiles, uint32_t* pack
     const int64_t here = std::min(kPairs, pairs - block * kPairs);
     uint32_t* to = packed + (block * kPairs * tiles + tile * here) * kRows;
     for (int64_t i = 0; i < kRows; ++i) {
-      const int64_t row = tile * kRows + i;
-      for (int64_t pair = 0; pair < here; ++pair) {
-        const int64_t k = 2 * (block * kPairs + pair);
+      const int64_t row = tile * kRows + i, k = 2 * block * kPairs;
+      const BFloat16* from = call.left.data + row * call.left.stride + k;
+      const int64_t whole = row < call.rows ? std::min(here, (call.depth - k) / 2) : 0;
+      for (int64_t pair = 0; pair < whole; ++pair) std::memcpy(to + pair * kRows + i, from + 2 * pair, 4);
+      for (int64_t pair = whole; pair < here; ++pair) {
         uint32_t value = 0;
-        if (row < call.rows)
-          std::memcpy(&value, call.left.data + row * call.left.stride + k, k + 1 < call.depth ? 4 : 2);
+        if (row < call.rows) std::memcpy(&value, from + 2 * pair, 2);  // the last of an odd depth
         to[pair * kRows + i] = value;
       }
     }
@@ -147,36 +148,62 @@ void copy_tile(const GemmCall& call, int64_t row, int64_t column, float* sums, b
   }
 }
 
+// Logits are read next when all of them have been made. Results larger than this are in no cache by then, and bypass
+// them: an ordinary store would read the line first.
+constexpr int64_t kStreamBytes = int64_t{32} << 20;
+
+bool bypasses_caches(const GemmCall& call) {
+  const bool aligned = reinterpret_cast<uintptr_t>(call.out) % 64 == 0 && call.out_stride % 16 == 0;
+  return aligned && call.rows * call.columns * static_cast<int64_t>(sizeof(float)) >= kStreamBytes;
+}
+
+// Panels that are written together: rows of `out` lie pages apart, so that each visit takes several of their lines.
+constexpr int64_t kPanels = 4;
+
+// out = sums[panel][row][32 columns] + bias for `panels` panels from the given one on.
+void write_panels(const GemmCall& call, int64_t panel, int64_t panels, int64_t panel_rows, const float* sums,
+                  bool stream) {
+  const int64_t begin = panel * kColumns, end = std::min(call.columns, (panel + panels) * kColumns);
+  for (int64_t row = 0; row < call.rows; ++row) {
+    float* out = out_of(call) + row * call.out_stride;
+    for (int64_t first = begin; first < end; first += 16) {
+      const int64_t column = first - begin, count = std::min<int64_t>(end - first, 16);
+      const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+      __m512 v = _mm512_load_ps(sums + (column / kColumns * panel_rows + row) * kColumns + column % kColumns);
+      if (call.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, call.bias + first));
+      if (stream && count == 16)
+        _mm512_stream_ps(out + first, v);
+      else
+        _mm512_mask_storeu_ps(out + first, mask, v);
+    }
+  }
+  if (stream) _mm_sfence();  // before another thread is told that they are there
+}
+
 void product(const GemmCall& call, int threads) {
   const int64_t tiles = blocks_of(call.rows, kRows), panels = blocks_of(call.columns, kColumns);
   const int64_t pairs = blocks_of(call.depth, 2);
   const Buffer<uint32_t> left = make_buffer<uint32_t>(tiles * kRows * pairs);
   parallel_for(tiles, threads, [&](int64_t tile) { pack_left(call, tile, tiles, left.get()); });
+  const bool stream = bypasses_caches(call);
   // A few panels at a time: the buffers are made once for them.
-  const int64_t step = std::clamp<int64_t>(panels / (4 * threads), 1, 16);
+  const int64_t step = std::clamp<int64_t>(panels / (4 * threads), 1, 16), panel_rows = tiles * kRows;
   parallel_for(blocks_of(panels, step), threads, [&](int64_t group) {
     const Buffer<uint32_t> right = make_buffer<uint32_t>(kPairs * kColumns);
-    const Buffer<float> sums = make_buffer<float>(tiles * kRows * kColumns);
-    for (int64_t panel = group * step; panel < std::min(panels, (group + 1) * step); ++panel) {
-      std::memset(sums.get(), 0, static_cast<size_t>(tiles * kRows * kColumns) * sizeof(float));
-      for (int64_t block = 0; block * kPairs < pairs; ++block) {
-        const int64_t here = std::min(kPairs, pairs - block * kPairs);
-        pack_right(call, panel, block, here, right.get());
-        for (int64_t tile = 0; tile < tiles; ++tile)
-          multiply(left.get() + (block * kPairs * tiles + tile * here) * kRows, right.get(), here,
-                   sums.get() + tile * kRows * kColumns);
-      }
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t first = panel * kColumns + half * 16;
-        const int64_t count = std::clamp<int64_t>(call.columns - first, 0, 16);
-        const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-        const __m512 bias =
-            call.bias ? _mm512_maskz_loadu_ps(mask, call.bias + (count ? first : 0)) : _mm512_setzero_ps();
-        if (count == 0) continue;
-        for (int64_t row = 0; row < call.rows; ++row)
-          _mm512_mask_storeu_ps(out_of(call) + row * call.out_stride + first, mask,
-                                _mm512_add_ps(_mm512_load_ps(sums.get() + row * kColumns + half * 16), bias));
-      }
+    const Buffer<float> sums = make_buffer<float>(std::min(step, kPanels) * panel_rows * kColumns);
+    const int64_t end = std::min(panels, (group + 1) * step);
+    for (int64_t first = group * step; first < end; first += kPanels) {
+      const int64_t together = std::min(kPanels, end - first);
+      std::memset(sums.get(), 0, static_cast<size_t>(together * panel_rows * kColumns) * sizeof(float));
+      for (int64_t panel = 0; panel < together; ++panel)
+        for (int64_t block = 0; block * kPairs < pairs; ++block) {
+          const int64_t here = std::min(kPairs, pairs - block * kPairs);
+          pack_right(call, first + panel, block, here, right.get());
+          for (int64_t tile = 0; tile < tiles; ++tile)
+            multiply(left.get() + (block * kPairs * tiles + tile * here) * kRows, right.get(), here,
+                     sums.get() + (panel * panel_rows + tile * kRows) * kColumns);
+        }
+      write_panels(call, first, together, panel_rows, sums.get(), stream);
     }
   });
 }

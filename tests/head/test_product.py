@@ -395,6 +395,18 @@ def test_a_row_has_the_same_bits_in_any_company(kernel):
 
 
 @needs_product
+@pytest.mark.parametrize("columns", [65536, 65523])
+@pytest.mark.parametrize("stride", [0, 16, 13])
+def test_a_large_result_has_the_bits_of_its_parts(kernel, columns, stride):
+    """From 32 MiB on it bypasses the caches where the addresses allow it; also with ragged panels."""
+    left, right, bias = matrix(130, 6, 1), matrix(columns, 6, 2), torch.randn(columns)
+    whole = product(left, right, bias, stride=stride)
+    parts = [product(left[first : first + 65], right, bias) for first in (0, 65)]
+    assert whole.numel() * 4 >= 32 * 2**20 > parts[0].numel() * 4
+    assert torch.equal(whole, torch.cat(parts))
+
+
+@needs_product
 def test_the_same_bits_for_any_number_of_threads(kernel):
     left, right, bias = matrix(50, 600, 1), matrix(2000, 600, 2), torch.randn(2000)
     results = []
