@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import io
+import json
 import math
 import pickle
 import warnings
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
 
@@ -25,6 +27,7 @@ _ADAPTER = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin")
 _TRAINING_ARGUMENTS, _LARGEST_ARGUMENTS = "training_args.bin", 1 << 20
 _BLOCK, _BLOCKS = 4096, 16
+_LARGEST_HEADER = 1 << 27  # of a safetensors file, bytes; its library refuses more than 100 MB
 
 
 class LoadOptions(Protocol):
@@ -276,8 +279,11 @@ def check_heads(vocabularies: list[int], tokenizer: Any) -> str | None:
 
 def check_difference(options: ScoreOptions) -> str | None:
     """What to tell of a reference that is the model itself: its folder was given twice, or training changed nothing."""
-    if options.reference is None or fingerprint(options.reference) != fingerprint(options.model):
+    model, reference = options.model, options.reference
+    if reference is None or fingerprint(reference) != fingerprint(model):
         return None
+    if Path(model).is_dir() and Path(reference).is_dir() and not _same_files(model, reference):
+        return None  # samples of the files are equal, and not all of them
     return f"The files of --model {options.model} and --reference {options.reference} are the same: every reward is 0."
 
 
@@ -342,19 +348,44 @@ class _InertUnpickler(pickle.Unpickler):
 def fingerprint(name: str | None) -> str | None:
     """What tells a model's folder from another: names and sizes of its files and samples of their contents.
 
-    Weights are read in 16 blocks of 4 KiB: training changes them everywhere. A name that is no folder stands for
-    itself.
+    Of each tensor of a safetensors file 16 blocks of 4 KiB are read, of other files as many in all: training may
+    change a few tensors alone. A name that is no folder stands for itself.
     """
     if name is None or not Path(name).is_dir():
         return name
     digest = hashlib.sha256()
-    for file in sorted(Path(name).iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".bin", ".model", ".jinja") or not file.is_file():
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
+    for file in _model_files(Path(name)):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as content:
-            for i in range(_BLOCKS):
-                content.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
-                digest.update(content.read(_BLOCK))
+            for begin, end in _parts(file, content):
+                for i in range(_BLOCKS):
+                    content.seek(begin + max(0, end - begin - _BLOCK) * i // (_BLOCKS - 1))
+                    digest.update(content.read(min(_BLOCK, end - begin)))
     return digest.hexdigest()[:16]
+
+
+def _model_files(folder: Path) -> list[Path]:
+    suffixes = (".json", ".safetensors", ".bin", ".model", ".jinja")
+    return [file for file in sorted(folder.iterdir()) if file.suffix in suffixes and file.is_file()]
+
+
+def _parts(file: Path, content: BinaryIO) -> list[tuple[int, int]]:
+    """Where the tensors of a safetensors file lie in it, from byte to byte; the whole of any other file."""
+    whole = [(0, file.stat().st_size)]
+    if file.suffix != ".safetensors":
+        return whole
+    try:
+        start = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(start) if start <= _LARGEST_HEADER else b"")
+        tensors = [tensor["data_offsets"] for name, tensor in sorted(header.items()) if name != "__metadata__"]
+        return [(0, 8 + start), *((8 + start + int(begin), 8 + start + int(end)) for begin, end in tensors)]
+    except (ValueError, KeyError, TypeError, AttributeError):  # a broken file: loading it says what is wrong
+        return whole
+
+
+def _same_files(one: str, other: str) -> bool:
+    """Whether two folders hold the same models, byte for byte."""
+    files, others = _model_files(Path(one)), _model_files(Path(other))
+    return [file.name for file in files] == [file.name for file in others] and all(
+        filecmp.cmp(file, twin, shallow=False) for file, twin in zip(files, others, strict=True)
+    )

@@ -1070,6 +1070,32 @@ def test_a_run_says_at_once_that_it_works_and_on_what(
     assert "every reward is 0" in (tmp_path / "same/report.html").read_text(encoding="utf-8")
 
 
+def test_a_model_of_which_a_part_was_trained_is_another(tmp_path: Path) -> None:
+    """One small tensor between large ones; and one entry that no sample of the file holds."""
+    from safetensors.torch import save_file
+
+    from qkernels.score.models import check_difference, fingerprint
+    from qkernels.score.options import ScoreOptions
+
+    plain = {"a": torch.zeros(2**20), "b": torch.zeros(8), "c": torch.zeros(2**20)}
+    models = {"plain": plain, "same": plain, "norm": {**plain, "b": torch.ones(8)}, "entry": {**plain, "c": None}}
+    models["entry"]["c"] = torch.zeros(2**20).index_fill(0, torch.tensor([5000]), 1.0)
+    for name, tensors in models.items():
+        (tmp_path / name).mkdir()
+        save_file(tensors, str(tmp_path / name / "model.safetensors"))
+
+    def told(name: str) -> str | None:
+        of = {"model": str(tmp_path / name), "reference": str(tmp_path / "plain"), "data": "x", "out": "y"}
+        return check_difference(ScoreOptions(**of))
+
+    prints = {name: fingerprint(str(tmp_path / name)) for name in models}
+    assert prints["same"] == prints["plain"] != prints["norm"]
+    assert prints["entry"] == prints["plain"], "the case needs an entry between the samples"
+    assert "every reward is 0" in (told("same") or "") and told("norm") is None and told("entry") is None
+    (tmp_path / "same" / "model.safetensors").write_bytes(b"\xff" * 20)  # a header that cannot be
+    assert fingerprint(str(tmp_path / "same")) != prints["plain"]
+
+
 def test_a_batch_on_a_cpu_is_small_unless_told_otherwise(models: tuple) -> None:
     assert TokenScorer(models[0], models[1]).batch_tokens == 1024
     assert TokenScorer(models[0], models[1], batch_tokens=8192).batch_tokens == 8192
