@@ -2,9 +2,9 @@
 
 `python .ci/matrix.py` (`make matrix`) runs some tests under several settings, one after the other: instruction sets of
 this package's kernels, of torch's own operations (ATEN_CPU_CAPABILITY) and of its GEMMs (ONEDNN_MAX_CPU_ISA, MKL_CBWR),
-and thread counts. `--full` takes all tests of linear paths, and emulated
-tiles. GEMMs of other shapes or instruction sets add in another order: a comparison that holds by luck of one machine
-fails here.
+and thread counts. `--full` takes all tests of linear paths, and emulated tiles; `--whole` every test of `make test`
+(some minutes for each setting). GEMMs of other shapes or instruction sets add in another order: a comparison that holds
+by luck of one machine fails here.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ FULL = [
     "tests/functional/test_linear_valid_rows.py",
     "tests/head/test_product.py",
 ]
+WHOLE = ["tests", "-m", "not nightly", "-n", "auto", "--maxprocesses", "8", "--dist", "loadfile"]
 
 
 def available() -> list[str]:
@@ -46,10 +47,13 @@ def available() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="all tests of the linear paths (minutes)")
-    full = parser.parse_args().full
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--full", action="store_true", help="all tests of the linear paths (minutes)")
+    extent.add_argument("--whole", action="store_true", help="all tests but the nightly ones (an hour)")
+    options = parser.parse_args()
+    chosen = WHOLE if options.whole else FULL if options.full else SHORT
     sets, failed = available(), 0
-    for instruction_set, threads, variables in SETTINGS if full else SETTINGS[:-1]:
+    for instruction_set, threads, variables in SETTINGS[:-1] if chosen is SHORT else SETTINGS:
         name = " ".join([instruction_set, f"{threads} threads", *(f"{k}={v}" for k, v in variables.items())])
         if instruction_set not in sets:
             print(f"{name}: not on this processor", flush=True)
@@ -57,7 +61,7 @@ def main() -> int:
         tests = {"QKERNELS_TEST_INSTRUCTION_SET": instruction_set, "QKERNELS_TEST_THREADS": str(threads)}
         start = time.monotonic()
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", *(FULL if full else SHORT)],
+            [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", *chosen],
             cwd=ROOT,
             env={**os.environ, **variables, **tests, "OMP_NUM_THREADS": str(threads)},
             capture_output=True,
