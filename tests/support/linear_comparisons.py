@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 import oracle
-from assertions import ROW_BOUNDS, assert_head_gradient, assert_row_output, assert_within, loss_allowance
+from assertions import (
+    HEAD_GRADIENT,
+    ROW_BOUNDS,
+    assert_head_gradient,
+    assert_row_output,
+    assert_within,
+    loss_allowance,
+)
 from cases import IGNORE, HeadBatch, Rows, generator
 from comparisons import row_sizes
 from qkernels import LinearPlan, fused_linear_token_dpo, linear_token_stats, plan_linear
@@ -257,8 +264,9 @@ def check_linear_preference(
     if trains:
         grad_of_loss = torch.as_tensor(upstream, dtype=out.loss.dtype, device=out.loss.device).expand(out.loss.shape)
         out.loss.backward(grad_of_loss)
-        # What cannot be judged (a slope that cancels) joins the terms, for whose errors a share is allowed.
-        terms = truth.terms.size + truth.terms.unsure / 1e-5
+        # What cannot be judged (a slope that cancels, by the error of the log-probs, which goes by `size`) joins the
+        # terms, of whose size a share is allowed: as much as makes that share of it all of it.
+        terms = truth.terms.size + truth.terms.unsure * max(size, 1.0) / (HEAD_GRADIENT * (1 + size))
         expected = oracle.head_gradient(*exact_model(batch), truth.grad, terms, softcap, logit_scale)
         check_head_gradients(batch, models, expected, products_of(dtype, batch.hidden.device), size)
     else:
