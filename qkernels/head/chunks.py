@@ -398,9 +398,11 @@ def gradients(call: HeadCall, softmax: Tensor, coefficients: Tensor, needs: Sequ
     selections = work.selections()
     dtypes = [None if x is None else x.dtype for x in call.policy]
     total = _Gradients(work, needs, dtypes, [_length(where) for where in selections])
+    chunk: _Chunk | None
     for chunk in work.chunks(selections):
         at = (slice(None), chunk.where)
         total.add(chunk, softmax[at].unsqueeze(1), coefficients[at].unsqueeze(1))
+    chunk = None  # with it goes the last view of its logits
     return total.result()
 
 
@@ -442,6 +444,7 @@ def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> t
     dtypes = [None if x is None else saved_dtype(x.dtype) for x in call.policy]
     lengths = map(_length, loss.selections)
     total = _Gradients(work, needs, dtypes, [min(n, lead) for n, lead in zip(lengths, loss.leading, strict=True)])
+    chunk: _Chunk | None
     for number, chunk in enumerate(work.chunks(loss.selections)):
         values = work.stats(chunk, fields)
         _put(result, chunk.where, values[:, 0], 1)
@@ -460,6 +463,7 @@ def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> t
         loss.dropped += rows - leading
         if leading:
             total.add(chunk, softmax, coefficients)
+    chunk = None  # with it goes the last view of its logits
     return result, total.result()
 
 

@@ -10,6 +10,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +19,7 @@ from linear_comparisons import bytes_for, leaves
 from qkernels import LinearPlan, fused_linear_token_dpo, linear_token_stats, objectives, plan_linear
 from qkernels.backends import cpu
 from qkernels.core.memory import BLOCK_ELEMENTS, free_memory
-from qkernels.head import products
+from qkernels.head import chunks, products
 from qkernels.head.products import block_bytes
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -99,7 +100,7 @@ def test_a_pair_that_fits_no_chunk_is_recomputed():
     batch = small()
     batch.labels[:] = 1
     batch.labels[0, 0] = IGNORE  # pairs of 11, 12 and 12 rows
-    for rows, name, chunks in (
+    for rows, name, number in (
         (12, "pair_chunks", 3),
         (11, "recompute", 4),
         (24, "pair_chunks", 2),
@@ -129,8 +130,6 @@ def test_the_reason_is_told():
 
 def test_chunks_are_counted_as_they_run(monkeypatch):
     """Rows of a chunk, number of chunks: what the plan says is what the passes do."""
-    from qkernels.head import chunks
-
     seen = []
     real = chunks.Pass.chunks
 
@@ -420,6 +419,32 @@ def test_peak_memory_of_few_rows_in_chunks(backend, dtype, way):
     assert plan.chunks == 3
     check_peak(peak, plan, batch, dtype)
     assert plan.peak_bytes < plan.chunk_bytes + batch.weight.numel() * 4
+
+
+@pytest.mark.parametrize("plan", ["pair_chunks", "recompute"])
+def test_logits_are_gone_before_dw_is_made_where_a_body_follows(monkeypatch, plan):
+    """Whether anything still holds their storage when the one GEMM of the chunks begins."""
+    stored, alive = [], []
+    reserve, add = chunks.Pass.reserve, products.WeightGrad.add
+
+    def reserving(self, name, *others):
+        buffer = reserve(self, name, *others)
+        if name == "logits":
+            stored.append(StorageWeakRef(buffer.untyped_storage()))
+        return buffer
+
+    def adding(self, *others):
+        alive.append(not stored[-1].expired())
+        return add(self, *others)
+
+    monkeypatch.setattr(chunks.Pass, "reserve", reserving)
+    monkeypatch.setattr(products.WeightGrad, "add", adding)
+    batch = small(torch.bfloat16)
+    args, keywords = arguments(batch, "hwb", plan=plan)
+    keywords["max_chunk_bytes"] = bytes_for(12, batch, "hwb", None, False)
+    for hidden in (args[0], 1.0 * args[0]):
+        fused_linear_token_dpo(hidden, *args[1:], **keywords).loss.backward()
+    assert alive == [True, False]
 
 
 @pytest.mark.only_backends("cpu")
