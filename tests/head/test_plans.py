@@ -107,7 +107,7 @@ def test_a_pair_that_fits_no_chunk_is_recomputed():
         (1, "recompute", 35),
     ):
         plan = plan_of(batch, "hwb", max_chunk_bytes=bytes_for(rows, batch, live_reference=False))
-        assert (plan.name, plan.chunks, plan.chunk_rows) == (name, chunks, rows)
+        assert (plan.name, plan.chunks, plan.chunk_rows) == (name, number, rows)
     assert (
         "largest pair has 12 valid rows and a chunk holds 11"
         in plan_of(batch, "hwb", max_chunk_bytes=bytes_for(11, batch, live_reference=False)).reason
