@@ -166,8 +166,7 @@ class Work(NamedTuple):
         size = rows * hidden * (2 * dtype.itemsize + products.itemsize)
         waiting = needs[1] and waits(policy.weight, dtype, self.valid_rows, chunks)
         sums = name != "frozen_head" and needs[1] and chunks > 1 and not waiting
-        block_rows = self.valid_rows if waiting else rows
-        size += block_bytes(device, dtype, vocab, hidden, rows=block_rows, sums=sums, trains=any(needs))
+        size += block_bytes(device, dtype, vocab, hidden, rows=rows, sums=sums, trains=any(needs))
         if self.reference is not None:
             size += rows * self.reference.hidden.shape[1] * self.reference_dtype.itemsize
         # Heads that are not in the GEMMs' dtype (autocast) are cast once.

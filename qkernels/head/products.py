@@ -64,7 +64,8 @@ def waits(weight: Tensor, dtype: torch.dtype, rows: int, chunks: int) -> bool:
     """Whether the gradients of all chunks' logits wait for one GEMM of dW, instead of fp32 sums of one for each chunk.
 
     They do in bf16, where `[rows, V]` of them take no more memory than `[V, H]` of fp32. (In fp16 each chunk has a
-    scale of its own; the gradient of an fp32 weight is summed in the memory that it needs in any case.)
+    scale of its own; the gradient of an fp32 weight is summed in the memory that it needs in any case. Where GEMMs run
+    on widened inputs, fp32 sums cost next to nothing beside them, and columns of all rows would have to be widened.)
 
     Args:
         weight: `[V, H]`, as it came.
@@ -73,7 +74,9 @@ def waits(weight: Tensor, dtype: torch.dtype, rows: int, chunks: int) -> bool:
         chunks: how many there are.
     """
     bf16 = torch.bfloat16
-    return chunks > 1 and weight.dtype == dtype == bf16 and rows * bf16.itemsize <= weight.shape[1] * 4
+    if chunks <= 1 or not weight.dtype == dtype == bf16 or _widens_backward(weight.device, dtype):
+        return False
+    return rows * bf16.itemsize <= weight.shape[1] * torch.float32.itemsize
 
 
 def block_bytes(
