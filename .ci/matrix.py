@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -60,13 +61,16 @@ def main() -> int:
             continue
         tests = {"QKERNELS_TEST_INSTRUCTION_SET": instruction_set, "QKERNELS_TEST_THREADS": str(threads)}
         start = time.monotonic()
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", *chosen],
-            cwd=ROOT,
-            env={**os.environ, **variables, **tests, "OMP_NUM_THREADS": str(threads)},
-            capture_output=True,
-            text=True,
-        )
+        with tempfile.TemporaryDirectory() as cache:
+            # Inductor takes what it compiled for another ATEN_CPU_CAPABILITY out of its cache: NaN, or a broken heap.
+            tests |= {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(threads)}
+            run = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", *chosen],
+                cwd=ROOT,
+                env={**os.environ, **variables, **tests},
+                capture_output=True,
+                text=True,
+            )
         summary = (run.stdout.strip().splitlines() or [run.stderr])[-1]
         print(f"{name}: {summary} ({time.monotonic() - start:.0f} s)", flush=True)
         if run.returncode:
