@@ -50,7 +50,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--full", action="store_true", help="all tests of the linear paths (minutes)")
-    extent.add_argument("--whole", action="store_true", help="all tests but the nightly ones (an hour)")
+    extent.add_argument(
+        "--whole", action="store_true", help="all tests but the nightly ones (minutes for each setting)"
+    )
     options = parser.parse_args()
     chosen = WHOLE if options.whole else FULL if options.full else SHORT
     sets, failed = available(), 0

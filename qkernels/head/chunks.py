@@ -131,11 +131,10 @@ class Pass:
         self._buffers[name] = take_scratch((rows, self.head.vocab), dtype, self.call.labels.device)
         return self._buffers[name]
 
-    def drop_logits(self) -> None:
-        """Free what only the chunks needed, before something large is made; unless the next call is to have it."""
+    def release(self) -> None:
+        """Let go of the buffers once the last chunk is done, unless the next call is to have them."""
         if not self._keep:
-            for name in {"logits", "reference", "capped"} & self._buffers.keys():
-                del self._buffers[name]
+            self._buffers.clear()
 
     def chunks(self, selections: Sequence[Selection]) -> Iterator[_Chunk]:
         """Compute the logits of one selection of rows after the other."""
@@ -244,8 +243,8 @@ class Pass:
 
 
 def _follows_a_body(hidden: Tensor) -> bool:
-    """Whether a model's backward is to follow. The memory of a step is at its peak there, and scratch buffers would lie
-    idle in it; to make their pages anew takes a hundredth of what such a step takes."""
+    """Whether a model's backward is to follow: the memory of a step is at its peak there, and scratch buffers would lie
+    idle in it."""
     source = hidden if hidden._base is None else hidden._base
     return source.grad_fn is not None
 
@@ -378,7 +377,7 @@ class _Gradients:
 
     def result(self) -> Gradients:
         if self.waiting is not None and self.waiting.rows:
-            self.work.drop_logits()
+            self.work.release()
             self.weight.add(self.waiting.g[: self.waiting.rows], self.waiting.x[: self.waiting.rows])
         weight, bias = self.weight.result(self.dtypes[1], self.dtypes[2])
         return self.hidden, weight, bias

@@ -371,14 +371,16 @@ def _model_files(folder: Path) -> list[Path]:
 
 def _parts(file: Path, content: BinaryIO) -> list[tuple[int, int]]:
     """Where the tensors of a safetensors file lie in it, from byte to byte; the whole of any other file."""
-    whole = [(0, file.stat().st_size)]
+    size = file.stat().st_size
+    whole = [(0, size)]
     if file.suffix != ".safetensors":
         return whole
     try:
         start = int.from_bytes(content.read(8), "little")
         header = json.loads(content.read(start) if start <= _LARGEST_HEADER else b"")
         tensors = [tensor["data_offsets"] for name, tensor in sorted(header.items()) if name != "__metadata__"]
-        return [(0, 8 + start), *((8 + start + int(begin), 8 + start + int(end)) for begin, end in tensors)]
+        parts = [(0, 8 + start), *((8 + start + int(begin), 8 + start + int(end)) for begin, end in tensors)]
+        return parts if all(0 <= begin <= end <= size for begin, end in parts) else whole
     except (ValueError, KeyError, TypeError, AttributeError):  # a broken file: loading it says what is wrong
         return whole
 

@@ -264,9 +264,9 @@ def check_linear_preference(
     if trains:
         grad_of_loss = torch.as_tensor(upstream, dtype=out.loss.dtype, device=out.loss.device).expand(out.loss.shape)
         out.loss.backward(grad_of_loss)
-        # What cannot be judged (a slope that cancels, by the error of the log-probs, which goes by `size`) joins the
-        # terms, of whose size a share is allowed: as much as makes that share of it all of it.
-        terms = truth.terms.size + truth.terms.unsure * max(size, 1.0) / (HEAD_GRADIENT * (1 + size))
+        # What cannot be judged (a slope that cancels) joins the terms, for whose errors a share is allowed, which goes
+        # by `size`. The slope's own roundings do not: that share of it is never less than all of it.
+        terms = truth.terms.size + truth.terms.unsure * max(1e5, 1 / (HEAD_GRADIENT * (1 + size)))
         expected = oracle.head_gradient(*exact_model(batch), truth.grad, terms, softcap, logit_scale)
         check_head_gradients(batch, models, expected, products_of(dtype, batch.hidden.device), size)
     else:
