@@ -32,6 +32,7 @@
 
 #include "pairs.h"
 #include "product.h"
+#include "stream.h"
 #include "thread_pool.h"
 
 namespace qk {
@@ -295,21 +296,6 @@ void multiply_block(Tiles& tiles, const BFloat16* left, const BFloat16* right, i
   if (left_tiles > 1 && right_tiles > 1) tiles.store<3>(sums + lower + kTile, row_bytes);
 }
 
-void copy_out(const float* sums, int64_t count, float* to, [[maybe_unused]] bool stream) {
-#if defined(__AVX512F__)
-  if (stream) {
-    // Whole cache lines, unaligned ends apart.
-    const int64_t head = std::min<int64_t>(count, static_cast<int64_t>(-(reinterpret_cast<uintptr_t>(to) / 4) & 15));
-    std::memcpy(to, sums, static_cast<size_t>(head) * sizeof(float));
-    int64_t j = head;
-    for (; j + 16 <= count; j += 16) _mm512_stream_ps(to + j, _mm512_loadu_ps(sums + j));
-    std::memcpy(to + j, sums + j, static_cast<size_t>(count - j) * sizeof(float));
-    return;
-  }
-#endif
-  std::memcpy(to, sums, static_cast<size_t>(count) * sizeof(float));
-}
-
 void copy_out(const float* sums, int64_t count, BFloat16* to, [[maybe_unused]] bool stream) {
   alignas(64) BFloat16 line[32];
   int64_t j = 0;
@@ -407,7 +393,7 @@ class Gemm {
                    step > 0 || call_.accumulate, sums, stride, left, 0);
     }
     write(region, {0, region.rows}, sums, stride);
-    finish_streams();
+    finish_streams(stream_);
   }
 
   // Tasks pack batches of the operand of more panels; the other one is packed before, for all of them.
@@ -489,7 +475,7 @@ class Gemm {
       }
       if (owns_left_) write(region, {0, region.rows}, sums, stride);
     }
-    finish_streams();
+    finish_streams(stream_);
   }
 
   // The block at (row, column) of a region.
@@ -524,12 +510,6 @@ class Gemm {
       else
         copy_out(row, region.columns, static_cast<float*>(call_.out) + at, stream_);
     }
-  }
-
-  void finish_streams() const {
-#if defined(__AVX512F__)
-    if (stream_) _mm_sfence();  // they are weakly ordered
-#endif
   }
 
   const GemmCall& call_;

@@ -22,6 +22,7 @@
 
 #include "pairs.h"
 #include "product.h"
+#include "stream.h"
 #include "thread_pool.h"
 
 namespace qk {
@@ -90,13 +91,13 @@ void pack_left(const GemmCall& call, int64_t tile, int64_t tiles, uint32_t* pack
   }
 }
 
-// sums[12][32] += tile of left x panel of right.
-void multiply(const uint32_t* left, const uint32_t* right, int64_t pairs, float* sums) {
+// sums[12][32] += tile of left x panel of right; rows of sums lie `stride` apart.
+void multiply(const uint32_t* left, const uint32_t* right, int64_t pairs, float* sums, int64_t stride) {
   __m512 acc[kRows][2];
 #pragma GCC unroll 12
   for (int64_t i = 0; i < kRows; ++i) {
-    acc[i][0] = _mm512_load_ps(sums + i * kColumns);
-    acc[i][1] = _mm512_load_ps(sums + i * kColumns + 16);
+    acc[i][0] = _mm512_load_ps(sums + i * stride);
+    acc[i][1] = _mm512_load_ps(sums + i * stride + 16);
   }
   for (int64_t pair = 0; pair < pairs; ++pair, left += kRows, right += kColumns) {
     const __m512bh b0 = (__m512bh)_mm512_load_si512(right), b1 = (__m512bh)_mm512_load_si512(right + 16);
@@ -109,8 +110,8 @@ void multiply(const uint32_t* left, const uint32_t* right, int64_t pairs, float*
   }
 #pragma GCC unroll 12
   for (int64_t i = 0; i < kRows; ++i) {
-    _mm512_store_ps(sums + i * kColumns, acc[i][0]);
-    _mm512_store_ps(sums + i * kColumns + 16, acc[i][1]);
+    _mm512_store_ps(sums + i * stride, acc[i][0]);
+    _mm512_store_ps(sums + i * stride + 16, acc[i][1]);
   }
 }
 
@@ -148,36 +149,19 @@ void copy_tile(const GemmCall& call, int64_t row, int64_t column, float* sums, b
   }
 }
 
-// Logits are read next when all of them have been made. Results larger than this are in no cache by then, and bypass
-// them: an ordinary store would read the line first.
-constexpr int64_t kStreamBytes = int64_t{32} << 20;
-
-bool bypasses_caches(const GemmCall& call) {
-  const bool aligned = reinterpret_cast<uintptr_t>(call.out) % 64 == 0 && call.out_stride % 16 == 0;
-  return aligned && call.rows * call.columns * static_cast<int64_t>(sizeof(float)) >= kStreamBytes;
-}
-
+constexpr int64_t kStreamedBytes = int64_t{32} << 20;  // a larger result bypasses the caches on its way to memory
 // Panels that are written together: rows of `out` lie pages apart, so that each visit takes several of their lines.
-constexpr int64_t kPanels = 4;
+constexpr int64_t kPanels = 4, kWidth = kPanels * kColumns;
 
-// out = sums[panel][row][32 columns] + bias for `panels` panels from the given one on.
-void write_panels(const GemmCall& call, int64_t panel, int64_t panels, int64_t panel_rows, const float* sums,
-                  bool stream) {
-  const int64_t begin = panel * kColumns, end = std::min(call.columns, (panel + panels) * kColumns);
-  for (int64_t row = 0; row < call.rows; ++row) {
-    float* out = out_of(call) + row * call.out_stride;
-    for (int64_t first = begin; first < end; first += 16) {
-      const int64_t column = first - begin, count = std::min<int64_t>(end - first, 16);
-      const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
-      __m512 v = _mm512_load_ps(sums + (column / kColumns * panel_rows + row) * kColumns + column % kColumns);
-      if (call.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, call.bias + first));
-      if (stream && count == 16)
-        _mm512_stream_ps(out + first, v);
-      else
-        _mm512_mask_storeu_ps(out + first, mask, v);
-    }
+// out = sums[row][kWidth] + bias for `panels` panels from the given one on.
+void write_panels(const GemmCall& call, int64_t panel, int64_t panels, float* sums, bool stream) {
+  const int64_t column = panel * kColumns, count = std::min(call.columns - column, panels * kColumns);
+  for (int64_t row = 0; row < call.rows; ++row, sums += kWidth) {
+    if (call.bias)
+      for (int64_t j = 0; j < count; ++j) sums[j] += call.bias[column + j];
+    copy_out(sums, count, out_of(call) + row * call.out_stride + column, stream);
   }
-  if (stream) _mm_sfence();  // before another thread is told that they are there
+  finish_streams(stream);
 }
 
 void product(const GemmCall& call, int threads) {
@@ -185,25 +169,25 @@ void product(const GemmCall& call, int threads) {
   const int64_t pairs = blocks_of(call.depth, 2);
   const Buffer<uint32_t> left = make_buffer<uint32_t>(tiles * kRows * pairs);
   parallel_for(tiles, threads, [&](int64_t tile) { pack_left(call, tile, tiles, left.get()); });
-  const bool stream = bypasses_caches(call);
+  const bool stream = call.rows * call.columns * static_cast<int64_t>(sizeof(float)) >= kStreamedBytes;
   // A few panels at a time: the buffers are made once for them.
-  const int64_t step = std::clamp<int64_t>(panels / (4 * threads), 1, 16), panel_rows = tiles * kRows;
+  const int64_t step = std::clamp<int64_t>(panels / (4 * threads), 1, 16);
   parallel_for(blocks_of(panels, step), threads, [&](int64_t group) {
     const Buffer<uint32_t> right = make_buffer<uint32_t>(kPairs * kColumns);
-    const Buffer<float> sums = make_buffer<float>(std::min(step, kPanels) * panel_rows * kColumns);
+    const Buffer<float> sums = make_buffer<float>(tiles * kRows * kWidth);
     const int64_t end = std::min(panels, (group + 1) * step);
     for (int64_t first = group * step; first < end; first += kPanels) {
       const int64_t together = std::min(kPanels, end - first);
-      std::memset(sums.get(), 0, static_cast<size_t>(together * panel_rows * kColumns) * sizeof(float));
+      std::memset(sums.get(), 0, static_cast<size_t>(tiles * kRows * kWidth) * sizeof(float));
       for (int64_t panel = 0; panel < together; ++panel)
         for (int64_t block = 0; block * kPairs < pairs; ++block) {
           const int64_t here = std::min(kPairs, pairs - block * kPairs);
           pack_right(call, first + panel, block, here, right.get());
           for (int64_t tile = 0; tile < tiles; ++tile)
             multiply(left.get() + (block * kPairs * tiles + tile * here) * kRows, right.get(), here,
-                     sums.get() + (panel * panel_rows + tile * kRows) * kColumns);
+                     sums.get() + tile * kRows * kWidth + panel * kColumns, kWidth);
         }
-      write_panels(call, first, together, panel_rows, sums.get(), stream);
+      write_panels(call, first, together, sums.get(), stream);
     }
   });
 }
@@ -237,7 +221,7 @@ void add_row_product(const GemmCall& call, int threads) {
         for (int64_t tile = begin; tile < end; ++tile) {
           copy_tile(call, tile * kRows, panel * kColumns, sums, false);
           multiply(left.get() + (tile - begin) * kPairs * kRows,
-                   right.get() + (block * panels + panel) * kPairs * kColumns, pairs, sums);
+                   right.get() + (block * panels + panel) * kPairs * kColumns, pairs, sums, kColumns);
           copy_tile(call, tile * kRows, panel * kColumns, sums, true);
         }
     }
