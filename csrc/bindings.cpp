@@ -48,14 +48,15 @@ void pair_loss(int64_t sequences, int64_t length, int64_t rows, Address offsets,
 using Operand = std::tuple<Address, int64_t, bool>;  // data, stride, whether the depth comes first
 
 qk::Operand operand_of(const Operand& operand) {
-  return {at<qk::BFloat16>(std::get<0>(operand)), std::get<1>(operand), std::get<2>(operand)};
+  return {at<void>(std::get<0>(operand)), std::get<1>(operand), std::get<2>(operand)};
 }
 
-void gemm(int64_t rows, int64_t columns, int64_t depth, Operand left, Operand right, Address bias, Address out,
-          int out_type, int64_t out_stride, bool accumulate, int threads) {
+void gemm(int64_t rows, int64_t columns, int64_t depth, int in_type, Operand left, Operand right, Address bias,
+          Address out, int out_type, int64_t out_stride, bool accumulate, int threads) {
   const qk::GemmCall call{rows,
                           columns,
                           depth,
+                          static_cast<qk::DType>(in_type),
                           operand_of(left),
                           operand_of(right),
                           at<float>(bias),
@@ -67,9 +68,12 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, Operand left, Operand ri
   qk::gemm(call, threads);
 }
 
-std::string gemm_kernel(bool left_depth_first, bool right_depth_first, int out_type, bool accumulate) {
-  return qk::gemm_kernel(left_depth_first, right_depth_first, static_cast<qk::DType>(out_type), accumulate);
+std::string gemm_kernel(int in_type, bool left_depth_first, bool right_depth_first, int out_type, bool accumulate) {
+  return qk::gemm_kernel(static_cast<qk::DType>(in_type), left_depth_first, right_depth_first,
+                         static_cast<qk::DType>(out_type), accumulate);
 }
+
+int64_t gemm_depth_group(int in_type) { return qk::gemm_depth_group(static_cast<qk::DType>(in_type)); }
 
 template <size_t n>
 std::vector<std::string> names(const char* const (&list)[n]) {
@@ -88,12 +92,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def_by_keyword(m, "pair_loss", &pair_loss, "sequences", "length", "rows", "offsets", "labels", "ignore_index",
                  "weights", "logps", "reference", "per_sequence", "beta", "label_smoothing", "loss", "rewards", "grad",
                  "tokens");
-  def_by_keyword(m, "gemm", &gemm, "rows", "columns", "depth", "left", "right", "bias", "out", "out_type", "out_stride",
-                 "accumulate", "threads");
-  m.def("gemm_kernel", &gemm_kernel, py::arg("left_depth_first"), py::arg("right_depth_first"), py::arg("out_type"),
-        py::arg("accumulate"), "The kernel of the instruction set in use for such a GEMM of bf16; empty if none.");
-  m.def("gemm_depth_group", &qk::gemm_depth_group, "Terms that are added to one another before they meet the sum.");
+  def_by_keyword(m, "gemm", &gemm, "rows", "columns", "depth", "in_type", "left", "right", "bias", "out", "out_type",
+                 "out_stride", "accumulate", "threads");
+  m.def("gemm_kernel", &gemm_kernel, py::arg("in_type"), py::arg("left_depth_first"), py::arg("right_depth_first"),
+        py::arg("out_type"), py::arg("accumulate"),
+        "The kernel of the instruction set in use for such a GEMM; empty if none.");
+  m.def("gemm_depth_group", &gemm_depth_group, py::arg("in_type"),
+        "Terms that are added to one another before they meet the sum.");
   m.def("amx_unavailable", &qk::amx_unavailable, "Why AMX cannot be used; empty if it can.");
+  m.def("cpu_vendor", &qk::cpu_vendor, "As the processor names its maker; empty where that is not known.");
   m.def("instruction_set", &qk::instruction_set, "The instruction set in use.");
   m.def("instruction_sets", &qk::instruction_sets, "Those compiled in that this machine supports, best last.");
   m.def("use_instruction_set", &qk::use_instruction_set, py::arg("name"),

@@ -22,6 +22,7 @@ const RowKernels* avx2_kernels() { return nullptr; }
 #endif
 #if defined(QK_NO_AVX512)
 const RowKernels* avx512_kernels() { return nullptr; }
+void gemm_avx512_fp32(const GemmCall&, int) {}
 #endif
 #if defined(QK_NO_AVX512_BF16)
 const RowKernels* avx512_bf16_kernels() { return nullptr; }
@@ -65,22 +66,26 @@ bool machine_has(const char* name) {
 struct InstructionSet {
   const char* name;
   const RowKernels* rows;
-  void (*gemm)(const GemmCall&, int);  // of bf16 matrices, or null
-  int64_t depth_group;                 // see gemm_depth_group
+  void (*gemm_fp32)(const GemmCall&, int) = nullptr;  // of fp32 matrices, or null
+  void (*gemm_bf16)(const GemmCall&, int) = nullptr;  // of bf16 matrices, or null
+  int64_t depth_group = 1;                            // of bf16; see gemm_depth_group
 };
-
-InstructionSet rows_only(const RowKernels* rows) { return {rows ? rows->name : "", rows, nullptr, 1}; }
 
 // Compiled in and understood by this machine, best last.
 const std::vector<InstructionSet>& usable() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> found;
     for (const RowKernels* rows : {baseline_kernels(), avx2_kernels(), avx512_kernels(), avx512_bf16_kernels()})
-      if (rows && machine_has(rows->name)) found.push_back(rows_only(rows));
+      if (rows && machine_has(rows->name)) found.push_back({rows->name, rows});
+#if !defined(QK_NO_AVX512)
+    for (InstructionSet& set : found)
+      if (std::string(set.name).rfind("avx512", 0) == 0) set.gemm_fp32 = gemm_avx512_fp32;
+#endif
     if (found.back().name == std::string("avx512_bf16")) {
-      found.back().gemm = gemm_avx512_bf16;
-      found.back().depth_group = 2;
-      if (amx_unavailable().empty()) found.push_back({"amx_bf16", found.back().rows, gemm_amx_bf16, 32});
+      InstructionSet& best = found.back();
+      best.gemm_bf16 = gemm_avx512_bf16;
+      best.depth_group = 2;
+      if (amx_unavailable().empty()) found.push_back({"amx_bf16", best.rows, best.gemm_fp32, gemm_amx_bf16, 32});
     }
     return found;
   }();
@@ -89,7 +94,8 @@ const std::vector<InstructionSet>& usable() {
 
 // Everywhere, but only by name: the packing and loops of the AMX kernel for tests.
 const InstructionSet& emulated() {
-  static const InstructionSet set{"amx_emulated", usable().back().rows, gemm_amx_emulated, 32};
+  static const InstructionSet set{"amx_emulated", usable().back().rows, usable().back().gemm_fp32, gemm_amx_emulated,
+                                  32};
   return set;
 }
 
@@ -98,11 +104,14 @@ std::atomic<const InstructionSet*>& current() {
   return chosen;
 }
 
-// VDPBF16PS serves the logits and sums of dW; tiles serve everything but sums in bf16.
-bool serves(const InstructionSet& set, bool left_depth_first, bool right_depth_first, DType out_type, bool accumulate) {
+// The fp32 kernel serves everything in fp32. Of bf16 matrices, VDPBF16PS serves the logits and sums of dW (torch's own
+// kernel is as fast for the other two, whose result is bf16), and tiles everything but sums in bf16.
+bool serves(const InstructionSet& set, DType in_type, bool left_depth_first, bool right_depth_first, DType out_type,
+            bool accumulate) {
   const bool fp32 = out_type == DType::kFloat32;
-  if (!set.gemm) return false;
-  if (set.gemm == gemm_avx512_bf16)
+  if (in_type == DType::kFloat32) return set.gemm_fp32 && fp32;
+  if (in_type != DType::kBFloat16 || !set.gemm_bf16) return false;
+  if (set.gemm_bf16 == gemm_avx512_bf16)
     return fp32 && left_depth_first == right_depth_first && left_depth_first == accumulate;
   return fp32 || (out_type == DType::kBFloat16 && !accumulate);
 }
@@ -196,22 +205,36 @@ void pair_loss(const PairCall& call) {
 
 void gemm(const GemmCall& call, int threads) {
   const InstructionSet& set = *current();
-  // Another thread may have changed the instruction set since the caller asked; the emulated tiles serve everything.
-  const bool served = serves(set, call.left.depth_first, call.right.depth_first, call.out_type, call.accumulate);
-  (served ? set.gemm : gemm_amx_emulated)(call, threads);
+  // Another thread may have changed the instruction set since the caller asked: then the best one of fp32, and the
+  // emulated tiles, which serve all of bf16.
+  if (call.in_type == DType::kFloat32) return (set.gemm_fp32 ? set : usable().back()).gemm_fp32(call, threads);
+  const bool served =
+      serves(set, call.in_type, call.left.depth_first, call.right.depth_first, call.out_type, call.accumulate);
+  (served ? set.gemm_bf16 : gemm_amx_emulated)(call, threads);
 }
 
-std::string gemm_kernel(bool left_depth_first, bool right_depth_first, DType out_type, bool accumulate) {
+std::string gemm_kernel(DType in_type, bool left_depth_first, bool right_depth_first, DType out_type, bool accumulate) {
   const InstructionSet& set = *current();
-  return serves(set, left_depth_first, right_depth_first, out_type, accumulate) ? set.name : "";
+  if (!serves(set, in_type, left_depth_first, right_depth_first, out_type, accumulate)) return "";
+  return in_type == DType::kFloat32 ? "avx512" : set.name;
 }
 
-int64_t gemm_depth_group() { return current().load()->depth_group; }
+int64_t gemm_depth_group(DType in_type) {
+  return in_type == DType::kFloat32 ? kFp32DepthGroup : current().load()->depth_group;
+}
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const InstructionSet& set : usable()) names.emplace_back(set.name);
   return names;
+}
+
+std::string cpu_vendor() {
+#if defined(__x86_64__)
+  unsigned highest, name[3];
+  if (__get_cpuid(0, &highest, &name[0], &name[2], &name[1])) return {reinterpret_cast<const char*>(name), sizeof name};
+#endif
+  return "";
 }
 
 std::string instruction_set() { return current().load()->name; }

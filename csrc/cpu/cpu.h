@@ -16,6 +16,9 @@ void row_stats(const StatsCall& call, int threads);
 void row_grad(const GradCall& call, int threads);
 void pair_loss(const PairCall& call);
 
+// "GenuineIntel", "AuthenticAMD" and so on; empty where that is not known.
+std::string cpu_vendor();
+
 // Names of the instruction sets compiled in, best last; and the one in use.
 std::vector<std::string> instruction_sets();
 std::string instruction_set();

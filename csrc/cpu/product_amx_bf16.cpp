@@ -202,11 +202,11 @@ void pack_tile(const Side& side, int64_t first, int64_t k, BFloat16* to) {
   if (count == 0 || filled < kTile) std::memset(tile, 0, sizeof tile);
   if (count == 0) return;
   if (operand.depth_first) {
-    const BFloat16* from = operand.data + k * operand.stride + first;
+    const BFloat16* from = operand.as<BFloat16>() + k * operand.stride + first;
     for (int64_t pair = 0; pair < filled; ++pair, from += 2 * operand.stride)
       interleave(from, 2 * pair + 1 < here ? from + operand.stride : nullptr, count, tile[pair]);
   } else {
-    const BFloat16* from = operand.data + first * operand.stride + k;
+    const BFloat16* from = operand.as<BFloat16>() + first * operand.stride + k;
     for (int64_t i = 0; i < count; ++i, from += operand.stride) copy_row(from, here, tile[i]);
   }
   if (operand.depth_first == side.is_left) transpose(tile);
@@ -243,7 +243,7 @@ void pack(const Side& side, int64_t k, Range panels, Range steps, const Packing&
       const int64_t next = (panel + 1) * kPanel, end = panel + 1 < panels.end ? std::min(next + kPanel, side.size) : 0;
       for (int64_t row = next; row < end; ++row)
         for (int64_t at = from; at < to; at += kStep)
-          __builtin_prefetch(side.operand.data + row * side.operand.stride + at, 0, 3);
+          __builtin_prefetch(side.operand.as<BFloat16>() + row * side.operand.stride + at, 0, 3);
       for (int64_t step = steps.begin; step < steps.end; ++step) one(panel, step);
     }
     return;
@@ -253,7 +253,7 @@ void pack(const Side& side, int64_t k, Range panels, Range steps, const Packing&
     const int64_t next = k + (step + 1) * kStep, rows = step + 1 < steps.end ? std::min(kStep, side.depth - next) : 0;
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t at = 0; at < count; at += kStep)
-        __builtin_prefetch(side.operand.data + (next + i) * side.operand.stride + first + at, 0, 3);
+        __builtin_prefetch(side.operand.as<BFloat16>() + (next + i) * side.operand.stride + first + at, 0, 3);
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) one(panel, step);
   }
 }

@@ -295,21 +295,26 @@ struct GemmCase {
   int threads = 2;
 };
 
+template <class Element>
+constexpr qk::DType kTypeOf = std::is_same_v<Element, float> ? qk::DType::kFloat32 : qk::DType::kBFloat16;
+
+template <class Element>
 void check_gemm(std::mt19937& random, const GemmCase& c) {
-  if (qk::gemm_kernel(c.left_depth_first, c.right_depth_first, c.out_type, c.accumulate).empty()) return;
-  const std::string name = qk::instruction_set() + " GEMM " + std::to_string(c.rows) + " x " +
-                           std::to_string(c.columns) + " x " + std::to_string(c.depth) + " gap " +
-                           std::to_string(c.gap) + " layout " + std::to_string(c.left_depth_first) +
-                           std::to_string(c.right_depth_first);
+  constexpr qk::DType in_type = kTypeOf<Element>;
+  if (qk::gemm_kernel(in_type, c.left_depth_first, c.right_depth_first, c.out_type, c.accumulate).empty()) return;
+  const std::string name = qk::instruction_set() + " GEMM of type " + std::to_string(static_cast<int>(in_type)) + " " +
+                           std::to_string(c.rows) + " x " + std::to_string(c.columns) + " x " +
+                           std::to_string(c.depth) + " gap " + std::to_string(c.gap) + " layout " +
+                           std::to_string(c.left_depth_first) + std::to_string(c.right_depth_first);
   std::normal_distribution<float> normal(0, 1);
-  auto operand = [&](int64_t size, bool depth_first, std::vector<qk::BFloat16>& memory) {
+  auto operand = [&](int64_t size, bool depth_first, std::vector<Element>& memory) {
     const int64_t outer = depth_first ? c.depth : size, inner = depth_first ? size : c.depth;
     memory.resize(static_cast<size_t>(c.offset + (outer - 1) * (inner + c.gap) + inner));
-    for (qk::BFloat16& value : memory) value = qk::narrow<qk::BFloat16>(normal(random));
+    for (Element& value : memory) value = qk::narrow<Element>(normal(random));
     memory.shrink_to_fit();
     return qk::Operand{memory.data() + c.offset, inner + c.gap, depth_first};
   };
-  std::vector<qk::BFloat16> left_memory, right_memory;
+  std::vector<Element> left_memory, right_memory;
   const qk::Operand left = operand(c.rows, c.left_depth_first, left_memory);
   const qk::Operand right = operand(c.columns, c.right_depth_first, right_memory);
   std::vector<float> bias(static_cast<size_t>(c.columns));
@@ -321,8 +326,8 @@ void check_gemm(std::mt19937& random, const GemmCase& c) {
     std::vector<float> wide(fp32 ? count : 0, 3.f);
     std::vector<qk::BFloat16> narrow(fp32 ? 0 : count, qk::narrow<qk::BFloat16>(3.f));
     void* const out = fp32 ? static_cast<void*>(wide.data()) : narrow.data();
-    qk::gemm({c.rows, c.columns, c.depth, left, right, c.with_bias ? bias.data() : nullptr, out, stride, c.out_type,
-              c.accumulate},
+    qk::gemm({c.rows, c.columns, c.depth, in_type, left, right, c.with_bias ? bias.data() : nullptr, out, stride,
+              c.out_type, c.accumulate},
              threads);
     for (qk::BFloat16 value : narrow) wide.push_back(qk::widen(value));
     return wide;
@@ -330,7 +335,8 @@ void check_gemm(std::mt19937& random, const GemmCase& c) {
   const std::vector<float> out = run(c.threads);
   expect(out == run(1), name + ": the same bits from one thread");
   auto entry = [](const qk::Operand& from, int64_t i, int64_t k) {
-    return static_cast<double>(qk::widen(from.data[from.depth_first ? k * from.stride + i : i * from.stride + k]));
+    return static_cast<double>(
+        qk::widen(from.as<Element>()[from.depth_first ? k * from.stride + i : i * from.stride + k]));
   };
   bool right_values = true, untouched = true;
   for (int64_t i = 0; i < c.rows; ++i) {
@@ -351,16 +357,18 @@ void check_gemm(std::mt19937& random, const GemmCase& c) {
   expect(untouched, name + ": written between rows");
 }
 
+template <class Element>
 void check_gemms(std::mt19937& random) {
-  // Blocks are 12 x 32 or 32 x 32; along the depth 512, or 32, 320, 640 and 1536.
-  const GemmCase logits{13, 33, 0, false, false}, sums{13, 33, 0, true, true, qk::DType::kFloat32, true};
-  const GemmCase input{13, 33, 0, false, true, qk::DType::kBFloat16},
-      weight{13, 33, 0, true, true, qk::DType::kBFloat16};
-  for (GemmCase c : {logits, sums, input, weight}) {
-    for (int64_t depth : {1, 2, 7, 32, 33, 64, 321, 511, 512, 513, 1030, 1601}) {
+  // Blocks are 12 x 32 or 32 x 32; along the depth 256, 512, or 32, 320, 640 and 1536.
+  constexpr qk::DType fp32 = qk::DType::kFloat32, narrow = kTypeOf<Element>;
+  const GemmCase logits{13, 33, 0, false, false}, sums{13, 33, 0, true, true, fp32, true};
+  const GemmCase input{13, 33, 0, false, true, narrow}, weight{13, 33, 0, true, true, narrow};
+  const GemmCase input_sums{13, 33, 0, false, true, fp32, true};
+  for (GemmCase c : {logits, sums, input, input_sums, weight}) {
+    for (int64_t depth : {1, 2, 7, 32, 33, 64, 255, 256, 257, 321, 511, 512, 513, 1030, 1601}) {
       c.depth = depth;
       c.with_bias = !c.accumulate;
-      check_gemm(random, c);
+      check_gemm<Element>(random, c);
     }
     c.gap = 3;
     c.offset = 1;
@@ -371,18 +379,18 @@ void check_gemms(std::mt19937& random) {
         c.rows = rows;
         c.columns = columns;
         c.with_bias = !c.accumulate && rows != 11;
-        check_gemm(random, c);
+        check_gemm<Element>(random, c);
       }
     for (auto [rows, columns] : {std::pair<int64_t, int64_t>{3, 1500}, {1500, 3}}) {  // many panels on one side
       c.rows = rows;
       c.columns = columns;
-      check_gemm(random, c);
+      check_gemm<Element>(random, c);
     }
   }
   GemmCase large{33, 33000, 3, false, false};  // bypasses the caches on its way to memory, where a kernel does that
   for (int64_t gap : {0, 1}) {
     large.gap = gap;
-    check_gemm(random, large);
+    check_gemm<Element>(random, large);
   }
 }
 
@@ -445,12 +453,13 @@ int main(int count, char** arguments) {
       }
       check_special_rows();
     }
-    check_gemms(random);
+    check_gemms<float>(random);
+    check_gemms<qk::BFloat16>(random);
     std::printf("%s: ok so far, %d checks\n", set.c_str(), checks);
   }
   if (!qk::amx_unavailable().empty()) std::printf("no AMX: %s\n", qk::amx_unavailable().c_str());
   expect(qk::use_instruction_set("amx_emulated"), "emulated tiles");
-  check_gemms(random);
+  check_gemms<qk::BFloat16>(random);
   expect(qk::use_instruction_set(qk::instruction_sets().back()), "back to the best");
   check_pair_loss();
   check_fill();

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ if _C is not None and multiprocessing.parent_process() is not None:
     _C.use_own_threads()
 
 extension = _C  # for cuda.py; None where it is missing
+vendor = "" if _C is None else _C.cpu_vendor()  # "GenuineIntel", "AuthenticAMD", ...; "" where that is not known
 
 # dtype codes of csrc/core/elements.h
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -84,6 +85,7 @@ def describe() -> dict[str, Any]:
         return {"available": False, "reason": why_missing()}
     return {
         "available": True,
+        "vendor": vendor,
         "instruction_set": _C.instruction_set(),
         "compiled_for": _C.instruction_sets(),
         "amx": _C.amx_unavailable() or "available",
@@ -196,55 +198,65 @@ def run_pair_loss(run: Callable[..., None], call: PairLoss) -> tuple[Tensor, ...
     return loss, rewards, grad, tokens
 
 
-# The GEMMs of a head from bf16 matrices: whether the left and the right one have the depth as the outer dimension of
-# their memory, the result's dtype, and whether it is added to what is there.
-_GEMMS = {
-    "logits": (False, False, torch.float32, False),  # x w^T, [n, H] and [V, H]
-    "dX": (False, True, torch.bfloat16, False),  # g w, [n, V] and [V, H]
-    "dW": (True, True, torch.bfloat16, False),  # g^T x, [n, V] and [n, H]
-    "dW of a chunk": (True, True, torch.float32, True),
+class Gemm(NamedTuple):
+    """One of the GEMMs of a head.
+
+    left_depth_first, right_depth_first: whether the depth is the outer dimension of a matrix as it lies in memory.
+    narrow: whether the result has the dtype of the matrices rather than fp32.
+    accumulate: whether it is added to what is there.
+    """
+
+    left_depth_first: bool
+    right_depth_first: bool
+    narrow: bool
+    accumulate: bool
+
+
+GEMMS = {
+    "logits": Gemm(False, False, False, False),  # x w^T, [n, H] and [V, H]
+    "dX": Gemm(False, True, True, False),  # g w, [n, V] and [V, H]
+    "dX of a block": Gemm(False, True, False, True),  # the same of a part of V
+    "dW": Gemm(True, True, True, False),  # g^T x, [n, V] and [n, H]
+    "dW of a chunk": Gemm(True, True, False, True),  # the same of a part of the rows
 }
 
 
 @constant_when_compiled
-def gemm_kernel(name: str) -> str | None:
-    """The kernel that runs one of `_GEMMS` on the instruction set in use; None where none does."""
-    if _C is None:
+def gemm_kernel(name: str, dtype: torch.dtype) -> str | None:
+    """The kernel that runs one of `GEMMS`, from this dtype, on the instruction set in use; None if none does."""
+    if _C is None or dtype not in CODES:
         return None
-    left, right, dtype, accumulate = _GEMMS[name]
-    return _C.gemm_kernel(left, right, CODES[dtype], accumulate) or None
-
-
-def has_product() -> bool:
-    """Whether logits are made from bf16 matrices by a GEMM of this extension, with an fp32 result."""
-    return gemm_kernel("logits") is not None
+    left, right, narrow, accumulate = GEMMS[name]
+    return _C.gemm_kernel(CODES[dtype], left, right, CODES[dtype if narrow else torch.float32], accumulate) or None
 
 
 def gemm(name: str, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """out = left right + bias, or out += left right, in fp32 sums: one of `_GEMMS`.
+    """out = left right + bias, or out += left right, in fp32 sums: one of `GEMMS`.
 
     Args:
-        left: bf16 `[n, k]`, like `right` copied if its memory is not laid out as `_GEMMS` says.
-        right: bf16 `[k, m]`.
+        left: bf16 or fp32 `[n, k]`, like `right` copied if its memory is not laid out as `GEMMS` says.
+        right: `[k, m]`, in the dtype of `left`.
         out: `[n, m]` with a contiguous last dimension, in the GEMM's dtype.
         bias: fp32 `[m]`.
     """
-    left_first, right_first, dtype, accumulate = _GEMMS[name]
+    left_first, right_first, narrow, accumulate = GEMMS[name]
 
     def operand(stored: Tensor, depth_first: bool) -> tuple[int, int, bool]:
         operands.append(stored if stored.stride(1) == 1 else stored.contiguous())  # a copy lives until the call is over
         return layout.rows(operands[-1]).data_ptr(), operands[-1].stride(0), depth_first
 
     operands: list[Tensor] = []
+    bias = None if bias is None else bias.contiguous()
     _C.gemm(
         rows=out.shape[0],
         columns=out.shape[1],
         depth=left.shape[1],
+        in_type=CODES[left.dtype],
         left=operand(left.t() if left_first else left, left_first),
         right=operand(right if right_first else right.t(), right_first),
         bias=address(bias),
         out=layout.rows(out).data_ptr(),
-        out_type=CODES[dtype],
+        out_type=CODES[left.dtype if narrow else torch.float32],
         out_stride=out.stride(0),
         accumulate=accumulate,
         threads=torch.get_num_threads(),

@@ -9,6 +9,9 @@ while a token's reward early in training is of the order of 1e-2. How a 16-bit p
 - on other CPUs and for fp16, an fp32 product of inputs widened block by block (exact, and for fp16 many times faster
   than torch's fp16 product on CPUs without instructions for it).
 
+GEMMs of fp32 are torch's, but for one case: MKL, which torch calls, runs AVX2 code on processors that are not Intel's.
+Where these have AVX-512 a GEMM of our own (`product_avx512_fp32.cpp`) takes its place, twice as fast on Zen 5.
+
 The products of the backward take dL/dlogits rounded once to the inputs' dtype, as any training in that dtype does, or
 fp32 for fp16 on a CPU. dW is summed over chunks in fp32 that nothing has rounded before, by the same three ways. On
 CPUs without bf16 instructions they run in fp32 on inputs widened block by block, and dX and dW are rounded once:
@@ -91,13 +94,16 @@ def block_bytes(
         sums: whether dW is summed over chunks, for which columns of the gradient are widened.
         trains: whether there is a backward at all.
     """
-    if device.type != "cpu" or dtype in (torch.float32, torch.float64):
+    if device.type != "cpu":
         return 0
-    if dtype == torch.bfloat16 and cpu.has_product():
-        if cpu.gemm_kernel("dX") is None:
-            return 0
-        # dX: sums and packed parts of both operands, 2 MiB for each thread at most.
-        return _threads() * 2**21
+    if own_kernel("logits", device, dtype):
+        # Packed parts of both operands, and sums, for each thread; and a stretch of the vocabulary for dX in fp32.
+        if dtype == torch.float32:
+            stretch = min(max(2**22, 2**10 * hidden), 4 * vocab * hidden)
+            return _threads() * 2**19 + trains * stretch
+        return 0 if cpu.gemm_kernel("dX", dtype) is None else _threads() * 2**21
+    if dtype in (torch.float32, torch.float64):
+        return 0
     block = min(vocab, _BLOCK)
     widened = block * hidden
     if trains and _widens_backward(device, dtype):  # a block of the gradient, and one of the weight or of dW
@@ -112,20 +118,44 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+@constant_when_compiled
+def _torch_multiplies_fp32_slowly() -> bool:
+    """Whether torch's fp32 GEMM leaves the widest vectors unused: MKL's does on processors that are not Intel's."""
+    return torch.backends.mkl.is_available() and cpu.vendor not in ("GenuineIntel", "")
+
+
+def own_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The kernel of the extension that runs a GEMM, rather than torch's own; None where torch's does."""
+    if device.type != "cpu" or (dtype == torch.float32 and not _torch_multiplies_fp32_slowly()):
+        return None
+    return cpu.gemm_kernel(name, dtype)
+
+
 # GEMM kernels of the extension, by the name of their instruction set.
-_KERNELS = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16", "amx_emulated": "emulated AMX BF16"}
+_KERNELS = {
+    "avx512": "AVX-512",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx_bf16": "AMX BF16",
+    "amx_emulated": "emulated AMX BF16",
+}
 
 
 @constant_when_compiled
 def logits_product(device: torch.device, dtype: torch.dtype) -> str:
     """How logits come about, in words; for `info()` and plans."""
+    if kernel := own_kernel("logits", device, dtype):
+        return f"{_KERNELS[kernel]} kernel, fp32 result"
     if dtype in (torch.float32, torch.float64):
         return f"torch, {str(dtype)[6:]}"
     if device.type != "cpu":
         return "torch, 16-bit inputs, fp32 result"
-    if dtype == torch.bfloat16 and (kernel := cpu.gemm_kernel("logits")):
-        return f"{_KERNELS[kernel]} kernel, fp32 result"
-    return "torch, inputs widened to fp32 block by block"
+    return f"{_fp32_gemm(device)}, inputs widened to fp32 block by block"
+
+
+def _fp32_gemm(device: torch.device) -> str:
+    """Whose GEMM multiplies inputs that were widened to fp32, in words."""
+    kernel = own_kernel("logits", device, torch.float32)
+    return f"{_KERNELS[kernel]} kernel" if kernel else "torch"
 
 
 def gradient_products(device: torch.device, dtype: torch.dtype) -> str:
@@ -133,11 +163,9 @@ def gradient_products(device: torch.device, dtype: torch.dtype) -> str:
     if _widens(device, dtype):
         return logits_product(device, dtype)
     usual = f"torch, {str(dtype)[6:]}"
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return usual
-    kernels = {name: cpu.gemm_kernel(name) for name in ("dX", "dW", "dW of a chunk")}
     if _widens_backward(device, dtype):
-        usual = "torch, inputs widened to fp32 block by block"
+        usual = f"{_fp32_gemm(device)}, inputs widened to fp32 block by block"
+    kernels = {name: own_kernel(name, device, dtype) for name in ("dX", "dW", "dW of a chunk")}
     words = {name: f"{_KERNELS[kernel]} kernel" if kernel else usual for name, kernel in kernels.items()}
     if words["dX"] == words["dW"] == words["dW of a chunk"]:
         return words["dX"]
@@ -145,24 +173,41 @@ def gradient_products(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def why_this_kernel() -> str:
-    """Why the GEMMs of bf16 matrices run on a CPU as they do; for `info()`."""
+    """Why GEMMs run on a CPU as they do; for `info()`."""
     facts = cpu.describe()
     if not facts["available"]:
         return "the compiled extension is missing"
-    if (amx := facts["amx"]) == "available":
-        return f"instruction set {facts['instruction_set']}"
-    return f"instruction set {facts['instruction_set']}; AMX: {amx}"
+    maker = f", vendor {facts['vendor']}" if facts["vendor"] else ""
+    amx = "" if facts["amx"] == "available" else f"; AMX: {facts['amx']}"
+    return f"instruction set {facts['instruction_set']}{maker}{amx}"
 
 
 def _own_gemm(name: str, operand: Tensor) -> bool:
     """Whether a GEMM of the extension takes this operand."""
-    return operand.device.type == "cpu" and operand.dtype == torch.bfloat16 and cpu.gemm_kernel(name) is not None
+    return own_kernel(name, operand.device, operand.dtype) is not None
 
 
-def _show_product(x: Tensor, w: Tensor) -> None:
+def _show_product(left: Tensor, right: Tensor) -> None:
     """Let modes that watch torch's operations (its flop counter) see a product that torch does not run."""
     if _python_dispatch.is_in_torch_dispatch_mode():
-        torch.mm(torch.empty_like(x, device="meta"), torch.empty_like(w, device="meta").t())
+        torch.mm(torch.empty_like(left, device="meta"), torch.empty_like(right, device="meta"))
+
+
+def _multiply(name: str, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out = left right + bias, or out += left right for a part of a sum: one of the GEMMs of `qkernels.backends.cpu`.
+
+    All in one dtype: by a GEMM of the extension where one is the faster, otherwise by torch's.
+    """
+    if _own_gemm(name, left):
+        _show_product(left, right)
+        cpu.gemm(name, left, right, out, bias)
+    elif cpu.GEMMS[name].accumulate:
+        torch.addmm(out, left, right, out=out)  # addmm_ would not be seen by torch's flop counter
+    elif bias is None:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(bias, left, right, out=out)
+    return out
 
 
 class Head(NamedTuple):
@@ -186,36 +231,32 @@ class Head(NamedTuple):
     def logits(self, x: Tensor, out: Tensor) -> None:
         """Write the logits of rows `x` `[n, H]` to `out` `[n, V]`, fp32 or fp64."""
         n, w, b = x.shape[0], self.weight, self.bias
-        if 0 < n < _FEWEST_ROWS and x.device.type == "cpu" and not self._own_logits(x):
+        if 0 < n < _FEWEST_ROWS and x.device.type == "cpu" and not _own_gemm("logits", x):
             padded = x.new_zeros(_FEWEST_ROWS, x.shape[1])
             padded[:n] = x
             self.logits(padded, wide := out.new_empty(_FEWEST_ROWS, self.vocab))
             out.copy_(wide[:n])
             return
         if x.dtype == out.dtype:
-            torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
+            _multiply("logits", x, w.t(), out, b)
         elif x.device.type != "cpu":
             torch.ops.aten.mm.dtype_out(x, w.t(), out.dtype, out=out)
             if b is not None:
                 out.add_(b)
-        elif self._own_logits(x):
-            _show_product(x, w)
+        elif _own_gemm("logits", x):
+            _show_product(x, w.t())
             cpu.gemm("logits", x, w.t(), out, None if b is None else b.float())
         else:
             wide = x.to(out.dtype)
             for start in range(0, self.vocab, _BLOCK):
                 block = slice(start, start + _BLOCK)
-                torch.mm(wide, w[block].to(out.dtype).t(), out=out[:, block])
+                _multiply("logits", wide, w[block].to(out.dtype).t(), out[:, block])
             if b is not None:
                 out.add_(b)
         self._round(out)
         if self.softcap is not None:
             out.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap)
             self._round(out)
-
-    def _own_logits(self, x: Tensor) -> bool:
-        """Whether a GEMM of the extension makes the logits of rows `x` on a CPU."""
-        return x.dtype == torch.bfloat16 and cpu.has_product() and self.weight.stride(1) == 1
 
     def _round(self, out: Tensor) -> None:
         """Round logits `[n, V]` to the dtype of the weight where that is asked for, a block at a time."""
@@ -234,17 +275,13 @@ class Head(NamedTuple):
 
     def input_grad(self, g: Tensor) -> Tensor:
         """dL/dx = g W, `[n, H]` in the dtype of g."""
-        if _own_gemm("dX", g) and self.weight.stride(1) == 1:
-            _show_product(g, self.weight.t())
-            cpu.gemm("dX", g, self.weight, result := g.new_empty(g.shape[0], self.weight.shape[1]))
-            return result
         wide = torch.float32 if _widens_backward(g.device, g.dtype) else g.dtype
-        if wide == self.weight.dtype:
-            return torch.mm(g, self.weight)
+        if wide == self.weight.dtype or (g.dtype == self.weight.dtype and _own_gemm("dX", g)):
+            return _multiply("dX", g, self.weight, g.new_empty(g.shape[0], self.weight.shape[1]))
         result = g.new_zeros(g.shape[0], self.weight.shape[1], dtype=wide)
         for start in range(0, self.vocab, _BLOCK):
             block = slice(start, start + _BLOCK)
-            torch.addmm(result, g[:, block].to(wide), self.weight[block].to(wide), out=result)
+            _multiply("dX of a block", g[:, block].to(wide), self.weight[block].to(wide), result)
         return result.to(g.dtype)
 
 
@@ -283,40 +320,39 @@ class WeightGrad:
         wide = stats_dtype(g.dtype)
         if weight_scale is not None:
             self._add_scaled(g, x, weight_scale)
-        elif self.single and _own_gemm("dW", g):
-            _show_product(g.t(), x.t())
-            self.weight = empty(self.head.weight.shape, g.dtype, g.device)
-            cpu.gemm("dW", g.t(), x, self.weight)
-        elif self.single and _widens_backward(g.device, g.dtype):
+        elif self.single and _widens_backward(g.device, g.dtype) and not _own_gemm("dW", g):
             self.weight = empty(self.head.weight.shape, g.dtype, g.device)
             x = x.to(wide)
             for start in range(0, self.head.vocab, _BLOCK):
-                self.weight[start : start + _BLOCK] = torch.mm(g[:, start : start + _BLOCK].to(wide).t(), x)
+                rows = self.weight[start : start + _BLOCK]
+                wide_block = g[:, start : start + _BLOCK].to(wide)
+                rows.copy_(_multiply("dW", wide_block.t(), x, torch.empty(rows.shape, dtype=wide)))
         elif self.single or (self.weight is None and g.dtype == wide):
-            self.weight = torch.mm(g.t(), x, out=empty(self.head.weight.shape, g.dtype, g.device))
+            self.weight = _multiply("dW", g.t(), x, empty(self.head.weight.shape, g.dtype, g.device))
         elif g.dtype == wide:
             assert self.weight is not None
-            torch.addmm(self.weight, g.t(), x, out=self.weight)  # addmm_ would not be seen by torch's flop counter
+            _multiply("dW of a chunk", g.t(), x, self.weight)
         else:
             if self.weight is None:
                 self.weight = torch.zeros(self.head.weight.shape, dtype=wide, device=g.device)
             if g.device.type != "cpu":
                 torch.ops.aten.addmm.dtype_out(self.weight, g.t(), x, wide, out=self.weight)
             elif _own_gemm("dW of a chunk", g):
-                _show_product(g.t(), x.t())
+                _show_product(g.t(), x)
                 cpu.gemm("dW of a chunk", g.t(), x, self.weight)
             else:
                 x = x.to(wide)
                 for start in range(0, self.head.vocab, _BLOCK):
                     rows = self.weight[start : start + _BLOCK]
-                    torch.addmm(rows, g[:, start : start + _BLOCK].to(wide).t(), x, out=rows)
+                    _multiply("dW of a chunk", g[:, start : start + _BLOCK].to(wide).t(), x, rows)
 
     def _add_scaled(self, g: Tensor, x: Tensor, scale: Tensor) -> None:
         if self.weight is None:
             self.weight = torch.zeros(self.head.weight.shape, dtype=torch.float32, device=g.device)
         for start in range(0, self.head.vocab, _BLOCK):
             block = slice(start, start + _BLOCK)
-            self.weight[block].add_(torch.mm(g[:, block].t(), x) * scale)
+            rows = self.weight[block]
+            rows.add_(_multiply("dW", g[:, block].t(), x, g.new_empty(rows.shape)) * scale)
 
     def result(
         self, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None

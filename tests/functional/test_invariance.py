@@ -10,10 +10,18 @@ import torch
 
 from qkernels import linear_token_stats, token_stats
 from qkernels.backends import cpu
+from qkernels.head.products import own_kernel as own_kernel_of
 
 needs_kernels = pytest.mark.skipif(
     cpu.unavailable(torch.device("cpu"), torch.float32) is not None, reason="the compiled extension is missing"
 )
+
+
+def own_kernel(dtype: torch.dtype) -> str | None:
+    """The kernel of this package that makes logits from hidden states of this dtype."""
+    return own_kernel_of("logits", torch.device("cpu"), dtype)
+
+
 OUTPUTS = ("logps", "logsumexp", "entropy", "kl_policy_reference", "kl_reference_policy")
 
 
@@ -70,7 +78,7 @@ def test_rows_of_logits(block):
         one_case(seed)
 
 
-@pytest.mark.skipif(not cpu.has_product(), reason="bf16 GEMMs of this package need AMX or AVX-512 BF16")
+@pytest.mark.skipif(not own_kernel(torch.bfloat16), reason="bf16 GEMMs of this package need AMX or AVX-512 BF16")
 def test_rows_of_bf16_hidden_states():
     """The package's own GEMM: one row's results do not depend on the batch, the chunk or the threads."""
     for seed in range(40):
@@ -99,12 +107,11 @@ def _flags() -> str:
 
 # torch's own product: its bits are MKL's, which looks at the processor itself, whatever torch was told to use.
 # Elsewhere than measured it may have other kernels for other numbers of rows.
-as_measured = pytest.mark.skipif(
-    not torch.backends.mkl.is_available()
-    or "AuthenticAMD" not in _flags()
-    or "avx2" not in _flags()
-    or "avx512f" in _flags(),
-    reason="the bits of torch's product are known of MKL on AMD processors with AVX2",
+MKL_AS_MEASURED = (
+    torch.backends.mkl.is_available()
+    and "AuthenticAMD" in _flags()
+    and "avx2" in _flags()
+    and "avx512f" not in _flags()
 )
 
 
@@ -117,7 +124,7 @@ def one_case_of_hidden_states(seed: int) -> None:
 
     rows, hidden, vocab = number(1, 70), number(8, 200), number(500, 1100)
     dtype = (torch.float32, torch.float32, torch.bfloat16, torch.float16)[number(0, 4)]
-    if dtype == torch.bfloat16 and cpu.has_product():
+    if dtype == torch.bfloat16 and own_kernel(torch.bfloat16):
         dtype = torch.float32  # see above
     x = torch.randn(rows, hidden, generator=generator).to(dtype)
     w = (torch.randn(vocab, hidden, generator=generator) / hidden**0.5).to(dtype)
@@ -144,7 +151,10 @@ def one_case_of_hidden_states(seed: int) -> None:
         assert torch.equal(expected, others[order]), f"seed {seed}: {name}, padding"
 
 
-@as_measured
+@pytest.mark.skipif(
+    not MKL_AS_MEASURED and not own_kernel(torch.float32),
+    reason="the bits of fp32 GEMMs are known of this package's own, and of MKL's on AMD processors with AVX2",
+)
 @needs_kernels
 @pytest.mark.parametrize("block", [0, *(pytest.param(n, marks=pytest.mark.nightly) for n in range(1, 10))])
 def test_rows_of_hidden_states(block):
@@ -153,7 +163,9 @@ def test_rows_of_hidden_states(block):
         one_case_of_hidden_states(seed)
 
 
-@as_measured
+@pytest.mark.skipif(
+    not MKL_AS_MEASURED or own_kernel(torch.float32) is not None, reason="measured of MKL's GEMM with AVX2"
+)
 @needs_kernels
 def test_few_rows_would_differ(monkeypatch):
     """What the cases above can see: the same without the least number of rows of a product."""

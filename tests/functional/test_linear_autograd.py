@@ -433,7 +433,7 @@ def test_autocast_computes_as_a_linear_layer_does(backend, dtype, plan, to):
     with seen:
         (2.0 * out.loss).backward()  # outside, as everybody does it
     widened = to == torch.float16 and backend.device.type == "cpu"
-    native = to == torch.bfloat16 and (backend.device.type != "cpu" or qkernels.backends.cpu.has_product())
+    native = to == torch.bfloat16 and (backend.device.type != "cpu" or qkernels.backends.cpu.gemm_kernel("logits", to))
     if native:
         assert seen.dtypes == {to}, "a product has run in another dtype"
     assert out.loss.dtype == out.token_logps.dtype == torch.float32

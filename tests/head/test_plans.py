@@ -17,10 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cases import IGNORE, HeadBatch, make_head_batch
 from linear_comparisons import bytes_for, leaves
 from qkernels import LinearPlan, fused_linear_token_dpo, linear_token_stats, objectives, plan_linear
-from qkernels.backends import cpu
 from qkernels.core.memory import BLOCK_ELEMENTS, free_memory
 from qkernels.head import chunks, products
-from qkernels.head.products import block_bytes
+from qkernels.head.products import block_bytes, logits_product
 
 PLAIN = (torch.float32, torch.bfloat16)
 PLANS = ("frozen_head", "pair_chunks", "recompute")
@@ -375,7 +374,7 @@ def check_peak(peak: int, plan: LinearPlan, batch: HeadBatch, dtype: torch.dtype
     allowed += scratch(batch, plan.chunk_rows, dtype)
     # What the extension's GEMMs pack is no memory of torch's, so that the profiler does not see it.
     packed = 0
-    if dtype == torch.bfloat16 and cpu.gemm_kernel("dX") is not None:
+    if logits_product(torch.device("cpu"), dtype).endswith("kernel, fp32 result"):
         how = {"rows": plan.chunk_rows, "sums": True, "trains": True}
         packed = block_bytes(torch.device("cpu"), dtype, *batch.weight.shape, **how)
     assert 0.8 * (plan.peak_bytes - packed) <= peak <= allowed, f"{peak}, allowed {allowed}, {plan}"

@@ -1,8 +1,8 @@
-"""The CPU's own GEMMs of bf16 matrices with fp32 sums, and what takes their place on other instruction sets.
+"""The CPU's own GEMMs of bf16 and fp32 matrices with fp32 sums, and what takes their place on other instruction sets.
 
-An entry is a sum of k exact products (16 bits of significand at most), and each addition rounds a partial sum: the
-error may be k eps32 of the sum of absolute values, and as a rule it is a few eps32, for roundings differ in sign. The
-bound is 16 of them. A result that had been rounded to bf16 would err by up to 2^-8 of itself, thousands of eps32.
+An entry is a sum of k exact products (of bf16, or within a fused multiply-add), and each addition rounds a partial sum:
+the error may be k eps32 of the sum of absolute values, and as a rule it is a few eps32, for roundings differ in sign.
+The bound is 16 of them. A result that had been rounded to bf16 would err by up to 2^-8 of itself, thousands of eps32.
 
 Each test runs with every kernel that this processor has, and with the AMX kernel on plain code in place of the tile
 instructions, which runs everywhere.
@@ -26,29 +26,38 @@ _C = pytest.importorskip("qkernels._C", reason="the compiled extension is missin
 BF16 = torch.bfloat16
 
 
-def served(name: str) -> list[str]:
-    """Instruction sets whose kernel runs this GEMM, the emulated tiles among them."""
-    before, found = _C.instruction_set(), []
+def served(name: str) -> list[tuple[torch.dtype, str]]:
+    """Dtypes and instruction sets whose kernel runs this GEMM, the emulated tiles among them; each kernel once."""
+    before, found = _C.instruction_set(), {}
     for instruction_set in [*_C.instruction_sets(), "amx_emulated"]:
         _C.use_instruction_set(instruction_set)
-        if native.gemm_kernel(name):
-            found.append(instruction_set)
+        for dtype in (BF16, torch.float32):
+            if (kernel := native.gemm_kernel(name, dtype)) is not None:
+                found.setdefault((dtype, kernel), instruction_set)
     _C.use_instruction_set(before)
-    return found
+    return [(dtype, instruction_set) for (dtype, _), instruction_set in found.items()]
+
+
+# The dtype of the matrices of the kernel under test.
+dtype_under_test = BF16
 
 
 @pytest.fixture
-def kernel(request):
-    """Run with this instruction set, then with the one that was in use."""
+def kernel(request, monkeypatch):
+    """Run with this dtype and instruction set, then with those that were in use."""
     before = _C.instruction_set()
-    assert _C.use_instruction_set(request.param)
+    dtype, instruction_set = request.param
+    assert _C.use_instruction_set(instruction_set)
+    monkeypatch.setattr(f"{__name__}.dtype_under_test", dtype)
     yield request.param
     _C.use_instruction_set(before)
 
 
-def with_kernels(name: str):
-    """Run a test with each kernel of a GEMM."""
-    return pytest.mark.parametrize("kernel", served(name), indirect=True)
+def with_kernels(name: str, *dtypes: torch.dtype):
+    """Run a test with each kernel of a GEMM, or with those that take these dtypes."""
+    chosen = [kernel for kernel in served(name) if not dtypes or kernel[0] in dtypes]
+    kernels = [pytest.param(kernel, id=f"{kernel[1]} {str(kernel[0])[6:]}") for kernel in chosen]
+    return pytest.mark.parametrize("kernel", kernels, indirect=True)
 
 
 needs_product = with_kernels("logits")
@@ -58,8 +67,8 @@ per_example_state = hypothesis.settings(suppress_health_check=[hypothesis.Health
 
 
 def matrix(rows: int, columns: int, key: int, stride: int = 0, offset: int = 0) -> torch.Tensor:
-    """bf16, `stride` elements more from row to row and `offset` before the first; NaN in between."""
-    memory = torch.full((offset + rows * (columns + stride) + 8,), torch.nan, dtype=BF16)
+    """`stride` elements more from row to row and `offset` before the first; NaN in between."""
+    memory = torch.full((offset + rows * (columns + stride) + 8,), torch.nan, dtype=dtype_under_test)
     view = memory.as_strided((rows, columns), (columns + stride, 1), offset)
     view.copy_(torch.randn(rows, columns, generator=generator(rows, columns, key)))
     return view
@@ -139,7 +148,7 @@ def test_any_size(kernel, rows, columns, depth, stride, with_bias):
 @needs_product
 def test_nothing_to_do(kernel):
     assert product(matrix(0, 8, 1), matrix(5, 8, 2)).shape == (0, 5)
-    assert torch.equal(product(torch.zeros(3, 4, dtype=BF16), matrix(5, 4, 2)), torch.zeros(3, 5))
+    assert torch.equal(product(torch.zeros(3, 4, dtype=dtype_under_test), matrix(5, 4, 2)), torch.zeros(3, 5))
 
 
 @needs_product
@@ -147,8 +156,8 @@ def test_magnitudes(kernel):
     """Large and tiny entries, in one sum and apart; infinities and NaN stay in their row or column."""
     left, right = matrix(4, 20, 1), matrix(6, 20, 2)
     for scale in (1e-15, 1e15, 1e-30):
-        check((left.float() * scale).to(BF16), right)
-    mixed = (left.float() * torch.logspace(-12, 12, 20)).to(BF16)
+        check((left.float() * scale).to(dtype_under_test), right)
+    mixed = (left.float() * torch.logspace(-12, 12, 20)).to(dtype_under_test)
     check(mixed, right)
     left[1, 3], right[2, 5] = torch.inf, torch.nan
     actual = product(left, right)
@@ -158,7 +167,7 @@ def test_magnitudes(kernel):
     assert bool((product(matrix(3, 8, 1), matrix(4, 8, 2), torch.full((4,), -torch.inf)) == -torch.inf).all())
 
 
-@needs_product
+@with_kernels("logits", BF16)
 def test_results_are_not_rounded_to_sixteen_bits(kernel):
     left, right = matrix(64, 256, 1), matrix(64, 256, 2)
     ours = check(left, right)
@@ -214,8 +223,9 @@ def test_a_sum_does_not_tell_in_how_many_chunks_it_came(kernel):
     """As long as no chunk's end divides terms that the kernel adds to one another before they meet the sum."""
     left, right = matrix(700, 90, 1), matrix(700, 50, 2)
     whole = check_sum(left, right, torch.zeros(90, 50))
+    group = _C.gemm_depth_group(native.CODES[dtype_under_test])
     for size in (1, 7, 16, 17):
-        size *= _C.gemm_depth_group()
+        size *= group
         total = torch.zeros(90, 50)
         for start in range(0, 700, size):
             native.gemm("dW of a chunk", left[start : start + size].t(), right[start : start + size], total)
@@ -249,19 +259,20 @@ def test_errors_of_sums_are_seen(kernel, monkeypatch, perturbed):
 
 
 def within_one_rounding(out, left, right, name: str) -> None:
-    """`out` is left right, summed in fp32 and rounded to bf16 once."""
+    """`out` is left right, summed in fp32 and, if it is bf16, rounded once."""
     exact, size = left.double() @ right.double(), left.double().abs() @ right.double().abs()
     error = EPS32 * min(1 + left.shape[1], 16) * size
-    assert_within(out, exact, error + 2**-8 * (exact.abs() + error) + 1e-38, name)
+    rounding = 2**-8 if out.dtype == BF16 else 0
+    assert_within(out, exact, error + rounding * (exact.abs() + error) + 1e-38, name)
 
 
 def check_rounded(name: str, left, right, stride: int = 0) -> torch.Tensor:
-    """left right in bf16 against float64, in a buffer whose surroundings are checked."""
+    """left right in its own dtype against float64, in a buffer whose surroundings are checked."""
     rows, columns = left.shape[0], right.shape[1]
-    memory = torch.full((rows + 1, columns + stride), 777.0, dtype=BF16)
+    memory = torch.full((rows + 1, columns + stride), 777.0, dtype=dtype_under_test)
     out = memory[:rows, :columns]
     native.gemm(name, left, right, out)
-    edge = torch.tensor(777.0, dtype=BF16)
+    edge = torch.tensor(777.0, dtype=dtype_under_test)
     assert bool((memory[rows] == edge).all()) and bool((memory[:, columns:] == edge).all()), "written outside"
     within_one_rounding(out, left, right, name)
     return out
@@ -454,18 +465,40 @@ def instruction_set(request):
 
 
 def test_which_product_makes_the_logits(instruction_set, monkeypatch):
-    words = logits_product(torch.device("cpu"), BF16)
+    words = logits_product(CPU.device, BF16)
     expected = {"avx512_bf16": "AVX-512 BF16 kernel", "amx_bf16": "AMX BF16 kernel", "amx_emulated": "emulated AMX"}
-    assert native.has_product() == (instruction_set in expected)
     assert expected.get(instruction_set, "widened") in words
-    assert "widened" in logits_product(torch.device("cpu"), torch.float16)
-    assert logits_product(torch.device("cpu"), torch.float32) == "torch, float32"
+    assert "widened" in logits_product(CPU.device, torch.float16)
     monkeypatch.setattr("qkernels.head.products._torch_multiplies_bf16", lambda: False)
-    backward = gradient_products(torch.device("cpu"), BF16)
+    backward = gradient_products(CPU.device, BF16)
     assert ("kernel" if instruction_set.startswith("amx") else "widened") in backward
     amx = instruction_set.startswith("amx")
     served = {"logits": amx or instruction_set == "avx512_bf16", "dX": amx, "dW": amx}
-    assert {name: native.gemm_kernel(name) == instruction_set for name in served} == served
+    assert {name: native.gemm_kernel(name, BF16) == instruction_set for name in served} == served
+
+
+@pytest.mark.parametrize("maker", ["GenuineIntel", "AuthenticAMD", ""])
+def test_fp32_is_multiplied_by_torch_where_that_is_fast(instruction_set, maker, monkeypatch):
+    """MKL's GEMM is kept on Intel's processors, and where nothing is known of the processor."""
+    monkeypatch.setattr(native, "vendor", maker)
+    ours = native.gemm_kernel("logits", torch.float32) is not None and maker == "AuthenticAMD"
+    assert ours <= torch.backends.mkl.is_available()
+    for words in (logits_product, gradient_products):
+        assert ("AVX-512 kernel" in words(CPU.device, torch.float32)) == ours
+        assert ("AVX-512 kernel" in words(CPU.device, torch.float16)) == ours
+        assert words(CPU.device, torch.float64) == "torch, float64"
+    x, w = torch.randn(3, 40), torch.randn(50, 40)
+    head, calls = Head(w, None, None, 1.0), []
+    real = native.gemm
+    monkeypatch.setattr(native, "gemm", lambda name, *rest: (calls.append(name), real(name, *rest)))
+    head.logits(x, out := torch.empty(3, 50))
+    torch.testing.assert_close(out, x @ w.t())
+    head.input_grad(out)
+    total = WeightGrad(head, True, False, 2)
+    total.add(out, x)
+    total.add(out, x)
+    torch.testing.assert_close(total.weight, 2 * out.t() @ x)
+    assert calls == (["logits", "dX", "dW", "dW of a chunk"] if ours else [])
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
