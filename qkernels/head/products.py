@@ -193,7 +193,7 @@ def _show_product(left: Tensor, right: Tensor) -> None:
         torch.mm(torch.empty_like(left, device="meta"), torch.empty_like(right, device="meta"))
 
 
-def _multiply(name: str, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply(name: str, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """out = left right + bias, or out += left right for a part of a sum: one of the GEMMs of `qkernels.backends.cpu`.
 
     All in one dtype: by a GEMM of the extension where one is the faster, otherwise by torch's.
@@ -238,7 +238,7 @@ class Head(NamedTuple):
             out.copy_(wide[:n])
             return
         if x.dtype == out.dtype:
-            _multiply("logits", x, w.t(), out, b)
+            multiply("logits", x, w.t(), out, b)
         elif x.device.type != "cpu":
             torch.ops.aten.mm.dtype_out(x, w.t(), out.dtype, out=out)
             if b is not None:
@@ -250,7 +250,7 @@ class Head(NamedTuple):
             wide = x.to(out.dtype)
             for start in range(0, self.vocab, _BLOCK):
                 block = slice(start, start + _BLOCK)
-                _multiply("logits", wide, w[block].to(out.dtype).t(), out[:, block])
+                multiply("logits", wide, w[block].to(out.dtype).t(), out[:, block])
             if b is not None:
                 out.add_(b)
         self._round(out)
@@ -277,11 +277,11 @@ class Head(NamedTuple):
         """dL/dx = g W, `[n, H]` in the dtype of g."""
         wide = torch.float32 if _widens_backward(g.device, g.dtype) else g.dtype
         if wide == self.weight.dtype or (g.dtype == self.weight.dtype and _own_gemm("dX", g)):
-            return _multiply("dX", g, self.weight, g.new_empty(g.shape[0], self.weight.shape[1]))
+            return multiply("dX", g, self.weight, g.new_empty(g.shape[0], self.weight.shape[1]))
         result = g.new_zeros(g.shape[0], self.weight.shape[1], dtype=wide)
         for start in range(0, self.vocab, _BLOCK):
             block = slice(start, start + _BLOCK)
-            _multiply("dX of a block", g[:, block].to(wide), self.weight[block].to(wide), result)
+            multiply("dX of a block", g[:, block].to(wide), self.weight[block].to(wide), result)
         return result.to(g.dtype)
 
 
@@ -326,12 +326,12 @@ class WeightGrad:
             for start in range(0, self.head.vocab, _BLOCK):
                 rows = self.weight[start : start + _BLOCK]
                 wide_block = g[:, start : start + _BLOCK].to(wide)
-                rows.copy_(_multiply("dW", wide_block.t(), x, torch.empty(rows.shape, dtype=wide)))
+                rows.copy_(multiply("dW", wide_block.t(), x, torch.empty(rows.shape, dtype=wide)))
         elif self.single or (self.weight is None and g.dtype == wide):
-            self.weight = _multiply("dW", g.t(), x, empty(self.head.weight.shape, g.dtype, g.device))
+            self.weight = multiply("dW", g.t(), x, empty(self.head.weight.shape, g.dtype, g.device))
         elif g.dtype == wide:
             assert self.weight is not None
-            _multiply("dW of a chunk", g.t(), x, self.weight)
+            multiply("dW of a chunk", g.t(), x, self.weight)
         else:
             if self.weight is None:
                 self.weight = torch.zeros(self.head.weight.shape, dtype=wide, device=g.device)
@@ -344,7 +344,7 @@ class WeightGrad:
                 x = x.to(wide)
                 for start in range(0, self.head.vocab, _BLOCK):
                     rows = self.weight[start : start + _BLOCK]
-                    _multiply("dW of a chunk", g[:, start : start + _BLOCK].to(wide).t(), x, rows)
+                    multiply("dW of a chunk", g[:, start : start + _BLOCK].to(wide).t(), x, rows)
 
     def _add_scaled(self, g: Tensor, x: Tensor, scale: Tensor) -> None:
         if self.weight is None:
@@ -352,7 +352,7 @@ class WeightGrad:
         for start in range(0, self.head.vocab, _BLOCK):
             block = slice(start, start + _BLOCK)
             rows = self.weight[block]
-            rows.add_(_multiply("dW", g[:, block].t(), x, g.new_empty(rows.shape)) * scale)
+            rows.add_(multiply("dW", g[:, block].t(), x, g.new_empty(rows.shape)) * scale)
 
     def result(
         self, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None

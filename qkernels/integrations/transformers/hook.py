@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..linears import faster_linears
 from .parameters import LogitsTransform, hidden_and_adapted_head
 from .requests import HeadCall, HeadRequest, HeadResult, compute_at_head
 from .wrappers import head_module, is_fsdp2_module, unwrap
@@ -228,7 +229,9 @@ def run(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest, label
     """
     if labels is not None:
         inputs = {**inputs, "labels": labels}
-    with hooked(unwrap(model)) as hook:
+    # With gradients it is for the caller to enter it around the backward, too.
+    linears = contextlib.nullcontext() if torch.is_grad_enabled() else faster_linears(model)
+    with hooked(unwrap(model)) as hook, linears:
         result: HeadResult = model(**inputs, qkernels=HeadCall(request))
         if result.sentinel_logits is not None:  # the call was compiled
             hook.verify(result.sentinel_logits)

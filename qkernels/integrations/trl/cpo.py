@@ -10,6 +10,7 @@ from trl.experimental.cpo import CPOTrainer
 
 from ..transformers.requests import LossRequest
 from .paired import IGNORE, FoundScores, PairedInputs, PairedLoss
+from .step import FasterSteps
 from .version import require_methods
 
 require_methods(CPOTrainer, "get_batch_loss_metrics", "concatenated_forward", "concatenated_inputs")
@@ -20,7 +21,7 @@ _AVERAGED = ("ipo", "simpo")
 _SMOOTHED = ("sigmoid", "simpo")
 
 
-class TokenCPOTrainer(PairedLoss, CPOTrainer):
+class TokenCPOTrainer(FasterSteps, PairedLoss, CPOTrainer):
     """TRL's experimental `CPOTrainer`, its log-probs and losses computed here. Takes the same arguments and options.
 
     Every `loss_type` (`sigmoid`, `hinge`, `ipo`, `simpo`, `alphapo`), with `cpo_alpha`, `alpha` and `label_smoothing`:

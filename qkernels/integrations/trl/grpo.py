@@ -20,6 +20,7 @@ from ..patches import Patch
 from ..transformers.hook import run
 from ..transformers.requests import UnitLossRequest
 from .head import add_token_head
+from .step import FasterSteps
 from .version import require_methods
 
 require_methods(GRPOTrainer, "_compute_loss", "_get_per_token_logps_and_entropies")
@@ -31,7 +32,7 @@ _OF_IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial
               "token_type_ids", "mm_token_type_ids", "image_position_ids")  # fmt: skip
 
 
-class TokenGRPOTrainer(GRPOTrainer):
+class TokenGRPOTrainer(FasterSteps, GRPOTrainer):
     """TRL's `GRPOTrainer`, its log-probs and losses computed here. Takes the same arguments and options.
 
     Every `loss_type` of TRL, token and sequence ratios, KL penalty, entropy bonus, off-policy masking and importance

@@ -22,6 +22,7 @@ from ..patches import Patch
 from ..transformers.hook import run
 from ..transformers.requests import UnitLossRequest
 from .head import add_token_head
+from .step import FasterSteps
 from .version import require_methods
 
 require_methods(KTOTrainer, "_compute_loss", "_compute_kl_logps", "compute_ref_log_probs")
@@ -31,7 +32,7 @@ _NOT_INPUTS = ("completion_mask", "KL_input_ids", "KL_attention_mask", "KL_compl
                "KL_mm_token_type_ids", "label", "ref_logps", "ref_KL_logps")  # fmt: skip
 
 
-class TokenKTOTrainer(KTOTrainer):
+class TokenKTOTrainer(FasterSteps, KTOTrainer):
     """TRL's `KTOTrainer`, its log-probs and losses computed here. Takes the same arguments and options.
 
     Both of TRL's losses, `kto` and `apo_zero_unpaired`, with its KL estimate from mismatched answers: with the same

@@ -17,6 +17,7 @@ from ...functional.logits import shift_labels
 from ...objectives import PairScores, declare_unit, formulas
 from ..transformers.requests import LossRequest
 from .paired import IGNORE, FoundScores, PairedInputs, PairedLoss
+from .step import FasterSteps
 from .version import require_methods
 
 require_methods(ORPOTrainer, "get_batch_loss_metrics", "concatenated_forward", "concatenated_inputs")
@@ -28,7 +29,7 @@ def _orpo_and_prompts(scores: PairScores, beta: float) -> Tensor:
     return torch.where(scores.rejected_counts > 0, formulas.orpo(scores, 2 * beta), scores.chosen_nll)
 
 
-class TokenORPOTrainer(PairedLoss, ORPOTrainer):
+class TokenORPOTrainer(FasterSteps, PairedLoss, ORPOTrainer):
     """TRL's experimental `ORPOTrainer`, its log-probs and losses computed here. Takes the same arguments and options.
 
     The likelihood is over prompts and answers, as in TRL: with the same options, data and seed, losses, metrics and

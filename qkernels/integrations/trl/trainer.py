@@ -48,6 +48,7 @@ from .config import check_options, head_options, loss_options
 from .constructor import patched_constructor
 from .links import DataPass, learned_links, load_links, save_links, warn_of_wrong_signs
 from .results import METRIC_OUTPUTS, TokenResults, metric_averages, metric_sums
+from .step import FasterSteps
 
 IGNORE = -100
 
@@ -72,7 +73,7 @@ def _aligned_with_rows(per_token: Tensor) -> Tensor:
     return nn.functional.pad(per_token[:, 1:], (0, 1))
 
 
-class TokenDPOTrainer(DPOTrainer):
+class TokenDPOTrainer(FasterSteps, DPOTrainer):
     """TRL's `DPOTrainer`, its per-token log-probs and losses computed here. Takes the same arguments and options.
 
     Per step it enters each model once, through `model(...)`; logits exist a chunk at a time, and only of valid tokens:
@@ -322,15 +323,14 @@ class TokenDPOTrainer(DPOTrainer):
         warn_of_wrong_signs(self.learned_links)
         return result
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; a link that is fitted to the whole data set is fitted before the step for which it is due."""
         for link in self.learned_links:
             if isinstance(link, PSPO) and link.refit_due:
                 if self._data_pass is None:
                     self._data_pass = DataPass(self.train_dataset, self)
-                model = args[0] if args else kwargs["model"]
                 self._data_pass.fit(link, self._forward_passes(model, self._data_pass))
-        return super().training_step(*args, **kwargs)
+        return super().training_step(model, *args, **kwargs)
 
     def _forward_passes(self, model: Any, batches: Any) -> Iterator[None]:
         """The loss of one batch after another, for what it leaves behind; no gradients, no metrics, no dropout."""
