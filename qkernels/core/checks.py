@@ -47,6 +47,20 @@ def logits(value: Any, name: str, last: str = "V") -> Tensor:
     return value
 
 
+def dense_or_packed(value: Any, name: str, last: str, packed: bool, paired: bool = True) -> Tensor:
+    """Rows of whole sequences: `[2B, T, last]`, or `[N, last]` of a packed batch.
+
+    paired: whether the sequences are the 2B of B pairs.
+    """
+    value = tensor(value, name)
+    if value.dim() != (2 if packed else 3):
+        expected = f"[N, {last}] with cu_seqlens"
+        if not packed:
+            expected = f"[{'2B' if paired else 'S'}, T, {last}], or {expected}"
+        raise ValueError(f"{name} must have shape {expected}; got {_shape(value)}")
+    return value
+
+
 def labels(value: Any, of: Tensor, of_name: str) -> Tensor:
     """Labels aligned with the rows of the logits: int64, `[...]`, same device."""
     value = tensor(value, "labels")

@@ -117,7 +117,7 @@ class HiddenLossRequest(NamedTuple):
     def _validate(self, model: HeadRequest, ranks: Ranks | None) -> _Checked:
         """Check the arguments; ranks of `tp_group` agree on the call before its tensors of the loss are checked."""
         request = self.loss()
-        request.check_shape(model.hidden, "H")
+        checks.dense_or_packed(model.hidden, "policy_hidden", "H", packed=self.cu_seqlens is not None)
         loss = request.loss()
         given = None if self.valid_rows is None else checks.row_counts(self.valid_rows, "valid_rows")
         inputs, has_model = model.validate(), model.reference_hidden is not None

@@ -269,7 +269,7 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
     """Validate, agree with the ranks if there are any, run and assemble."""
     has_model = request.reference_logits is not None
     with request.ranks() as ranks:
-        wanted.check_shape(request.logits, "V")
+        checks.dense_or_packed(request.logits, request.name, "V", packed=wanted.cu_seqlens is not None)
         loss = wanted.loss()
         rows = request.validate()
         options: Fingerprint | None = None

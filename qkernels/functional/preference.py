@@ -108,14 +108,6 @@ class LossRequest(NamedTuple):
     policy_name: str
     model_name: str
 
-    def check_shape(self, policy: Any, last: str) -> None:
-        """`[2B, T, last]`, or with `cu_seqlens` `[N, last]`."""
-        packed = self.cu_seqlens is not None
-        if checks.tensor(policy, self.policy_name).dim() != (2 if packed else 3):
-            expected = f"[N, {last}] with cu_seqlens"
-            expected = expected if packed else f"[2B, T, {last}], or {expected}"
-            raise ValueError(f"{self.policy_name} must have shape {expected}; got {tuple(policy.shape)}")
-
     def shared_tensors(self) -> dict[str, Any]:
         """Arguments that all ranks of `tp_group` have to have alike, by name."""
         return {

@@ -106,10 +106,7 @@ def per_token(value: Any, name: str, labels: Tensor, batch: Batch) -> Tensor:
 def check_shape(rows: Any, name: str, last: str, cu_seqlens: Any) -> None:
     """`[S, T, last]`, or with `cu_seqlens` `[N, last]`."""
     packed = cu_seqlens is not None
-    if checks.tensor(rows, name).dim() != (2 if packed else 3):
-        expected = f"[N, {last}] with cu_seqlens"
-        expected = expected if packed else f"[S, T, {last}], or {expected}"
-        raise ValueError(f"{name} must have shape {expected}; got {tuple(rows.shape)}")
+    rows = checks.dense_or_packed(rows, name, last, packed, paired=False)
     if not packed and rows.shape[0] == 0:
         raise ValueError(f"empty batch: {name} holds no sequences")
 
