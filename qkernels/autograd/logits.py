@@ -13,28 +13,12 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
-from ..core import calls
+from ..core import calls, checks
 from ..core.coefficients import coefficients
 from ..core.fields import DIVERGENCES, SOFTMAX, field_index
 from ..distributed.vocab_parallel import Shard, row_stats
 from . import once_differentiable
 from .saved import restored, results_of, saveable
-
-# Attribute set on the storage that an in-place backward has turned into a gradient: the version of its tensors at that
-# moment, so that logits refilled since then are accepted again. All views share both, the storage and the version.
-_OVERWRITTEN = "_qkernels_overwritten"
-
-
-def refuse_overwritten(logits: Tensor, name: str) -> None:
-    """Raise if these logits were overwritten by an in-place backward."""
-    if torch.compiler.is_compiling():  # traced tensors have no storage; the compiler tracks mutations itself
-        return
-    mark = getattr(logits.untyped_storage(), _OVERWRITTEN, None)
-    # The mark first: tensors of inference mode have no version, and no backward can have overwritten them.
-    if mark is not None and mark == logits._version:
-        raise RuntimeError(
-            f"{name} no longer holds logits: a backward with inplace_backward=True wrote the gradient over them"
-        )
 
 
 class Backward(NamedTuple):
@@ -105,16 +89,12 @@ def _row_grad(call: calls.RowGrad, inplace: bool) -> Tensor:
     # The write goes past autograd: tell it, so that whoever saved these logits refuses to use them. Before the write as
     # well: an exception in the middle of it, such as Ctrl-C, leaves logits that are partly gradients.
     torch.autograd.graph.increment_version(logits)
-    _mark_overwritten(logits)
+    checks.mark_overwritten(logits)
     try:
         ops.row_grad_(call)
     finally:
-        _mark_overwritten(logits)  # an op that torch has dispatched counts as a write of its own
+        checks.mark_overwritten(logits)  # an op that torch has dispatched counts as a write of its own
     return out
-
-
-def _mark_overwritten(logits: Tensor) -> None:
-    setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
 
 
 _LOGPS = field_index(SOFTMAX, "logps")  # in every buffer that begins with the softmax statistics

@@ -61,6 +61,28 @@ def dense_or_packed(value: Any, name: str, last: str, packed: bool, paired: bool
     return value
 
 
+# Attribute set on the storage that an in-place backward has turned into a gradient: the version of its tensors at that
+# moment, so that logits refilled since then are accepted again. All views share both, the storage and the version.
+_OVERWRITTEN = "_qkernels_overwritten"
+
+
+def not_overwritten(logits: Tensor, name: str) -> None:
+    """RuntimeError for logits that an in-place backward has overwritten."""
+    if torch.compiler.is_compiling():  # traced tensors have no storage; the compiler tracks mutations itself
+        return
+    mark = getattr(logits.untyped_storage(), _OVERWRITTEN, None)
+    # The mark first: tensors of inference mode have no version, and no backward can have overwritten them.
+    if mark is not None and mark == logits._version:
+        raise RuntimeError(
+            f"{name} no longer holds logits: a backward with inplace_backward=True wrote the gradient over them"
+        )
+
+
+def mark_overwritten(logits: Tensor) -> None:
+    """Let `not_overwritten` refuse these logits as they are now."""
+    setattr(logits.untyped_storage(), _OVERWRITTEN, logits._version)
+
+
 def labels(value: Any, of: Tensor, of_name: str) -> Tensor:
     """Labels aligned with the rows of the logits: int64, `[...]`, same device."""
     value = tensor(value, "labels")

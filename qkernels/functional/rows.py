@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..autograd.logits import Backward, RowStats, refuse_overwritten
+from ..autograd.logits import Backward, RowStats
 from ..autograd.saved import by_name
 from ..core import calls, checks
 from ..core.fields import DIVERGENCES, REFERENCE_SOFTMAX, SOFTMAX, stats_dtype
@@ -144,11 +144,11 @@ class RowsRequest(NamedTuple):
         """Check the arguments and view the logits as `[S, T, V]`."""
         name = self.name
         logits = checks.logits(self.logits, name)
-        refuse_overwritten(logits, name)
+        checks.not_overwritten(logits, name)
         labels = checks.labels(self.labels, logits, name)
         reference = self.reference_logits
         if reference is not None:
-            refuse_overwritten(checks.tensor(reference, "reference_logits"), "reference_logits")
+            checks.not_overwritten(checks.tensor(reference, "reference_logits"), "reference_logits")
             reference = checks.reference_logits(reference, logits, name)
         return Rows(
             logits=logits if logits.dim() == 3 else _as_3d(logits, name),
