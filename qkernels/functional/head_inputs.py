@@ -255,11 +255,15 @@ class HeadRequest(NamedTuple):
             **{name: given[name] for name in HeadRequest._fields if name in given},
         )
 
-    def local(self) -> HeadRequest:
-        """The same with local tensors in place of DTensors."""
+    def local(self) -> tuple[HeadRequest, AbstractContextManager[Ranks | None]]:
+        """The same with local tensors in place of DTensors, and the context to check it in, where the ranks agree."""
         tensors = (self.hidden, self.weight, self.bias, self.labels)
-        if not groups.any_dtensor(*tensors, self.reference_hidden, self.reference_weight, self.reference_bias):
-            return self
+        request = self
+        if groups.any_dtensor(*tensors, self.reference_hidden, self.reference_weight, self.reference_bias):
+            request = self._local()
+        return request, groups.ranks(request.tp_group, request.sp_group, request.hidden, request.hint)
+
+    def _local(self) -> HeadRequest:
         hidden_name, weight_name, bias_name = self.names
         group, hint, local = groups.to_local(
             self.tp_group,
@@ -274,10 +278,6 @@ class HeadRequest(NamedTuple):
             tp_group=group, hint=hint, hidden=hidden, weight=weight, bias=bias, labels=labels,
             reference_hidden=reference_hidden, reference_weight=reference_weight, reference_bias=reference_bias,
         )  # fmt: skip
-
-    def ranks(self) -> AbstractContextManager[Ranks | None]:
-        """The context in which the arguments are checked and the ranks agree on them."""
-        return groups.ranks(self.tp_group, self.sp_group, self.hidden, self.hint)
 
     def validate(self) -> HeadInputs:
         """Check the arguments and view the hidden states as `[N, H]`."""

@@ -87,7 +87,7 @@ def linear_token_stats(
         RuntimeError: another rank of a group failed; the message quotes its error.
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
     """
-    request = HeadRequest(
+    request, agreement = HeadRequest(
         function="linear_token_stats",
         names=("hidden", "weight", "bias"),
         hidden=hidden,
@@ -106,7 +106,7 @@ def linear_token_stats(
         backend=backend,
         tp_group=tp_group,
     ).local()
-    with request.ranks() as ranks:
+    with agreement as ranks:
         wanted = Outputs.of(outputs, "reference_hidden", reference_hidden is not None)
         number = None if valid_rows is None else checks.row_count(valid_rows, "valid_rows")
         inputs = request.validate()

@@ -65,7 +65,7 @@ class HiddenLossRequest(NamedTuple):
     outputs: Sequence[str] = ()
 
     def model(self) -> HeadRequest:
-        """The models and how their logits are made; local tensors in place of DTensors."""
+        """The models and how their logits are made."""
         return HeadRequest(
             function="fused_linear_token_dpo",
             names=("policy_hidden", "lm_head_weight", "lm_head_bias"),
@@ -85,7 +85,7 @@ class HiddenLossRequest(NamedTuple):
             backend=self.backend,
             tp_group=self.tp_group,
             sp_group=self.sp_group,
-        ).local()
+        )
 
     def loss(self) -> LossRequest:
         """The loss and its tensors."""
@@ -105,8 +105,8 @@ class HiddenLossRequest(NamedTuple):
 
     def prepare(self) -> HiddenLoss:
         """Check everything, agree with the other ranks if there are any, count the valid rows and choose a plan."""
-        model = self.model()
-        with model.ranks() as ranks:
+        model, agreement = self.model().local()
+        with agreement as ranks:
             checked = self._validate(model, ranks)
             host_checked = self._check_valid_rows(checked)
             shard = None

@@ -111,7 +111,7 @@ def token_logps(
         IndexError: a label outside [0, V), with its position (CPU; on a GPU the row becomes NaN).
         RuntimeError: logits that an earlier in-place backward has overwritten.
     """
-    request = RowsRequest(
+    request, agreement = RowsRequest(
         function="token_logps",
         name="logits",
         logits=logits,
@@ -123,7 +123,7 @@ def token_logps(
         backend=backend,
         tp_group=tp_group,
     ).local()
-    with request.ranks() as ranks:
+    with agreement as ranks:
         rows = request.validate().agree(ranks, request.function)
     return rows.stats(BIT["logps"], ("logps",))["logps"].view(rows.shape)
 
@@ -158,7 +158,7 @@ def token_stats(
         As `token_logps`; ValueError for an unknown output, for one that needs a reference when there is none, and for
         a reference that no output reads.
     """
-    request = RowsRequest(
+    request, agreement = RowsRequest(
         function="token_stats",
         name="logits",
         logits=logits,
@@ -170,7 +170,7 @@ def token_stats(
         backend=backend,
         tp_group=tp_group,
     ).local()
-    with request.ranks() as ranks:
+    with agreement as ranks:
         wanted = Outputs.of(outputs, "reference_logits", reference_logits is not None)
         rows = request.validate().agree(ranks, request.function, None if ranks is None else wanted.fingerprint())
     differentiable = tuple(name for name in DIFFERENTIABLE if name in wanted.names)
@@ -248,7 +248,7 @@ def fused_token_dpo(
         backend=backend,
         tp_group=tp_group,
         sp_group=sp_group,
-    ).local()
+    )
     wanted = LossRequest(
         reference_logps=reference_logps,
         beta=beta,
@@ -267,8 +267,9 @@ def fused_token_dpo(
 
 def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
     """Validate, agree with the ranks if there are any, run and assemble."""
+    request, agreement = request.local()
     has_model = request.reference_logits is not None
-    with request.ranks() as ranks:
+    with agreement as ranks:
         checks.dense_or_packed(request.logits, request.name, "V", packed=wanted.cu_seqlens is not None)
         loss = wanted.loss()
         rows = request.validate()

@@ -125,20 +125,17 @@ class RowsRequest(NamedTuple):
     sp_group: Any = None
     hint: str = ""
 
-    def local(self) -> RowsRequest:
-        """The same with local tensors in place of DTensors."""
-        if not groups.any_dtensor(self.logits, self.reference_logits, self.labels):
-            return self
-        group, hint, (logits, reference, labels) = groups.to_local(
-            self.tp_group,
-            **{self.name: (self.logits, -1), "reference_logits": (self.reference_logits, -1)},
-            labels=(self.labels, None),
-        )
-        return self._replace(tp_group=group, hint=hint, logits=logits, reference_logits=reference, labels=labels)
-
-    def ranks(self) -> AbstractContextManager[Ranks | None]:
-        """The context in which the arguments are checked and the ranks agree on them."""
-        return groups.ranks(self.tp_group, self.sp_group, self.logits, self.hint)
+    def local(self) -> tuple[RowsRequest, AbstractContextManager[Ranks | None]]:
+        """The same with local tensors in place of DTensors, and the context to check it in, where the ranks agree."""
+        request = self
+        if groups.any_dtensor(self.logits, self.reference_logits, self.labels):
+            group, hint, (logits, reference, labels) = groups.to_local(
+                self.tp_group,
+                **{self.name: (self.logits, -1), "reference_logits": (self.reference_logits, -1)},
+                labels=(self.labels, None),
+            )
+            request = self._replace(tp_group=group, hint=hint, logits=logits, reference_logits=reference, labels=labels)
+        return request, groups.ranks(request.tp_group, request.sp_group, request.logits, request.hint)
 
     def validate(self) -> Rows:
         """Check the arguments and view the logits as `[S, T, V]`."""

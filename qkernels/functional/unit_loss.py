@@ -148,9 +148,9 @@ def from_logits(
     """A loss from logits: validate, agree with the ranks if there are any, run and assemble."""
     check_shape(request.logits, request.name, "V", cu_seqlens)
     temperatures = request.temperature
-    request = request.local()
+    request, agreement = request.local()
     has_model = request.reference_logits is not None
-    with request.ranks() as ranks:
+    with agreement as ranks:
         if isinstance(temperatures, Tensor):
             labels = checks.labels(request.labels, checks.logits(request.logits, request.name), request.name)
             request = tempered(request, check_temperature(temperatures, labels)[1])
@@ -244,8 +244,8 @@ class HiddenUnits(NamedTuple):
     def prepare(model: HeadRequest, options: UnitOptions, arguments: LossArguments[Any]) -> HiddenUnits:
         """Check everything, agree with the other ranks if there are any, count the valid rows and choose a plan."""
         check_shape(model.hidden, model.names[0], "H", options.cu_seqlens)
-        model = model.local()
-        with model.ranks() as ranks:
+        model, agreement = model.local()
+        with agreement as ranks:
             labels = checks.labels(model.labels, checks.logits(model.hidden, model.names[0], "H"), model.names[0])
             temperature, temperatures = check_temperature(options.temperature, labels)
             given = None if options.valid_rows is None else checks.row_counts(options.valid_rows, "valid_rows")
