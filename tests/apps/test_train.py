@@ -24,7 +24,7 @@ from qkernels.cli import main
 from qkernels.data import as_preferences
 from qkernels.integrations.trl import TokenDPOTrainer
 from qkernels.score.rows import row as columns_of
-from qkernels.train import TrainError, callbacks, dataset, folder, processes
+from qkernels.train import TrainError, callbacks, dataset, folder, processes, run, sft
 from qkernels.train.options import parse
 
 TOWNS = ("Lima", "Oslo", "Rome", "Quito")
@@ -654,6 +654,51 @@ def test_fsdp1_without_an_accelerator_and_one_process_for_several_are_refused(
             processes.check_launcher(1)
 
 
+def test_accelerate_shards_on_cpus_where_it_was_asked_to(monkeypatch) -> None:
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(PartialState, "_shared_state", {"distributed_type": DistributedType.MULTI_CPU})
+    seen = []
+
+    def begin(self, **options) -> None:
+        seen.append(PartialState._shared_state["distributed_type"])
+
+    monkeypatch.setattr(AcceleratorState, "__init__", begin)
+    with processes.sharding_on_cpus():
+        AcceleratorState(fsdp_plugin=None)
+        AcceleratorState(fsdp_plugin=object())
+    assert seen == [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]  # one that it takes the plugin for
+    assert AcceleratorState.__init__ is begin
+
+
+def test_an_adapter_of_sharded_weights_is_merged_by_the_main_process(given: Path, tmp_path: Path) -> None:
+    """With a model that is whole in the place of a sharded one: what is asked of accelerate, and what comes out."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(given / "model")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model, asked = get_peft_model(base, lora), []
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(set_state_dict_type=asked.append))
+
+    def trainer(main: bool) -> SimpleNamespace:
+        return SimpleNamespace(
+            model=model, save_model=model.save_pretrained, args=SimpleNamespace(trust_remote_code=False),
+            is_fsdp_enabled=True, accelerator=SimpleNamespace(is_main_process=main, state=state),
+        )  # fmt: skip
+
+    merged = sft._merged(trainer(True), tmp_path / "adapter")
+    assert sft._merged(trainer(False), tmp_path / "adapter") is None
+    assert asked == ["FULL_STATE_DICT"] * 2  # every process takes part in gathering the weights
+    found, expected = merged.state_dict(), model.merge_and_unload().state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    before = AutoModelForCausalLM.from_pretrained(given / "model").state_dict()
+    assert [name for name in before if not torch.equal(before[name], found[name])] == [
+        "model.layers.0.self_attn.q_proj.weight"
+    ]
+
+
 def test_zero3_is_refused_before_anything_is_read(given: Path, tmp_path: Path, monkeypatch) -> None:
     from qkernels.integrations.trl import TokenDPOConfig
 
@@ -686,6 +731,18 @@ def test_tensorboard_gets_the_rewards_and_the_monitors_numbers(given: Path, tmp_
         shown = {one.step: one.value for one in events.Scalars(tag)}
         assert shown == pytest.approx({step: entry[name] for step, entry in logged.items()}, rel=1e-6), tag
     assert any("qkernels/" in tag for tag in events.Tags()["scalars"]), events.Tags()["scalars"]
+
+
+def test_errors_of_the_network_mean_a_lost_process_where_there_are_several(tmp_path: Path, monkeypatch) -> None:
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:23456")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RuntimeError) as caught, run._errors(tmp_path):
+        raise error
+    assert caught.value is error
+    monkeypatch.setenv("RANK", "0")
+    told = r"a process of the run was lost \(.*no checkpoint yet; --resume .* with the same number of processes"
+    with pytest.raises(TrainError, match=told), run._errors(tmp_path):
+        raise error
 
 
 @pytest.mark.nightly

@@ -138,6 +138,7 @@ def test_the_table_is_that_of_one_process(folders: Path, data: Path, alone: Path
     assert answers[0][1]["elapsed_seconds"]["tokens_scored"] == answers[0][1]["tokens"]
     assert all(figures == {} and not text for _, figures, text in answers[1:])
     assert f"; {size} ranks" in answers[0][2] and f"scoring {PAIRS}/{PAIRS}" in answers[0][2]
+    assert run.summary(answers[1][1], options(folders, data, tmp_path / "out")) == ""
     same(tmp_path / "out", alone)
 
 
