@@ -11,7 +11,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 READY  := $(VENV)/.ready
 TOOLS  := $(VENV)/.tools
 
-.PHONY: help setup demo quick test nightly matrix bench lint ruff clang-format types architecture workflows docs package \
+.PHONY: help setup demo quick test nightly coverage matrix bench lint ruff clang-format types architecture workflows docs package \
   wheel compatibility hub-kernel frameworks sanitize clean
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make quick     the tests of kernels, losses and messages that take seconds"
 	@echo "make test      the tests that have to pass before a merge;  make nightly: every test, and more fuzzing"
 	@echo "               (of one layer: make test TESTS=tests/head)"
+	@echo "make coverage  lines that the nightly tests run and those of make test do not"
 	@echo "make matrix    tests of the linear paths as other processors and thread counts run them"
 	@echo "make bench     compare with eager torch, torch.compile and installed peers"
 	@echo "make package   build the sdist and the wheel, install them in a fresh environment and use them"
@@ -51,6 +52,10 @@ quick: $(READY)
 # Each process takes the next file, so that what the tests of a file share is made once; tests/conftest.py orders them.
 test: $(READY)
 	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15 -m "not nightly" $(TESTS) $(ARGS)
+
+coverage: $(READY)
+	$(PIP) coverage
+	$(BIN)/python .ci/nightly_lines.py $(ARGS)
 
 nightly: $(READY)
 	$(BIN)/pytest -q -n $(JOBS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(TESTS) $(ARGS)

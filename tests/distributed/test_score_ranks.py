@@ -114,6 +114,7 @@ def launch(size: int, chosen, hook=None, *, killed: tuple[int, ...] = ()) -> lis
             answers.append(pipe.recv())
     finally:
         for process in processes:
+            process.join(1)  # one that has answered ends by itself, and coverage.py can write what it has run
             process.kill()
             process.join()
     return answers
