@@ -225,6 +225,8 @@ def test_the_heads_that_copy_are_found():
     auxiliary = Auxiliary(Made(2, 2).eval(), "model", True)
     assert copying_heads(auxiliary, 1) == [(1, 2)]
     assert copying_heads(auxiliary, 2) == [(1, 2), (0, 1)]
+    model = llama(1)
+    assert CopyMixture(model, heads=2).heads == copying_heads(Auxiliary(model, "model", True), 2)
 
 
 def test_a_sliding_window_is_aligned_to_the_end():
