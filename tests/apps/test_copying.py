@@ -227,6 +227,7 @@ def test_the_heads_that_copy_are_found():
     assert copying_heads(auxiliary, 2) == [(1, 2), (0, 1)]
     model = llama(1)
     assert CopyMixture(model, heads=2).heads == copying_heads(Auxiliary(model, "model", True), 2)
+    assert CopyMixture(model, heads=[(0, 1)]).heads == [(0, 1)]
 
 
 def test_a_sliding_window_is_aligned_to_the_end():

@@ -9,7 +9,7 @@ A test that is marked `nightly` or `quick` is so with all its cases. Of a test w
 leaves to the nightly run the cases with another name or another dtype, and those that have both the name "rspo" and are
 packed; it takes those with the name "sigmoid" that are not left to it into the quick one. A backend is given by its
 name. What is left to the nightly run repeats lines that other cases run: products of objectives, backends and dtypes,
-longer sweeps.
+longer sweeps. `make coverage` prints the lines of the package for which that is not so.
 
 The torch backend casts 16-bit logits to fp32 and goes on as with fp32, so its 16-bit cases are left to the nightly run
 but in tests marked `every_dtype`.
