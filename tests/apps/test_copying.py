@@ -300,8 +300,9 @@ def test_given_texts_under_processors():
         assert_within(found.token_logps[row, : len(completion)], torch.stack(truth), 2e-5, "log-probs")
         assert_within(found.logps[row], torch.stack(truth).sum(), 4e-5, "their sum")
     assert bool((found.token_logps[0, 2:] == 0).all())
+    # GEMMs of a batch of another size may sum in another order.
     for name in ("token_values", "token_rewards", "reference_token_logps", "rewards"):
-        assert_within(getattr(found, name), getattr(plain, name).double(), 1e-6, name)
+        assert_within(getattr(found, name), getattr(plain, name).double(), 1e-5, name)
     none = score_completions(base, ids, attention, scored, processors=[], **shared)
     assert torch.equal(none.logps, plain.logps)
     same = score_completions(base, ids, attention, scored, processors=[lambda ids, scores: scores], **shared)

@@ -12,6 +12,7 @@ pytest.importorskip("tokenizers")
 
 import hf_models
 from qkernels.demo.tokenizer import train_tokenizer
+from qkernels.head import products
 from qkernels.preference_classifier import PUBLISHED_TEMPLATES, PreferenceClassifier, yes_no_scores
 
 TEMPLATE = "Q: {prompt} A: {response} Answer with just Yes/No"
@@ -124,13 +125,13 @@ def test_the_head_is_never_run_on_the_vocabulary(asked: tuple, monkeypatch: pyte
     model, tokenizer = asked
     classifier = PreferenceClassifier(model, tokenizer)
     shapes = []
-    real = torch.mm
+    real = products.multiply
 
-    def mm(a: torch.Tensor, b: torch.Tensor, **more: object) -> torch.Tensor:
-        shapes.append(b.shape[1])
-        return real(a, b, **more)
+    def multiply(name: str, left: torch.Tensor, right: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        shapes.append(right.shape[1])
+        return real(name, left, right, *more)
 
-    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(products, "multiply", multiply)
     classifier.scores(["Why?"], ["so"])
     assert shapes == [len(classifier.yes_ids) + len(classifier.no_ids)]
 
