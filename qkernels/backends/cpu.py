@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..core import layout
-from ..core.calls import PairLoss, RowGrad, RowStats
+from ..core.calls import PairLoss, RowGrad, RowStats, takes
 from ..core.checks import label_error
 from ..core.compile import constant_when_compiled
 from ..core.layout import address
@@ -102,6 +102,7 @@ def view_of(tensor: Tensor | None) -> tuple[int, int, int, int]:
     return (tensor.data_ptr(), CODES[tensor.dtype], outer, inner)
 
 
+@takes(RowStats)
 def row_stats(call: RowStats) -> Tensor:
     """Per-row results. See `qkernels.core.calls`."""
     logits, labels, reference, fields, temperature, ignore_index, _ = call
@@ -145,11 +146,13 @@ def _row_grad_into(out: Tensor, out_is_zero: bool, call: RowGrad) -> None:
     )
 
 
+@takes(RowGrad, after=1)
 def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
     _row_grad_into(out, False, call)
 
 
+@takes(RowGrad)
 def row_grad(call: RowGrad) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.core.calls`."""
     logits = call.logits
@@ -160,6 +163,7 @@ def row_grad(call: RowGrad) -> Tensor:
     return out
 
 
+@takes(RowGrad)
 def row_grad_(call: RowGrad) -> None:
     """dL/dlogits over the logits themselves. See `qkernels.core.calls`."""
     _row_grad_into(call.logits, False, call)
@@ -259,6 +263,7 @@ def gemm(name: str, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | Non
     )
 
 
+@takes(PairLoss)
 def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.core.calls`."""
     return run_pair_loss(_C.pair_loss, call)

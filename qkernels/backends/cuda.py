@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.calls import PairLoss, RowGrad, RowStats
+from ..core.calls import PairLoss, RowGrad, RowStats, takes
 from ..core.checks import check_labels
 from ..core.layout import address
 from . import cpu
@@ -149,6 +149,7 @@ def _splits(logits: Tensor, rows: int) -> int:
     return splits_for(rows, logits.shape[-1], _processors(logits.device.index), extension.CUDA_MAX_SPLITS)
 
 
+@takes(RowStats)
 def row_stats(call: RowStats) -> Tensor:
     """Per-row results. See `qkernels.core.calls`."""
     logits, labels, reference, fields, temperature, ignore_index, _ = call
@@ -175,6 +176,7 @@ def row_stats(call: RowStats) -> Tensor:
     return out
 
 
+@takes(RowGrad, after=1)
 def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
     logits, labels, reference, softmax, reference_softmax, coefficients, upstream, temperature, ignore_index, _ = call
@@ -198,6 +200,7 @@ def row_grad_into(out: Tensor, call: RowGrad) -> None:
     )
 
 
+@takes(RowGrad)
 def row_grad(call: RowGrad) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.core.calls`."""
     out = torch.empty_like(call.logits, memory_format=torch.contiguous_format)
@@ -205,11 +208,13 @@ def row_grad(call: RowGrad) -> Tensor:
     return out
 
 
+@takes(RowGrad)
 def row_grad_(call: RowGrad) -> None:
     """dL/dlogits over the logits themselves. See `qkernels.core.calls`."""
     row_grad_into(call.logits, call)
 
 
+@takes(PairLoss)
 def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.core.calls`."""
     assert extension is not None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.calls import PairLoss, RowGrad, RowStats
+from ..core.calls import PairLoss, RowGrad, RowStats, takes
 from ..core.checks import label_error
 from ..core.fields import BIT, NEEDS_REFERENCE, field_names, stats_dtype
 from ..core.sequences import Sequences, log_ratios
@@ -70,6 +70,7 @@ def _safe_labels(labels: Tensor, vocab: int, ignored: Tensor) -> tuple[Tensor, T
     return labels.masked_fill(ignored | bad, 0).unsqueeze(-1), bad
 
 
+@takes(RowStats)
 @torch.no_grad()  # the results are constants, as every backend's are; autograd is in `qkernels.autograd`
 def row_stats(call: RowStats) -> Tensor:
     """Per-row results. See `qkernels.core.calls`."""
@@ -115,16 +116,19 @@ def row_stats(call: RowStats) -> Tensor:
     return out.masked_fill(invalid, float("nan")).masked_fill(ignored, 0.0)
 
 
+@takes(RowGrad)
 def row_grad(call: RowGrad) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.core.calls`."""
     return _row_grad(call).to(call.logits.dtype)
 
 
+@takes(RowGrad, after=1)
 def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
     out.copy_(_row_grad(call))
 
 
+@takes(RowGrad)
 def row_grad_(call: RowGrad) -> None:
     """dL/dlogits over the logits themselves. See `qkernels.core.calls`."""
     call.logits.copy_(_row_grad(call))
@@ -163,6 +167,7 @@ def _row_grad(call: RowGrad) -> Tensor:
     return grad.masked_fill(bad.unsqueeze(-1), float("nan")).masked_fill(ignored.unsqueeze(-1), 0.0)
 
 
+@takes(PairLoss)
 def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.core.calls`."""
     logps, reference_logps, labels, weights, cu_seqlens, beta, label_smoothing, ignore_index, _ = call

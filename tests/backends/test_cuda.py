@@ -12,7 +12,6 @@ from cases import IGNORE
 from qkernels import backends
 from qkernels.backends import cpu as native
 from qkernels.backends import cuda
-from qkernels.core.calls import PairLoss, RowGrad, RowStats
 from qkernels.core.fields import SOFTMAX
 
 extension = native.extension
@@ -135,10 +134,9 @@ def test_launches_go_to_the_current_stream(monkeypatch):
     monkeypatch.setattr(cuda, "_processors", lambda index: 132)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
     logits, labels = torch.zeros(1, 2, 4096), torch.zeros(1, 2, dtype=torch.int64)
-    softmax = cuda.row_stats(RowStats(logits, labels, None, SOFTMAX, 1.0, IGNORE))
-    cuda.row_grad(RowGrad(logits, labels, None, softmax, None, softmax[:1], None, 1.0, IGNORE))
-    logps, pair_labels = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
-    cuda.pair_loss(PairLoss(logps, None, pair_labels, None, None, 0.1, 0.0, IGNORE))
+    softmax = cuda.row_stats(logits, labels, None, SOFTMAX, 1.0, IGNORE)
+    cuda.row_grad(logits, labels, None, softmax, None, softmax[:1], None, 1.0, IGNORE)
+    cuda.pair_loss(torch.zeros(2, 3), None, torch.zeros(2, 3, dtype=torch.int64), None, None, 0.1, 0.0, IGNORE)
     assert [where[:3] for where in seen] == [(None, 77, 2), (None, 77, 2), (None, 77, 1)]
     assert seen[0][3] != 0 and seen[1][3] == seen[2][3] == 0  # scratch memory of split rows, for their sums only
 
@@ -153,7 +151,7 @@ def test_labels_are_checked_when_asked_for(monkeypatch):
     labels = torch.tensor([[3, 9]])
     monkeypatch.setenv("QKERNELS_CHECK", "1")
     with pytest.raises(IndexError, match=r"labels\[1\] = 9 is outside \[0, 9\)"):
-        cuda.row_stats(RowStats(torch.zeros(1, 2, 9), labels, None, SOFTMAX, 1.0, IGNORE))
+        cuda.row_stats(torch.zeros(1, 2, 9), labels, None, SOFTMAX, 1.0, IGNORE)
 
 
 @pytest.mark.skipif(extension is None or not extension.HAS_CUDA, reason="this build has no CUDA kernels")

@@ -231,7 +231,6 @@ def test_one_compilation_serves_all_shapes(monkeypatch):
     """known bug 22: no length, stride, address or size is part of the key; whether rows are split is."""
     from qkernels.backends import triton as triton_backend
     from qkernels.backends.triton import common, row_grad_kernel, row_stats_kernel
-    from qkernels.core.calls import RowGrad, RowStats
     from qkernels.core.fields import SOFTMAX
 
     monkeypatch.setattr(common, "splits_for", lambda *_: 1)
@@ -242,9 +241,8 @@ def test_one_compilation_serves_all_shapes(monkeypatch):
         labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
         softmax = torch.zeros(3, *labels.shape)
         for temperature in (1.0, 0.7):
-            triton_backend.row_stats(RowStats(logits, labels, None, SOFTMAX, temperature, -100 - i * 2**33))
-            call = RowGrad(logits, labels, None, softmax, None, softmax[:1], None, temperature, 0)
-            triton_backend.row_grad_into(logits, call)
+            triton_backend.row_stats(logits, labels, None, SOFTMAX, temperature, -100 - i * 2**33)
+            triton_backend.row_grad_into(logits, logits, labels, None, softmax, None, softmax[:1], None, temperature, 0)
     assert len(stats_calls.calls) == len(grad_calls.calls) == 2 * len(SHAPES)
     assert len(keys_of(stats, stats_calls.calls)) == 1
     assert len(keys_of(grad, grad_calls.calls)) == 1
@@ -252,23 +250,22 @@ def test_one_compilation_serves_all_shapes(monkeypatch):
     logits = logits_of(1, 1, 16)
     labels = torch.zeros(1, 1, dtype=torch.int64)
     for fields in (1, 2, 4, 64, 64 | SOFTMAX):
-        triton_backend.row_stats(RowStats(logits, labels, None, fields, 1.0, -100))
+        triton_backend.row_stats(logits, labels, None, fields, 1.0, -100)
     assert len(keys_of(stats, stats_calls.calls)) == 1
-    triton_backend.row_stats(RowStats(logits, labels, None, SOFTMAX | 1 << 8, 1.0, -100))
+    triton_backend.row_stats(logits, labels, None, SOFTMAX | 1 << 8, 1.0, -100)
     assert len(keys_of(stats, stats_calls.calls)) == 2
 
 
 def test_one_compilation_of_the_pair_loss_serves_all_lengths(monkeypatch):
     from qkernels.backends import triton as triton_backend
     from qkernels.backends.triton import pair_loss_kernel
-    from qkernels.core.calls import PairLoss
 
     kernel, recorder = recorded(monkeypatch, pair_loss_kernel, "pair_loss_kernel")
     for sequences, length in ((2, 1), (2, 16), (6, 17), (64, 1000)):
         logps = torch.zeros(sequences, length)
         for beta, smoothing in ((0.1, 0.0), (1.0, 0.25)):
             labels = torch.zeros(logps.shape, dtype=torch.int64)
-            triton_backend.pair_loss(PairLoss(logps, logps, labels, None, None, beta, smoothing, -sequences))
+            triton_backend.pair_loss(logps, logps, labels, None, None, beta, smoothing, -sequences)
     assert len(keys_of(kernel, recorder.calls)) == 1
 
 
@@ -276,15 +273,13 @@ def test_what_is_compiled_here_is_what_is_launched(monkeypatch):
     """The report's signatures and compile-time values are those of a launch."""
     from qkernels.backends import triton as triton_backend
     from qkernels.backends.triton import common, row_stats_kernel
-    from qkernels.core.calls import RowStats
     from qkernels.core.fields import SOFTMAX
 
     monkeypatch.setattr(common, "splits_for", lambda *_: 1)
     reported = kernel_report.source_of(VARIANTS["log-probs"], "sm_90")
     kernel, recorder = recorded(monkeypatch, row_stats_kernel, "row_stats_kernel")
     logits = logits_of(2, 3, 128257)
-    labels = torch.zeros(2, 3, dtype=torch.int64)
-    triton_backend.row_stats(RowStats(logits, labels, None, SOFTMAX, 1.0, -100))
+    triton_backend.row_stats(logits, torch.zeros(2, 3, dtype=torch.int64), None, SOFTMAX, 1.0, -100)
     _, options = recorder.calls[0]
     assert reported[0] is kernel
     assert {**reported[2], **reported[3]} == options

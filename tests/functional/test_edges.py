@@ -11,7 +11,6 @@ from torch import Tensor
 from cases import IGNORE, normal
 from qkernels import backends, fused_linear_token_dpo, fused_token_dpo, objectives, token_logps, token_stats
 from qkernels.core import layout
-from qkernels.core.calls import RowStats
 from qkernels.objectives import scores
 
 VOCAB, SIZE = 23, 8
@@ -53,10 +52,10 @@ def test_backends_refuse_a_layout_that_they_would_misread(backend):
     logits = torch.zeros(2, 3, VOCAB, device=backend.device)
     labels = torch.zeros(2, 6, dtype=torch.int64, device=backend.device)[:, ::2]
     with pytest.raises(ValueError, match=r"contiguous torch\.int64.*strides \(6, 2\)"):
-        backend.module.row_stats(RowStats(logits, labels, None, 4, 1.0, IGNORE))
+        backend.module.row_stats(logits, labels, None, 4, 1.0, IGNORE)
     sparse = torch.zeros(2, 3, 2 * VOCAB, device=backend.device)[..., ::2]
     with pytest.raises(ValueError, match=r"last dimension is contiguous.*, 2\)"):
-        backend.module.row_stats(RowStats(sparse, labels.contiguous(), None, 4, 1.0, IGNORE))
+        backend.module.row_stats(sparse, labels.contiguous(), None, 4, 1.0, IGNORE)
 
 
 def test_layouts_are_checked_by_shape_and_dtype():

@@ -15,6 +15,7 @@ from comparisons import check_gradient, check_logps, check_outputs, check_prefer
 from mutations import SLIGHTLY, expect_failure, perturb_field
 from oracle import Options
 from qkernels import objectives
+from qkernels.core.calls import RowGrad, takes
 from qkernels.core.coefficients import COEFFICIENTS
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -30,9 +31,11 @@ def perturb_gradient(monkeypatch, backend, change) -> object:
     """Make `row_grad` and `row_grad_` write `change(gradient, labels)`."""
     real, real_ = backend.module.row_grad, backend.module.row_grad_
 
+    @takes(RowGrad)
     def wrong(call):
         return change(real(call), call.labels)
 
+    @takes(RowGrad)
     def wrong_(call):
         real_(call)
         call.logits.copy_(change(call.logits.clone(), call.labels))
@@ -171,6 +174,7 @@ def test_every_coefficient_is_checked(backend, dtype, which, monkeypatch):
     upstream = random_upstream(rows, oracle.WITH_GRADIENT)
     real = backend.module.row_grad
 
+    @takes(RowGrad)
     def wrong(call):
         coefficients = call.coefficients.clone()
         coefficients[COEFFICIENTS.index(which)] *= 1.02

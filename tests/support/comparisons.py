@@ -9,7 +9,6 @@ import oracle
 from assertions import assert_gradient, assert_row_output, assert_within, loss_allowance
 from cases import IGNORE, PairBatch, Rows, generator
 from qkernels import fused_token_dpo, token_logps, token_stats
-from qkernels.core.calls import RowGrad, RowStats
 from qkernels.core.coefficients import coefficients
 from qkernels.core.fields import REFERENCE_SOFTMAX, SOFTMAX, bits
 
@@ -116,7 +115,7 @@ def check_gradient_into(
     reference = rows.reference.unsqueeze(0) if full else None
     fields = SOFTMAX | bits(outputs) | (REFERENCE_SOFTMAX if full else 0)
     how = (rows.temperature, IGNORE)
-    stats = backend.module.row_stats(RowStats(logits, labels, reference, fields, *how))
+    stats = backend.module.row_stats(logits, labels, reference, fields, *how)
     upstream = random_upstream(rows, outputs)
     given = coefficients(stats, {name: value.unsqueeze(0) for name, value in upstream.items()}, fields)
     pitch = rows.vocab + gap
@@ -124,7 +123,7 @@ def check_gradient_into(
     lines = memory[offset:].view(1, -1, pitch)
     out, before = lines[..., : rows.vocab], logits.clone()
     softmax = (stats[:3], stats[3:6] if full else None)
-    backend.module.row_grad_into(out, RowGrad(logits, labels, reference, *softmax, given, None, *how))
+    backend.module.row_grad_into(out, logits, labels, reference, *softmax, given, None, *how)
     assert torch.equal(logits, before) and bool((lines[..., rows.vocab :] == 777).all())
     assert bool((memory[:offset] == 777).all())
     assert bool((out[labels == IGNORE] == 0).all())

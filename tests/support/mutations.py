@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qkernels.core.calls import RowStats, takes
 from qkernels.core.fields import BIT, field_index
 
 SLIGHTLY = 1.01
@@ -21,6 +22,7 @@ def perturb_field(monkeypatch, backend, name: str, factor: float = SLIGHTLY):
     """Make `row_stats` return one field scaled (0 and 1 exchanged for is_top1)."""
     real = backend.module.row_stats
 
+    @takes(RowStats)
     def wrong(call):
         stats = real(call).clone()
         if call.fields & BIT[name]:

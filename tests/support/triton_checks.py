@@ -36,7 +36,6 @@ from qkernels import backends, fused_token_dpo, token_logps, token_stats
 from qkernels.backends import ops
 from qkernels.backends import reference as truth
 from qkernels.backends.triton import common, pair_loss_kernel, row_grad_kernel, row_stats_kernel
-from qkernels.core.calls import PairLoss
 from qkernels.core.fields import BIT, REFERENCE_SOFTMAX, SOFTMAX
 
 DEVICE = torch.device("cpu" if common.INTERPRETED else "cuda")
@@ -406,7 +405,7 @@ def test_pair_loss(packed, given):
     for smoothing, weighted in ((0.0, True), (0.1, False)):
         weights = weights if weighted else (weights != 0).float()
         how = (labels, weights.double(), ends, 0.1, smoothing, 7)
-        expected = truth.pair_loss(PairLoss(logps.double(), None if reference is None else reference.double(), *how))
+        expected = truth.pair_loss(logps.double(), None if reference is None else reference.double(), *how)
         poisoned = torch.where(weights == 0, torch.nan, logps)
         how = (labels, weights if weighted else None, ends, 0.1, smoothing, 7)
         actual = ops.pair_loss.op(poisoned, reference, *how, "triton")

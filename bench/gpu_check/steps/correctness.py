@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from qkernels.backends import cuda
-from qkernels.core.calls import RowGrad
 
 from ... import measure
 from .. import machine
@@ -208,8 +207,7 @@ def exercise(bench: Bench) -> list[str]:
                     narrow = torch.float16 if dtype == torch.float16 else torch.bfloat16
                     for gap in (0, 3):
                         out = torch.empty(1, 3, vocab + gap, dtype=narrow, device=bench.device)[..., :vocab]
-                        call = RowGrad(logits.float(), labels, *given, None, 1.0, IGNORE)
-                        backends.get(name).row_grad_into(out, call)
+                        backends.get(name).row_grad_into(out, logits.float(), labels, *given, None, 1.0, IGNORE)
         logps = -torch.rand(6, 50, device=bench.device)
         ends = torch.tensor([0, 7, 7, 90, 200, 201, 300], dtype=torch.int32, device=bench.device)
         for rows, offsets in ((logps, None), (logps.view(1, -1), ends)):

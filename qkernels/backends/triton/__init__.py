@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from ...core.calls import PairLoss, RowGrad, RowStats
+from ...core.calls import PairLoss, RowGrad, RowStats, takes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,6 +34,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@takes(RowStats)
 def row_stats(call: RowStats) -> Tensor:
     """Per-row results. See `qkernels.core.calls`."""
     from . import row_stats_kernel
@@ -41,6 +42,7 @@ def row_stats(call: RowStats) -> Tensor:
     return row_stats_kernel.row_stats(call)
 
 
+@takes(RowGrad, after=1)
 def row_grad_into(out: Tensor, call: RowGrad) -> None:
     """dL/dlogits into `out`, whose dtype may be narrower. See `qkernels.backends`."""
     from . import row_grad_kernel
@@ -48,6 +50,7 @@ def row_grad_into(out: Tensor, call: RowGrad) -> None:
     row_grad_kernel.row_grad_into(out, call)
 
 
+@takes(RowGrad)
 def row_grad(call: RowGrad) -> Tensor:
     """dL/dlogits as a new tensor. See `qkernels.core.calls`."""
     from . import row_grad_kernel
@@ -55,6 +58,7 @@ def row_grad(call: RowGrad) -> Tensor:
     return row_grad_kernel.row_grad(call)
 
 
+@takes(RowGrad)
 def row_grad_(call: RowGrad) -> None:
     """dL/dlogits over the logits themselves. See `qkernels.core.calls`."""
     from . import row_grad_kernel
@@ -62,6 +66,7 @@ def row_grad_(call: RowGrad) -> None:
     row_grad_kernel.row_grad_(call)
 
 
+@takes(PairLoss)
 def pair_loss(call: PairLoss) -> tuple[Tensor, ...]:
     """The default objective in one step. See `qkernels.core.calls`."""
     from . import pair_loss_kernel
