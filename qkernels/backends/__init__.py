@@ -10,10 +10,13 @@ enter it in `_MODULES`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from functools import cache, lru_cache
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,6 +31,28 @@ _MODULES: dict[str, str] = {
     "torch": ".reference",
 }
 NAMES: tuple[str, ...] = ("auto", *_MODULES)
+
+Result = TypeVar("Result")
+
+
+def takes(arguments: type, after: int = 0) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Let a backend's function be called with a NamedTuple, as the engine does, or with its fields spelt out in order.
+
+    Args:
+        arguments: the NamedTuple.
+        after: how many arguments come before it.
+    """
+
+    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.wraps(function)
+        def run(*args: Any) -> Result:
+            if len(args) == after + 1:
+                return function(*args)
+            return function(*args[:after], arguments(*args[after:]))
+
+        return run
+
+    return decorate
 
 
 @cache

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from .._version import __version__
 from ..core import layout
-from ..core.calls import PairLoss, RowGrad, RowStats, takes
+from ..core.calls import PairLoss, RowGrad, RowStats
 from ..core.checks import label_error
 from ..core.compile import constant_when_compiled
 from ..core.layout import address
 from ..core.memory import fresh_zeros
+from . import takes
 
 _C: Any = None
 _missing = None

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.calls import PairLoss, RowGrad, RowStats, takes
+from ..core.calls import PairLoss, RowGrad, RowStats
 from ..core.checks import check_labels
 from ..core.layout import address
-from . import cpu
+from . import cpu, takes
 from .cpu import CODES, view_of
 
 

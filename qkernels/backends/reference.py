@@ -17,10 +17,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.calls import PairLoss, RowGrad, RowStats, takes
+from ..core.calls import PairLoss, RowGrad, RowStats
 from ..core.checks import label_error
 from ..core.fields import BIT, NEEDS_REFERENCE, field_names, stats_dtype
 from ..core.sequences import Sequences, log_ratios
+from . import takes
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

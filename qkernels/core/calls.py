@@ -9,34 +9,10 @@ Build them by keyword: two neighbours of one type then cannot change places.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-Result = TypeVar("Result")
-
-
-def takes(arguments: type, after: int = 0) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Let a backend's function be called with a NamedTuple, as the engine does, or with its fields spelt out in order.
-
-    Args:
-        arguments: the NamedTuple.
-        after: how many arguments come before it.
-    """
-
-    def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
-        @functools.wraps(function)
-        def run(*args: Any) -> Result:
-            if len(args) == after + 1:
-                return function(*args)
-            return function(*args[:after], arguments(*args[after:]))
-
-        return run
-
-    return decorate
 
 
 class RowStats(NamedTuple):

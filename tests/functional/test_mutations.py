@@ -15,7 +15,8 @@ from comparisons import check_gradient, check_logps, check_outputs, check_prefer
 from mutations import SLIGHTLY, expect_failure, perturb_field
 from oracle import Options
 from qkernels import objectives
-from qkernels.core.calls import RowGrad, takes
+from qkernels.backends import takes
+from qkernels.core.calls import RowGrad
 from qkernels.core.coefficients import COEFFICIENTS
 
 PLAIN = (torch.float32, torch.bfloat16)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qkernels.core.calls import RowStats, takes
+from qkernels.backends import takes
+from qkernels.core.calls import RowStats
 from qkernels.core.fields import BIT, field_index
 
 SLIGHTLY = 1.01

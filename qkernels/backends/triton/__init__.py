@@ -12,7 +12,8 @@ import os
 import torch
 from torch import Tensor
 
-from ...core.calls import PairLoss, RowGrad, RowStats, takes
+from ...core.calls import PairLoss, RowGrad, RowStats
+from .. import takes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
