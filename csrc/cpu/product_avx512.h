@@ -7,7 +7,7 @@
 // tile of `left` 12 rows and as much depth (12 KiB). What is packed once, and what for how many others, depends on
 // which sizes are large:
 //
-//     logits   columns are many, the depth is short: `left` once per call, `right` once for 480 rows; sums of a panel
+//     logits   columns are many, the depth is short: `left` once per call, `right` once for 672 rows; sums of a panel
 //              wait in a buffer and meet `out` once
 //     dX       the depth is long: a stretch of it at a time, of `right` for all threads; sums wait in `out`
 //     dW       rows are many, the depth is short: `right` once per call, `left` once; sums wait in a buffer
@@ -67,9 +67,9 @@ struct Gemm {
   const int64_t tiles = blocks_of(call.rows, kRows), panels = blocks_of(call.columns, kColumns);
   const int64_t units = blocks_of(call.depth, kPerUnit), blocks = blocks_of(units, kDepth);
 
-  static constexpr int64_t kAhead = 48;  // units: processors fetch a few streams ahead by themselves, not 16
-
-  static constexpr int64_t kRowsAhead = 16;
+  // How far operands are fetched ahead of being packed, in units and in rows of the depth. Processors do it by
+  // themselves for a few streams within a page, not for 16, nor from page to page.
+  static constexpr int64_t kAhead = 48, kRowsAhead = 16;
 
   int64_t units_of(int64_t block) const { return std::min(kDepth, units - block * kDepth); }
 
@@ -184,9 +184,9 @@ struct Gemm {
   }
 
   void many_columns() const {
-    // Tiles of rows whose part of `left` fits the L2 cache while panels pass; panels that are written together: rows
-    // of `out` lie pages apart, so that each visit takes several of their lines.
-    constexpr int64_t kTiles = 40, kPanels = 4, kWidth = kPanels * kColumns;
+    // Tiles of rows whose part of `left` fits an L2 cache of 1 MiB while panels pass; panels that are written together:
+    // rows of `out` lie pages apart, so that each visit takes several of their lines.
+    constexpr int64_t kTiles = 56, kPanels = 4, kWidth = kPanels * kColumns;
     const Buffer<uint32_t> left = make_buffer<uint32_t>(tiles * kRows * units);
     auto left_of = [&](int64_t tile, int64_t block) {
       return left.get() + (block * kDepth * tiles + tile * units_of(block)) * kRows;
@@ -194,12 +194,13 @@ struct Gemm {
     parallel_for(tiles, threads, [&](int64_t tile) {
       for (int64_t block = 0; block < blocks; ++block) pack_left(tile, block, left_of(tile, block));
     });
-    const int64_t row_blocks = blocks_of(tiles, kTiles);
+    // Blocks of rows of one size: `right` is read and packed for each of them.
+    const int64_t row_blocks = blocks_of(tiles, kTiles), block_tiles = blocks_of(tiles, row_blocks);
     // A few panels at a time: the buffers are made once for them.
     const int64_t step = std::clamp<int64_t>(row_blocks * panels / (4 * threads), 1, 16);
     const int64_t groups = blocks_of(panels, step);
     parallel_for(groups * row_blocks, threads, [&](int64_t item) {
-      const int64_t begin = item / groups * kTiles, count = std::min(kTiles, tiles - begin);
+      const int64_t begin = item / groups * block_tiles, count = std::min(block_tiles, tiles - begin);
       const int64_t end = std::min(panels, (item % groups + 1) * step);
       const Buffer<uint32_t> right = make_buffer<uint32_t>(kPanel);
       const Buffer<float> sums = make_buffer<float>(count * kRows * kWidth);
