@@ -25,11 +25,10 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
+#include "buffer.h"
 #include "pairs.h"
 #include "product.h"
 #include "stream.h"
@@ -145,19 +144,6 @@ class Tiles {
 #endif
 
 int64_t divide_up(int64_t size, int64_t by) { return (size + by - 1) / by; }
-
-constexpr std::align_val_t kCacheLine{64};
-
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, kCacheLine); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T>
-Buffer<T> make_buffer(int64_t count) {
-  return Buffer<T>(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kCacheLine)));
-}
 
 // As many buffers as there are threads, for tasks to borrow: pages are touched for the first time once per call.
 class Workspaces {

@@ -21,9 +21,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 
+#include "buffer.h"
 #include "pairs.h"
 #include "product.h"
 #include "stream.h"
@@ -35,19 +34,6 @@ namespace {
 constexpr int64_t kRows = 12, kColumns = 32, kDepth = kFp32DepthGroup;  // of a tile, and its depth in units
 constexpr int64_t kStreamedBytes = int64_t{32} << 20;  // a larger result bypasses the caches on its way to memory
 constexpr int64_t kPanel = kDepth * kColumns, kTile = kDepth * kRows;
-
-constexpr std::align_val_t kCacheLine{64};
-
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, kCacheLine); }
-};
-template <class T>
-using Buffer = std::unique_ptr<T[], Free>;
-
-template <class T>
-Buffer<T> make_buffer(int64_t count) {
-  return Buffer<T>(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), kCacheLine)));
-}
 
 float* out_of(const GemmCall& call, int64_t row, int64_t column) {
   return static_cast<float*>(call.out) + row * call.out_stride + column;
