@@ -22,7 +22,6 @@ const RowKernels* avx2_kernels() { return nullptr; }
 #endif
 #if defined(QK_NO_AVX512)
 const RowKernels* avx512_kernels() { return nullptr; }
-void gemm_avx512_fp32(const GemmCall&, int) {}
 #endif
 #if defined(QK_NO_AVX512_BF16)
 const RowKernels* avx512_bf16_kernels() { return nullptr; }
