@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
@@ -81,6 +82,27 @@ def give_back_scratch(buffers: Iterable[Tensor]) -> None:
         if storage.nbytes() <= room:
             room -= storage.nbytes()
             _scratch[storage.data_ptr()] = storage
+
+
+def drop_scratch() -> None:
+    """Give all buffers that no call uses back to the system: before a model's backward, at the peak of a step."""
+    _scratch.clear()
+
+
+def give_back_end(buffer: Tensor, kept: int) -> None:
+    """Give the pages of a CPU buffer behind its first `kept` bytes back to the system, where it takes them.
+
+    What they held is lost. They may be written again.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED") or buffer.device.type != "cpu":
+        return
+    page = mmap.PAGESIZE
+    address = buffer.data_ptr()
+    start = -(-(address + kept) // page) * page
+    size = (address + buffer.numel() * buffer.element_size()) // page * page - start
+    if size > 0:
+        with contextlib.suppress(OSError, AttributeError):  # a C library without it
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 @constant_when_compiled  # what is free while tracing stands for later

@@ -8,15 +8,16 @@ g = onehot - p and c the coefficient dL/dlogp of a row, dX_i = c_i (g_i W) and d
     known_gradients  the same and dX, dW of a loss whose coefficients a chunk's rows tell     3 GEMMs
     gradients        dX, dW for given coefficients, logits recomputed                         3 GEMMs
 
-A chunk holds fp32 logits and, where GEMMs take 16 bits, the gradient rounded once to them; otherwise the gradient is
-written over the logits. fp16 has too few exponents for a gradient times a small coefficient: there rows of g are formed
-for coefficients scaled to 1, and the scale is applied to the `[n, H]` sides of the GEMMs. What waits for an upstream
-gradient (a loss scaler's, as a rule) waits in fp32.
+A chunk holds fp32 logits, and the gradient is written over them; where GEMMs take 16 bits, it is rounded once to them
+and takes the first half of that memory. fp16 has too few exponents for a gradient times a small coefficient: there rows
+of g are formed for coefficients scaled to 1, and the scale is applied to the `[n, H]` sides of the GEMMs. What waits
+for an upstream gradient (a loss scaler's, as a rule) waits in fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -26,7 +27,7 @@ from .. import backends
 from ..core.calls import RowGrad, RowStats
 from ..core.coefficients import coefficients as coefficients_of
 from ..core.fields import BIT, NEEDS_REFERENCE, SOFTMAX, field_index, field_names, of_policy, stats_dtype
-from ..core.memory import give_back_scratch, take_scratch
+from ..core.memory import drop_scratch, give_back_end, give_back_scratch, take_scratch
 from .call import HeadCall, Model, apart
 from .products import Head, WeightGrad, gradient_dtype, waits
 
@@ -81,6 +82,72 @@ class _Chunk(NamedTuple):
         )
 
 
+def logits_lie_behind(device: torch.device) -> bool:
+    """Whether the logits of a chunk lie behind the gradients that wait, in one allocation (`Waiting`)."""
+    return device.type == "cpu"
+
+
+class Waiting:
+    """Chunks whose dW is one GEMM: the gradients of their logits `[rows, V]` and their hidden states `[rows, H]`.
+
+    On a CPU the logits of a chunk lie behind the gradients that wait already, and its own gradient takes the first half
+    of their place. What they leave is given back to the system before dW is made. No other device takes a part of an
+    allocation back: there the logits have a buffer of their own.
+
+    Args:
+        memory: uint8; `bytes_with_logits`, or what the gradients take.
+        x: `[rows, H]`, for the hidden states.
+        vocab: V.
+        behind: whether logits lie behind the gradients.
+    """
+
+    _ALIGNED = 64  # bytes: where logits begin
+
+    def __init__(self, memory: Tensor, x: Tensor, vocab: int, behind: bool):
+        self.memory, self.x, self.vocab, self.behind = memory, x, vocab, behind
+        self.rows = 0
+
+    @classmethod
+    def bytes_with_logits(
+        cls, rows: Sequence[int], leading: Sequence[int], vocab: int, narrow: torch.dtype, wide: torch.dtype
+    ) -> int:
+        """Memory for chunks of `rows`, `leading` of each with a gradient, with the logits behind: in these dtypes."""
+        before = accumulate(leading, initial=0)
+        return max(cls._begin(m, vocab, narrow) + n * vocab * wide.itemsize for m, n in zip(before, rows, strict=False))
+
+    @classmethod
+    def _begin(cls, before: int, vocab: int, narrow: torch.dtype) -> int:
+        """Where logits begin that follow so many rows of gradients."""
+        return -(-before * vocab * narrow.itemsize // cls._ALIGNED) * cls._ALIGNED
+
+    def logits(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """`[rows, V]` for those of the next chunk."""
+        start = self._begin(self.rows, self.vocab, self.x.dtype)
+        memory = self.memory[start : start + rows * self.vocab * dtype.itemsize]
+        return memory.view(dtype).view(rows, self.vocab)
+
+    def room(self, rows: int) -> Tensor:
+        """`[rows, V]` for the next chunk's gradient."""
+        return self._gradients(self.rows, self.rows + rows)
+
+    def _gradients(self, start: int, end: int) -> Tensor:
+        size = self.vocab * self.x.dtype.itemsize
+        return self.memory[start * size : end * size].view(self.x.dtype).view(end - start, self.vocab)
+
+    def add(self, x: Tensor) -> None:
+        """The hidden states of the chunk whose gradient has been written to `room`."""
+        self.x[self.rows : self.rows + x.shape[0]] = x
+        self.rows += x.shape[0]
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """`[rows, V]` and `[rows, H]` of all chunks."""
+        return self._gradients(0, self.rows), self.x[: self.rows]
+
+    def give_back_end(self) -> None:
+        """Give the memory behind the gradients back."""
+        give_back_end(self.memory, self.rows * self.vocab * self.x.dtype.itemsize)
+
+
 class Pass:
     """One iteration over the valid rows of a batch, with the buffers that all its chunks share."""
 
@@ -94,6 +161,7 @@ class Pass:
         self.wide = stats_dtype(config.dtype)
         self.apart = apart(config.fields, config.dtype, config.reference_dtype, config.shard)
         self.narrow = gradient_dtype(call.labels.device, config.dtype)
+        self.waiting: Waiting | None = None
         self._largest = 0
 
     def _head(self, model: Model, dtype: torch.dtype) -> Head:
@@ -120,21 +188,43 @@ class Pass:
         if self._keep:
             give_back_scratch(self._buffers.values())
 
-    def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """`[rows, V]`, the same memory for every chunk: allocated once, for the largest of them."""
+    def _buffer(self, name: str, rows: int, dtype: torch.dtype, most: int | None = None) -> Tensor:
+        """`[rows, V]`, the same memory for every chunk: allocated once, for `most` rows or those of the largest."""
+        if name == "logits" and self.waiting is not None and self.waiting.behind:
+            return self.waiting.logits(rows, dtype)
         if name not in self._buffers:
-            self.reserve(name, self._largest, dtype)
+            self._reserve(name, (self._largest if most is None else most, self.head.vocab), dtype)
         return self._buffers[name][:rows]
 
-    def reserve(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """A buffer `[rows, V]` for the whole pass."""
-        self._buffers[name] = take_scratch((rows, self.head.vocab), dtype, self.call.labels.device)
+    def _reserve(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A buffer for the whole pass."""
+        self._buffers[name] = take_scratch(shape, dtype, self.call.labels.device)
+        if not self._keep:
+            drop_scratch()
         return self._buffers[name]
 
-    def release(self) -> None:
-        """Let go of the buffers once the last chunk is done, unless the next call is to have them."""
-        if not self._keep:
-            self._buffers.clear()
+    def wait(self, rows: Sequence[int], leading: Sequence[int]) -> Waiting:
+        """Let the gradients of all chunks wait, of which these are the rows and, of them, those with a gradient."""
+        vocab, width = self.head.weight.shape
+        behind = logits_lie_behind(self.call.labels.device)
+        size = sum(leading) * vocab * self.narrow.itemsize
+        if behind:
+            size = Waiting.bytes_with_logits(rows, leading, vocab, self.narrow, self.wide)
+        memory = self._reserve("waiting", (size,), torch.uint8)
+        x = torch.empty(sum(leading), width, dtype=self.narrow, device=memory.device)
+        self.waiting = Waiting(memory, x, vocab, behind)
+        return self.waiting
+
+    def release_logits(self) -> None:
+        """Let go of the logits once the last chunk is done, of which only gradients wait; unless the next call is to
+        have their memory."""
+        assert self.waiting is not None
+        if self._keep:
+            return
+        if self.waiting.behind:
+            self.waiting.give_back_end()
+        else:
+            self._buffers.pop("logits")
 
     def chunks(self, selections: Sequence[Selection]) -> Iterator[_Chunk]:
         """Compute the logits of one selection of rows after the other."""
@@ -196,14 +286,15 @@ class Pass:
         result: Tensor = self.backend.row_stats(rows) if config.shard is None else config.shard.row_stats(rows)
         return result
 
-    def gradient(self, chunk: _Chunk, stats: Tensor, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
+    def gradient(self, chunk: _Chunk, stats: Tensor, coefficients: Tensor) -> Tensor:
         """dL/dl of a chunk's own logits, `[n, V]`, in the dtype of the GEMMs; the logits are gone afterwards.
+
+        The next chunk overwrites it, unless it waits.
 
         Args:
             chunk: with its logits.
             stats: `[3 or 6, 1, n]`, the softmax statistics of the models.
             coefficients: `[1 or 5, 1, n]`, see `qkernels.core.coefficients`.
-            out: where to write it; None for a buffer that the next chunk overwrites.
         """
         config, n = self.call.config, chunk.labels.shape[1]
         reference_softmax = None
@@ -225,21 +316,61 @@ class Pass:
         )
         if config.shard is not None:
             rows = config.shard.gradient_inputs(rows)
+        out = chunk.logits[0] if self.narrow == self.wide else self._room(chunk)
         if config.softcap is not None:
             grad = self._buffer("capped", n, self.wide)
             self.backend.row_grad_into(grad.unsqueeze(0), rows)
-            if out is None:
-                out = grad if self.narrow == self.wide else self._buffer("grad", n, self.narrow)
             if chunk.temperatures is not None:  # the slope of the cap is a function of what it made
                 chunk.logits[0].mul_(chunk.temperatures)
             self.head.uncap(chunk.logits[0], grad, out)
             return out
         if self.narrow == self.wide:
             self.backend.row_grad_(rows)
-            return chunk.logits[0]
-        out = self._buffer("grad", n, self.narrow) if out is None else out
-        self.backend.row_grad_into(out.unsqueeze(0), rows)
+        elif self.waiting is None or self.waiting.behind:
+            self._over_the_logits(out, rows)
+        else:
+            self.backend.row_grad_into(out.unsqueeze(0), rows)
         return out
+
+    def _room(self, chunk: _Chunk) -> Tensor:
+        """`[n, V]` in the dtype of the GEMMs: the first half of a chunk's own logits, or where its gradient waits."""
+        n, vocab = chunk.logits.shape[1:]
+        if self.waiting is not None:
+            return self.waiting.room(n)
+        return chunk.logits.view(-1).view(self.narrow)[: n * vocab].view(n, vocab)
+
+    def _over_the_logits(self, out: Tensor, rows: RowGrad) -> None:
+        """Write the gradient to `_room` of the logits that it is computed from.
+
+        Row i takes the place of logits i / 2, so that in one call half as many rows can be done as have been before;
+        the first ones go through memory of their own. The larger half of all rows is one call.
+        """
+        n, done = out.shape[0], min(out.shape[0], FIRST_ROWS)
+        first = self._buffer("first rows", done, self.narrow, FIRST_ROWS)
+        self.backend.row_grad_into(first.unsqueeze(0), _some_rows(rows, 0, done))
+        out[:done] = first
+        while done < n:
+            end = min(n, 2 * done)
+            self.backend.row_grad_into(out[done:end].unsqueeze(0), _some_rows(rows, done, end))
+            done = end
+
+
+# Rows of a chunk whose gradient cannot be written over its logits at once (`Pass._over_the_logits`).
+FIRST_ROWS = 16
+
+
+def _some_rows(rows: RowGrad, start: int, end: int) -> RowGrad:
+    """Some of the rows of a batch `[1, n, V]`."""
+
+    reference, softmax = rows.reference, rows.reference_softmax
+    return rows._replace(
+        logits=rows.logits[:, start:end],
+        labels=rows.labels[:, start:end],
+        reference=None if reference is None else reference[:, start:end],
+        softmax=rows.softmax[..., start:end].contiguous(),
+        reference_softmax=None if softmax is None else softmax[..., start:end].contiguous(),
+        coefficients=rows.coefficients[..., start:end].contiguous(),
+    )
 
 
 def _follows_a_body(hidden: Tensor) -> bool:
@@ -312,24 +443,6 @@ def _only(stats_: Tensor, have: int, want: int) -> Tensor:
     return stats_[[field_index(have, name) for name in field_names(want)]]
 
 
-class _Waiting:
-    """Chunks whose dW is one GEMM: gradients of their logits `[rows, V]`, hidden states `[rows, H]`, rows so far."""
-
-    def __init__(self, work: Pass, rows: int):
-        self.g = work.reserve("waiting", rows, work.narrow)
-        self.x = torch.empty(rows, work.head.weight.shape[1], dtype=work.narrow, device=self.g.device)
-        self.rows = 0
-
-    def room(self, rows: int) -> Tensor:
-        """For the next chunk's gradient."""
-        return self.g[self.rows : self.rows + rows]
-
-    def add(self, x: Tensor) -> None:
-        """The hidden states of the chunk whose gradient has been written to `room`."""
-        self.x[self.rows : self.rows + x.shape[0]] = x
-        self.rows += x.shape[0]
-
-
 class _Gradients:
     """dX, dW and db of a pass, from coefficients, in `dtypes` of hidden states, weight and bias.
 
@@ -337,16 +450,20 @@ class _Gradients:
         work: the pass.
         needs: which of the three are wanted.
         dtypes: theirs.
-        rows: with a gradient, of each chunk, at most.
+        rows: of each chunk.
+        leading: of these with a gradient, at most.
     """
 
-    def __init__(self, work: Pass, needs: Sequence[bool], dtypes: Sequence[torch.dtype | None], rows: Sequence[int]):
+    def __init__(
+        self, work: Pass, needs: Sequence[bool], dtypes: Sequence[torch.dtype | None], rows: Sequence[int],
+        leading: Sequence[int],
+    ):  # fmt: skip
         self.work, self.dtypes = work, dtypes
-        hidden, chunks = work.call.policy.hidden, sum(n > 0 for n in rows)
+        hidden, chunks = work.call.policy.hidden, sum(n > 0 for n in leading)
         self.hidden = torch.zeros(hidden.shape, dtype=dtypes[0], device=hidden.device) if needs[0] else None
-        self.waiting: _Waiting | None = None
-        if needs[1] and waits(work.call.policy.weight, work.call.config.dtype, sum(rows), chunks):
-            self.waiting, chunks = _Waiting(work, sum(rows)), 1
+        self.waiting: Waiting | None = None
+        if needs[1] and waits(work.call.policy.weight, work.call.config.dtype, sum(leading), chunks):
+            self.waiting, chunks = work.wait(rows, leading), 1
         self.weight = WeightGrad(work.head, needs[1], needs[2], chunks)
 
     def add(self, chunk: _Chunk, softmax: Tensor, coefficients: Tensor) -> None:
@@ -356,8 +473,7 @@ class _Gradients:
             scale = torch.where(scale > 0, torch.exp2(scale.log2().ceil()), 1.0)
             coefficients = coefficients / scale
             scale = scale.view(-1, 1)
-        waiting = self.waiting
-        g = self.work.gradient(chunk, softmax, coefficients, None if waiting is None else waiting.room(x.shape[0]))
+        g = self.work.gradient(chunk, softmax, coefficients)
         dx = None
         if self.hidden is not None:
             dx = self.work.head.input_grad(g)
@@ -368,8 +484,8 @@ class _Gradients:
             # The rows' own scales, relative to the largest, ride on x; the largest on the sum.
             top = scale.amax()
             self.weight.add(g, (x.float() * (scale / top)).to(x.dtype), scale.view(-1), top)
-        elif waiting is not None:
-            waiting.add(x)
+        elif self.waiting is not None:
+            self.waiting.add(x)
         else:
             self.weight.add(g, x)
         if self.hidden is not None and dx is not None:
@@ -377,8 +493,8 @@ class _Gradients:
 
     def result(self) -> Gradients:
         if self.waiting is not None and self.waiting.rows:
-            self.work.release()
-            self.weight.add(self.waiting.g[: self.waiting.rows], self.waiting.x[: self.waiting.rows])
+            self.work.release_logits()
+            self.weight.add(*self.waiting.all())
         weight, bias = self.weight.result(self.dtypes[1], self.dtypes[2])
         return self.hidden, weight, bias
 
@@ -396,7 +512,8 @@ def gradients(call: HeadCall, softmax: Tensor, coefficients: Tensor, needs: Sequ
     work = Pass(call if coefficients.shape[0] > 1 else call._replace(reference=None))
     selections = work.selections()
     dtypes = [None if x is None else x.dtype for x in call.policy]
-    total = _Gradients(work, needs, dtypes, [_length(where) for where in selections])
+    rows = [_length(where) for where in selections]
+    total = _Gradients(work, needs, dtypes, rows, rows)
     chunk: _Chunk | None
     for chunk in work.chunks(selections):
         at = (slice(None), chunk.where)
@@ -441,14 +558,15 @@ def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> t
     work, fields = Pass(call), call.config.fields
     result = work.result()
     dtypes = [None if x is None else saved_dtype(x.dtype) for x in call.policy]
-    lengths = map(_length, loss.selections)
-    total = _Gradients(work, needs, dtypes, [min(n, lead) for n, lead in zip(lengths, loss.leading, strict=True)])
+    lengths = [_length(where) for where in loss.selections]
+    leading_rows = [min(n, lead) for n, lead in zip(lengths, loss.leading, strict=True)]
+    total = _Gradients(work, needs, dtypes, lengths, leading_rows)
     chunk: _Chunk | None
     for number, chunk in enumerate(work.chunks(loss.selections)):
         values = work.stats(chunk, fields)
         _put(result, chunk.where, values[:, 0], 1)
         rows = chunk.labels.shape[1]
-        leading = min(rows, loss.leading[number])
+        leading = leading_rows[number]
         if leading:
             coefficients = coefficients_of(values, loss.gradient_of(number, values), fields)
             softmax = values[:6] if fields & BIT["reference_row_max"] else values[:3]

@@ -22,7 +22,7 @@ from ..core.fields import DIVERGENCES, stats_dtype
 from ..core.memory import free_memory
 from ..distributed.vocab_parallel import Shard
 from .call import Model, apart
-from .chunks import saved_dtype
+from .chunks import FIRST_ROWS, logits_lie_behind, saved_dtype
 from .products import block_bytes, gradient_dtype, logits_product, waits
 
 # The plans that know the gradient of a unit while its logits exist, by the unit.
@@ -30,7 +30,7 @@ BY_UNIT = {unit: f"{unit}_chunks" for unit in ("pair", "sequence", "token")}
 PLANS = ("frozen_head", *BY_UNIT.values(), "recompute")
 
 # A chunk of logits is at most this large unless asked for, by device type: enough rows that the GEMMs run at full
-# speed (1400 rows of V = 128256 in bf16 on a GPU).
+# speed (2000 rows of V = 128256 on a GPU).
 _DEFAULT_BYTES = {"cpu": 256 * 2**20}
 _DEFAULT_BYTES_ELSEWHERE = 2**30
 # ... and at most this share of the memory that is free; twice that for a pair that has to fit.
@@ -139,14 +139,14 @@ class Work(NamedTuple):
         return self.policy.weight.shape[0] if self.shard is None else self.shard.widest
 
     def bytes_per_row(self) -> int:
-        """Bytes that one row of a chunk takes: its logits (both models' where they exist at once) and its gradient."""
+        """Bytes that one row of a chunk takes: its logits, both models' where they exist at once; for a softcap's slope
+        the gradient, which is written over the logits otherwise."""
         wide = stats_dtype(self.dtype).itemsize
         size = wide
         if self.reference is not None and not apart(self.fields, self.dtype, self.reference_dtype, self.shard):
             size += stats_dtype(self.reference_dtype).itemsize
-        if any(self.needs):
-            narrow = gradient_dtype(self.policy.hidden.device, self.dtype).itemsize
-            size += (narrow if narrow < wide else 0) + (wide if self.softcap else 0)
+        if any(self.needs) and self.softcap:
+            size += wide
         return self.widest * size
 
     def bytes_besides(self, name: str, rows: int, chunks: int) -> int:
@@ -169,6 +169,8 @@ class Work(NamedTuple):
         size += block_bytes(device, dtype, vocab, hidden, rows=rows, sums=sums, trains=any(needs))
         if self.reference is not None:
             size += rows * self.reference.hidden.shape[1] * self.reference_dtype.itemsize
+        if any(needs) and products.itemsize < stats_dtype(dtype).itemsize:
+            size += min(rows, FIRST_ROWS) * self.widest * products.itemsize
         # Heads that are not in the GEMMs' dtype (autocast) are cast once.
         for model, of_model in ((policy, dtype), (self.reference, self.reference_dtype)):
             if model is not None and model.weight.dtype != of_model:
@@ -176,8 +178,9 @@ class Work(NamedTuple):
         if name == "frozen_head":
             size += policy.hidden.numel() * saved_dtype(dtype).itemsize
         elif needs[1]:
-            if waiting:  # the gradients of all logits, the chunk's among them, and the hidden states
-                size += ((self.valid_rows - rows) * self.widest + self.valid_rows * hidden) * products.itemsize
+            if waiting:  # the gradients of all logits, the chunk's among these or not, and the hidden states
+                beside = self.valid_rows - rows * logits_lie_behind(device)
+                size += (beside * self.widest + self.valid_rows * hidden) * products.itemsize
             summed = products if chunks <= 1 or waiting else stats_dtype(dtype)
             if summed != policy.weight.dtype:
                 size += policy.weight.numel() * summed.itemsize

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 import threading
 
+import pytest
 import torch
 
 import qkernels
@@ -129,3 +132,32 @@ def test_a_buffer_is_kept_unless_the_backward_of_a_body_follows():
     assert not memory._scratch
     out.loss.backward()
     assert body.weight.grad is not None and not memory._scratch
+
+
+@pytest.mark.skipif(
+    not hasattr(mmap, "MADV_DONTNEED") or sys.platform != "linux", reason="the system takes nothing back"
+)
+def test_the_end_of_a_buffer_is_given_back():
+    """What is kept stays as it is, to the byte; whole pages behind it are zeros, and can be written again."""
+    size = 2**20
+    buffer = torch.ones(size, dtype=torch.uint8)
+    for kept in (size, size - 1, 300_001, 1, 0):
+        memory.give_back_end(buffer, kept)
+        assert buffer[:kept].all()
+        zeros = size - int(buffer.sum())  # the first and the last page may be shared with something else
+        assert size - kept - 2 * mmap.PAGESIZE < zeros <= size - kept
+        buffer.fill_(1)
+    memory.give_back_end(torch.ones(3), 4)  # less than a page
+
+
+def test_no_scratch_stays_where_a_body_follows():
+    """Its backward is where the memory of a step is at its peak."""
+    memory._scratch.clear()
+    hidden, weight, labels = batch(300)
+    call(hidden, weight, labels)
+    assert memory._scratch
+    body = torch.ones((), requires_grad=True)
+    out = qkernels.fused_linear_token_dpo(hidden * body, weight, labels, reference_logps=0.0)
+    assert not memory._scratch
+    out.loss.backward()
+    assert not memory._scratch

@@ -196,7 +196,7 @@ def test_chunks_take_their_share_of_the_free_memory(monkeypatch):
         "weight": torch.empty(128256, 1024, dtype=torch.bfloat16, device="meta"),
     }
     batch = dataclasses.replace(meta, **big, bias=None, labels=torch.empty(2, 8192, dtype=torch.int64, device="meta"))
-    per_row = 128256 * (4 + 2)
+    per_row = 128256 * 4  # the gradient is written over the logits
     for free, trains, plan, rows in (
         (2**40, "hw", "auto", 2**14),  # room for the pair: all of it
         (2**40, "hw", "recompute", 2**28 // per_row),
@@ -433,9 +433,12 @@ def test_peak_memory_of_few_rows_in_chunks(backend, dtype, way):
 @gradients_wait
 @pytest.mark.parametrize("plan", ["pair_chunks", "recompute"])
 def test_logits_are_gone_before_dw_is_made_where_a_body_follows(monkeypatch, plan):
-    """Whether anything still holds their storage when the one GEMM of the chunks begins."""
-    stored, alive = [], []
-    reserve, add = chunks.Pass.reserve, products.WeightGrad.add
+    """Where they lie behind the gradients that wait, their end is given back; where they have a buffer of their own, as
+    on a GPU, nothing holds it when the one GEMM begins. Both ways make the same bits."""
+    batch = small(torch.bfloat16)
+    rows, vocab = int((batch.labels != -100).sum()), batch.weight.shape[0]
+    stored, happened, found = [], [], []
+    reserve, add = chunks.Pass._reserve, products.WeightGrad.add
 
     def reserving(self, name, *others):
         buffer = reserve(self, name, *others)
@@ -443,18 +446,31 @@ def test_logits_are_gone_before_dw_is_made_where_a_body_follows(monkeypatch, pla
             stored.append(StorageWeakRef(buffer.untyped_storage()))
         return buffer
 
-    def adding(self, *others):
-        alive.append(not stored[-1].expired())
-        return add(self, *others)
+    def giving_back(buffer, kept):
+        assert kept == rows * vocab * 2 < buffer.numel()
+        happened.append("given back")
 
-    monkeypatch.setattr(chunks.Pass, "reserve", reserving)
+    def adding(self, g, *others):
+        assert g.shape == (rows, vocab)
+        happened.append("dW" if behind else "dW, logits gone" if stored[-1].expired() else "dW, logits kept")
+        return add(self, g, *others)
+
+    monkeypatch.setattr(chunks.Pass, "_reserve", reserving)
     monkeypatch.setattr(products.WeightGrad, "add", adding)
-    batch = small(torch.bfloat16)
-    args, keywords = arguments(batch, "hwb", plan=plan)
-    keywords["max_chunk_bytes"] = bytes_for(12, batch, "hwb", None, False)
-    for hidden in (args[0], 1.0 * args[0]):
-        fused_linear_token_dpo(hidden, *args[1:], **keywords).loss.backward()
-    assert alive == [True, False]
+    monkeypatch.setattr(chunks, "give_back_end", giving_back)
+    for behind, body, expected in (
+        (True, False, ["dW"]), (True, True, ["given back", "dW"]),
+        (False, False, ["dW, logits kept"]), (False, True, ["dW, logits gone"]),
+    ):  # fmt: skip
+        monkeypatch.setattr(chunks, "logits_lie_behind", lambda device, behind=behind: behind)
+        args, keywords = arguments(batch, "hwb", plan=plan)
+        keywords["max_chunk_bytes"] = bytes_for(12, batch, "hwb", None, False)
+        happened.clear()
+        fused_linear_token_dpo(1.0 * args[0] if body else args[0], *args[1:], **keywords).loss.backward()
+        assert happened == expected
+        found.append([x.grad for x in args if isinstance(x, torch.Tensor) and x.requires_grad])
+    for other in found[1:]:
+        assert len(other) >= 2 and all(map(torch.equal, found[0], other))
 
 
 @pytest.mark.only_backends("cpu")
