@@ -22,6 +22,9 @@ class Shard(Protocol):
     def before(self, values: Tensor) -> Tensor:
         """Sum over the lower ranks; no gradient."""
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Vectors of any lengths, those of all ranks one after the other; no gradient."""
+
     def largest(self, value: Tensor) -> Tensor:
         """The largest over the ranks; no gradient."""
 

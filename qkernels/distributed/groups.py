@@ -67,6 +67,20 @@ def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
     return all_reduce_(values.clone(memory_format=torch.contiguous_format), "sum", group)
 
 
+def gather_vectors(values: Tensor, group: Any) -> Tensor:
+    """The vectors of all ranks, which may differ in length, one after the other, on every rank; no gradient."""
+    values = values.detach().contiguous()
+    ranks = dist.get_world_size(group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(ranks)]
+    dist.all_gather(lengths, lengths[0].new_tensor([values.shape[0]]), group=group)
+    known = [int(length) for length in lengths]
+    padded = values.new_zeros(max(known))
+    padded[: values.shape[0]] = values
+    found = [torch.empty_like(padded) for _ in range(ranks)]
+    dist.all_gather(found, padded, group=group)
+    return torch.cat([part[:length] for part, length in zip(found, known, strict=True)])
+
+
 class SequenceShard(NamedTuple):
     """Which part of the positions this rank holds: those after the parts of all lower ranks.
 
@@ -94,6 +108,10 @@ class SequenceShard(NamedTuple):
         slots = values.new_zeros(self.ranks, *values.shape)
         slots[self.rank] = values
         return sum_over_ranks(slots, self.group)[: self.rank].sum(0)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Vectors of any lengths, those of all ranks one after the other; no gradient."""
+        return gather_vectors(values, self.group)
 
     def largest(self, value: Tensor) -> Tensor:
         """The largest over the ranks; no gradient."""

@@ -81,7 +81,8 @@ def fused_policy_loss(
         loss_kwargs: options of the loss, and for any of them `corrected_kl` (the KL penalty times rho),
             `off_policy_threshold` (sequences of negative advantage whose mean of old - lp is above it do not count;
             DeepSeek-V3.2), `entropy_quantile` (the share of tokens, those of the highest entropy, that the loss is
-            taken over; Wang et al. 2025).
+            taken over; Wang et al. 2025), `entropy_group` (the process group whose ranks' tokens are compared for that,
+            where each rank has sequences of its own; those of `sp_group` are compared in any case).
         reduction: "sequence_mean" (mean over tokens, then over sequences), "token_mean", "items" (sum over tokens /
             num_items_in_batch), "fixed_length" (sum / (S * max_completion_length)), "sequence_sum" (sum over tokens,
             mean over sequences), "sum" or "none"; None for the loss's own.

@@ -15,6 +15,7 @@ from ..autograd import FiniteGradient
 from ..core import checks
 from ..core.sequences import Sequences, log_ratios
 from ..distributed.fingerprint import Fingerprint, words
+from ..distributed.groups import gather_vectors, process_group
 from ..head.plan import LinearPlan
 from ..objectives.policy import CORRECTED_INSIDE, LEVELS, REDUCTIONS, PolicyObjective, PolicyScores, resolve_policy
 from ..objectives.scores import expm1, finite_exp
@@ -96,6 +97,7 @@ class PolicyOptions(NamedTuple):
     correction: one of `CORRECTIONS` or None, with its limits.
     entropy_coef: of the entropy bonus.
     entropy_quantile: share of the tokens, those of the highest entropy, that the policy's loss is taken over.
+    entropy_group: the process group whose ranks' tokens are compared for that, or None.
     off_policy_threshold: sequences of negative advantage that are further off are left out; None for none.
     """
 
@@ -108,6 +110,7 @@ class PolicyOptions(NamedTuple):
     limits: tuple[float | None, float | None]
     entropy_coef: float
     entropy_quantile: float
+    entropy_group: Any
     off_policy_threshold: float | None
     max_completion_length: int | None
     on_policy: bool
@@ -163,6 +166,7 @@ class PolicyArguments(LossArguments[PolicyOutput]):
             limits=_limits(given["correction_min"], given["correction_max"], correction),
             entropy_coef=_number(given["entropy_coef"], "entropy_coef", signed=True),
             entropy_quantile=_share(shared.get("entropy_quantile", 1.0)),
+            entropy_group=_entropy_group(shared),
             off_policy_threshold=_optional(shared.get("off_policy_threshold"), "loss_kwargs['off_policy_threshold']"),
             max_completion_length=_length(given["max_completion_length"], reduction),
             on_policy=checks.flag(given["on_policy"], "on_policy"),
@@ -180,7 +184,7 @@ class PolicyArguments(LossArguments[PolicyOutput]):
         objective, items = self.options.objective, self.given["num_items_in_batch"]
         named = objective.name or objective.function.__qualname__
         return PolicyFingerprint(
-            loss=(named, sorted(objective.options.items()), self.options[1:]),
+            loss=(named, sorted(objective.options.items()), self.options._replace(entropy_group=None)[1:]),
             num_items=None if isinstance(items, Tensor) else items,
         )
 
@@ -223,6 +227,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         # Without old log-probs the correction is a function of the policy's own.
         self.importance = None if self.old is None else self._importance(self.old, Part.whole(batch))
         self.scale = _scale(batch, options, given["num_items_in_batch"])
+        self.threshold: Tensor | None = None  # of the entropy
 
     def unreduced(self) -> str | None:
         return (
@@ -325,10 +330,17 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
                    _of_sequences(function, objective.options)(dense))  # fmt: skip
 
     def wanted(self, stats: Mapping[str, Tensor]) -> Tensor:
-        """bool, the valid tokens of the highest entropy."""
-        valid, entropy = self.batch.valid, stats["entropy"].detach()
-        threshold = entropy[valid].float().quantile(1 - self.options.entropy_quantile) if bool(valid.any()) else 0.0
-        return valid & (entropy >= threshold)
+        """bool, the valid tokens of the highest entropy, among those of all ranks that share the batch."""
+        valid, entropy, shard = self.batch.valid, stats["entropy"].detach(), self.batch.sequences.shard
+        if self.threshold is None:  # once: each rank sends the same number of messages
+            compared, group = entropy[valid].float(), self.options.entropy_group
+            if group is not None:
+                compared = gather_vectors(compared, group)
+            elif shard is not None:
+                compared = shard.gather(compared)
+            empty = compared.shape[0] == 0
+            self.threshold = entropy.new_zeros(()) if empty else compared.quantile(1 - self.options.entropy_quantile)
+        return valid & (entropy >= self.threshold)
 
     def everywhere(self, value: Tensor) -> Tensor:
         """The sum over the ranks of `sp_group`; the value itself without."""
@@ -462,7 +474,7 @@ def _each(scores: PolicyScores, change: Callable[[Tensor], Tensor]) -> PolicySco
 
 
 # Options that all policy losses take in `loss_kwargs`.
-_SHARED = ("corrected_kl", "entropy_quantile", "off_policy_threshold")
+_SHARED = ("corrected_kl", "entropy_group", "entropy_quantile", "off_policy_threshold")
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -488,6 +500,14 @@ def _share(value: Any) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"loss_kwargs['entropy_quantile'] must lie in (0, 1], got {value}")
     return value
+
+
+def _entropy_group(shared: Mapping[str, Any]) -> Any:
+    if shared.get("entropy_group") is None:
+        return None
+    if _share(shared.get("entropy_quantile", 1.0)) == 1:
+        raise ValueError("loss_kwargs['entropy_group'] has no meaning without entropy_quantile below 1")
+    return process_group(shared["entropy_group"], "loss_kwargs['entropy_group']")
 
 
 def _limits(low: Any, high: Any, correction: str | None) -> tuple[float | None, float | None]:
@@ -535,11 +555,6 @@ def _check_combination(options: PolicyOptions, given: Mapping[str, Any]) -> None
     items = given["num_items_in_batch"]
     if items is not None and options.reduction != "items":
         raise ValueError(f"num_items_in_batch has no meaning for reduction={options.reduction!r}")
-    if given["sp_group"] is not None and options.entropy_quantile < 1:
-        raise ValueError(
-            "loss_kwargs['entropy_quantile'] compares the tokens of the whole batch, which sp_group spreads over ranks:"
-            " leave it out, or gather the positions first"
-        )
     if options.reduction == "none" and options.entropy_coef:
         raise ValueError("reduction='none' has no entropy bonus, which is a mean over tokens: use entropy_coef=0")
 

@@ -322,6 +322,10 @@ def test_unit_losses(two, how):
     two.run(checks.unit_losses, how)
 
 
-@pytest.mark.parametrize("how", ["dapo", "grpo", "gspo, frozen_head", "vespo", "kto", "logits"])
+@pytest.mark.parametrize("how", ["dapo", "grpo", "gspo, frozen_head", "vespo", "kto", "logits", "high entropy"])
 def test_unit_losses_of_positions(two, how):
     two.run(checks.unit_losses_of_positions, how)
+
+
+def test_the_highest_entropy_of_all_processes(two):
+    two.run(checks.entropy_of_other_sequences)

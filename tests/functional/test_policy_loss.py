@@ -546,6 +546,12 @@ def test_wrong_arguments():
         ({"temperature": torch.ones(S)}, ValueError, ["temperature", r"\(5, 7\)"]),
         ({"outputs": ("entropi",)}, ValueError, ["outputs", "entropi"]),
         ({"loss_kwargs": {"entropy_quantile": 0.0}}, ValueError, ["entropy_quantile", r"\(0, 1\]"]),
+        ({"loss_kwargs": {"entropy_group": 1}}, ValueError, ["entropy_group", "entropy_quantile below 1"]),
+        (
+            {"loss_kwargs": {"entropy_group": 1, "entropy_quantile": 0.5}},
+            ValueError,
+            ["entropy_group", "init_process_group"],
+        ),
     ]
     for options, error, words in wrong:
         for how in ("auto", "logits"):

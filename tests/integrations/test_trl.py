@@ -30,7 +30,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer, utils
 
 import hf_models
-from processes import Ranks
+from processes import Ranks, as_launched
 from qkernels.integrations import trl as integration
 from qkernels.integrations.transformers import compute_token_logps, compute_token_stats, head_parameters, hidden_states
 from qkernels.integrations.trl import (
@@ -684,15 +684,7 @@ def test_models_by_name_and_data_that_stream(tmp_path):
 
 def train_on_a_rank(folder, options):
     """What one of two processes logs and ends with."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    rank = torch.distributed.get_rank()
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="0", ACCELERATE_USE_CPU="1",
-    )  # fmt: skip
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    as_launched(2)
     batches = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "ddp_backend": "gloo"}
     trainer = train(TokenDPOTrainer, folder, data=WEIGHTED, **batches, **options)
     assert trainer.accelerator.num_processes == 2

@@ -25,6 +25,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 import hf_models
 from assertions import refuses
+from processes import Ranks, as_launched
 from qkernels.integrations.trl import TokenCPOTrainer, TokenGRPOTrainer, TokenKTOTrainer, TokenORPOTrainer
 
 disable_progress_bars()
@@ -141,14 +142,18 @@ def test_completions_without_advantage_cost_no_backward(tmp_path):
     assert ours.last_idle_rows is not None and ours.last_idle_rows > 0
 
 
-def test_what_is_left_to_trl_is_named(tmp_path, monkeypatch):
-    from accelerate import Accelerator
+def grpo_on_a_rank(folder, options):
+    """Both trainers on one of two processes."""
+    as_launched(2)
+    ours, theirs = (grpo(trainer, folder, ddp_backend="gloo", **options) for trainer in (TokenGRPOTrainer, GRPOTrainer))
+    assert ours.accelerator.num_processes == 2
+    assert_same(ours, theirs)
 
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
-    refuses(
-        ValueError, "top_entropy_quantile=0.5", "patch_trl",
-        call=lambda: grpo(TokenGRPOTrainer, tmp_path, top_entropy_quantile=0.5, num_generations=4),
-    )  # fmt: skip
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+def test_the_tokens_of_highest_entropy_are_those_of_all_processes(tmp_path):
+    with Ranks(2) as ranks:
+        ranks.run(grpo_on_a_rank, tmp_path, {"top_entropy_quantile": 0.3, "entropy_coef": 0.1, "loss_type": "grpo"})
 
 
 def kto(trainer, tmp_path, **options):

@@ -813,6 +813,7 @@ def unit_losses_of_positions(how: str) -> None:
     kinds: dict[str, dict[str, Any]] = {
         "dapo": {"loss_type": "dapo", "entropy_coef": 0.1, "beta": 0.2, "importance_correction": "sequence_truncate"},
         "grpo": {"loss_type": "grpo", "off_policy_threshold": 0.01},
+        "high entropy": {"loss_type": "grpo", "entropy_coef": 0.2, "loss_kwargs": {"entropy_quantile": 0.4}},
         "gspo": {"loss_type": "gspo", "epsilon": 1e-3},
         "vespo": {"loss_type": "vespo"},
         "kto": {"loss_type": "kto", "kl": 0.1},
@@ -860,11 +861,37 @@ def unit_losses_of_positions(how: str) -> None:
     if how != "grpo":
         return
     assert got.plan.name == "recompute" and "sp_group" in got.plan.reason
-    with pytest.raises(ValueError, match="entropy_quantile"):
-        call(lambda value: value[:, where], world(), loss_kwargs={"entropy_quantile": 0.5})
     wrong = advantages[:1] if dist.get_rank() else advantages
     with pytest.raises((ValueError, RuntimeError), match="advantages must have shape"):
         call(lambda value: value[:, where], world(), advantages=wrong)
+
+
+def entropy_of_other_sequences() -> None:
+    """Each of two ranks has sequences of its own, as under DDP, one of them perhaps no valid token; the tokens of the
+    highest entropy are those of one process with all sequences."""
+    made = make_head(torch.float32, length=11)
+    hidden, weight, all_labels = (made[name].detach() for name in ("hidden", "weight", "labels"))
+    advantages = torch.linspace(-1.0, 1.3, hidden.shape[0])
+    where = slice(1) if dist.get_rank() == 0 else slice(1, None)
+
+    def call(where: slice, labels: Tensor, **own: Any) -> tuple[Tensor, Tensor]:
+        x = hidden[where].clone().requires_grad_()
+        out = qkernels.fused_linear_policy_loss(
+            x, weight, labels[where].contiguous(), advantages=advantages[where], loss_type="grpo", on_policy=True,
+            reduction="none", loss_kwargs={"entropy_quantile": 0.4, **own},
+        )  # fmt: skip
+        out.loss.sum().backward()
+        return out.loss.detach(), x.grad
+
+    idle = all_labels.clone()
+    idle[1:] = -100
+    for labels in (all_labels, idle):
+        want, want_grad = call(slice(None), labels)
+        got, got_grad = call(where, labels, entropy_group=world())
+        number = int((labels != -100).sum())
+        assert abs(int((want_grad != 0).any(-1).sum()) - 0.4 * number) < 2
+        torch.testing.assert_close(got, want[where], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got_grad, want_grad[where], rtol=1e-4, atol=1e-6)
 
 
 def unit_losses(how: str) -> None:

@@ -52,6 +52,19 @@ def _serve(rank: int, ranks: int, store: str, backend: str, connection, inherite
     dist.destroy_process_group()
 
 
+def as_launched(ranks: int) -> None:
+    """On a rank: let accelerate find what a launcher would have told it, and forget what it found before."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    rank = torch.distributed.get_rank()
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="1",
+    )  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 class Ranks:
     """`ranks` processes in one default process group.
 

@@ -43,8 +43,8 @@ class TokenGRPOTrainer(FasterSteps, GRPOTrainer):
     last_idle_rows: how many rows of the last step had no gradient; None before the first.
 
     Raises:
-        ValueError: options that are TRL's alone: `top_entropy_quantile` below 1 over several processes, and
-            `off_policy_mask_threshold` together with vLLM's importance correction. `patch_trl` leaves these to TRL.
+        ValueError: options that are TRL's alone: `off_policy_mask_threshold` together with vLLM's importance
+            correction. `patch_trl` leaves it to TRL.
     """
 
     # Log-probs, entropies and auxiliary loss of this step, while TRL logs.
@@ -55,11 +55,6 @@ class TokenGRPOTrainer(FasterSteps, GRPOTrainer):
             patch.set(grpo_trainer, "add_fused_lm_head", functools.partial(add_token_head, detach_entropy=False))
             super().__init__(*arguments, **options)
         self.last_idle_rows: int | None = None
-        if self.top_entropy_quantile < 1 and self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"top_entropy_quantile={self.top_entropy_quantile} compares the tokens of all processes, which"
-                " TokenGRPOTrainer does not: set it to 1.0, or use TRL's GRPOTrainer with patch_trl"
-            )
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         if corrected and self.off_policy_mask_threshold is not None:
             raise ValueError(
@@ -134,6 +129,8 @@ class TokenGRPOTrainer(FasterSteps, GRPOTrainer):
             own["off_policy_threshold"] = self.off_policy_mask_threshold
         if self.top_entropy_quantile < 1:
             own["entropy_quantile"] = self.top_entropy_quantile
+            if self.accelerator.num_processes > 1:  # as TRL: among the tokens of all of them
+                own["entropy_group"] = torch.distributed.group.WORLD
         if self.beta and args.use_bias_correction_kl:
             own["corrected_kl"] = True
         coefficient = 0.0
