@@ -85,9 +85,7 @@ def run_train(argv: Sequence[str], stream: TextIO | None = None) -> dict[str, An
     check_sharding(args)
     assert options.model is not None
     gguf = check_folder(options.model)
-    folder.refuse(options.folder, options.resume, options.overwrite)
-    if options.resume and (options.folder / folder.METRICS).is_file():
-        raise TrainError(f"--out {options.folder}: the run there is finished; there is nothing to resume")
+    _check_out(options)
     progress = Progress(stream or speaks())
     with _locked(options.folder):
         if is_main_process() and options.overwrite and options.folder.is_dir():
@@ -118,6 +116,29 @@ def _check_reports(names: Sequence[str]) -> None:
             raise TrainError(
                 f"--report-to {name}: its package is not installed (pip install {name}; installed: {installed})"
             )
+
+
+def _check_out(options: TrainOptions) -> None:
+    """Refuse a folder that may not be touched, on every process at once.
+
+    The main process looks, and the others take its word: one that looked for itself might come when the main process
+    has begun to write, and take the run for an earlier one.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    refusal: list[str | None] = [None]
+    if is_main_process():
+        try:
+            folder.refuse(options.folder, options.resume, options.overwrite)
+            if options.resume and (options.folder / folder.METRICS).is_file():
+                raise TrainError(f"--out {options.folder}: the run there is finished; there is nothing to resume")
+        except TrainError as error:
+            refusal = [str(error)]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        raise TrainError(refusal[0])
 
 
 @contextlib.contextmanager
