@@ -79,7 +79,7 @@ def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
     return nn.functional.linear(input, weight, bias)
 
 
-def _compiled(model: nn.Module) -> bool:
+def compiled(model: nn.Module) -> bool:
     """Whether torch.compile has any part of a model in hand; it would compile this detour, too."""
     return any(
         getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
@@ -87,7 +87,7 @@ def _compiled(model: nn.Module) -> bool:
     )
 
 
-def _head(model: nn.Module) -> Any:
+def head_of(model: nn.Module) -> Any:
     """The head of the outermost module that says it has one: `transformers.hook` replaces its forward."""
     causal: Any = next((module for module in model.modules() if hasattr(type(module), "get_output_embeddings")), None)
     return None if causal is None else causal.get_output_embeddings()
@@ -102,8 +102,8 @@ def faster_linears(model: nn.Module) -> Iterator[None]:
     layers whose `forward` somebody else has replaced are left alone.
     """
     layers: list[nn.Linear] = []
-    if own_kernel("logits", torch.device("cpu"), torch.float32) is not None and not _compiled(model):
-        head = _head(model)
+    if own_kernel("logits", torch.device("cpu"), torch.float32) is not None and not compiled(model):
+        head = head_of(model)
         layers = [
             layer
             for layer in model.modules()
