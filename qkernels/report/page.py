@@ -100,8 +100,16 @@ class Section:
     intro: str = ""
 
 
+_NOISE = 1e-6  # what a difference of two equal sums may leave
+
+
 def number(value: float, digits: int = 3, sign: bool = False) -> str:
-    """A number with a true minus, and no minus before a zero."""
+    """A number with a true minus, and no minus before a zero.
+
+    Rewards early in training are small: what would round to 0 gets as many digits as its first one takes, down to 1e-6.
+    """
+    if _NOISE <= abs(value) < 0.5 * 10.0**-digits:
+        digits = -math.floor(math.log10(abs(value)))
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
     if math.isfinite(value) and not any(digit in text for digit in "123456789"):
         text = text.lstrip("+-")

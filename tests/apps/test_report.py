@@ -126,8 +126,8 @@ def test_the_scale_is_not_set_by_one_outlier() -> None:
 
 
 def test_numbers() -> None:
-    assert number(-0.0004) == "0.000"
-    assert number(-0.0004, sign=True) == "0.000"
+    assert number(-0.0004) == "−0.0004" and number(0.00037, 2, True) == "+0.0004"
+    assert number(-3e-7, sign=True) == number(-0.0) == "0.000"
     assert number(-1.25, 2) == "−1.25"
     assert number(0.5, 1, sign=True) == "+0.5"
     assert number(float("-inf")) == "−inf" and number(float("inf"), sign=True) == "+inf"
