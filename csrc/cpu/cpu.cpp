@@ -103,15 +103,17 @@ std::atomic<const InstructionSet*>& current() {
   return chosen;
 }
 
-// The fp32 kernel serves everything in fp32. Of bf16 matrices, VDPBF16PS serves the logits and sums of dW (torch's own
-// kernel is as fast for the other two, whose result is bf16), and tiles everything but sums in bf16.
+// The fp32 kernel serves everything in fp32. Of bf16 matrices, VDPBF16PS serves the logits, dX and sums of dW (torch's
+// own kernel is as fast for a dW that is one GEMM), and tiles everything but sums in bf16.
 bool serves(const InstructionSet& set, DType in_type, bool left_depth_first, bool right_depth_first, DType out_type,
             bool accumulate) {
   const bool fp32 = out_type == DType::kFloat32;
   if (in_type == DType::kFloat32) return set.gemm_fp32 && fp32;
   if (in_type != DType::kBFloat16 || !set.gemm_bf16) return false;
-  if (set.gemm_bf16 == gemm_avx512_bf16)
+  if (set.gemm_bf16 == gemm_avx512_bf16) {
+    if (!left_depth_first && right_depth_first) return !accumulate;
     return fp32 && left_depth_first == right_depth_first && left_depth_first == accumulate;
+  }
   return fp32 || (out_type == DType::kBFloat16 && !accumulate);
 }
 

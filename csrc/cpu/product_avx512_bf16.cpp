@@ -1,5 +1,5 @@
 // GEMMs of product.h with VDPBF16PS, which multiplies pairs of neighbours along the depth and adds both products to an
-// fp32 sum: the logits, and sums of dW over chunks. It rounds to nearest and takes subnormals for 0.
+// fp32 sum: the logits, dX, and sums of dW over chunks. It rounds to nearest and takes subnormals for 0.
 #include "product_avx512.h"
 
 namespace qk {
@@ -28,8 +28,28 @@ struct Bf16Pairs {
   }
 };
 
+// out[0, count) = wide[0, count), rounded to nearest.
+void round_row(const float* wide, int64_t count, BFloat16* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 lanes = first_lanes(count - i);
+    _mm256_mask_storeu_epi16(out + i, lanes, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, wide + i)));
+  }
+}
+
 }  // namespace
 
-void gemm_avx512_bf16(const GemmCall& call, int threads) { Gemm<Bf16Pairs>{call, threads}.run(); }
+void gemm_avx512_bf16(const GemmCall& call, int threads) {
+  if (call.out_type == DType::kFloat32) return Gemm<Bf16Pairs>{call, threads}.run();
+  // Of dX, which is small beside its operands, the sums exist in fp32 as a whole.
+  const Buffer<float> wide = make_buffer<float>(call.rows * call.columns);
+  GemmCall in_fp32 = call;
+  in_fp32.out = wide.get();
+  in_fp32.out_stride = call.columns;
+  in_fp32.out_type = DType::kFloat32;
+  Gemm<Bf16Pairs>{in_fp32, threads}.run();
+  parallel_for(call.rows, threads, [&](int64_t row) {
+    round_row(wide.get() + row * call.columns, call.columns, static_cast<BFloat16*>(call.out) + row * call.out_stride);
+  });
+}
 
 }  // namespace qk

@@ -86,7 +86,7 @@ def describe() -> dict[str, Any]:
         return {"available": False, "reason": why_missing()}
     return {
         "available": True,
-        "vendor": vendor,
+        **({"vendor": vendor} if vendor else {}),
         "instruction_set": _C.instruction_set(),
         "compiled_for": _C.instruction_sets(),
         "amx": _C.amx_unavailable() or "available",

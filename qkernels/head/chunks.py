@@ -17,7 +17,6 @@ for an upstream gradient (a loss scaler's, as a rule) waits in fp32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -27,9 +26,10 @@ from .. import backends
 from ..core.calls import RowGrad, RowStats
 from ..core.coefficients import coefficients as coefficients_of
 from ..core.fields import BIT, NEEDS_REFERENCE, SOFTMAX, field_index, field_names, of_policy, stats_dtype
-from ..core.memory import drop_scratch, give_back_end, give_back_scratch, take_scratch
+from ..core.memory import drop_scratch, give_back_scratch, take_scratch
 from .call import HeadCall, Model, apart
-from .products import Head, WeightGrad, gradient_dtype, waits
+from .products import Head, WeightGrad, gradient_dtype
+from .waiting import Waiting, logits_lie_behind, waits
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,72 +80,6 @@ class _Chunk(NamedTuple):
             reference=None if reference is None else reference[:, :rows],
             temperatures=None if temperatures is None else temperatures[:rows],
         )
-
-
-def logits_lie_behind(device: torch.device) -> bool:
-    """Whether the logits of a chunk lie behind the gradients that wait, in one allocation (`Waiting`)."""
-    return device.type == "cpu"
-
-
-class Waiting:
-    """Chunks whose dW is one GEMM: the gradients of their logits `[rows, V]` and their hidden states `[rows, H]`.
-
-    On a CPU the logits of a chunk lie behind the gradients that wait already, and its own gradient takes the first half
-    of their place. What they leave is given back to the system before dW is made. No other device takes a part of an
-    allocation back: there the logits have a buffer of their own.
-
-    Args:
-        memory: uint8; `bytes_with_logits`, or what the gradients take.
-        x: `[rows, H]`, for the hidden states.
-        vocab: V.
-        behind: whether logits lie behind the gradients.
-    """
-
-    _ALIGNED = 64  # bytes: where logits begin
-
-    def __init__(self, memory: Tensor, x: Tensor, vocab: int, behind: bool):
-        self.memory, self.x, self.vocab, self.behind = memory, x, vocab, behind
-        self.rows = 0
-
-    @classmethod
-    def bytes_with_logits(
-        cls, rows: Sequence[int], leading: Sequence[int], vocab: int, narrow: torch.dtype, wide: torch.dtype
-    ) -> int:
-        """Memory for chunks of `rows`, `leading` of each with a gradient, with the logits behind: in these dtypes."""
-        before = accumulate(leading, initial=0)
-        return max(cls._begin(m, vocab, narrow) + n * vocab * wide.itemsize for m, n in zip(before, rows, strict=False))
-
-    @classmethod
-    def _begin(cls, before: int, vocab: int, narrow: torch.dtype) -> int:
-        """Where logits begin that follow so many rows of gradients."""
-        return -(-before * vocab * narrow.itemsize // cls._ALIGNED) * cls._ALIGNED
-
-    def logits(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """`[rows, V]` for those of the next chunk."""
-        start = self._begin(self.rows, self.vocab, self.x.dtype)
-        memory = self.memory[start : start + rows * self.vocab * dtype.itemsize]
-        return memory.view(dtype).view(rows, self.vocab)
-
-    def room(self, rows: int) -> Tensor:
-        """`[rows, V]` for the next chunk's gradient."""
-        return self._gradients(self.rows, self.rows + rows)
-
-    def _gradients(self, start: int, end: int) -> Tensor:
-        size = self.vocab * self.x.dtype.itemsize
-        return self.memory[start * size : end * size].view(self.x.dtype).view(end - start, self.vocab)
-
-    def add(self, x: Tensor) -> None:
-        """The hidden states of the chunk whose gradient has been written to `room`."""
-        self.x[self.rows : self.rows + x.shape[0]] = x
-        self.rows += x.shape[0]
-
-    def all(self) -> tuple[Tensor, Tensor]:
-        """`[rows, V]` and `[rows, H]` of all chunks."""
-        return self._gradients(0, self.rows), self.x[: self.rows]
-
-    def give_back_end(self) -> None:
-        """Give the memory behind the gradients back."""
-        give_back_end(self.memory, self.rows * self.vocab * self.x.dtype.itemsize)
 
 
 class Pass:

@@ -22,8 +22,9 @@ from ..core.fields import DIVERGENCES, stats_dtype
 from ..core.memory import free_memory
 from ..distributed.vocab_parallel import Shard
 from .call import Model, apart
-from .chunks import FIRST_ROWS, logits_lie_behind, saved_dtype
-from .products import block_bytes, gradient_dtype, logits_product, waits
+from .chunks import FIRST_ROWS, saved_dtype
+from .products import block_bytes, gradient_dtype, logits_product
+from .waiting import logits_lie_behind, waits
 
 # The plans that know the gradient of a unit while its logits exist, by the unit.
 BY_UNIT = {unit: f"{unit}_chunks" for unit in ("pair", "sequence", "token")}

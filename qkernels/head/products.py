@@ -15,11 +15,10 @@ Where these have AVX-512 a GEMM of our own (`product_avx512_fp32.cpp`) takes its
 The products of the backward take dL/dlogits rounded once to the inputs' dtype, as any training in that dtype does, or
 fp32 for fp16 on a CPU. dW is summed over chunks in fp32 that nothing has rounded before, by the same three ways. On
 CPUs without bf16 instructions they run in fp32 on inputs widened block by block, and dX and dW are rounded once:
-torch's bf16 product, which such a CPU has no kernel for, is a hundred times slower there (0.5 against 64 GFLOP/s on
-one core of an AMD EPYC with AVX2).
+torch's bf16 product, which such a CPU has no kernel for, is a plain loop, about a hundred times slower.
 
-Where a batch has few rows (`waits`), their gradients wait in bf16 until the last chunk is done, and dW is one GEMM: the
-fp32 sums, which every chunk reads and writes whole, would take more memory than they do.
+Where a batch has few rows (`qkernels.head.waiting`), their gradients wait in bf16 until the last chunk is done, and dW
+is one GEMM: the fp32 sums, which every chunk reads and writes whole, would take more memory than they do.
 """
 
 from __future__ import annotations
@@ -58,28 +57,9 @@ def _torch_multiplies_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _widens_backward(device: torch.device, dtype: torch.dtype) -> bool:
+def widens_backward(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether dX and dW are products in fp32 of widened bf16 inputs: on CPUs without bf16 instructions."""
     return device.type == "cpu" and dtype == torch.bfloat16 and not _torch_multiplies_bf16()
-
-
-def waits(weight: Tensor, dtype: torch.dtype, rows: int, chunks: int) -> bool:
-    """Whether the gradients of all chunks' logits wait for one GEMM of dW, instead of fp32 sums of one for each chunk.
-
-    They do in bf16, where `[rows, V]` of them take no more memory than `[V, H]` of fp32. (In fp16 each chunk has a
-    scale of its own; the gradient of an fp32 weight is summed in the memory that it needs in any case. Where GEMMs run
-    on widened inputs, fp32 sums cost next to nothing beside them, and columns of all rows would have to be widened.)
-
-    Args:
-        weight: `[V, H]`, as it came.
-        dtype: of the GEMMs.
-        rows: with a gradient, of all chunks.
-        chunks: how many there are.
-    """
-    bf16 = torch.bfloat16
-    if chunks <= 1 or not weight.dtype == dtype == bf16 or _widens_backward(weight.device, dtype):
-        return False
-    return rows * bf16.itemsize <= weight.shape[1] * torch.float32.itemsize
 
 
 def block_bytes(
@@ -97,16 +77,17 @@ def block_bytes(
     if device.type != "cpu":
         return 0
     if own_kernel("logits", device, dtype):
-        # Packed parts of both operands, and sums, for each thread; and a stretch of the vocabulary for dX in fp32.
+        # Packed parts of both operands, and sums, for each thread; for dX a stretch of the vocabulary, and of bf16 its
+        # fp32 sums.
+        stretch = min(max(2**22, 2**10 * hidden), dtype.itemsize * vocab * hidden)
         if dtype == torch.float32:
-            stretch = min(max(2**22, 2**10 * hidden), 4 * vocab * hidden)
             return _threads() * 2**19 + trains * stretch
-        return 0 if cpu.gemm_kernel("dX", dtype) is None else _threads() * 2**21
+        return _threads() * 2**21 + trains * (stretch + rows * hidden * torch.float32.itemsize)
     if dtype in (torch.float32, torch.float64):
         return 0
     block = min(vocab, _BLOCK)
     widened = block * hidden
-    if trains and _widens_backward(device, dtype):  # a block of the gradient, and one of the weight or of dW
+    if trains and widens_backward(device, dtype):  # a block of the gradient, and one of the weight or of dW
         widened += (block + hidden) * rows
     elif sums and not _widens(device, dtype):
         widened = max(widened, (block + hidden) * rows)
@@ -163,7 +144,7 @@ def gradient_products(device: torch.device, dtype: torch.dtype) -> str:
     if _widens(device, dtype):
         return logits_product(device, dtype)
     usual = f"torch, {str(dtype)[6:]}"
-    if _widens_backward(device, dtype):
+    if widens_backward(device, dtype):
         usual = f"{_fp32_gemm(device)}, inputs widened to fp32 block by block"
     kernels = {name: own_kernel(name, device, dtype) for name in ("dX", "dW", "dW of a chunk")}
     words = {name: f"{_KERNELS[kernel]} kernel" if kernel else usual for name, kernel in kernels.items()}
@@ -177,7 +158,7 @@ def why_this_kernel() -> str:
     facts = cpu.describe()
     if not facts["available"]:
         return "the compiled extension is missing"
-    maker = f", vendor {facts['vendor']}" if facts["vendor"] else ""
+    maker = f", vendor {facts['vendor']}" if "vendor" in facts else ""
     amx = "" if facts["amx"] == "available" else f"; AMX: {facts['amx']}"
     return f"instruction set {facts['instruction_set']}{maker}{amx}"
 
@@ -275,7 +256,7 @@ class Head(NamedTuple):
 
     def input_grad(self, g: Tensor) -> Tensor:
         """dL/dx = g W, `[n, H]` in the dtype of g."""
-        wide = torch.float32 if _widens_backward(g.device, g.dtype) else g.dtype
+        wide = torch.float32 if widens_backward(g.device, g.dtype) else g.dtype
         if wide == self.weight.dtype or (g.dtype == self.weight.dtype and _own_gemm("dX", g)):
             return multiply("dX", g, self.weight, g.new_empty(g.shape[0], self.weight.shape[1]))
         result = g.new_zeros(g.shape[0], self.weight.shape[1], dtype=wide)
@@ -320,7 +301,7 @@ class WeightGrad:
         wide = stats_dtype(g.dtype)
         if weight_scale is not None:
             self._add_scaled(g, x, weight_scale)
-        elif self.single and _widens_backward(g.device, g.dtype) and not _own_gemm("dW", g):
+        elif self.single and widens_backward(g.device, g.dtype) and not _own_gemm("dW", g):
             self.weight = empty(self.head.weight.shape, g.dtype, g.device)
             x = x.to(wide)
             for start in range(0, self.head.vocab, _BLOCK):

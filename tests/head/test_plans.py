@@ -18,7 +18,7 @@ from cases import IGNORE, HeadBatch, make_head_batch
 from linear_comparisons import bytes_for, leaves
 from qkernels import LinearPlan, fused_linear_token_dpo, linear_token_stats, objectives, plan_linear
 from qkernels.core.memory import BLOCK_ELEMENTS, free_memory
-from qkernels.head import chunks, products
+from qkernels.head import chunks, products, waiting
 from qkernels.head.products import block_bytes, logits_product
 
 PLAIN = (torch.float32, torch.bfloat16)
@@ -154,7 +154,7 @@ def test_chunks_are_counted_as_they_run(monkeypatch):
 
 # Where bf16 GEMMs run in fp32 on widened inputs, dW is summed in fp32 as well.
 gradients_wait = pytest.mark.skipif(
-    products._widens_backward(torch.device("cpu"), torch.bfloat16), reason="no GEMM of bf16 matrices on this processor"
+    products.widens_backward(torch.device("cpu"), torch.bfloat16), reason="no GEMM of bf16 matrices on this processor"
 )
 
 
@@ -457,7 +457,7 @@ def test_logits_are_gone_before_dw_is_made_where_a_body_follows(monkeypatch, pla
 
     monkeypatch.setattr(chunks.Pass, "_reserve", reserving)
     monkeypatch.setattr(products.WeightGrad, "add", adding)
-    monkeypatch.setattr(chunks, "give_back_end", giving_back)
+    monkeypatch.setattr(waiting, "give_back_end", giving_back)
     for behind, body, expected in (
         (True, False, ["dW"]), (True, True, ["given back", "dW"]),
         (False, False, ["dW, logits kept"]), (False, True, ["dW, logits gone"]),

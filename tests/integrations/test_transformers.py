@@ -35,6 +35,12 @@ def from_logits(model, batch, labels=None):
     return token_logps(logits[:, -labels.shape[1] :].float(), labels)
 
 
+def assert_same(ours, other):
+    """Of one model, by two GEMMs: torch's, and this package's where it is the faster one. A sum of 32 products in fp32
+    may err by 32 * 2^-24 of the sum of their sizes, through two layers; logits are of the order of 5."""
+    torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-5)
+
+
 def test_a_wrong_batch_and_a_missing_reference_are_told_in_the_callers_words():
     model = hf_models.model("llama")
     ids = torch.tensor([[3, 4, 5]])
@@ -414,7 +420,7 @@ def test_installed_head():
     assert torch.equal(compute_token_logps(model, batch), expected)
     replaced = model.lm_head
     model.set_output_embeddings(nn.Linear(32, hf_models.VOCAB, bias=False))
-    assert torch.equal(compute_token_logps(model, batch), from_logits(model, batch))
+    assert_same(compute_token_logps(model, batch), from_logits(model, batch))
     assert "forward" not in replaced.__dict__
     uninstall(model)
     assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
@@ -532,12 +538,12 @@ def test_lora(peft):
     assert any(g is not None and g.abs().sum() > 0 for g in gradients(head.weight, model))
     with model.disable_adapter():
         off = compute_token_logps(model, batch)
-        assert torch.equal(off, from_logits(model, batch))
+        assert_same(off, from_logits(model, batch))
     assert not torch.allclose(off, merged)
     stats = compute_token_stats(model, batch, outputs=("reference_logps", "kl_reference_policy"), reference_model=model)
-    assert torch.equal(stats.reference_logps, off)
+    assert_same(stats.reference_logps, off)
     model.merge_adapter()
-    assert torch.equal(compute_token_logps(model, batch), from_logits(model, batch))
+    assert_same(compute_token_logps(model, batch), from_logits(model, batch))
     with model.disable_adapter():  # PEFT takes the merged adapter out again
         torch.testing.assert_close(compute_token_logps(model, batch), off, atol=1e-5, rtol=1e-5)
 
@@ -578,7 +584,7 @@ def test_other_adapters(peft):
     with torch.no_grad():
         saved.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.1)
     with saved.disable_adapter():
-        assert torch.equal(compute_token_logps(saved, hf_models.batch()), from_logits(saved, hf_models.batch()))
+        assert_same(compute_token_logps(saved, hf_models.batch()), from_logits(saved, hf_models.batch()))
     check(saved)
     tokens = adapted(peft, "q_proj", trainable_token_indices=[3, 5], model={"family": "qwen2"})
     check(tokens)
