@@ -134,7 +134,7 @@ class Pass:
         """A buffer for the whole pass."""
         self._buffers[name] = take_scratch(shape, dtype, self.call.labels.device)
         if not self._keep:
-            drop_scratch()
+            drop_scratch(freed=self.narrow == torch.float32)
         return self._buffers[name]
 
     def wait(self, rows: Sequence[int], leading: Sequence[int]) -> Waiting:
@@ -492,15 +492,17 @@ def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> t
     work, fields = Pass(call), call.config.fields
     result = work.result()
     dtypes = [None if x is None else saved_dtype(x.dtype) for x in call.policy]
-    lengths = [_length(where) for where in loss.selections]
-    leading_rows = [min(n, lead) for n, lead in zip(lengths, loss.leading, strict=True)]
+    # The largest chunk first: no gradients wait beside its logits yet.
+    order = sorted(range(len(loss.selections)), key=lambda number: -_length(loss.selections[number]))
+    selections = [loss.selections[number] for number in order]
+    lengths = [_length(where) for where in selections]
+    leading_rows = [min(n, loss.leading[number]) for n, number in zip(lengths, order, strict=True)]
     total = _Gradients(work, needs, dtypes, lengths, leading_rows)
     chunk: _Chunk | None
-    for number, chunk in enumerate(work.chunks(loss.selections)):
+    for number, leading, chunk in zip(order, leading_rows, work.chunks(selections), strict=True):
         values = work.stats(chunk, fields)
         _put(result, chunk.where, values[:, 0], 1)
         rows = chunk.labels.shape[1]
-        leading = leading_rows[number]
         if leading:
             coefficients = coefficients_of(values, loss.gradient_of(number, values), fields)
             softmax = values[:6] if fields & BIT["reference_row_max"] else values[:3]
