@@ -133,7 +133,7 @@ class Pass:
     def _reserve(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A buffer for the whole pass."""
         self._buffers[name] = take_scratch(shape, dtype, self.call.labels.device)
-        if not self._keep:
+        if not self._keep and len(self._buffers) == 1:
             drop_scratch(freed=self.narrow == torch.float32)
         return self._buffers[name]
 
