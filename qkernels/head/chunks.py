@@ -150,15 +150,13 @@ class Pass:
         return self.waiting
 
     def release_logits(self) -> None:
-        """Let go of the logits once the last chunk is done, of which only gradients wait; unless the next call is to
-        have their memory."""
+        """Once the last chunk is done let go of all but the gradients that wait, unless the next call is to have it."""
         assert self.waiting is not None
         if self._keep:
             return
+        self._buffers = {"waiting": self._buffers["waiting"]}
         if self.waiting.behind:
             self.waiting.give_back_end()
-        else:
-            self._buffers.pop("logits")
 
     def chunks(self, selections: Sequence[Selection]) -> Iterator[_Chunk]:
         """Compute the logits of one selection of rows after the other."""
