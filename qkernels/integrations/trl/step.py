@@ -22,9 +22,8 @@ class FasterSteps:
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """As TRL's, forward and backward."""
-        alone = (
-            self.accelerator.distributed_type == DistributedType.NO
-        )  # others send gradients before the backward ends
+        # Several processes send a gradient as soon as it is there.
+        alone = self.accelerator.distributed_type == DistributedType.NO
         rows = gradient_of_read_rows(model) if alone else contextlib.nullcontext()
         with faster_linears(model), rows:
             return super().training_step(model, *args, **kwargs)  # type: ignore[misc]
