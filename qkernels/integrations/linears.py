@@ -87,10 +87,9 @@ def compiled(model: nn.Module) -> bool:
     )
 
 
-def head_of(model: nn.Module) -> Any:
-    """The head of the outermost module that says it has one: `transformers.hook` replaces its forward."""
-    causal: Any = next((module for module in model.modules() if hasattr(type(module), "get_output_embeddings")), None)
-    return None if causal is None else causal.get_output_embeddings()
+def with_head(model: nn.Module) -> Any:
+    """The outermost module that says it has a head; None if none does."""
+    return next((module for module in model.modules() if hasattr(type(module), "get_output_embeddings")), None)
 
 
 @contextlib.contextmanager
@@ -103,7 +102,8 @@ def faster_linears(model: nn.Module) -> Iterator[None]:
     """
     layers: list[nn.Linear] = []
     if own_kernel("logits", torch.device("cpu"), torch.float32) is not None and not compiled(model):
-        head = head_of(model)
+        causal = with_head(model)
+        head = None if causal is None else causal.get_output_embeddings()  # `transformers.hook` replaces its forward
         layers = [
             layer
             for layer in model.modules()

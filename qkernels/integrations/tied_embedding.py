@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .linears import compiled, head_of
+from .linears import compiled, with_head
 
 
 class _Reads:
@@ -55,9 +55,10 @@ class _Reads:
 
 def _served(model: nn.Module) -> nn.Embedding | None:
     """The embedding of a model whose gradient can be had this way."""
-    head: Any = head_of(model)
-    causal: Any = next((m for m in model.modules() if hasattr(type(m), "get_input_embeddings")), None)
-    layer = None if causal is None else causal.get_input_embeddings()
+    causal = with_head(model)
+    if causal is None or not hasattr(causal, "get_input_embeddings"):
+        return None
+    layer, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     if head is None or not isinstance(layer, nn.Embedding) or "forward" in vars(layer) or compiled(model):
         return None
     weight = layer.weight

@@ -474,6 +474,33 @@ def test_logits_are_gone_before_dw_is_made_where_a_body_follows(monkeypatch, pla
 
 
 @pytest.mark.only_backends("cpu")
+@pytest.mark.dtypes(torch.bfloat16)
+@pytest.mark.parametrize("chunk_rows", [40, 1000])
+def test_no_call_writes_over_logits_that_it_reads(backend, dtype, chunk_rows, monkeypatch):
+    """The gradient takes the place of the logits, in several calls: threads of one call come in any order."""
+    seen, real = [], backend.module.row_grad_into
+
+    def checked(out, call):
+        logits = call.logits
+        begin, end = out.data_ptr(), out.data_ptr() + out.numel() * out.element_size()
+        first, last = logits.data_ptr(), logits.data_ptr() + logits.numel() * logits.element_size()
+        assert end <= first or last <= begin, (out.shape, begin, end, first, last)
+        seen.append(out.shape[1])
+        return real(out, call)
+
+    monkeypatch.setattr(backend.module, "row_grad_into", checked)
+    batch = make_head_batch(2, 60, 64, 99, dtype)
+    batch.labels[:] = 1
+    for plan in ("pair_chunks", "recompute"):
+        seen.clear()
+        args, keywords = arguments(batch, "hwb", plan=plan)
+        rows = max(chunk_rows, 2 * 60) if plan == "pair_chunks" else chunk_rows  # a pair has 120
+        keywords["max_chunk_bytes"] = bytes_for(rows, batch, "hwb", None, False)
+        fused_linear_token_dpo(*args, **keywords).loss.backward()
+        assert sum(seen) == batch.labels.numel()
+
+
+@pytest.mark.only_backends("cpu")
 @pytest.mark.dtypes(*PLAIN)
 def test_peak_memory_under_autocast(backend, dtype):
     """The head is cast once; the fp32 weight's gradient is summed where it ends up."""
