@@ -1,17 +1,16 @@
 """How long the row kernels should take on an H200: a model from their machine code, no measurement.
 
-An SM works on as many blocks at a time as registers, threads and shared memory allow. A block first waits twice for the
-memory (for the label, then for its first vectors), streams its part of a row, and then does what a row costs besides:
-the tiles that are compared with the label, reductions, the end. While it streams, its threads have half of the loads of
-an iteration in flight on average, so it draws at most these bytes per latency of the memory; while it does the rest it
-draws nothing. So an SM moves
+An SM works on as many blocks at a time as registers, threads and shared memory allow. A block waits for the memory
+twice (for the label, then for the first vectors of its part of a row) and once for the caches (for the label's logit),
+goes through its iterations, of which each but the first waits for the memory again, and does what a row costs besides:
+the tiles that are compared with the label, reductions, the end. A call takes the longest of
 
-    min(its share of the bandwidth, A b / (b L / f + t))    bytes per second
+- these steps of one block after the other, as often as an SM has to take new blocks;
+- its bytes at the memory's bandwidth, or the issuing of all its instructions, and besides what one block waits for and
+  does outside its iterations.
 
-with A blocks at a time, b bytes and f bytes in flight per block, the latency L, and t for the waiting and the rest. The
-time is that, or what issuing all instructions takes if that is longer, and t once more for the last block. SMs that get
-one block more than others count: N rows are ceil(N / SMs) per SM. Where rows are split, a second kernel waits for the
-first.
+SMs that get one block more than others count: N rows are ceil(N / SMs) per SM. Where rows are split, a second kernel
+waits for the first, then twice for the caches: for the sums and labels, and for the label's logit.
 
 Instructions per entry are those of the machine code's main loop. What a row costs besides is counted in executed PTX
 (`bench.instruction_counts`) and scaled by how many machine instructions the main loop's PTX became.
@@ -29,9 +28,10 @@ from pathlib import Path
 BYTES_PER_SECOND = 4.3e12
 SMS, CLOCK, ISSUED_PER_CLOCK = 132, 1.8e9, 4
 REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 227 << 10
-# Assumptions: latency of the memory under load; clocks between two instructions of a warp that wait for each other;
-# from the end of a kernel to the first instruction of the next.
-LATENCY, DEPENDENT_CLOCKS, NEXT_KERNEL = 800e-9, 4, 1e-6
+# Assumptions: latency of the memory under load, and of the L2 cache; clocks between two instructions of a warp that
+# wait for each other, and between those of a main loop, whose entries do not; from the end of a kernel to the first
+# instruction of the next.
+LATENCY, CACHE_LATENCY, DEPENDENT_CLOCKS, LOOP_CLOCKS, NEXT_KERNEL = 800e-9, 300e-9, 4, 2, 1e-6
 
 COUNTS = Path(__file__).parent / "results" / "instruction-counts.json"
 NEAR = 1.1  # at the memory's floor: within 10 % of moving the bytes
@@ -79,6 +79,7 @@ class Kernel:
 class Work:
     """A call: rows, entries of a row, bytes moved and bytes loaded per entry, over how many blocks a row is split.
 
+    span: entries of such a piece; 0 for equal ones.
     models: rows per row, where two models are independent blocks.
     """
 
@@ -87,6 +88,7 @@ class Work:
     bytes_moved: int
     bytes_loaded: int
     splits: int = 1
+    span: int = 0
     models: int = 1
     combined: bool = True  # whether a second kernel adds up what split rows left
 
@@ -113,21 +115,21 @@ def estimate(kernel: Kernel, work: Work) -> Estimate:
     blocks = work.rows * work.splits * work.models
     floor = work.rows * work.vocab * work.bytes_moved * work.models / BYTES_PER_SECOND
     entries = work.vocab / work.splits
-    moved, loaded = entries * work.bytes_moved, entries * work.bytes_loaded
     per_sm = math.ceil(blocks / SMS)
-    active = min(kernel.blocks, per_sm)
-    rest = kernel.machine_per_ptx * kernel.ptx_longest * DEPENDENT_CLOCKS / CLOCK
-    waiting = 2 * LATENCY + rest
-    drawn = kernel.in_flight / kernel.blocks / LATENCY  # bytes per second that one block's loads can bring
-    rate = min(BYTES_PER_SECOND / SMS, active * moved / (loaded / drawn + waiting))
-    streaming = per_sm * moved / rate
+    step = DEPENDENT_CLOCKS / CLOCK
+    outside = 2 * LATENCY + CACHE_LATENCY + kernel.machine_per_ptx * kernel.ptx_longest * step
+    of_a_thread = kernel.loads / work.bytes_loaded  # entries of an iteration
+    iterations = (work.span or entries) / (kernel.threads * of_a_thread)
+    computing = math.floor(iterations) * of_a_thread * kernel.per_entry * LOOP_CLOCKS / CLOCK
+    alone = outside + computing + max(math.ceil(iterations) - 1, 0) * LATENCY
+    moving = per_sm * entries * work.bytes_moved / (BYTES_PER_SECOND / SMS)
     slots = entries * kernel.per_entry / 32 + kernel.machine_per_ptx * kernel.ptx_per_row
     issuing = per_sm * slots / (ISSUED_PER_CLOCK * CLOCK)
-    seconds = max(streaming, issuing) + waiting
+    waves = math.ceil(per_sm / kernel.blocks)
+    seconds = max(waves * alone, max(moving, issuing) + outside)
     if work.splits > 1 and work.combined:
-        second = kernel.machine_per_ptx * kernel.ptx_combine * DEPENDENT_CLOCKS / CLOCK
-        seconds += NEXT_KERNEL + 2 * LATENCY + second
-    bound = "memory" if seconds <= NEAR * floor else "issue" if issuing > streaming else "latency"
+        seconds += NEXT_KERNEL + 2 * CACHE_LATENCY + kernel.machine_per_ptx * kernel.ptx_combine * step
+    bound = "memory" if seconds <= NEAR * floor else "issue" if issuing > max(moving, waves * alone) else "latency"
     return Estimate(seconds, floor, bound)
 
 

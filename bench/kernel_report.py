@@ -172,7 +172,7 @@ CUDA_VARIANTS: tuple[Variant, ...] = (
     _cuda_stats("with KLs, fp32", 80, 1, 1, "fp32", "fp32"),
     _cuda_stats("all fields", 80, 2, 1, reference="bf16"),
     _cuda_stats("all fields, any types and alignments", 80, 2, 2, reference="bf16"),
-    Variant("combine split rows", "combine", symbol=r"_ZN2qk4cuda\w*14combine_kernelILb1EE"),
+    Variant("combine split rows", "combine", symbol=r"_ZN2qk4cuda\w*14combine_kernelILNS_6GatherE2ELb1EE"),
     _cuda_grad("gradient of log-probs", 64, 0),
     _cuda_grad("gradient of log-probs, fp32", 64, 0, "fp32"),
     _cuda_grad("gradient of log-probs, fp16", 64, 0, "fp16"),
@@ -521,6 +521,8 @@ def kernel_of(variant: Variant, architecture: str = "sm_90") -> Kernel:
 
 def work_of(variant: Variant, rows: int, vocab: int) -> Work:
     """A call on an H200, its rows split as the backend does."""
+    from qkernels.backends.pieces import span_of
+
     if variant.compiler == "CUDA":
         from qkernels.backends import cuda
 
@@ -528,12 +530,14 @@ def work_of(variant: Variant, rows: int, vocab: int) -> Work:
     else:
         from qkernels.backends.triton import common
 
-        vector = 16 // min(_SIZES[dtype] for dtype in (variant.dtype, variant.gradient) if dtype)
-        splits = common.pieces_for(rows, vocab, common.LANES * vector, kernel_estimate.SMS)
+        splits = common.splits_for(rows, vocab, kernel_estimate.SMS)
+    span = span_of(vocab, splits)
     each_by_itself = dict(variant.flags).get("REFERENCE") == 1
     loaded = _SIZES[variant.dtype] + (_SIZES[variant.reference] if variant.reference and not each_by_itself else 0)
     moved = loaded if each_by_itself else variant.bytes_per_logit
-    return Work(rows, vocab, moved, loaded, splits, 2 if each_by_itself else 1, variant.kernel == "row_stats")
+    pieces = -(-vocab // span)
+    combined = variant.kernel == "row_stats"
+    return Work(rows, vocab, moved, loaded, pieces, span if pieces > 1 else 0, 2 if each_by_itself else 1, combined)
 
 
 # What the kernels were written to reach on an H200 with bf16 logits: work, aim, the variants that do it, rows, V.
@@ -681,8 +685,10 @@ def report(architectures: Sequence[str] = (*ARCHITECTURES, AMD)) -> str:
 def estimates_page() -> str:
     """The estimates for all sizes, and what they rest on."""
     assumed = (
-        f"{kernel_estimate.LATENCY * 1e9:.0f} ns until a load comes back, {kernel_estimate.DEPENDENT_CLOCKS} clocks"
-        " between two instructions of a warp that wait for each other,"
+        f"{kernel_estimate.LATENCY * 1e9:.0f} ns until a load comes back from the memory and"
+        f" {kernel_estimate.CACHE_LATENCY * 1e9:.0f} ns from the L2 cache, {kernel_estimate.DEPENDENT_CLOCKS} clocks"
+        f" between two instructions of a warp that wait for each other and {kernel_estimate.LOOP_CLOCKS} between those"
+        " of a main loop,"
         f" {kernel_estimate.NEXT_KERNEL * 1e6:.0f} us from a kernel to the one that waits for it"
     )
     return (

@@ -35,13 +35,23 @@ QK_HOST_DEVICE const T* row_of(const Rows& rows, const Shape& shape, int64_t row
   return static_cast<const T*>(rows.data) + offset_of(rows, shape, row);
 }
 
-QK_HOST_DEVICE float element(const Rows& rows, const Shape& shape, int64_t row, int64_t column) {
-  switch (rows.dtype) {
-    case DType::kFloat32: return row_of<float>(rows, shape, row)[column];
-    case DType::kBFloat16: return widen(row_of<BFloat16>(rows, shape, row)[column]);
-    case DType::kFloat16: return widen(row_of<Float16>(rows, shape, row)[column]);
+// An element as it lies in memory, not yet a number: where a load is to be under way while other work is done.
+QK_HOST_DEVICE uint32_t element_bits(const Rows& rows, const Shape& shape, int64_t row, int64_t column) {
+  if (rows.dtype == DType::kFloat32) return bits_of(row_of<float>(rows, shape, row)[column]);
+  return row_of<BFloat16>(rows, shape, row)[column].bits;  // the width of either 16-bit type
+}
+
+QK_HOST_DEVICE float number_of(uint32_t element_bits, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return float_of(element_bits);
+    case DType::kBFloat16: return widen(BFloat16{static_cast<uint16_t>(element_bits)});
+    case DType::kFloat16: return widen(Float16{static_cast<uint16_t>(element_bits)});
   }
   return 0;
+}
+
+QK_HOST_DEVICE float element(const Rows& rows, const Shape& shape, int64_t row, int64_t column) {
+  return number_of(element_bits(rows, shape, row, column), rows.dtype);
 }
 
 struct Labels {

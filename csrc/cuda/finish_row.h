@@ -24,14 +24,26 @@ QK_HOST_DEVICE int slot_of(uint32_t fields, int field) {
 #endif
 }
 
+// The label's logit under the model whose row is read, and under the reference where both are: bits of their types.
+struct LabelLogits {
+  uint32_t own = 0, reference = 0;
+};
+
+template <bool kPair>
+QK_HOST_DEVICE LabelLogits load_label_logits(const StatsCall& call, int64_t row, bool of_reference) {
+  const int64_t label = call.labels.data[row];
+  return {element_bits(of_reference ? call.reference : call.policy, call.shape, row, label),
+          kPair ? element_bits(call.reference, call.shape, row, label) : 0};
+}
+
 // Stores the row's fields among `kFields` from its complete sums, from which the label is still left out.
 // `of_reference`: the sums are the reference's, accumulated on their own, and so are the fields.
 template <uint32_t kFields>
-QK_HOST_DEVICE void finish_row(const StatsCall& call, int64_t row, PartialSums total, bool of_reference) {
+QK_HOST_DEVICE void finish_row(const StatsCall& call, int64_t row, LabelLogits at_label, PartialSums total,
+                               bool of_reference) {
   constexpr bool kPair = (kFields & kDivergences) != 0;
-  const int64_t label = call.labels.data[row];
-  const float z = element(of_reference ? call.reference : call.policy, call.shape, row, label);
-  const float rz = kPair ? element(call.reference, call.shape, row, label) : 0;
+  const float z = number_of(at_label.own, of_reference ? call.reference.dtype : call.policy.dtype);
+  const float rz = kPair ? number_of(at_label.reference, call.reference.dtype) : 0;
   RowSums of_label;
   of_label.policy.max = z;
   of_label.reference.max = rz;

@@ -173,6 +173,11 @@ QK_HOST_DEVICE void accumulate_row(const Row& policy, const Row& reference, int 
         accumulate_tiles(z, rz);
       },
       [&](int i) {
+        const bool holds_label = kAll && label_vector >= 0 && label_vector / (kVectors * kThreads) == i;
+        if (i * kVectors * kThreads + thread >= tiling.vectors) {  // no vector is left for this thread
+          if (holds_label) sums.max_before_label = sums.policy.max;
+          return;
+        }
         Tile z, rz;
         float before = sums.policy.max;
         QK_UNROLL
@@ -197,7 +202,7 @@ QK_HOST_DEVICE void accumulate_row(const Row& policy, const Row& reference, int 
             }
           }
         }
-        if (kAll && label_vector >= 0 && label_vector / (kVectors * kThreads) == i) sums.max_before_label = before;
+        if (holds_label) sums.max_before_label = before;
         accumulate_tiles(z, rz);
       });
   // A label in the tail: all vectors are before it.

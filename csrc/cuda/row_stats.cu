@@ -6,27 +6,37 @@ namespace qk {
 namespace cuda {
 namespace {
 
-// One thread per piece of a row; one block per row (and per model, as in the first kernel).
-template <bool kPair>
-__global__ void __launch_bounds__(kMaxSplits)
+// One thread per piece of a row; one block per row (and per model, as in the first kernel). The sums and the label come
+// from memory at the same time, the label's logit while the sums are added.
+template <Gather kGather, bool kPair>
+__global__ void __launch_bounds__(kMaxSplits, 1)
     combine_kernel(const __grid_constant__ StatsCall call, Split split, int models, bool of_reference,
                    const PartialSums* scratch) {
-  constexpr Gather kGather = Gather::kAll;
   of_reference = models == 2 ? blockIdx.x % 2 : of_reference;
   const int64_t row = blockIdx.x / static_cast<unsigned>(models);
-  if (write_ignored_or_invalid(call, row, !of_reference)) return;
   PartialSums mine;
   const int piece = static_cast<int>(threadIdx.x);
   if (piece < split.count) mine = scratch[(row * split.count + piece) * models + of_reference * (models - 1)];
+  if (write_ignored_or_invalid(call, row, !of_reference)) return;
+  LabelLogits at_label;
+  if (threadIdx.x == 0) at_label = load_label_logits<kPair>(call, row, of_reference);
   const PartialSums total = add_block<kGather, kPair, kMaxSplits>(mine, quotient(kLog2e, call.temperature));
-  if (threadIdx.x == 0) finish_row<fields_of(kGather, kPair)>(call, row, total, of_reference);
+  if (threadIdx.x == 0) finish_row<fields_of(kGather, kPair)>(call, row, at_label, total, of_reference);
 }
 
 template <bool kPair>
-void launch_combine(const StatsCall& call, const Launch& where, const Split& split, int models, bool of_reference) {
+void launch_combine(const StatsCall& call, const Launch& where, const Split& split, Gather gather, int models,
+                    bool of_reference) {
   if (split.count == 1) return;
-  launch("row_stats", combine_kernel<kPair>, call.shape.rows() * models, kMaxSplits, where, call, split, models,
-         of_reference, static_cast<const PartialSums*>(where.scratch));
+  auto launch_for = [&](auto kernel) {
+    launch("row_stats", kernel, call.shape.rows() * models, kMaxSplits, where, call, split, models, of_reference,
+           static_cast<const PartialSums*>(where.scratch));
+  };
+  switch (gather) {
+    case Gather::kExp: return launch_for(combine_kernel<Gather::kExp, kPair>);
+    case Gather::kEntropy: return launch_for(combine_kernel<Gather::kEntropy, kPair>);
+    case Gather::kAll: return launch_for(combine_kernel<Gather::kAll, kPair>);
+  }
 }
 
 // What has to be accumulated for these fields.
@@ -54,16 +64,16 @@ void row_stats(const StatsCall& call, const Launch& where) {
       launch_stats_both(call, where, split, gather);
     else
       launch_stats_any(call, where, split);
-    launch_combine<true>(call, where, split, 1, false);
+    launch_combine<true>(call, where, split, gather, 1, false);
   } else if (two && same_type(call.policy, call.reference)) {
     launch_stats_one(call, where, split, gather, 2, false);
-    launch_combine<false>(call, where, split, 2, false);
+    launch_combine<false>(call, where, split, gather, 2, false);
   } else {
     launch_stats_one(call, where, split, gather, 1, false);
-    launch_combine<false>(call, where, split, 1, false);
+    launch_combine<false>(call, where, split, gather, 1, false);
     if (!two) return;
     launch_stats_one(call, where, split, Gather::kExp, 1, true);
-    launch_combine<false>(call, where, split, 1, true);
+    launch_combine<false>(call, where, split, Gather::kExp, 1, true);
   }
 }
 

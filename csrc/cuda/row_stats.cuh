@@ -4,8 +4,9 @@
 //
 // Blocks. One block of 128 threads per row; two where log-probs of both models are asked for but no divergence (one
 // block per model, in the same launch where their types agree). Divergences take one block per row, which reads both
-// models' rows jointly. Few rows are split into pieces, whose sums go to a scratch buffer of the caller; a second
-// kernel adds them up in order and finishes the row. No atomics: the same bits from run to run.
+// models' rows jointly. Few rows are split into pieces, whose sums go to a scratch buffer of the caller (empty sums of
+// rows that are not read); a second kernel adds them up in order and finishes the row. No atomics: the same bits from
+// run to run.
 //
 // Memory traffic. Each logit is read once, by 128-bit loads whatever V, strides and addresses are, and is evicted first
 // from the caches; the label's logit is read once more. Rows whose label is ignored or outside of the vocabulary are
@@ -60,7 +61,11 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kReads))
   }
   const int64_t row = block / static_cast<unsigned>(split.count);
   const int piece = static_cast<int>(block % static_cast<unsigned>(split.count));
-  if (write_ignored_or_invalid(call, row, !scratch && !of_reference)) return;
+  PartialSums* to = scratch ? scratch + static_cast<int64_t>(block) * models + of_reference * (models - 1) : nullptr;
+  if (write_ignored_or_invalid(call, row, !scratch && !of_reference)) {
+    if (scratch && threadIdx.x == 0) *to = PartialSums();
+    return;
+  }
   const int start = split.start(piece), n = split.length(piece, call.shape.vocab);
   const int label = static_cast<int>(call.labels.data[row]) - start;
   const double log2e_per_temperature = quotient(kLog2e, call.temperature);
@@ -78,13 +83,19 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kReads))
     const AlignedRow<T> reference = {kPair ? row_of<T>(call.reference, call.shape, row) + start : nullptr};
     accumulate_row<kGather, kPair>(policy, reference, n, label, scale, threadIdx.x, sums);
   }
+  // On their way while the threads' sums are added; the kernel for all types has no registers for them then.
+  constexpr bool kEarly = kReads != Reads::kAnyJointly;
+  LabelLogits at_label;
+  if (kEarly && !scratch && threadIdx.x == 0) at_label = load_label_logits<kPair>(call, row, of_reference);
   const PartialSums total =
       add_block<kGather, kPair, kThreads>(partial_sums(sums, log2e_per_temperature), log2e_per_temperature);
   if (threadIdx.x != 0) return;
-  if (scratch)
-    scratch[static_cast<int64_t>(block) * models + of_reference * (models - 1)] = total;
-  else
-    finish_row<fields_of(kGather, kPair)>(call, row, total, of_reference);
+  if (scratch) {
+    *to = total;
+    return;
+  }
+  if (!kEarly) at_label = load_label_logits<kPair>(call, row, of_reference);
+  finish_row<fields_of(kGather, kPair)>(call, row, at_label, total, of_reference);
 }
 
 template <class T, Gather kGather, Reads kReads>

@@ -75,8 +75,12 @@ struct Split {
   }
 };
 
+// At most `count` pieces. Pieces of more than half an iteration of 16-bit elements are whole iterations: a part of one
+// waits for the memory as long as a whole one.
 inline Split split_row(int64_t vocab, int count) {
-  const int64_t span = (vocab + count * 8 - 1) / (count * 8) * 8;
+  constexpr int64_t kIteration = 4 * 8 * kThreads;
+  const int64_t least = (vocab + count - 1) / count, step = least > kIteration / 2 ? kIteration : 8;
+  const int64_t span = (least + step - 1) / step * step;
   return {static_cast<int>((vocab + span - 1) / span), static_cast<int>(span)};
 }
 

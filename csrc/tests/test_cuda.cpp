@@ -14,6 +14,7 @@
 #include "../core/fields.h"
 #include "../cuda/cuda.h"
 #include "../cuda/dispatch.h"
+#include "../cuda/row_tiling.h"
 #include "cuda_emulation/emulation.h"
 
 using namespace qk;
@@ -140,6 +141,19 @@ double ulp(DType dtype, double x) {
   if (dtype == DType::kFloat32) return 0;
   const int digits = dtype == DType::kBFloat16 ? 7 : 10, smallest = dtype == DType::kBFloat16 ? -126 : -14;
   return std::ldexp(1.0, std::max(std::ilogb(std::fabs(x) + 1e-300), smallest) - digits);
+}
+
+// As in tests/backends/test_cuda.py, whose formula the Triton kernels take.
+void check_pieces() {
+  const int cases[][3] = {{128256, 32, 4096}, {128256, 17, 8192}, {128256, 2, 65536}, {33003, 64, 520},
+                          {7, 64, 8},         {16384, 8, 2048},   {16385, 8, 4096},   {128256, 1, 131072}};
+  for (const auto& c : cases) {
+    const qk::cuda::Split split = qk::cuda::split_row(c[0], c[1]);
+    const std::string name = std::to_string(c[0]) + " over " + std::to_string(c[1]);
+    expect(split.span == c[2], name + ": span");
+    expect(split.count <= c[1] && split.length(split.count - 1, c[0]) > 0, name + ": no piece is empty");
+    expect(split.start(split.count - 1) + split.length(split.count - 1, c[0]) == c[0], name + ": all of the row");
+  }
 }
 
 void check_case(std::mt19937& random, const Case& c) {
@@ -517,6 +531,7 @@ void check_everything(std::mt19937& random) {
   check_case(random, {5003, DType::kFloat32, DType::kFloat32, 4, 4, 99, 0.7, 3, 1048576});
   check_case(random, {5003, DType::kFloat32, DType::kFloat32, 4, 8, 99, 0.7, 3, -1024});
   check_special_rows();
+  check_pieces();
   for (const int pairs : {1, 2, 5, 16, 70})
     for (const int length : {1, 33, 200})
       for (const bool packed : {false, true})

@@ -20,6 +20,7 @@ from ..core.checks import check_labels
 from ..core.layout import address
 from . import cpu, takes
 from .cpu import CODES, view_of
+from .pieces import ITERATION, pieces_for
 
 
 def _load() -> ModuleType | None:
@@ -42,9 +43,9 @@ def _load() -> ModuleType | None:
 extension: Any = _load()
 EMULATED = bool(getattr(extension, "CUDA_EMULATED", False))
 
-# Blocks that each SM works on at a time (of the widest kernels 6), and the fewest entries of a piece of a split row.
-_BLOCKS_PER_SM = 8
-_SMALLEST_PIECE = 2048
+# Blocks per SM that split rows make at most, and the fewest entries of a piece.
+_BLOCKS_PER_SM = 4
+_SMALLEST_PIECE = ITERATION
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -128,11 +129,8 @@ def _processors(index: int | None) -> int:
 
 
 def splits_for(rows: int, vocab: int, processors: int, most: int) -> int:
-    """Over how many blocks a row is split: 1 unless there are too few rows to keep all SMs (`processors`) busy.
-
-    Rounded down: all blocks should run at once, and one more than that would start when the others have finished.
-    """
-    return max(1, min(_BLOCKS_PER_SM * processors // max(rows, 1), vocab // _SMALLEST_PIECE, most))
+    """Over how many blocks a row is split, at most, on that many SMs."""
+    return pieces_for(rows, vocab, processors, blocks=_BLOCKS_PER_SM, smallest=_SMALLEST_PIECE, most=most)
 
 
 def _where(logits: Tensor, rows: int, splits: int | None = None, scratch: int = 0) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ from cases import IGNORE
 from qkernels import backends
 from qkernels.backends import cpu as native
 from qkernels.backends import cuda
+from qkernels.backends.pieces import span_of
 from qkernels.core.fields import SOFTMAX
 
 extension = native.extension
@@ -114,11 +115,20 @@ def test_asking_by_name_for_what_cannot_run_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "rows, vocab, splits", [(529, 128256, 1), (8192, 128256, 1), (528, 128256, 2), (256, 128256, 4), (32, 128256, 33),
-                            (1, 128256, 62), (1, 1000, 1), (1, 2**20, 64), (0, 128256, 62)]
+    "rows, vocab, splits", [(265, 128256, 1), (8192, 128256, 1), (264, 128256, 2), (128, 128256, 4), (32, 128256, 16),
+                            (1, 128256, 32), (1, 4096, 1), (1, 4097, 2), (1, 2**20, 64), (0, 128256, 32)]
 )  # fmt: skip
 def test_few_rows_are_spread_over_the_processors(rows, vocab, splits):
     assert cuda.splits_for(rows, vocab, 132, 64) == splits
+
+
+@pytest.mark.parametrize(
+    "vocab, pieces, span", [(128256, 32, 4096), (128256, 17, 8192), (128256, 2, 65536), (33003, 64, 520), (7, 64, 8),
+                            (16384, 8, 2048), (16385, 8, 4096), (128256, 1, 131072)]
+)  # fmt: skip
+def test_pieces_are_whole_iterations_where_they_are_long(vocab, pieces, span):
+    """(csrc/tests/test_cuda.cpp has the same cases.)"""
+    assert span_of(vocab, pieces) == span and span * pieces >= vocab
 
 
 def test_launches_go_to_the_current_stream(monkeypatch):
@@ -133,7 +143,7 @@ def test_launches_go_to_the_current_stream(monkeypatch):
     monkeypatch.setattr(cuda, "extension", fake)
     monkeypatch.setattr(cuda, "_processors", lambda index: 132)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
-    logits, labels = torch.zeros(1, 2, 4096), torch.zeros(1, 2, dtype=torch.int64)
+    logits, labels = torch.zeros(1, 2, 8192), torch.zeros(1, 2, dtype=torch.int64)
     softmax = cuda.row_stats(logits, labels, None, SOFTMAX, 1.0, IGNORE)
     cuda.row_grad(logits, labels, None, softmax, None, softmax[:1], None, 1.0, IGNORE)
     cuda.pair_loss(torch.zeros(2, 3), None, torch.zeros(2, 3, dtype=torch.int64), None, None, 0.1, 0.0, IGNORE)

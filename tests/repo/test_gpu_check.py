@@ -443,7 +443,7 @@ def test_every_tuned_constant_is_one_that_is_used():
     from qkernels.backends.triton import common
 
     def cuda_splits() -> int:
-        return cuda.splits_for(600, 1 << 20, 132, 64)
+        return cuda.splits_for(300, 1 << 20, 132, 64)
 
     for module, constants in ((cuda, tuning._CUDA_SPLITS), (common, tuning._TRITON_SPLITS)):
         for name, values in constants.items():
@@ -451,16 +451,10 @@ def test_every_tuned_constant_is_one_that_is_used():
     before = cuda_splits()
     assert tuning._with(cuda, {"_BLOCKS_PER_SM": 16}, cuda_splits)() != before == cuda_splits()
 
-    def triton_splits(rows: int = 16, vocab: int = 1 << 20) -> int:
-        return common.splits_for(rows, vocab, 1024, CPU)
-
-    for name, rows, vocab in (
-        ("ROWS_PER_SM", 40, 1 << 20),
-        ("PROGRAMS_PER_SM", 8, 1 << 20),
-        ("SMALLEST_PIECE", 4, 1 << 15),
-    ):
-        before = triton_splits(rows, vocab)
-        assert tuning._with(common, {name: 2}, lambda r=rows, v=vocab: triton_splits(r, v))() != before
+    for name, rows, vocab in (("PROGRAMS_PER_SM", 16, 1 << 20), ("SMALLEST_PIECE", 4, 1 << 15)):
+        before = common.splits_for(rows, vocab, 132)
+        call = tuning._with(common, {name: 2}, lambda r=rows, v=vocab: common.splits_for(r, v, 132))
+        assert call() != before == common.splits_for(rows, vocab, 132)
 
 
 def test_another_build_is_timed_from_its_own_folder(tmp_path, monkeypatch):

@@ -9,15 +9,17 @@ import pytest
 model = pytest.importorskip("bench.kernel_estimate", reason="bench/ lies in the source tree only")
 kernel_report = pytest.importorskip("bench.kernel_report")
 
-# 4 blocks of 256 threads with four 16-byte loads each: 8 KiB in flight per block.
+# 4 blocks per SM of 256 threads with four 16-byte loads each: 8192 entries of bf16 per iteration of a block.
 KERNEL = model.Kernel(256, 64, 2080, 64, 6.4, ptx_per_entry=0.4, ptx_per_row=7000, ptx_longest=900, ptx_combine=300)
-REST = 0.5 * 900 * 4 / 1.8e9  # half as many machine instructions as PTX
+# Twice for the memory, once for the caches, and the instructions besides, half as many in machine code as in PTX.
+OUTSIDE = 2 * 0.8e-6 + 0.3e-6 + 0.5 * 900 * 4 / 1.8e9
+ITERATION = 32 * 6.4 * 2 / 1.8e9  # the instructions of one, one after the other
 
 
 def test_many_rows_take_what_moving_their_bytes_takes():
     found = model.estimate(KERNEL, model.Work(132 * 64, 128000, 2, 2))
     assert found.floor == pytest.approx(132 * 64 * 256000 / 4.3e12, rel=1e-12)
-    assert found.seconds == pytest.approx(found.floor + 1.6e-6 + REST, rel=1e-12)
+    assert found.seconds == pytest.approx(found.floor + OUTSIDE, rel=1e-12)
     assert found.bound == "memory" and found.at_the_floor
 
 
@@ -27,23 +29,38 @@ def test_rows_of_one_sm_more_than_others_count():
 
 
 def test_a_few_rows_wait_for_the_memory():
-    """One block per SM draws 8 KiB per 800 ns, and waits twice before."""
+    """One block per SM: 15 iterations and a part of one, of which all but the first wait once more."""
     found = model.estimate(KERNEL, model.Work(132, 128000, 2, 2))
-    assert found.seconds == pytest.approx(256000 / (8192 / 800e-9) + 2 * (1.6e-6 + REST), rel=1e-12)
+    assert found.seconds == pytest.approx(OUTSIDE + 15 * ITERATION + 15 * 0.8e-6, rel=1e-12)
     assert found.bound == "latency" and found.ratio > 2
+
+
+def test_blocks_that_find_no_room_wait_for_the_others():
+    """An SM has room for 4. One load per thread and iteration: the memory is idle most of the time."""
+    narrow = replace(KERNEL, loads=16)
+    four, five = (model.estimate(narrow, model.Work(rows, 131072, 2, 2)).seconds for rows in (4 * 132, 5 * 132))
+    assert four == pytest.approx(OUTSIDE + 16 * ITERATION + 63 * 0.8e-6, rel=1e-12)
+    assert five == pytest.approx(2 * four, rel=1e-12)
+
+
+def test_a_part_of_an_iteration_waits_as_long_as_a_whole_one():
+    """What `qkernels.backends.pieces` avoids."""
+    work = model.Work(16, 131072, 2, 2, splits=2, combined=False)
+    whole, more = (model.estimate(KERNEL, replace(work, span=span)).seconds for span in (65536, 65544))
+    assert more - whole == pytest.approx(0.8e-6, rel=1e-9)
 
 
 def test_split_rows_wait_for_the_kernel_that_combines_them():
     one = model.Work(16, 128000, 2, 2, splits=33)
     combined, alone = (model.estimate(KERNEL, replace(one, combined=c)).seconds for c in (True, False))
-    assert combined - alone == pytest.approx(1e-6 + 1.6e-6 + 0.5 * 300 * 4 / 1.8e9, rel=1e-9)
+    assert combined - alone == pytest.approx(1e-6 + 2 * 0.3e-6 + 0.5 * 300 * 4 / 1.8e9, rel=1e-9)
 
 
 def test_many_instructions_bound_what_the_memory_does_not():
     slow = replace(KERNEL, per_entry=64.0, ptx_per_entry=4.0)
     found = model.estimate(slow, model.Work(132 * 64, 128000, 2, 2))
     slots = 64 * (128000 * 2 + 0.5 * 7000)
-    assert found.seconds == pytest.approx(slots / (4 * 1.8e9) + 1.6e-6 + REST, rel=1e-12)
+    assert found.seconds == pytest.approx(slots / (4 * 1.8e9) + OUTSIDE, rel=1e-12)
     assert found.bound == "issue"
 
 

@@ -118,9 +118,8 @@ def backend_choice(bench: Bench) -> list[str]:
 
 
 # Blocks per SM up to which rows are split, and how small a piece may be, in entries.
-_CUDA_SPLITS = {"_BLOCKS_PER_SM": (4, 8, 16), "_SMALLEST_PIECE": (1024, 2048, 8192)}
-# Of Triton: programs per SM below which rows are split, how many there should be then, tiles of the smallest piece.
-_TRITON_SPLITS = {"ROWS_PER_SM": (2, 4, 8), "PROGRAMS_PER_SM": (4, 8, 16), "SMALLEST_PIECE": (2, 4, 16)}
+_CUDA_SPLITS = {"_BLOCKS_PER_SM": (2, 4, 8), "_SMALLEST_PIECE": (2048, 4096, 8192)}
+_TRITON_SPLITS = {"PROGRAMS_PER_SM": (2, 4, 8), "SMALLEST_PIECE": (2048, 4096, 8192)}
 
 
 def splits(bench: Bench) -> list[str]:

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.checks import check_labels as check_labels
+from ..pieces import ITERATION, pieces_for, span_of
 
 WARPS = 4
 WARP_SIZE = 64 if torch.version.hip else 32
@@ -88,30 +89,21 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
-def splits_for(rows: int, vocab: int, tile: int, device: torch.device) -> int:
-    """Over how many programs a row is split on a device."""
-    return pieces_for(rows, vocab, tile, processors(device))
+# Programs per SM that split rows make at most, the fewest entries of a piece, and the most pieces that the combining
+# program reads at once.
+PROGRAMS_PER_SM, SMALLEST_PIECE, MAX_SPLITS = 4, ITERATION, 64
 
 
-def pieces_for(rows: int, vocab: int, tile: int, count: int) -> int:
-    """Over how many programs a row is split on `count` SMs: 1 unless there are fewer than ROWS_PER_SM rows per SM.
-
-    Then enough programs for PROGRAMS_PER_SM, of at least SMALLEST_PIECE tiles each, and no more than the combining
-    program reads at once.
-    """
-    if rows >= ROWS_PER_SM * count:
-        return 1
-    wanted = -(-PROGRAMS_PER_SM * count // max(rows, 1))
-    return max(1, min(wanted, vocab // (SMALLEST_PIECE * tile), MAX_SPLITS))
+def splits_for(rows: int, vocab: int, count: int) -> int:
+    """Over how many programs a row is split, at most, on `count` SMs."""
+    return pieces_for(rows, vocab, count, blocks=PROGRAMS_PER_SM, smallest=SMALLEST_PIECE, most=MAX_SPLITS)
 
 
-ROWS_PER_SM, PROGRAMS_PER_SM, SMALLEST_PIECE = 4, 8, 4
-MAX_SPLITS = 64
-
-
-def span_of(vocab: int, splits: int, vector: int) -> int:
-    """Elements per program of a split row; a multiple of the vector, so that all pieces have the same alignment."""
-    return -(-vocab // (splits * vector)) * vector
+def split_row(logits: Tensor, rows: int) -> tuple[int, int]:
+    """Over how many programs the rows of a tensor are split, and entries per program."""
+    vocab = logits.shape[-1]
+    span = span_of(vocab, splits_for(rows, vocab, processors(logits.device)))
+    return -(-vocab // span), span
 
 
 # --- addresses and tiles ----------------------------------------------------------------------------------------------

@@ -236,12 +236,12 @@ def row_grad_into(out: Tensor, call: RowGrad) -> None:
     if full and reference is not None and reference_softmax is not None:
         ref, r_softmax, with_reference = reference, reference_softmax.contiguous(), True
     vector = common.vector_length(logits, ref, out)
-    splits = common.splits_for(rows, vocab, common.LANES * vector, logits.device)
+    splits, span = common.split_row(logits, rows)
     with common.on_device_of(logits):
         row_grad_kernel[(rows * splits,)](
             logits, ref, labels, softmax, r_softmax, coefficients, coefficients if upstream is None else upstream, out,
             logits.shape[1], vocab, *common.row_strides(logits), *common.row_strides(ref), *common.row_strides(out),
-            ignore_index, *common.two_floats(1 / temperature), splits, common.span_of(vocab, splits, 8), FULL=full,
+            ignore_index, *common.two_floats(1 / temperature), splits, span, FULL=full,
             SCALED=upstream is not None, WITH_REFERENCE=with_reference,
             ALIGNED=common.same_alignment(out, logits, vector), R_ALIGNED=common.same_alignment(out, ref, vector),
             LANES=common.LANES, VEC=vector, UNROLL=UNROLL[with_reference], **common.OPTIONS,

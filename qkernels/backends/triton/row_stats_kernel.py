@@ -510,34 +510,38 @@ def row_stats_kernel(
         lane_sums, lane_raw, lane_before, lane_r_sums = _accumulate_row_jointly(
             z_row, r_row, n, label, scale, head_mask, ENTROPY, EXTRAS, ALIGNED, LANES, VEC, UNROLL
         )
+        if not SPLIT:  # loaded while the sums of the threads are added, here and below
+            label_bits, r_label_bits = tl.load(z_row + label), tl.load(r_row + label)
         sums, raw, before_label, r_sums = _merge_jointly(lane_sums, lane_raw, lane_before, lane_r_sums, scale)
         if SPLIT:
             _store_policy(to, sums, raw, before_label)
             _store_reference(to, r_sums)
             _store_cross(to, sums, r_sums)
         else:
-            y = tl.load(z_row + label).to(tl.float32)
-            ry = tl.load(r_row + label).to(tl.float32)
+            y, ry = label_bits.to(tl.float32), r_label_bits.to(tl.float32)
             _finish_policy(out, fields, rows, vocab, inverse_temperature, y, sums, raw, before_label, ENTROPY, EXTRAS)
             _finish_reference(out, fields, rows, inverse_temperature, ry, r_sums)
             _finish_divergences(out, fields, rows, inverse_temperature, y, ry, sums, r_sums)
     elif of_reference:
         lanes_of_r, _, _ = _accumulate_row(r_row, n, label, scale, head_mask, False, False, LANES, R_VEC, UNROLL)
+        if not SPLIT:
+            r_label_bits = tl.load(r_row + label)
         r_sums = _merge_reference((lanes_of_r[0], lanes_of_r[1], lanes_of_r[4]), scale)
         if SPLIT:
             _store_reference(to, r_sums)
         else:
-            ry = tl.load(r_row + label).to(tl.float32)
-            _finish_reference(out, fields, rows, inverse_temperature, ry, r_sums)
+            _finish_reference(out, fields, rows, inverse_temperature, r_label_bits.to(tl.float32), r_sums)
     else:
         lane_sums, lane_raw, lane_before = _accumulate_row(
             z_row, n, label, scale, head_mask, ENTROPY, EXTRAS, LANES, VEC, UNROLL
         )
+        if not SPLIT:
+            label_bits = tl.load(z_row + label)
         sums, raw, before_label = _merge_policy(lane_sums, lane_raw, lane_before, scale)
         if SPLIT:
             _store_policy(to, sums, raw, before_label)
         else:
-            y = tl.load(z_row + label).to(tl.float32)
+            y = label_bits.to(tl.float32)
             _finish_policy(out, fields, rows, vocab, inverse_temperature, y, sums, raw, before_label, ENTROPY, EXTRAS)
 
 
@@ -586,13 +590,16 @@ def combine_kernel(
     r_maximum = tl.load(at + _R_PARTIALS, mask=there, other=-_INF)
     r_exp = tl.load(at + _R_PARTIALS + 1, mask=there, other=0.0)
     r_cross = tl.load(at + _R_PARTIALS + 2, mask=there, other=0.0)
+    label_bits = tl.load(row_of(logits, row, inner, outer_stride, inner_stride) + label64)
+    if REFERENCE:
+        r_label_bits = tl.load(row_of(reference, row, inner, r_outer_stride, r_inner_stride) + label64)
     sums, raw, before_label, r_sums = _merge_jointly(
         (maximum, exp, exp_t, exp_sq, cross), raw, before_label, (r_maximum, r_exp, r_cross), scale
     )
-    y = tl.load(row_of(logits, row, inner, outer_stride, inner_stride) + label64).to(tl.float32)
+    y = label_bits.to(tl.float32)
     _finish_policy(out, fields, rows, vocab, inverse_temperature, y, sums, raw, before_label, ENTROPY, EXTRAS)
     if REFERENCE:
-        ry = tl.load(row_of(reference, row, inner, r_outer_stride, r_inner_stride) + label64).to(tl.float32)
+        ry = r_label_bits.to(tl.float32)
         _finish_reference(out, fields, rows, inverse_temperature, ry, r_sums)
         if REFERENCE == _JOINT:
             _finish_divergences(out, fields, rows, inverse_temperature, y, ry, sums, r_sums)
@@ -631,13 +638,13 @@ def row_stats(call: RowStats) -> Tensor:
         vector = r_vector = max(vector, r_vector)
         aligned = common.same_alignment(logits, reference, vector)
     lanes = common.LANES
-    splits = common.splits_for(rows, vocab, lanes * vector, logits.device)
+    splits, span = common.split_row(logits, rows)
     programs = 2 if how["REFERENCE"] == SEPARATE else 1  # one program per model
     partial = out if splits == 1 else out.new_empty((rows, splits, len(PARTIALS)))
     args = (
         logits, reference, labels, out, partial, logits.shape[1], vocab, *common.row_strides(logits),
         *common.row_strides(reference), ignore_index, *common.two_floats(1 / temperature), fields, splits,
-        common.span_of(vocab, splits, 8), 0 if vocab < lanes * min(vector, r_vector) else -1,
+        span, 0 if vocab < lanes * min(vector, r_vector) else -1,
     )  # fmt: skip
     with common.on_device_of(logits):
         row_stats_kernel[(rows * splits * programs,)](
