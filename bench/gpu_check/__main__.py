@@ -149,6 +149,7 @@ def run(kept: Record, names: list[str], bench: Bench, budget: float) -> None:
     patience = _PATIENCE if bench.rehearsal else 1
     process: worker.Process | None = None
     queue = schedule.order(kept, names)
+    builds = "build" in queue and not bench.rehearsal
     try:
         while queue:
             name, step = queue[0], schedule.STEPS[queue[0]]
@@ -172,7 +173,7 @@ def run(kept: Record, names: list[str], bench: Bench, budget: float) -> None:
     finally:
         if process is not None:
             process.end()
-    kept.machine = machine.facts(bench.device)
+    kept.machine = (machine.facts_anew if builds else machine.facts)(bench.device)
 
 
 def _together(queue: list[str], bench: Bench) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import sys
 import time
 import warnings
 
 import torch
 
 from .. import measure
+from . import commands
 from .step import ROOT
 
 
@@ -53,6 +56,16 @@ def facts(device: torch.device) -> dict[str, str]:
         built = qkernels.info()["native_extension"]["cuda"].get("version", "none")
         return {"GPU": gpu, "CUDA": f"{torch.version.cuda} of torch, {built} of the extension", **found}
     return {"rehearsal": "tiny tensors on the CPU; the figures mean nothing", **found}
+
+
+def facts_anew(device: torch.device) -> dict[str, str]:
+    """`facts` of a new process: this one may have imported the package before its extension was built."""
+    code = "import json, sys, torch; from bench.gpu_check import machine\n"
+    code += "print(json.dumps(machine.facts(torch.device(sys.argv[1]))))"
+    try:
+        return dict(json.loads(commands.run(sys.executable, "-c", code, str(device), keep=1, quiet=True)[0]))
+    except (RuntimeError, IndexError, ValueError):
+        return facts(device)
 
 
 def age() -> float:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..core import devices
 from ..core.coefficients import coefficients
 from ..core.fields import DIVERGENCES
-from ..core.memory import BLOCK_ELEMENTS
+from ..core.memory import block_elements
 from ..head import chunks, ops
 from ..head.call import HeadCall, Model
 from ..head.chunks import Gradients
@@ -129,7 +130,7 @@ class KnownGradient(torch.autograd.Function):
             gradients = ctx.again()
         # The host may look at a number in its own memory: the usual factor 1 saves a pass over dW, and a plain number
         # needs no wide copy of it.
-        factor = grad.item() if grad.device.type == "cpu" else None
+        factor = grad.item() if devices.on_cpu(grad.device) else None
         for gradient in gradients:
             if gradient is None or factor == 1:
                 continue
@@ -146,9 +147,9 @@ def scaled(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
         return (values * factor).to(dtype)
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
-    if values.device.type != "cpu" or values.dtype == factor.dtype == dtype:
+    if not devices.on_cpu(values.device) or values.dtype == factor.dtype == dtype:
         return torch.mul(values, factor, out=out)
-    step = max(1, BLOCK_ELEMENTS // max(1, values.shape[1]))
+    step = max(1, block_elements(values.device) // max(1, values.shape[1]))
     for start in range(0, values.shape[0], step):  # a CPU would make wide copies of it all
         block = slice(start, start + step)
         out[block] = values[block] * factor[block]

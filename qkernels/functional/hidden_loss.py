@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..autograd.head import Known, KnownGradient
 from ..autograd.saved import by_name
-from ..core import checks
+from ..core import checks, devices
 from ..core.fields import stats_dtype
 from ..core.sequences import Sequences
 from ..distributed.fingerprint import Fingerprint
@@ -151,7 +151,7 @@ class HiddenLossRequest(NamedTuple):
         labels, valid = batch.labels.reshape(-1), None
         if counts.known is not None and labels.device.type != "meta":
             # On a CPU looking for the rows needs no number, and is faster without; a number that is given is kept to.
-            found = given is None and labels.device.type == "cpu"
+            found = given is None and devices.on_cpu(labels.device)
             valid = chunks.valid_rows(labels, inputs.ignore_index, None if found else sum(counts.known))
         inputs = inputs._replace(labels=labels, valid=valid, valid_rows=None if given is None else sum(given))
         has_model = inputs.reference is not None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..core import devices
 from ..core.fields import field_names
 from ..core.sequences import Sequences
 from ..head.call import HeadCall
@@ -178,7 +179,7 @@ def _starts_on_host(lengths: Sequence[int]) -> Tensor:
 
 def _starts(batch: Batch, counts: Counts) -> Tensor:
     """Where the sequences of a batch begin among its valid rows, and the last one ends, int32."""
-    if batch.labels.device.type == "cpu" and counts.unchecked is None and counts.known is not None:
+    if devices.on_cpu(batch.labels.device) and counts.unchecked is None and counts.known is not None:
         return _starts_on_host(counts.known)
     # On the device: numbers copied there would make the host synchronise. The numbers that the caller has given may be
     # wrong, but the chunks are cut accordingly.

@@ -10,12 +10,13 @@ g = onehot - p and c the coefficient dL/dlogp of a row, dX_i = c_i (g_i W) and d
 
 A chunk holds fp32 logits, and the gradient is written over them; where GEMMs take 16 bits, it is rounded once to them
 and takes the first half of that memory. fp16 has too few exponents for a gradient times a small coefficient: there rows
-of g are formed for coefficients scaled to 1, and the scale is applied to the `[n, H]` sides of the GEMMs. What waits
-for an upstream gradient (a loss scaler's, as a rule) waits in fp32.
+of g are formed for coefficients that are scaled up, so that small probabilities keep their digits, and the scale comes
+off the fp32 results of the GEMMs. What waits for an upstream gradient (a loss scaler's, as a rule) waits in fp32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..core import devices
 from ..core.calls import RowGrad, RowStats
 from ..core.coefficients import coefficients as coefficients_of
 from ..core.fields import BIT, NEEDS_REFERENCE, SOFTMAX, field_index, field_names, of_policy, stats_dtype
@@ -133,7 +135,7 @@ class Pass:
     def _reserve(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A buffer for the whole pass."""
         self._buffers[name] = take_scratch(shape, dtype, self.call.labels.device)
-        if not self._keep and len(self._buffers) == 1:
+        if not self._keep and len(self._buffers) == 1 and devices.on_cpu(self.call.labels.device):
             drop_scratch(freed=self.narrow == torch.float32)
         return self._buffers[name]
 
@@ -264,6 +266,22 @@ class Pass:
             self.backend.row_grad_into(out.unsqueeze(0), rows)
         return out
 
+    def scale_for_fp16(self, chunk: _Chunk, coefficients: Tensor) -> Tensor | None:
+        """`[1, 1, n]`: powers of two that the coefficients are to be divided by; None where GEMMs do not take fp16.
+
+        Each entry of a row's gradient is then at most 2^14, of one coefficient; of five 2^5 times the sum of their
+        terms, among them log q. The temperature and the slope of a softcap multiply what the coefficients bound.
+        """
+        if self.narrow != torch.float16:
+            return None
+        config = self.call.config
+        slope = (1.0 if config.softcap is None else abs(config.logit_scale)) / abs(config.row_temperature)
+        room = max(0, (14 if coefficients.shape[0] == 1 else 5) - math.ceil(math.log2(max(slope, 1.0))))
+        largest = coefficients.abs().amax(0, keepdim=True)
+        if chunk.temperatures is not None:
+            largest = largest / chunk.temperatures.view(1, 1, -1)
+        return torch.where(largest > 0, torch.exp2(largest.log2().ceil() - room), 1.0)
+
     def _room(self, chunk: _Chunk) -> Tensor:
         """`[n, V]` in the dtype of the GEMMs: the first half of a chunk's own logits, or where its gradient waits."""
         n, vocab = chunk.logits.shape[1:]
@@ -364,7 +382,9 @@ def unit_gradient(call: HeadCall) -> tuple[Tensor, Tensor]:
         values = work.stats(chunk, fields | SOFTMAX)
         _put(result, chunk.where, _only(values, fields | SOFTMAX, fields)[:, 0], 1)
         ones = torch.ones_like(values[:1])
-        _put(unit, chunk.where, work.head.input_grad(work.gradient(chunk, values[:3], ones)))
+        scale = work.scale_for_fp16(chunk, ones)
+        dx = work.head.input_grad(work.gradient(chunk, values[:3], ones if scale is None else ones / scale))
+        _put(unit, chunk.where, dx if scale is None else dx * scale.view(-1, 1))
     return result, unit
 
 
@@ -399,17 +419,14 @@ class _Gradients:
         self.weight = WeightGrad(work.head, needs[1], needs[2], chunks)
 
     def add(self, chunk: _Chunk, softmax: Tensor, coefficients: Tensor) -> None:
-        scale, x = None, chunk.x
-        if self.work.narrow == torch.float16:
-            scale = coefficients.abs().amax(0, keepdim=True)
-            scale = torch.where(scale > 0, torch.exp2(scale.log2().ceil()), 1.0)
-            coefficients = coefficients / scale
-            scale = scale.view(-1, 1)
+        x, scale = chunk.x, self.work.scale_for_fp16(chunk, coefficients)
+        if scale is not None:
+            coefficients, scale = coefficients / scale, scale.view(-1, 1)
         g = self.work.gradient(chunk, softmax, coefficients)
         dx = None
         if self.hidden is not None:
             dx = self.work.head.input_grad(g)
-            dx = dx if scale is None else dx.float() * scale
+            dx = dx if scale is None else dx * scale
         shard = self.work.call.config.shard
         summed = None if dx is None or shard is None else shard.sum_(dx)  # while the GEMM of dW runs
         if scale is not None:
@@ -508,7 +525,7 @@ def known_gradients(call: HeadCall, loss: KnownLoss, needs: Sequence[bool]) -> t
                 chunk = chunk.first(leading)
                 softmax, coefficients = (x[..., :leading].contiguous() for x in (softmax, coefficients))
             # (Ranks that share a head have to agree on the rows: they take all of them.)
-            if loss.drops and coefficients.device.type == "cpu" and call.config.shard is None:
+            if loss.drops and devices.on_cpu(coefficients.device) and call.config.shard is None:
                 chunk, softmax, coefficients = _with_gradient(chunk, softmax, coefficients)
             leading = chunk.labels.shape[1]
         loss.dropped += rows - leading

@@ -3,7 +3,8 @@
 Logits reach the softmax in fp32 (fp64 from fp64 inputs): rounded to 16 bits they would err by 3e-2 in a log-prob,
 while a token's reward early in training is of the order of 1e-2. How a 16-bit product yields fp32:
 
-- on a GPU, torch's own product with `out_dtype` (the accumulator of the matrix unit, not rounded);
+- on a GPU, torch's own product with `out_dtype` (the accumulator of the matrix unit, not rounded), also of the backward
+  in fp16, where a scale is still to come;
 - on a CPU with AMX or AVX-512 BF16, a GEMM of our own (`csrc/cpu/product_amx_bf16.cpp`, `product_avx512_bf16.cpp`);
   torch has none with an fp32 result there;
 - on other CPUs and for fp16, an fp32 product of inputs widened block by block (exact, and for fp16 many times faster
@@ -23,6 +24,7 @@ is one GEMM: the fp32 sums, which every chunk reads and writes whole, would take
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -30,9 +32,10 @@ from torch import Tensor
 from torch.utils import _python_dispatch
 
 from ..backends import cpu
+from ..core import devices
 from ..core.compile import constant_when_compiled
 from ..core.fields import stats_dtype
-from ..core.memory import BLOCK_ELEMENTS, empty
+from ..core.memory import block_elements, empty
 
 # Rows that torch's product on a CPU has at least. MKL takes other kernels for fewer (with AVX2 and up to 8 threads: for
 # 1 to 11), and a row's bits would depend on how many rows the call or the last chunk happens to have.
@@ -43,7 +46,7 @@ _BLOCK = 4096
 
 def _widens(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether all products run in fp32 on widened inputs: fp16 on a CPU."""
-    return device.type == "cpu" and dtype == torch.float16
+    return devices.on_cpu(device) and dtype == torch.float16
 
 
 def gradient_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -59,7 +62,7 @@ def _torch_multiplies_bf16() -> bool:
 
 def widens_backward(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether dX and dW are products in fp32 of widened bf16 inputs: on CPUs without bf16 instructions."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and not _torch_multiplies_bf16()
+    return devices.on_cpu(device) and dtype == torch.bfloat16 and not _torch_multiplies_bf16()
 
 
 def block_bytes(
@@ -74,7 +77,7 @@ def block_bytes(
         sums: whether dW is summed over chunks, for which columns of the gradient are widened.
         trains: whether there is a backward at all.
     """
-    if device.type != "cpu":
+    if not devices.on_cpu(device):
         return 0
     if own_kernel("logits", device, dtype):
         # Packed parts of both operands, and sums, for each thread; for dX a stretch of the vocabulary, and of bf16 its
@@ -107,7 +110,7 @@ def _torch_multiplies_fp32_slowly() -> bool:
 
 def own_kernel(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """The kernel of the extension that runs a GEMM, rather than torch's own; None where torch's does."""
-    if device.type != "cpu" or (dtype == torch.float32 and not _torch_multiplies_fp32_slowly()):
+    if not devices.on_cpu(device) or (dtype == torch.float32 and not _torch_multiplies_fp32_slowly()):
         return None
     return cpu.gemm_kernel(name, dtype)
 
@@ -128,7 +131,7 @@ def logits_product(device: torch.device, dtype: torch.dtype) -> str:
         return f"{_KERNELS[kernel]} kernel, fp32 result"
     if dtype in (torch.float32, torch.float64):
         return f"torch, {str(dtype)[6:]}"
-    if device.type != "cpu":
+    if not devices.on_cpu(device):
         return "torch, 16-bit inputs, fp32 result"
     return f"{_fp32_gemm(device)}, inputs widened to fp32 block by block"
 
@@ -191,6 +194,30 @@ def multiply(name: str, left: Tensor, right: Tensor, out: Tensor, bias: Tensor |
     return out
 
 
+def _multiply_wide(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> Tensor:
+    """out = left right, or out += left right, in fp32 that nothing has rounded, of 16-bit matrices. Not on CPUs."""
+    if not add:
+        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+    elif not _python_dispatch.is_in_torch_dispatch_mode() and _adds_wide(out.device):  # a flop counter cannot read it
+        torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, out=out)
+    else:
+        for start in range(0, out.shape[0], _BLOCK):
+            rows = out[start : start + _BLOCK]
+            rows.add_(torch.mm(left[start : start + _BLOCK], right, out_dtype=out.dtype))
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _adds_wide(device: torch.device) -> bool:
+    """Whether this torch adds a product of 16-bit matrices to fp32, and not to sums of their own dtype alone."""
+    sums, factor = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16))
+    try:
+        torch.ops.aten.addmm.dtype_out(sums, factor, factor, sums.dtype, out=sums)
+    except RuntimeError:
+        return False
+    return True
+
+
 class Head(NamedTuple):
     """Weight `[V, H]` and bias `[V]` of one model's head, in the dtype of its products, and what shapes its logits.
 
@@ -212,7 +239,7 @@ class Head(NamedTuple):
     def logits(self, x: Tensor, out: Tensor) -> None:
         """Write the logits of rows `x` `[n, H]` to `out` `[n, V]`, fp32 or fp64."""
         n, w, b = x.shape[0], self.weight, self.bias
-        if 0 < n < _FEWEST_ROWS and x.device.type == "cpu" and not _own_gemm("logits", x):
+        if 0 < n < _FEWEST_ROWS and devices.on_cpu(x.device) and not _own_gemm("logits", x):
             padded = x.new_zeros(_FEWEST_ROWS, x.shape[1])
             padded[:n] = x
             self.logits(padded, wide := out.new_empty(_FEWEST_ROWS, self.vocab))
@@ -220,8 +247,8 @@ class Head(NamedTuple):
             return
         if x.dtype == out.dtype:
             multiply("logits", x, w.t(), out, b)
-        elif x.device.type != "cpu":
-            torch.ops.aten.mm.dtype_out(x, w.t(), out.dtype, out=out)
+        elif not devices.on_cpu(x.device):
+            _multiply_wide(x, w.t(), out)
             if b is not None:
                 out.add_(b)
         elif _own_gemm("logits", x):
@@ -242,7 +269,7 @@ class Head(NamedTuple):
     def _round(self, out: Tensor) -> None:
         """Round logits `[n, V]` to the dtype of the weight where that is asked for, a block at a time."""
         if self.rounded and self.weight.dtype != out.dtype:
-            for block in out.split(max(1, BLOCK_ELEMENTS // max(1, self.vocab))):
+            for block in out.split(max(1, block_elements(out.device) // max(1, self.vocab))):
                 block.copy_(block.to(self.weight.dtype))
 
     def uncap(self, capped: Tensor, grad: Tensor, out: Tensor) -> None:
@@ -255,7 +282,9 @@ class Head(NamedTuple):
             out.copy_(grad.mul_(slope))  # mul into a narrower `out` would take a wide copy of it on a CPU
 
     def input_grad(self, g: Tensor) -> Tensor:
-        """dL/dx = g W, `[n, H]` in the dtype of g."""
+        """dL/dx = g W, `[n, H]`: in the dtype of g, or in fp32 for fp16, whose scale is still to come."""
+        if g.dtype == torch.float16:  # (on a CPU the GEMMs of the backward have no fp16)
+            return _multiply_wide(g, self.weight, torch.empty(g.shape[0], self.weight.shape[1], device=g.device))
         wide = torch.float32 if widens_backward(g.device, g.dtype) else g.dtype
         if wide == self.weight.dtype or (g.dtype == self.weight.dtype and _own_gemm("dX", g)):
             return multiply("dX", g, self.weight, g.new_empty(g.shape[0], self.weight.shape[1]))
@@ -269,10 +298,10 @@ class Head(NamedTuple):
 def _column_sums(g: Tensor, scale: Tensor | None) -> Tensor:
     """Sum over the rows of g `[n, V]`, each times its `scale` `[n]` if there is one, in fp32 or fp64: `[V]`."""
     wide = stats_dtype(g.dtype)
-    if scale is None and (g.dtype == wide or g.device.type != "cpu"):
+    if scale is None and (g.dtype == wide or not devices.on_cpu(g.device)):
         return g.sum(0, dtype=wide)
-    # Block by block: on a CPU torch would widen all of g first.
-    step = max(1, BLOCK_ELEMENTS // max(1, g.shape[0]))
+    # Block by block: torch would widen all of g first.
+    step = max(1, block_elements(g.device) // max(1, g.shape[0]))
     blocks = (g[:, start : start + step].to(wide) for start in range(0, g.shape[1], step))
     return torch.cat([block.sum(0) if scale is None else scale.to(wide) @ block for block in blocks])
 
@@ -316,8 +345,8 @@ class WeightGrad:
         else:
             if self.weight is None:
                 self.weight = torch.zeros(self.head.weight.shape, dtype=wide, device=g.device)
-            if g.device.type != "cpu":
-                torch.ops.aten.addmm.dtype_out(self.weight, g.t(), x, wide, out=self.weight)
+            if not devices.on_cpu(g.device):
+                _multiply_wide(g.t(), x, self.weight, add=True)
             elif _own_gemm("dW of a chunk", g):
                 _show_product(g.t(), x)
                 cpu.gemm("dW of a chunk", g.t(), x, self.weight)
@@ -331,9 +360,9 @@ class WeightGrad:
         if self.weight is None:
             self.weight = torch.zeros(self.head.weight.shape, dtype=torch.float32, device=g.device)
         for start in range(0, self.head.vocab, _BLOCK):
-            block = slice(start, start + _BLOCK)
-            rows = self.weight[block]
-            rows.add_(multiply("dW", g[:, block].t(), x, g.new_empty(rows.shape)) * scale)
+            rows = self.weight[start : start + _BLOCK]
+            part = _multiply_wide(g[:, start : start + _BLOCK].t(), x, torch.empty_like(rows))
+            rows.add_(part.mul_(scale))
 
     def result(
         self, weight_dtype: torch.dtype | None, bias_dtype: torch.dtype | None

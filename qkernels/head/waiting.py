@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..core import devices
 from ..core.memory import give_back_end
 from .products import widens_backward
 
@@ -33,7 +34,7 @@ def waits(weight: Tensor, dtype: torch.dtype, rows: int, chunks: int) -> bool:
 
 def logits_lie_behind(device: torch.device) -> bool:
     """Whether the logits of a chunk lie behind the gradients that wait, in one allocation (`Waiting`)."""
-    return device.type == "cpu"
+    return devices.on_cpu(device)
 
 
 class Waiting:

@@ -411,7 +411,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            self.dtypes |= {t.dtype for t in args[-2:]}
+            self.dtypes |= {t.dtype for t in [x for x in args if isinstance(x, torch.Tensor)][-2:]}
         return func(*args, **(kwargs or {}))
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cases import IGNORE, HeadBatch, make_head_batch
 from linear_comparisons import bytes_for, leaves
 from qkernels import LinearPlan, fused_linear_token_dpo, linear_token_stats, objectives, plan_linear
-from qkernels.core.memory import BLOCK_ELEMENTS, free_memory
+from qkernels.core.memory import block_elements, free_memory
 from qkernels.head import chunks, products, waiting
 from qkernels.head.products import block_bytes, logits_product
 
@@ -216,6 +216,14 @@ def test_free_memory_is_a_number_of_bytes():
     assert 2**20 < free_memory(torch.device("cpu")) < 2**50
 
 
+def test_free_memory_of_a_gpu_counts_what_its_allocator_keeps(monkeypatch):
+    """In a training loop the allocator holds nearly all of the device, most of it free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 80)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
+    assert free_memory(torch.device("cuda", 0)) == 40
+
+
 @pytest.mark.parametrize("dtype", PLAIN, ids=str)
 def test_plans_of_meta_tensors(dtype):
     """A plan for sizes that do not fit here: all rows count, nothing is allocated."""
@@ -370,7 +378,7 @@ def scratch(batch: HeadBatch, rows: int, dtype: torch.dtype) -> int:
 
 def check_peak(peak: int, plan: LinearPlan, batch: HeadBatch, dtype: torch.dtype) -> None:
     """Never more than the plan says, and not much less: one that overstates would keep people from what fits."""
-    allowed = plan.peak_bytes + PER_ROW * batch.labels.numel() + 8 * BLOCK_ELEMENTS
+    allowed = plan.peak_bytes + PER_ROW * batch.labels.numel() + 8 * block_elements(batch.labels.device)
     allowed += scratch(batch, plan.chunk_rows, dtype)
     # What the extension's GEMMs pack is no memory of torch's, so that the profiler does not see it.
     packed = 0

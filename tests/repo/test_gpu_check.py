@@ -295,12 +295,42 @@ def test_a_build_for_this_gpu_is_kept_and_another_is_not(tmp_path, monkeypatch):
     (tmp_path / "qkernels").mkdir()
     (tmp_path / "csrc" / "a.cu").touch()
     monkeypatch.setattr(correctness, "ROOT", tmp_path)
+    monkeypatch.setattr(correctness, "_SOURCES_OF_BUILD", tmp_path / "sources.txt")
+    monkeypatch.setattr(machine, "sources", lambda: "a digest")
     assert not correctness._built_for("90"), "nothing is built"
     (tmp_path / "qkernels" / "_C.so").touch()
     (tmp_path / "qkernels" / "_build.json").write_text('{"cuda": {"architectures": ["80-real", "90"]}}')
     assert correctness._built_for("90") and correctness._built_for("80") and not correctness._built_for("100")
     os.utime(tmp_path / "csrc" / "a.cu", (time.time() + 60,) * 2)
     assert not correctness._built_for("90"), "the sources are newer"
+    (tmp_path / "sources.txt").write_text("a digest")
+    assert correctness._built_for("90") and not correctness._built_for("100"), "newer files of the same text"
+    (tmp_path / "sources.txt").write_text("another digest")
+    assert not correctness._built_for("90")
+
+
+def test_facts_come_from_a_new_process(monkeypatch):
+    """Or from this one, where that fails."""
+    here, anew = machine.facts(CPU), machine.facts_anew(CPU)
+    assert anew.keys() == here.keys() and anew["backends"] == here["backends"]
+    monkeypatch.setattr(machine, "facts", lambda device: {"of": "this process"})
+    assert machine.facts_anew(CPU).keys() == here.keys()
+    monkeypatch.setattr(machine.commands, "run", lambda *command, **how: ["no JSON"])
+    assert machine.facts_anew(CPU) == {"of": "this process"}
+
+
+@pytest.mark.parametrize("said, expected", [("Device not supported", step.Missing), ("out of bounds", RuntimeError)])
+def test_a_sanitizer_that_cannot_be_used_is_missing(monkeypatch, said, expected):
+    """It says so first; the program then ends with an error of its own."""
+    code = f"print('========= {said}'); print('error 999'); raise SystemExit(9)"
+
+    def run(program, *how, keep, **more):
+        return commands.run(sys.executable, "-S", "-c", code, keep=keep)
+
+    monkeypatch.setattr(correctness, "run", run)
+    monkeypatch.setattr(correctness, "tool", lambda name: name)
+    with pytest.raises(expected, match=said):
+        correctness.sanitizer(step.Bench(torch.device("cuda", 0)))
 
 
 def test_a_command_that_fails_ends_its_step():

@@ -30,9 +30,16 @@ def build(bench: Bench) -> list[str]:
         return ["nothing is built in a rehearsal"]
     major, minor = torch.cuda.get_device_capability(bench.device)
     if _built_for(f"{major}{minor}"):
-        return [f"the extension at hand is newer than its sources and compiled for sm_{major}{minor}"]
+        return [f"the extension at hand is newer than its sources, or made of them, and for sm_{major}{minor}"]
     how = {"QKERNELS_CUDA": "1", "QKERNELS_CUDA_ARCHS": f"{major}{minor}"}
-    return run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", **how)
+    said = run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", **how)
+    _SOURCES_OF_BUILD.parent.mkdir(parents=True, exist_ok=True)
+    _SOURCES_OF_BUILD.write_text(machine.sources(), encoding="utf-8")
+    return said
+
+
+# Digest of the sources that were built here. A tree that is copied again has new times, and may be the same.
+_SOURCES_OF_BUILD = ROOT / "build" / "gpu_check" / "sources-of-build.txt"
 
 
 def _built_for(architecture: str) -> bool:
@@ -44,7 +51,9 @@ def _built_for(architecture: str) -> bool:
     targets = (json.loads(about.read_text(encoding="utf-8")).get("cuda") or {}).get("architectures") or []
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
     newest = max(path.stat().st_mtime for path in sources)
-    return architecture in {name.removesuffix("-real") for name in targets} and built[0].stat().st_mtime >= newest
+    same = _SOURCES_OF_BUILD.exists() and _SOURCES_OF_BUILD.read_text(encoding="utf-8") == machine.sources()
+    fresh = same or built[0].stat().st_mtime >= newest
+    return fresh and architecture in {name.removesuffix("-real") for name in targets}
 
 
 def runnable(bench: Bench) -> list[str]:
@@ -229,8 +238,9 @@ def sanitizer(bench: Bench) -> list[str]:
 
     def check(kind: str) -> list[str]:
         how = ("--tool", kind, "--error-exitcode", "9")
-        found = run(program, *how, *inner, keep=1, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        return [f"{kind}: {line}" for line in found]
+        # Many lines, because what the tool cannot do it says long before the program ends.
+        found = run(program, *how, *inner, keep=40, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        return [f"{kind}: {line}" for line in found[-1:]]
 
     try:
         with ThreadPoolExecutor(2) as pool:
