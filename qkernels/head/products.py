@@ -130,6 +130,8 @@ def logits_product(device: torch.device, dtype: torch.dtype) -> str:
     if kernel := own_kernel("logits", device, dtype):
         return f"{_KERNELS[kernel]} kernel, fp32 result"
     if dtype in (torch.float32, torch.float64):
+        if device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            return "torch, float32 inputs rounded to TF32"
         return f"torch, {str(dtype)[6:]}"
     if not devices.on_cpu(device):
         return "torch, 16-bit inputs, fp32 result"

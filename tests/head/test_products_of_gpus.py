@@ -140,3 +140,17 @@ def test_gradients_of_fp16_neither_overflow_nor_lose_small_probabilities(gpu, te
     # What fp16 can hold of the result itself: half an ulp, and half of the least number.
     bound = 2e-3 * exact.grad[7].abs() + 2.0**-25
     assert_within(leaf.grad[7].float(), exact.grad[7], bound, "gradient of an unlikely token's weight")
+
+
+def test_a_plan_says_that_torch_rounds_fp32_inputs():
+    """Where a caller has asked torch for TF32."""
+    gpu, before = torch.device("cuda", 0), torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert products.logits_product(gpu, FLOAT) == "torch, float32 inputs rounded to TF32"
+        assert "TF32" not in products.logits_product(gpu, BF16) + products.logits_product(CPU, FLOAT)
+        assert products.logits_product(gpu, torch.float64) == "torch, float64"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert products.logits_product(gpu, FLOAT) == "torch, float32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
