@@ -58,8 +58,8 @@ def bootstrap(
     values = []
     for start in range(0, resamples, max(1, _ENTRIES // units)):
         count = min(resamples - start, max(1, _ENTRIES // units))
-        drawn = torch.randint(units, (count, units), generator=generator)
-        weights = torch.zeros(count, units, dtype=torch.float64)
+        drawn = torch.randint(units, (count, units), generator=generator, device=generator.device)
+        weights = torch.zeros(count, units, dtype=torch.float64, device=drawn.device)
         values.append(statistic(weights.scatter_add_(1, drawn, torch.ones_like(weights))))
     found = torch.cat(values)
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)

@@ -348,7 +348,8 @@ def scan_beta(
 
             def write(prompts: Tensor, count: int, guidance: Any = guidance, sums: list[Tensor] = sums) -> _Generated:
                 part = _generate(policy, input_ids[prompts], attention_mask[prompts], count, [guidance], kwargs)
-                steps = torch.stack(guidance.divergences, -1).view(part.completion_mask.shape)
+                where = part.completion_mask
+                steps = torch.stack(guidance.divergences, -1).view(where.shape).to(where.device)
                 sums.append((steps * part.completion_mask).double().sum(-1).flatten())
                 return part
 
@@ -546,8 +547,11 @@ class _Generated(NamedTuple):
 def _generate(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, count: int, processors: Any, kwargs: dict[str, Any]
 ) -> _Generated:
-    """One call of `model.generate`, and which of its tokens are completions."""
-    kwargs = dict(kwargs)
+    """One call of `model.generate` on the model's device, and which of its tokens are completions."""
+    kwargs, device = dict(kwargs), input_ids.device
+    there = next(model.parameters()).device
+    if there.type != "meta":  # offloaded weights do not say where they are used
+        input_ids, attention_mask = input_ids.to(there), attention_mask.to(there)
     if processors is not None:
         for processor in processors:
             if hasattr(processor, "for_prompt"):
@@ -573,11 +577,11 @@ def _generate(
         scores = output.sequences_scores.masked_fill(~exists, -torch.inf)
     shape = (len(input_ids), count)
     return _Generated(
-        sequences=sequences.unflatten(0, shape),
-        completion_mask=mask.unflatten(0, shape),
-        finished=(finished & exists).unflatten(0, shape),
-        exists=exists.unflatten(0, shape),
-        scores=None if scores is None else scores.unflatten(0, shape),
+        sequences=sequences.unflatten(0, shape).to(device),
+        completion_mask=mask.unflatten(0, shape).to(device),
+        finished=(finished & exists).unflatten(0, shape).to(device),
+        exists=exists.unflatten(0, shape).to(device),
+        scores=None if scores is None else scores.unflatten(0, shape).to(device),
     )
 
 

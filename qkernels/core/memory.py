@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import mmap
 import os
@@ -101,6 +102,13 @@ def drop_scratch(freed: bool = False) -> None:
     if freed:
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
+def collect() -> None:
+    """Free what is in reference cycles, as a model with an installed head is, and what CUDA's allocator keeps."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def give_back_end(buffer: Tensor, kept: int) -> None:

@@ -184,16 +184,28 @@ def _listed(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def _exchange(group: Any, name: str, width: int, free: int, facts: Mapping[str, Any], error: str = "") -> list[Part]:
-    """Exchange 32 bytes, and more only if something is wrong. `facts` are those of a `Fingerprint`, by their words.
+def _exchange(
+    group: Any, name: str, numbers: tuple[int, int], facts: Mapping[str, Any], device: torch.device, error: str = ""
+) -> list[Part]:
+    """Exchange 32 bytes, and more only if something is wrong.
+
+    Args:
+        group, name: which, and the argument that it came as.
+        numbers: width and free memory of a `Part`.
+        facts: those of a `Fingerprint`, by their words.
+        device: of the call's tensors.
+        error: of this rank.
 
     Raises, unless this rank brings an `error` of its own:
         RuntimeError: another rank failed.
         ValueError: the ranks disagree; the message says on what.
     """
-    # On the CPU where the group can: no GPU has to be waited for.
-    device = torch.device("cpu") if "cpu" in _backends(group) else torch.device("cuda", torch.cuda.current_device())
-    own = torch.tensor([bool(error), width, free, digest(facts)], dtype=torch.int64, device=device)
+    # On the CPU where the group can: no GPU has to be waited for. Otherwise where the tensors are; the current device
+    # may be another.
+    on_cpu = "cpu" in _backends(group)
+    own = torch.tensor(
+        [bool(error), *numbers, digest(facts)], dtype=torch.int64, device=torch.device("cpu") if on_cpu else device
+    )
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
     parts = [Part(*row) for row in torch.stack(gathered).tolist()]
@@ -202,7 +214,8 @@ def _exchange(group: Any, name: str, width: int, free: int, facts: Mapping[str, 
         return parts
     # Every rank sees the same parts, so all of them come here.
     details: list[Any] = [None] * len(parts)
-    dist.all_gather_object(details, error or {key: repr(value) for key, value in facts.items()}, group=group)
+    with contextlib.nullcontext() if on_cpu else torch.cuda.device(device):  # objects travel by the current device
+        dist.all_gather_object(details, error or {key: repr(value) for key, value in facts.items()}, group=group)
     if error:
         return parts
     if failed:
@@ -243,7 +256,8 @@ class Ranks:
         if isinstance(error, Exception) and self._every_call():  # else the others may not be listening
             for name in self._waiting:
                 with contextlib.suppress(Exception):  # a group that cannot send must not hide the reason
-                    _exchange(self.groups[name], name, 0, 0, {}, error=f"{type(error).__name__}: {error}")
+                    told = f"{type(error).__name__}: {error}"
+                    _exchange(self.groups[name], name, (0, 0), {}, self.device, error=told)
 
     def _every_call(self) -> bool:
         return self.device.type == "cpu" or checks.asked_to_check()
@@ -269,7 +283,8 @@ class Ranks:
                 return known[call]
         facts |= fingerprint.checksums()
         try:
-            parts = _exchange(group, name, width, free_memory(self.device) if chunked else 0, facts)
+            free = free_memory(self.device) if chunked else 0
+            parts = _exchange(group, name, (width, free), facts, self.device)
         except ValueError as error:
             raise ValueError(f"{error}{self._hint if name == 'tp_group' else ''}") from None
         if known is not None:

@@ -58,8 +58,10 @@ def shift_labels(
     shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     if cu_seqlens is not None:
         cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
-        rows_of_batch = torch.arange(1, labels.shape[0] + 1, device=labels.device)
-        shifted = shifted.masked_fill(torch.isin(rows_of_batch, cu_seqlens), ignore_index)
+        # Rows before a boundary. (Not torch.isin, which sorts where there are many and makes the host wait for a GPU.)
+        ends = torch.zeros(labels.shape[0] + 1, dtype=torch.bool, device=labels.device)
+        ends[cu_seqlens.long()] = True
+        shifted = shifted.masked_fill(ends[1:], ignore_index)
     return shifted
 
 

@@ -229,7 +229,8 @@ def _kl(given: Mapping[str, Any], objective: SequenceObjective, labels: Tensor, 
         reference = checks.like(reference, "kl_reference_logps", logps.shape, labels, "labels").detach()
         return (logps.double() - reference.double()).mean().clamp_min(0.0).to(dtype)
     if not isinstance(kl, Tensor):
-        kl = torch.tensor(kl if _is_number(kl) else torch.nan, dtype=dtype, device=labels.device)
+        # (Not torch.tensor, which copies from the host and makes it wait for a GPU.)
+        kl = torch.full((), float(kl) if _is_number(kl) else torch.nan, dtype=dtype, device=labels.device)
     if kl.numel() != 1 or (checks.readable(kl) and not bool((kl >= 0) & kl.isfinite())):
         raise ValueError(f"kl must be one finite number, 0 or more, got {given['kl']!r}")
     return kl.detach().to(labels.device, dtype).reshape(())

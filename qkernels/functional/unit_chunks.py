@@ -184,7 +184,7 @@ def _starts(batch: Batch, counts: Counts) -> Tensor:
     # On the device: numbers copied there would make the host synchronise. The numbers that the caller has given may be
     # wrong, but the chunks are cut accordingly.
     lengths = valid_rows.sums(batch) if counts.unchecked is None else counts.unchecked
-    return pad(lengths, (1, 0)).cumsum(0).int()
+    return pad(lengths.long(), (1, 0)).cumsum(0).int()  # of floats it has no deterministic algorithm on a GPU
 
 
 def _of_tokens(index: Tensor, rows: int, size: int, leading: int) -> tuple[list[Selection], list[int]]:

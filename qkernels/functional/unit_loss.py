@@ -334,7 +334,7 @@ class HiddenUnits(NamedTuple):
         idle: Tensor | None = None
         if plan.name in head_plan.BY_UNIT.values():
             stats, known, dropped = self._by_units(plan)
-            idle = torch.tensor(dropped)
+            idle = torch.full((), dropped, device=batch.labels.device)
         else:
             stats = inputs.stats(plan, self.fields, loss.differentiable)
         factor = self.counts.wrong(batch)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..core import devices
 from ..core.fields import DIVERGENCES, stats_dtype
 from ..core.memory import free_memory
 from ..distributed.vocab_parallel import Shard
@@ -232,7 +233,10 @@ def _chunk_rows(work: Work, per_row: int) -> int:
         budget = max(needed, per_row)
     elif budget is None:
         device = work.policy.hidden.device
-        free = free_memory(device) if work.shard is None else work.shard.free  # the least of several ranks'
+        # Of several ranks the least, which ranks on GPUs tell one another once: not to be trusted beyond the default.
+        free = free_memory(device) if work.shard is None else work.shard.free
+        if work.shard is not None and not devices.on_cpu(device):
+            free = min(free, _SHARE_OF_FREE * _DEFAULT_BYTES.get(device.type, _DEFAULT_BYTES_ELSEWHERE))
         share, of_unit = free // _SHARE_OF_FREE, unit_rows * per_row
         budget = max(_budget(device, free), of_unit if of_unit <= 2 * share else 0, per_row)
     elif budget < per_row:

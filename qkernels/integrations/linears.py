@@ -101,7 +101,9 @@ def faster_linears(model: nn.Module) -> Iterator[None]:
     layers whose `forward` somebody else has replaced are left alone.
     """
     layers: list[nn.Linear] = []
-    if own_kernel("logits", torch.device("cpu"), torch.float32) is not None and not compiled(model):
+    first, cpu = next(model.parameters(), None), torch.device("cpu")
+    here = first is not None and first.device == cpu
+    if here and own_kernel("logits", cpu, torch.float32) is not None and not compiled(model):
         causal = with_head(model)
         head = None if causal is None else causal.get_output_embeddings()  # `transformers.hook` replaces its forward
         layers = [

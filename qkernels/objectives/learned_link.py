@@ -75,7 +75,7 @@ class LearnedLink(ABC):
     def __init__(self, memory: int, warm_up: int):
         self.memory, self.warm_up = checks.integer(memory, "memory", 1), checks.integer(warm_up, "warm_up", 1)
         self.seen = 0
-        self.past = torch.empty(0, dtype=torch.float64)
+        self.past = torch.empty(0, dtype=torch.float64, device="cpu")
         self._collected: list[Tensor] | None = None
 
     def __call__(self, scores: PairScores, beta: float) -> Tensor:

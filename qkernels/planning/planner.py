@@ -256,7 +256,7 @@ class Planner:
     def _values_of_the_user(self, leaves: Sequence[tuple[int, Node]]) -> list[float]:
         """Rewards so far and the reference's log-probs (12), and the value of what may come, in nats."""
         given, batch = self.settings, self.leaves(leaves)
-        total = torch.zeros(len(leaves), dtype=torch.float64)
+        total = torch.zeros(len(leaves), dtype=torch.float64, device="cpu")
         for i, (prompt, node) in enumerate(leaves):
             open_value = 0.0 if self._ended(node) else node.logsumexp
             if given.reward is None:  # Bellman rewards (10): they and beta log pi_ref add up to this

@@ -55,7 +55,11 @@ class PrefixModel:
             return logits, [[] for _ in range(len(ids))]
         kept = mask.bool()
         first = self._used
-        self._store([(layer.keys.transpose(1, 2)[kept], layer.values.transpose(1, 2)[kept]) for layer in cache.layers])
+        of_layers = []
+        for layer in cache.layers:  # each where its layer is: a model may be spread over devices
+            there = kept.to(layer.keys.device)
+            of_layers.append((layer.keys.transpose(1, 2)[there], layer.values.transpose(1, 2)[there]))
+        self._store(of_layers)
         slots = iter(range(first, self._used))
         return logits, [[next(slots) for _ in range(int(count))] for count in kept.sum(1)]
 
@@ -67,13 +71,12 @@ class PrefixModel:
         self._ids, self._mask = ids.to(self.device), mask.to(self.device)
         self._cache = None
         if self.cached:
-            index = torch.tensor([[0] * (longest - len(row)) + list(row) for row in slots]).to(self.device)
-            self._cache = _new_cache(
-                [
-                    (keys[index].transpose(1, 2), values[index].transpose(1, 2))
-                    for keys, values in zip(self._keys, self._values, strict=True)
-                ]
-            )
+            index = torch.tensor([[0] * (longest - len(row)) + list(row) for row in slots])
+            of_layers = []
+            for keys, values in zip(self._keys, self._values, strict=True):
+                there = index.to(keys.device)
+                of_layers.append((keys[there].transpose(1, 2), values[there].transpose(1, 2)))
+            self._cache = _new_cache(of_layers)
 
     def step(self, tokens: Tensor) -> tuple[Tensor, list[int]]:
         """Append a token to each row, `[R]`: logits of the next one, fp32 `[R, V]`, and the slots of those appended."""

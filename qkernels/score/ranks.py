@@ -48,12 +48,12 @@ class Ranks:
 
     Attributes:
         rank, size: which one this is, of how many.
-        device: number of the device on this rank's machine.
+        local: this rank's number on its machine: LOCAL_RANK, or SLURM_LOCALID, or the rank itself.
     """
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.device = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or self.rank)
         # torchrun has a store of its own, to which all ranks connect; otherwise rank 0 opens one.
         self._is_host = self.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -234,8 +234,9 @@ def run_score(options: ScoreOptions, stream: TextIO | None = None) -> dict[str, 
         return _score_into(options, progress, None)
     with Ranks() as ranks:
         try:
-            if options.device == "auto" and torch.cuda.is_available():
-                options = dataclasses.replace(options, device=f"cuda:{ranks.device}")
+            if options.device in ("auto", "cuda") and torch.cuda.is_available():
+                # (A launcher may show each rank a device of its own, the only one there is.)
+                options = dataclasses.replace(options, device=f"cuda:{ranks.local % torch.cuda.device_count()}")
             return _score_into(options, progress, ranks) if ranks.is_first else _join(options, ranks)
         except BaseException as error:
             ranks.fail(error)

@@ -240,7 +240,8 @@ def train_dpo(
         progress: where to say what the training came to; None for nowhere.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode. A model with 16-bit weights is trained, and comes back, in fp32: steps of AdamW at such
+        learning rates are less than half a unit in the last place of bf16, and would change nothing.
 
     Raises:
         SelfPreferenceError: a pair that the model cannot take, a training that diverged, memory that does not suffice.
@@ -250,6 +251,8 @@ def train_dpo(
     import tempfile
 
     import torch
+
+    from ..core.memory import collect
 
     try:
         from datasets import disable_progress_bars, enable_progress_bars
@@ -262,22 +265,29 @@ def train_dpo(
         ) from None
     limit = position_limit(model)
     reference = None if hasattr(model, "peft_config") else copy.deepcopy(model).eval()
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    device, half = next(model.parameters()).device, False
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data, half = parameter.data.float(), True
+    bf16 = half and device.type == "cuda" and torch.cuda.is_bf16_supported()  # autocast; the weights are in fp32
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         with tempfile.TemporaryDirectory() as folder:
+            args = TokenDPOConfig(
+                output_dir=folder, beta=beta, learning_rate=learning_rate, num_train_epochs=epochs,
+                per_device_train_batch_size=batch_size, seed=seed % 2**32, save_strategy="no", report_to=[],
+                logging_steps=_LOGGED, disable_tqdm=True, use_cpu=device.type == "cpu", bf16=bf16, log_level="error",
+                gradient_checkpointing=False, max_length=None,
+            )  # fmt: skip
+            _ = args.device  # sets the number of GPUs: this trains on one
+            args._n_gpu = min(1, args.n_gpu)
             training = PreferenceTraining(
                 Progress(progress if progress is not None else nowhere()),
                 "training",
                 model=model,
                 ref_model=reference,
-                args=TokenDPOConfig(
-                    output_dir=folder, beta=beta, learning_rate=learning_rate, num_train_epochs=epochs,
-                    per_device_train_batch_size=batch_size, seed=seed % 2**32, save_strategy="no", report_to=[],
-                    logging_steps=_LOGGED, disable_tqdm=True, use_cpu=on_cpu, bf16=False, log_level="error",
-                    gradient_checkpointing=False, max_length=None,
-                ),
+                args=args,
                 train_dataset=in_memory(Encoder(tokenizer, "auto", limit, limit), as_preferences(records)),
                 processing_class=tokenizer,
             )  # fmt: skip
@@ -293,4 +303,7 @@ def train_dpo(
     if progress is not None:
         done, loss = trainer.state.global_step, trainer.state.log_history[-1]["train_loss"]
         Progress(progress).say(f"  trained {done} steps, mean loss {loss:.4f}")
-    return trainer.accelerator.unwrap_model(trainer.model).eval()
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    del trainer, training, reference
+    collect()  # the reference and the optimizer's state, before the next round samples
+    return trained.to(device)

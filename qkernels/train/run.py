@@ -423,7 +423,7 @@ class _Run:
         table = None
         if prepared.held_out:
             self.progress.say("Scoring the held-out pairs, writing model and report")
-            table = self._scores(trainer, first, start, prepared, encoder)
+            table = self._scores_if_they_fit(trainer, first, start, prepared, encoder)
         monitor: RewardMonitor | None = None if watch is None else watch.monitor
         metrics = {
             "results": None if table is None else _results(table),
@@ -471,6 +471,23 @@ class _Run:
         self.state.wait_for_everyone()
         return {**metrics, "out": str(self.out)}
 
+    def _scores_if_they_fit(
+        self, trainer: Any, first: str, start: Start, prepared: dataset.Prepared, encoder: Encoder
+    ) -> Any:
+        """`_scores`; without them where a GPU's memory does not suffice, since the trained model is on disk by now."""
+        import torch
+
+        try:
+            return self._scores(trainer, first, start, prepared, encoder)
+        except torch.OutOfMemoryError as error:
+            if trainer.is_fsdp_enabled:  # the others would wait for this process
+                raise
+            self.progress.say(
+                f"out of memory while scoring ({first_line(error)}); the model is saved, the report has no scores:"
+                f" qkernels score --model {self.out} --reference {first} --data {self.options.data} --out DIR"
+            )
+            return None
+
     def _scores(self, trainer: Any, first: str, start: Start, prepared: dataset.Prepared, encoder: Encoder) -> Any:
         """Every token of the held-out pairs; sharded models need all processes for it, others the main one alone."""
         from ..score.run import score_preferences
@@ -480,16 +497,18 @@ class _Run:
         model, reference = trainer.model, trainer.ref_model
         if reference is None:
             reference = model if callable(getattr(model, "disable_adapter", None)) else self._loaded(first, model)
-        return score_preferences(
-            model,
-            start.tokenizer,
-            prepared.held_out.values(),
-            reference=reference,
-            beta=self.args.beta,
-            max_length=self.args.max_length,
-            prompt_format="chat" if encoder.chat else "plain",
-            progress=self.progress.stream,
-        )
+        # The trainer has made autocast part of its model's forward, and a reference that is loaded here has none of it.
+        with trainer.accelerator.autocast():
+            return score_preferences(
+                model,
+                start.tokenizer,
+                prepared.held_out.values(),
+                reference=reference,
+                beta=self.args.beta,
+                max_length=self.args.max_length,
+                prompt_format="chat" if encoder.chat else "plain",
+                progress=self.progress.stream,
+            )
 
     def _loaded(self, first: str, like: Any) -> Any:
         """The model that training started from, where the trainer has none in memory."""

@@ -56,10 +56,10 @@ def run_sft(
     Returns:
         The folder of the result, and the curve: step, loss.
     """
-    import torch
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
+    from ..core.memory import collect
     from ..integrations.trl import patch_trl
 
     config = sft_arguments(options, args)
@@ -89,8 +89,7 @@ def run_sft(
     trainer.accelerator.wait_for_everyone()
     curve = [{"step": entry["step"], "loss": entry["loss"]} for entry in trainer.state.log_history if "loss" in entry]
     del trainer
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    collect()
     return str(folder), curve
 
 

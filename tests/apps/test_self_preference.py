@@ -307,6 +307,20 @@ def test_training_raises_the_chosen_above_the_rejected(model, tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_weights_are_trained_in_fp32(model, tokenizer, dtype):
+    """A step of 1e-6 is less than half a unit in the last place of bf16: nothing would change, in silence."""
+    pytest.importorskip("trl")
+    records = build_pairs(model, tokenizer, PROMPTS, judge=length, **SAMPLING).records
+    start = copy.deepcopy(model).to(dtype)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    trained = train_dpo(start, tokenizer, records, 1, learning_rate=1e-6, epochs=1, batch_size=2)
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    moved = [(value - before[name].float()).abs().max().item() for name, value in trained.state_dict().items()]
+    assert 0 < max(moved) < 1e-4 and sum(m > 0 for m in moved) > len(moved) / 2
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_round_trains_as_the_command_does(model, tokenizer, tmp_path):
     """`qkernels train` on the same pairs gives the same weights; what cannot be trained is said."""
     pytest.importorskip("trl")

@@ -117,6 +117,28 @@ def test_a_run_leaves_a_model_a_report_and_a_card(given: Path, finished: Path) -
     assert figures["results"]["mean_margin"] == pytest.approx(sum(rewards[i] for i in held_out) / 4, abs=1e-5)
 
 
+def test_scores_without_memory_for_them_are_left_out(given: Path, tmp_path: Path, monkeypatch) -> None:
+    """The trained model is saved by then, and the message says how to score it."""
+
+    def score_preferences(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("qkernels.score.run.score_preferences", score_preferences)
+    status, _, err = train(given, tmp_path / "out", "--max-steps", 1)
+    assert status == 0 and "out of memory while scoring (CUDA out of memory" in err
+    assert f"qkernels score --model {tmp_path / 'out'} --reference {given / 'model'}" in err
+    assert metrics(tmp_path / "out")["results"] is None and weights(tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_model_that_has_not_changed_has_no_rewards_under_autocast(given: Path, tmp_path: Path) -> None:
+    """The trainer computes in bf16 for good, and a reference that is loaded for the report has to do so too."""
+    how = ("--loss-type", "simpo", "--bf16", "true", "--learning-rate", 0, "--max-steps", 1)
+    status, _, err = train(given, tmp_path / "out", *how)
+    assert status == 0, err
+    assert metrics(tmp_path / "out")["results"]["mean_margin"] == 0
+
+
 def test_a_resumed_run_is_the_run_that_was_interrupted(
     given: Path, finished: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +28,7 @@ import torch
 
 from qkernels.score import ScoreError, ScoreOptions, ranks, read_scores, run, store
 from qkernels.score.folder import RunLock
-from qkernels.score.ranks import bitmap, in_bitmap
+from qkernels.score.ranks import Ranks, bitmap, in_bitmap
 from score_runs import BETA, ROOT, folders, models, records, write_data  # noqa: F401  fixtures
 
 # The ranks are processes of their own, which take the best instruction set; another one has other bits.
@@ -297,3 +298,19 @@ def test_under_torchrun(folders: Path, data: Path, alone: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "; 2 ranks" in done.stderr and done.stdout.count("ranked right") == 1
     same(tmp_path / "out", alone)
+
+
+@pytest.mark.parametrize(
+    "environment, local",
+    [({"LOCAL_RANK": "3"}, 3), ({"SLURM_LOCALID": "2"}, 2), ({"LOCAL_RANK": "0", "SLURM_LOCALID": "2"}, 0), ({}, 5)],
+    ids=str,
+)
+def test_each_rank_of_a_machine_has_a_device_of_its_own(monkeypatch, environment, local):
+    """Whatever launcher has started it."""
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "h", "MASTER_PORT": "1", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.distributed.TCPStore", lambda *args, **how: SimpleNamespace(clone=lambda: None))
+    monkeypatch.setattr("torch.distributed.PrefixStore", lambda prefix, store: store)
+    assert Ranks().local == local

@@ -169,3 +169,10 @@ def test_layers_of_others_and_other_processors_are_left_alone(calls, monkeypatch
     with faster_linears(model):
         model(x)
     assert calls == []
+
+
+def test_a_model_elsewhere_is_left_alone():
+    """Its layers would go through Python in every call, for nothing."""
+    model = nn.Sequential(nn.Linear(3, 3)).to("meta")
+    with faster_linears(model):
+        assert "forward" not in vars(model[0])

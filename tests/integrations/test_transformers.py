@@ -16,15 +16,18 @@ from qkernels import linear_token_logps, shift_labels, token_logps, token_stats
 pytest.importorskip("transformers", reason="transformers is not installed")
 import hf_models
 from processes import Ranks
+from qkernels.functional.results import TokenStats
 from qkernels.integrations.transformers import (
     batch_labels,
     compute_token_logps,
     compute_token_stats,
     head_parameters,
     hidden_states,
+    requests,
     unwrap,
 )
 from qkernels.integrations.transformers.hook import hook_of, install, run, uninstall
+from qkernels.integrations.transformers.parameters import HiddenAndHead
 from qkernels.integrations.transformers.requests import HeadCall, StatsRequest
 
 
@@ -602,3 +605,37 @@ def test_adapters_that_are_no_sum_of_weights(peft):
     other = peft.get_peft_model(hf_models.model(), peft.LoHaConfig(r=4, target_modules=["lm_head"]))
     with pytest.raises(TypeError, match="only LoRA"):
         head_parameters(other)
+
+
+def test_requests_and_results_change_devices_whole():
+    """The head of a model that is spread over several devices has another one than the labels."""
+    head = HiddenAndHead(torch.zeros(1, 2, 3), torch.zeros(5, 3), None)
+    request = requests.LossRequest(
+        2, ("logps",), token_weights=torch.ones(1, 2), reference=head, options={"beta": 0.1, "scale": torch.ones(())}
+    )
+    moved = requests.on_device(request, torch.device("meta"))
+    assert type(moved) is requests.LossRequest and type(moved.reference) is HiddenAndHead
+    tensors = (moved.token_weights, moved.reference.hidden, moved.reference.weight, moved.options["scale"])
+    assert all(tensor.device.type == "meta" for tensor in tensors) and moved.reference.bias is None
+    assert (moved.length, moved.outputs, moved.options["beta"]) == (2, ("logps",), 0.1)
+    stats = TokenStats(*(torch.zeros(1, 2) if name == "logps" else None for name in TokenStats._fields))
+    result = requests.on_device(requests.HeadResult(stats=stats), torch.device("meta"))
+    assert result.stats.logps.device.type == "meta" and result.stats.entropy is None and result.loss is None
+    assert requests.on_device(stats, torch.device("cpu")).logps is stats.logps
+
+
+def test_results_come_back_to_the_device_of_the_labels(monkeypatch):
+    """Labels on one device, the head on another: computed at the head."""
+    seen = []
+
+    def on_device(value, device):
+        seen.append((type(value).__name__, device.type))
+        return value
+
+    monkeypatch.setattr(requests, "on_device", on_device)
+    monkeypatch.setattr(requests, "_results", lambda request, head, labels, transform: labels.device.type)
+    head = HiddenAndHead(torch.zeros(1, 2, 3, device="meta"), torch.zeros(5, 3, device="meta"), None)
+    labels = torch.zeros(1, 2, dtype=torch.int64)
+    request = requests.StatsRequest(("logps",))
+    assert requests.compute_at_head(request, head.hidden, head, labels, None) == "meta"
+    assert seen == [("StatsRequest", "meta"), ("str", "cpu")]

@@ -3,20 +3,25 @@
 `Ranks` stay, are joined by gloo, and run a function of the test's file together. Started once per module: a process
 that joins takes half a second, a test on it milliseconds. A rank that hangs fails the test, and the pool is not used
 again. `Command` is one run of the command line.
+
+Where torch sees a GPU, autograd has threads for it that a fork does not take along, and a backward in the fork fails:
+there ranks are spawned, without a GPU in sight, and commands are not run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 _SECONDS = 60
@@ -65,6 +70,19 @@ def as_launched(ranks: int) -> None:
     GradientState._reset_state()
 
 
+@contextlib.contextmanager
+def hidden_gpus() -> Iterator[None]:
+    """What is started within it sees none."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
 class Ranks:
     """`ranks` processes in one default process group.
 
@@ -73,17 +91,19 @@ class Ranks:
 
     def __init__(self, ranks: int, backend: str = "gloo"):
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn" if backend == "nccl" else "fork")
+        method = "spawn" if backend == "nccl" or torch.cuda.is_available() else "fork"
+        context = multiprocessing.get_context(method)
         self._connections, self._processes = [], []
         for rank in range(ranks):
             here, there = context.Pipe()
             store = str(Path(self._folder.name) / "store")
             self._connections.append(here)
-            inherited = self._connections if backend == "gloo" else ()
+            inherited = self._connections if method == "fork" else ()
             process = context.Process(
                 target=_serve, args=(rank, ranks, store, backend, there, tuple(inherited)), daemon=True
             )
-            process.start()
+            with hidden_gpus() if backend == "gloo" else contextlib.nullcontext():
+                process.start()
             there.close()
             self._processes.append(process)
         self._collect("start")
@@ -142,6 +162,8 @@ class Command:
     """
 
     def __init__(self, arguments: list[str], cwd: Path, code: str = ""):
+        if torch.cuda.is_available():
+            pytest.skip("a forked process cannot train where the process before it has seen a GPU")
         reading, writing = os.pipe()
         self._process = multiprocessing.get_context("fork").Process(
             target=_run_command, args=(arguments, code, str(cwd), writing), daemon=True

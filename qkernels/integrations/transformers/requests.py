@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -141,7 +141,8 @@ def compute_at_head(
     Args:
         hidden: `[B, T, H]`, what the model passes to its head.
         head: the same with the head's weight and bias, LoRA included.
-        labels: `[B, T]`, aligned with the rows; no use with `HiddenStatesRequest`.
+        labels: `[B, T]`, aligned with the rows; no use with `HiddenStatesRequest`. The results are on their device,
+            which is another than the head's where a model is spread over several (`device_map`).
         transform: what the model does to its logits.
 
     Raises:
@@ -157,12 +158,36 @@ def compute_at_head(
             f"one label for each of the {tuple(hidden.shape[:-1])} positions is expected, got"
             f" {None if labels is None else tuple(labels.shape)}"
         )
-    labels = labels.to(head.hidden.device)
+    if labels.device == head.hidden.device:
+        return _results(request, head, labels, transform)
+    there = on_device(request, head.hidden.device)
+    result: HeadResult = on_device(_results(there, head, labels.to(head.hidden.device), transform), labels.device)
+    return result
+
+
+def _results(
+    request: StatsRequest | LossRequest | UnitLossRequest, head: HiddenAndHead, labels: Tensor,
+    transform: LogitsTransform,
+) -> HeadResult:  # fmt: skip
     if isinstance(request, LossRequest):
         return _loss(request, head, labels, transform)
     if isinstance(request, UnitLossRequest):
         return _unit_loss(request, head, labels, transform)
     return HeadResult(stats=_stats(request, head, labels, transform))
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Requests, results and what they are made of, with their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        items = [on_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, Mapping):
+        return {name: on_device(item, device) for name, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: on_device(getattr(value, f.name), device) for f in fields(value)})
+    return value
 
 
 def _head_probe(head: HiddenAndHead) -> Tensor | None:
