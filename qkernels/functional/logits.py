@@ -58,9 +58,11 @@ def shift_labels(
     shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
     if cu_seqlens is not None:
         cu_seqlens = checks.cu_seqlens(cu_seqlens, labels)
-        # Rows before a boundary. (Not torch.isin, which sorts where there are many and makes the host wait for a GPU.)
-        ends = torch.zeros(labels.shape[0] + 1, dtype=torch.bool, device=labels.device)
-        ends[cu_seqlens.long()] = True
+        # Rows before a boundary. (Not torch.isin, which sorts where there are many and makes the host wait for a GPU.
+        # There boundaries are not checked, and one out of range must not end the process.)
+        rows = labels.shape[0]
+        ends = torch.zeros(rows + 1, dtype=torch.bool, device=labels.device)
+        ends[cu_seqlens.long().clamp(0, rows)] = True
         shifted = shifted.masked_fill(ends[1:], ignore_index)
     return shifted
 
