@@ -1,9 +1,10 @@
 """How long the row kernels should take on an H200: a model from their machine code, no measurement.
 
 An SM works on as many blocks at a time as registers, threads and shared memory allow. A block waits for the memory
-twice (for the label, then for the first vectors of its part of a row) and once for the caches (for the label's logit),
-goes through its iterations, of which each but the first waits for the memory again, and does what a row costs besides:
-the tiles that are compared with the label, reductions, the end. A call takes the longest of
+twice, for the label and for the first vectors of its part of a row, and where it finishes a row's sums once for the
+caches, for the label's logit. It goes through its iterations, of which each but the first waits for the memory again,
+and does what a row costs besides: the tiles that are compared with the label, reductions, the end. A call takes the
+longest of
 
 - these steps of one block after the other, as often as an SM has to take new blocks;
 - its bytes at the memory's bandwidth, or the issuing of all its instructions, and besides what one block waits for and
@@ -90,7 +91,7 @@ class Work:
     splits: int = 1
     span: int = 0
     models: int = 1
-    combined: bool = True  # whether a second kernel adds up what split rows left
+    combined: bool = True  # whether rows are summed: a second kernel adds up what split ones left
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def estimate(kernel: Kernel, work: Work) -> Estimate:
     entries = work.vocab / work.splits
     per_sm = math.ceil(blocks / SMS)
     step = DEPENDENT_CLOCKS / CLOCK
-    outside = 2 * LATENCY + CACHE_LATENCY + kernel.machine_per_ptx * kernel.ptx_longest * step
+    finishes = work.combined and work.splits == 1  # a row: only then the label's logit is read, after its sums
+    outside = 2 * LATENCY + finishes * CACHE_LATENCY + kernel.machine_per_ptx * kernel.ptx_longest * step
     of_a_thread = kernel.loads / work.bytes_loaded  # entries of an iteration
     iterations = (work.span or entries) / (kernel.threads * of_a_thread)
     computing = math.floor(iterations) * of_a_thread * kernel.per_entry * LOOP_CLOCKS / CLOCK

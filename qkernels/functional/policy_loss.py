@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..autograd import FiniteGradient
-from ..core import checks, devices
+from ..core import checks
 from ..core.sequences import Sequences, log_ratios
 from ..distributed.fingerprint import Fingerprint, words
 from ..distributed.groups import gather_vectors, process_group
@@ -334,16 +334,14 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         valid, entropy, shard = self.batch.valid, stats["entropy"].detach(), self.batch.sequences.shard
         if self.threshold is None:  # once: each rank sends the same number of messages
             group, share = self.options.entropy_group, 1 - self.options.entropy_quantile
-            if group is None and shard is None and not devices.on_cpu(entropy.device):
-                # Their number would make the host wait for a GPU. Without valid tokens it is NaN, which selects none.
-                self.threshold = entropy.float().masked_fill(~valid, torch.nan).nanquantile(share)
-            else:
-                compared = entropy[valid].float()
-                if group is not None:
-                    compared = gather_vectors(compared, group)
-                elif shard is not None:
-                    compared = shard.gather(compared)
-                self.threshold = entropy.new_zeros(()) if compared.shape[0] == 0 else compared.quantile(share)
+            if group is not None:
+                compared = gather_vectors(entropy[valid].float(), group)
+            elif shard is not None:
+                compared = shard.gather(entropy[valid].float())
+            else:  # (Not the valid ones alone: for their number the host would wait for a GPU.)
+                compared = entropy.float().masked_fill(~valid, torch.nan)
+            # Of no valid tokens it is NaN, which selects none.
+            self.threshold = compared.nanquantile(share) if compared.numel() else entropy.new_zeros(())
         return valid & (entropy >= self.threshold)
 
     def everywhere(self, value: Tensor) -> Tensor:

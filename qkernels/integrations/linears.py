@@ -101,9 +101,9 @@ def faster_linears(model: nn.Module) -> Iterator[None]:
     layers whose `forward` somebody else has replaced are left alone.
     """
     layers: list[nn.Linear] = []
-    first, cpu = next(model.parameters(), None), torch.device("cpu")
-    here = first is not None and first.device == cpu
-    if here and own_kernel("logits", cpu, torch.float32) is not None and not compiled(model):
+    first = next(model.parameters(), None)  # of a model on a GPU each call would take a turn through Python for nothing
+    here = first is not None and own_kernel("logits", first.device, torch.float32) is not None
+    if here and not compiled(model):
         causal = with_head(model)
         head = None if causal is None else causal.get_output_embeddings()  # `transformers.hook` replaces its forward
         layers = [

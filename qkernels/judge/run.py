@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import hashlib
 import platform
 import sys
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 
 from .._version import __version__
+from ..core.memory import collect
 from ..intervals import Interval, bootstrap_mean
 from ..records.pairs import DataError, Unusable, conversation
 from ..records.sources import Source
@@ -264,7 +264,7 @@ def _generated(
                 f"out of memory ({first_line(error)}); a smaller --batch-size than {options.batch_size} takes less"
             ) from error
         del model, generator
-        gc.collect()
+        collect()
     return [found[number] for number in range(len(prompts))]
 
 

@@ -50,6 +50,13 @@ def test_a_part_of_an_iteration_waits_as_long_as_a_whole_one():
     assert more - whole == pytest.approx(0.8e-6, rel=1e-9)
 
 
+def test_only_what_finishes_a_rows_sums_waits_for_the_labels_logit():
+    """Not the first kernel of split rows, and not a gradient's."""
+    work = model.Work(132, 128000, 2, 2)
+    sums, gradient = (model.estimate(KERNEL, replace(work, combined=c)).seconds for c in (True, False))
+    assert sums - gradient == pytest.approx(0.3e-6, rel=1e-9)
+
+
 def test_split_rows_wait_for_the_kernel_that_combines_them():
     one = model.Work(16, 128000, 2, 2, splits=33)
     combined, alone = (model.estimate(KERNEL, replace(one, combined=c)).seconds for c in (True, False))
