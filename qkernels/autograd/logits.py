@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends import ops
 from ..core import calls, checks
 from ..core.coefficients import coefficients
-from ..core.fields import DIVERGENCES, SOFTMAX, field_index
+from ..core.fields import DIVERGENCES
 from ..distributed.vocab_parallel import Shard, row_stats
 from . import once_differentiable
 from .saved import restored, results_of, saveable
@@ -97,60 +97,38 @@ def _row_grad(call: calls.RowGrad, inplace: bool) -> Tensor:
     return out
 
 
-_LOGPS = field_index(SOFTMAX, "logps")  # in every buffer that begins with the softmax statistics
+class KnownLoss(NamedTuple):
+    """A loss of the rows' log-probs that has been computed, and its gradient: both without a graph.
+
+    loss: `[]`; it gets its place in the graph.
+    gradient: `[S, T]`, d(loss) / d(log-prob).
+    stats: `[K, S, T]`, what `row_stats` returned.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    stats: Tensor
 
 
-class PairTerms(NamedTuple):
-    """What DPO with label smoothing needs besides the policy's log-probs, as in `qkernels.core.calls.PairLoss`."""
+class LossOfLogits(torch.autograd.Function):
+    """`logits [S, T, V], call, known -> loss []`: the computed loss as a function of the logits.
 
-    reference_logps: Tensor | None
-    weights: Tensor | None
-    cu_seqlens: Tensor | None
-    beta: float
-    label_smoothing: float
-
-
-class DefaultLoss(torch.autograd.Function):
-    """`logits [S, T, V] -> loss [], rewards [2B], stats [K, S, T], tokens [2, S, T]` of the default objective.
-
-    The same operations as `RowStats` and `PairLoss`, with one node in the graph and nothing between them: two kernels
-    in the forward (three where few rows are spread over many programs), one in the backward.
+    One node in the graph, and one kernel in its backward. What else a loss returns is not differentiable: it does not
+    pass through here, which would cost the host time for each tensor.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, rows: calls.RowStats, terms: PairTerms, inplace: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if rows.logits is not logits:  # inside torch.compile
-            rows = rows._replace(logits=logits)
-        stats = ops.row_stats(rows)
-        logps = stats[_LOGPS]
-        reference = terms.reference_logps
-        if rows.reference is not None:
-            reference = stats[field_index(rows.fields, "reference_logps")]
-        loss, rewards, grad, tokens = ops.pair_loss(
-            calls.PairLoss(
-                logps=logps,
-                reference_logps=reference,
-                labels=rows.labels,
-                weights=terms.weights,
-                cu_seqlens=terms.cu_seqlens,
-                beta=terms.beta,
-                label_smoothing=terms.label_smoothing,
-                ignore_index=rows.ignore_index,
-                backend=rows.backend,
-            )
-        )
-        ctx.save_for_backward(logits, rows.labels, stats, grad)
-        ctx.inplace, ctx.options = inplace, rows[4:]
-        ctx.mark_non_differentiable(rewards, stats, tokens)
+    def forward(ctx: Any, logits: Tensor, call: calls.RowStats, known: KnownLoss, inplace: bool) -> Tensor:
+        loss, gradient, stats = known
+        ctx.save_for_backward(logits, call.labels, stats, gradient)
+        ctx.inplace, ctx.options = inplace, call[4:]
         ctx.set_materialize_grads(False)
-        return loss, rewards, stats, tokens
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        logits, labels, stats, grad = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, labels, stats, gradient = ctx.saved_tensors
         if grad_loss is None:  # the loss does not enter what is differentiated
             return None, None, None, None
         temperature, ignore_index, backend = ctx.options
@@ -160,7 +138,7 @@ class DefaultLoss(torch.autograd.Function):
             reference=None,
             softmax=stats,
             reference_softmax=None,
-            coefficients=grad.unsqueeze(0),
+            coefficients=gradient[None],
             upstream=grad_loss,
             temperature=temperature,
             ignore_index=ignore_index,

@@ -12,7 +12,9 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.utils import _python_dispatch
+from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch.autograd import _profiler_enabled
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _TYPES = {
     Tensor: "Tensor",
@@ -130,13 +132,14 @@ class Operation(Generic[Call]):
         self.op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def as_op(self, call: Call) -> Any:
-        """Run it as the op that torch sees."""
+        """Run it as the op that torch sees. An op has no gradient of its own: its tensors are constants to torch."""
         values: list[Any] = []
+        recorded = torch.is_grad_enabled()
         for path in self._paths:
             value: Any = call
             for i in path:
                 value = None if value is None else value[i]
-            values.append(value)
+            values.append(value.detach() if recorded and isinstance(value, Tensor) and value.requires_grad else value)
         return self.op(*values)
 
     def __call__(self, call: Call) -> Any:
@@ -145,9 +148,9 @@ class Operation(Generic[Call]):
         watched = (
             torch.compiler.is_compiling()
             or type(call[0]) not in _PLAIN
-            or _python_dispatch.is_in_torch_dispatch_mode()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._is_tracing()
-            or torch.autograd._profiler_enabled()
+            or is_in_torch_dispatch_mode()
+            or _are_functorch_transforms_active()
+            or _is_tracing()
+            or _profiler_enabled()
         )
         return self.as_op(call) if watched else self.run(call)

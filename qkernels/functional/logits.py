@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd.logits import DefaultLoss, PairTerms
+from ..autograd.logits import KnownLoss, LossOfLogits
+from ..backends import ops
 from ..core import checks
+from ..core.calls import PairLoss
 from ..core.compile import eager_with_groups
 from ..core.fields import BIT, DIFFERENTIABLE, SOFTMAX, field_index, stats_dtype
 from ..distributed.fingerprint import Fingerprint
 from ..objectives import LossType
 from . import preference
-from .preference import Batch, LossRequest
+from .preference import Batch, Loss, LossRequest, Reference
 from .results import Outputs, TokenDPOOutput, TokenStats
 from .rows import Rows, RowsRequest
 
@@ -77,6 +79,7 @@ def _with_logsumexp(fields: int) -> tuple[int, int]:
 _DEFAULT = _with_logsumexp(SOFTMAX)
 _DEFAULT_WITH_MODEL = _with_logsumexp(SOFTMAX | BIT["reference_logps"])
 _LOGPS = field_index(SOFTMAX, "logps")
+_REFERENCE_LOGPS = field_index(SOFTMAX | BIT["reference_logps"], "reference_logps")
 
 
 @eager_with_groups
@@ -288,8 +291,7 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
             shard = ranks.sequence_shard(inputs.sequences, dtype, options)
     fused = loss.is_fused and ranks is None
     if fused and inputs.weights is None and loss.spec.ld_alpha is None:
-        terms = PairTerms(inputs.reference.given, None, inputs.cu_seqlens, loss.beta, loss.spec.label_smoothing)
-        return _fused_loss(rows, terms)
+        return _fused_loss(rows, loss, inputs.reference, None, inputs.cu_seqlens)
     batch = Batch.of(
         rows.labels,
         inputs.weights,
@@ -301,14 +303,37 @@ def _loss(request: RowsRequest, wanted: LossRequest) -> TokenDPOOutput:
     )
     rows = rows._replace(labels=batch.labels)
     if fused:
-        return _fused_loss(rows, preference.pair_terms(batch, inputs.reference, loss))
+        return _fused_loss(rows, loss, inputs.reference, batch.weights, batch.cu_seqlens)
     stats = rows.stats(loss.fields(has_model), loss.differentiable)
     return preference.loss_and_rewards(stats, batch, inputs.reference, loss, rows.backend, shape=rows.shape)
 
 
-def _fused_loss(rows: Rows, terms: PairTerms) -> TokenDPOOutput:
-    """DPO with a mean over pairs: two operations and nothing else. Without weights tokens count 1 each."""
-    fields, logsumexp = _DEFAULT if rows.reference is None else _DEFAULT_WITH_MODEL
-    loss, rewards, stats, tokens = DefaultLoss.apply(rows.logits, rows.call(fields), terms, rows.inplace)
-    by_name = {"logps": stats[_LOGPS], "logsumexp": stats[logsumexp]}
-    return preference.assemble(loss, rewards, by_name, preference.halves(tokens), rows.shape)
+def _fused_loss(
+    rows: Rows, loss: Loss, reference: Reference, weights: Tensor | None, cu_seqlens: Tensor | None
+) -> TokenDPOOutput:
+    """DPO with a mean over pairs: two operations and nothing between them. Without weights tokens count 1 each.
+
+    Two kernels in the forward (three where few rows are spread over many programs), one in the backward.
+    """
+    has_model = rows.reference is not None
+    fields, logsumexp = _DEFAULT_WITH_MODEL if has_model else _DEFAULT
+    call = rows.call(fields)
+    stats = ops.row_stats(call)
+    logps = stats[_LOGPS]
+    total, rewards, gradient, tokens = ops.pair_loss(
+        PairLoss(
+            logps=logps,
+            reference_logps=stats[_REFERENCE_LOGPS] if has_model else reference.given,
+            labels=rows.labels,
+            weights=weights,
+            cu_seqlens=cu_seqlens,
+            beta=loss.beta,
+            label_smoothing=loss.spec.label_smoothing,
+            ignore_index=rows.ignore_index,
+            backend=rows.backend,
+        )
+    )
+    if rows.logits.requires_grad and torch.is_grad_enabled():
+        total = LossOfLogits.apply(rows.logits, call, KnownLoss(total, gradient, stats), rows.inplace)
+    by_name = {"logps": logps, "logsumexp": stats[logsumexp]}
+    return preference.assemble(total, rewards, by_name, preference.halves(tokens), rows.shape)

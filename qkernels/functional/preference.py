@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from ..autograd.logits import PairLoss, PairTerms
+from ..autograd.logits import PairLoss
 from ..autograd.sequence_sums import Summed, Totals, sequence_sums
 from ..backends import ops
 from ..core import checks
@@ -354,17 +354,6 @@ def loss_and_rewards(
         rewards, ratios = beta * totals.ratios, totals.row_ratios
         per_token = () if tokens is None or ratios is None else (beta * ratios, tokens)
     return assemble(total, rewards, stats, per_token, shape)
-
-
-def pair_terms(batch: Batch, reference: Reference, loss: Loss) -> PairTerms:
-    """What the operation `pair_loss` takes besides rows."""
-    return PairTerms(
-        reference_logps=reference.given,
-        weights=batch.weights,
-        cu_seqlens=batch.cu_seqlens,
-        beta=loss.beta,
-        label_smoothing=loss.spec.label_smoothing,
-    )
 
 
 def _pair_call(stats: dict[str, Tensor], batch: Batch, reference: Reference, loss: Loss, backend: str) -> PairLossCall:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,6 +76,16 @@ def test_what_looks_on_sees_the_ops():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     assert {event.key for event in profile.key_averages()} >= expected
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_only_the_loss_has_a_graph(watched):
+    """Also where torch sees the ops, which have no gradient of their own, among tensors that require one."""
+    batch = make_pairs(1, 2, 17, torch.float32, torch.device("cpu"))
+    leaf = batch.logits.clone().requires_grad_()
+    with Seen() if watched else contextlib.nullcontext():
+        result = fused_token_dpo(leaf, batch.labels, reference_logits=batch.reference)
+    assert [name for name, value in result._asdict().items() if value.requires_grad] == ["loss"]
 
 
 @pytest.mark.nightly_except(backend=KERNELS)
