@@ -119,7 +119,7 @@ docs: $(READY)
 sanitize: $(READY)
 	for kind in address,undefined thread; do \
 	  PATH=$(abspath $(BIN)):$$PATH cmake -S csrc -B build/$$kind -G Ninja -DQK_TESTS=ON -DQK_SANITIZE=$$kind \
-	    -DCMAKE_BUILD_TYPE=None && \
+	    -DCMAKE_BUILD_TYPE=None -DQK_TRAP_AMX=ON && \
 	  PATH=$(abspath $(BIN)):$$PATH cmake --build build/$$kind && build/$$kind/test_core && build/$$kind/test_cuda || exit 1; \
 	done
 	.ci/layouts_under_asan

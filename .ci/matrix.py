@@ -3,8 +3,9 @@
 `python .ci/matrix.py` (`make matrix`) runs some tests under several settings, one after the other: instruction sets of
 this package's kernels, of torch's own operations (ATEN_CPU_CAPABILITY) and of its GEMMs (ONEDNN_MAX_CPU_ISA, MKL_CBWR),
 and thread counts. `--full` takes all tests of linear paths, and emulated tiles; `--whole` every test of `make test`
-(some minutes for each setting). GEMMs of other shapes or instruction sets add in another order: a comparison that holds
-by luck of one machine fails here.
+(some minutes for each setting). Where a processor has AVX-512 BF16 but not AMX, the AMX GEMMs run all the same, each
+tile instruction carried out in plain code (tests/support/amx_instructions.py). GEMMs of other shapes or instruction
+sets add in another order: a comparison that holds by luck of one machine fails here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SUPPORT = ROOT / "tests" / "support"
 
 # The instruction set of this package's kernels, threads, and what torch and its libraries are told.
 SETTINGS: list[tuple[str, int, dict[str, str]]] = [
@@ -58,10 +60,14 @@ def main() -> int:
     sets, failed = available(), 0
     for instruction_set, threads, variables in SETTINGS[:-1] if chosen is SHORT else SETTINGS:
         name = " ".join([instruction_set, f"{threads} threads", *(f"{k}={v}" for k, v in variables.items())])
-        if instruction_set not in sets:
+        tests = {"QKERNELS_TEST_INSTRUCTION_SET": instruction_set, "QKERNELS_TEST_THREADS": str(threads)}
+        if instruction_set == "amx_bf16" not in sets and "avx512_bf16" in sets:
+            name += ", tile instructions carried out in plain code"
+            tests["PYTEST_ADDOPTS"] = "-p amx_instructions -p no:faulthandler"  # also in processes that tests start
+            tests["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
+        elif instruction_set not in sets:
             print(f"{name}: not on this processor", flush=True)
             continue
-        tests = {"QKERNELS_TEST_INSTRUCTION_SET": instruction_set, "QKERNELS_TEST_THREADS": str(threads)}
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as cache:
             # Inductor takes what it compiled for another ATEN_CPU_CAPABILITY out of its cache: NaN, or a broken heap.

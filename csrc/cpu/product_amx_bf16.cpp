@@ -21,15 +21,15 @@
 // count as 0, roundings are to nearest even.
 //
 // Compiled twice: for the processor's tiles, and with plain code in their place (QK_EMULATE_AMX) for tests elsewhere.
+// (tests/amx_instructions.cpp runs the first one elsewhere, too.)
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <mutex>
 #include <vector>
 
 #include "buffer.h"
 #include "pairs.h"
+#include "plain_tiles.h"
 #include "product.h"
 #include "stream.h"
 #include "thread_pool.h"
@@ -57,47 +57,27 @@ constexpr int64_t kStreamedBytes = 4 * 1024 * 1024;  // a larger result bypasses
 
 #if defined(QK_EMULATE_AMX)
 
-// What the instructions do, in plain code.
 class Tiles {
  public:
-  Tiles() = default;
-
   template <int t>
   void zero() {
-    std::memset(tiles_[t], 0, sizeof tiles_[t]);
+    tiles_[t].zero();
   }
   template <int t>
   void load(const void* from, int64_t stride) {
-    for (int64_t i = 0; i < kTile; ++i) std::memcpy(tiles_[t][i], static_cast<const char*>(from) + i * stride, 64);
+    tiles_[t].load(from, stride);
   }
   template <int t>
   void store(void* to, int64_t stride) const {
-    for (int64_t i = 0; i < kTile; ++i) std::memcpy(static_cast<char*>(to) + i * stride, tiles_[t][i], 64);
+    tiles_[t].store(to, stride);
   }
   template <int to, int left, int right>
   void multiply() {
-    for (int64_t i = 0; i < kTile; ++i)
-      for (int64_t j = 0; j < kTile; ++j) {
-        float sums[2] = {0, 0};
-        for (int64_t pair = 0; pair < kTile; ++pair)
-          for (int odd = 0; odd < 2; ++odd)
-            sums[odd] = add_product(sums[odd], part(tiles_[left][i][pair], odd), part(tiles_[right][pair][j], odd));
-        const float sum = flush(float_of(tiles_[to][i][j])) + flush(sums[0] + sums[1]);
-        tiles_[to][i][j] = bits_of(flush(sum));
-      }
+    tiles_[to].add_products(tiles_[left], tiles_[right]);
   }
 
  private:
-  static float flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.f, x) : x; }
-  // A fused multiplication and addition. Products of bf16 are exact in fp32 unless they are subnormal.
-  static float add_product(float sum, float a, float b) {
-    const float product = a * b;
-    if (std::fabs(product) >= std::numeric_limits<float>::min()) return flush(sum + product);
-    return flush(std::fma(a, b, sum));
-  }
-  static float part(uint32_t pair, int odd) { return flush(float_of(odd ? pair & 0xffff0000u : pair << 16)); }
-
-  uint32_t tiles_[8][kTile][16];
+  PlainTile tiles_[8];
 };
 
 #define QK_GEMM gemm_amx_emulated

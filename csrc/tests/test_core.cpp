@@ -373,6 +373,9 @@ void check_gemms(std::mt19937& random) {
     c.gap = 3;
     c.offset = 1;
     c.threads = 3;
+    c.rows = 47;  // several panels on both sides where both are packed slab by slab
+    c.columns = 70;
+    check_gemm<Element>(random, c);
     c.depth = 37;
     for (int64_t rows : {1, 11, 12, 25, 47})
       for (int64_t columns : {1, 15, 16, 17, 31, 32, 70}) {

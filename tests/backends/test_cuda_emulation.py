@@ -7,21 +7,18 @@ the device's compiler makes of the kernels: `test_cuda_aot.py` reads that.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import native_modules
 import qkernels
-from runnable import HAS_COMPILER
 
 TESTS = next(folder for folder in Path(__file__).resolve().parents if (folder / "conftest.py").exists())
-SOURCES = TESTS.parent / "csrc"
 
 # Every kernel, split rows, all alignments, rows that are not read, one pass of each operation through autograd.
 ORDINARY = {
@@ -51,26 +48,10 @@ NIGHTLY = (*ORDINARY, "test_mdp.py", "test_ops.py", "test_errors.py", "test_muta
 
 @pytest.fixture(scope="module")
 def module() -> Path:
-    """The emulation as a Python module; built anew where its sources have changed."""
-    pybind11 = pytest.importorskip("pybind11", reason="pybind11 is not installed")
-    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
-    if missing or not (os.environ.get("CXX") or HAS_COMPILER):
-        pytest.skip(f"needs a C++ compiler, cmake and ninja; missing: {missing or 'compiler'}")
-    if not SOURCES.is_dir():
-        pytest.skip("csrc/ lies in the source tree only")
-    build = TESTS.parent / "build" / "cuda_emulation"
-    build.mkdir(parents=True, exist_ok=True)
-    configure = ["cmake", "-S", str(SOURCES), "-B", str(build), "-G", "Ninja", "-DQK_CUDA_EMULATION=ON"]
-    configure += ["-DCMAKE_BUILD_TYPE=None", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    with (build / "lock").open("w") as lock:  # tests may run in several processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", str(build), "--target", "_cuda_emulation"]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-            assert "warning:" not in done.stdout, done.stdout[-4000:]
-    (path,) = build.glob("_cuda_emulation*.so")
-    return path
+    """The emulation as a Python module."""
+    if missing := native_modules.why_not():
+        pytest.skip(missing)
+    return native_modules.build("_cuda_emulation", "QK_CUDA_EMULATION=ON")
 
 
 def run(module: Path, code: list[str]) -> subprocess.CompletedProcess[str]:

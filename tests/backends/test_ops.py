@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from assertions import assert_within
 from cases import make_head_batch, make_pairs, make_rows, normal, pack
+from native_modules import HAS_COMPILER
 from qkernels import (
     fused_token_dpo,
     linear_token_logps,
@@ -24,7 +25,6 @@ from qkernels.backends import ops
 from qkernels.core.coefficients import COEFFICIENTS
 from qkernels.core.fields import BIT, REFERENCE_SOFTMAX, SOFTMAX
 from qkernels.head import ops as head_ops
-from runnable import HAS_COMPILER
 
 PLAIN = (torch.float32, torch.bfloat16)
 # What opcheck and torch.compile make of an operation does not depend on the backend, which is an argument of it: the

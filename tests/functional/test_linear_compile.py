@@ -9,8 +9,8 @@ from torch._dynamo.utils import counters
 from assertions import assert_within
 from cases import HeadBatch, make_head_batch
 from linear_comparisons import bytes_for, leaves
+from native_modules import HAS_COMPILER
 from qkernels import fused_linear_token_dpo, linear_token_logps, linear_token_stats
-from runnable import HAS_COMPILER
 
 # Compilers take seconds, and the graph holds no more of a backend than its name: one with kernels will do.
 pytestmark = pytest.mark.not_backends("torch")

@@ -1,9 +1,8 @@
-"""What can run on this machine: backends with the devices and dtypes they take, and a C++ compiler."""
+"""What can run on this machine: backends with the devices and dtypes they take."""
 
 from __future__ import annotations
 
 import functools
-import shutil
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,6 @@ import torch
 from qkernels import backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 
 
 @dataclass(frozen=True)
