@@ -19,6 +19,7 @@ from assertions import assert_within
 from cases import generator
 from qkernels import token_stats
 from qkernels.decoding import CopyMixture, ImplicitRewardGuidance, ProxyTuning
+from qkernels.decoding.inside import Watch
 from qkernels.search import beam_search, best_of, scan_beta, score_completions
 from qkernels.tabular import random_mdp
 from toy_models import END, PAD, gpt2, llama, next_logps, tabular_models
@@ -663,6 +664,25 @@ def test_copying_from_a_given_source(models):
     nothing = CopyMixture(model, torch.zeros_like(source), attention_mask=mask)
     scores = torch.randn(3, 13, generator=generator(1))
     assert_within(nothing(ids, scores), scores.double().log_softmax(-1), 1e-6, "nothing to copy")
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
+def test_a_last_hidden_state_that_is_not_what_the_head_reads(models, monkeypatch, size):
+    """Refused whatever the size of the logits; an error as of a GEMM in bf16 is not."""
+    real = Watch.try_out
+    moved = {"by": 0.0}
+
+    def try_out(self, model):
+        hidden, logits = real(self, model)
+        return hidden * size, logits * size + moved["by"] * size * logits.abs().max()
+
+    monkeypatch.setattr(Watch, "try_out", try_out)
+    for accepted in (0.0, 0.01):
+        moved["by"] = accepted
+        CopyMixture(models[0])
+    moved["by"] = 0.05
+    with pytest.raises(ValueError, match="does not give its logits by the head alone"):
+        CopyMixture(models[0])
 
 
 def test_errors(models):
