@@ -55,6 +55,8 @@ def agreement(
 
     Raises:
         ValueError: other numbers of sequences or tokens, or no token at all.
+
+    A sequence without tokens has no ratio, and is no unit of the bootstrap: a draw of such alone would have no mean.
     """
     if len(trainer) != len(engine) or any(a.shape != b.shape for a, b in zip(trainer, engine, strict=True)):
         raise ValueError("trainer and engine must have log-probs of the same tokens, a tensor for each sequence")
@@ -63,13 +65,12 @@ def agreement(
     if not flat.numel():
         raise ValueError("there is no token to compare")
     ratio = flat.exp()
-    counts = torch.tensor([float(d.numel()) for d in differences], dtype=torch.float64)
+    sizes = [d.numel() for d in differences if d.numel()]
+    counts = torch.tensor(sizes, dtype=torch.float64)
 
     def mean(values: Tensor) -> Interval:
-        sums = torch.stack([part.sum() for part in values.split([d.numel() for d in differences])])
-        return bootstrap(
-            lambda w: (w @ sums) / (w @ counts).clamp(min=1), len(differences), resamples=resamples, seed=seed
-        )
+        sums = torch.stack([part.sum() for part in values.split(sizes)])
+        return bootstrap(lambda w: (w @ sums) / (w @ counts), len(sizes), resamples=resamples, seed=seed)
 
     return Agreement(
         tokens=flat.numel(),

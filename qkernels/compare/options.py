@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,8 @@ class CompareOptions:
             raise CompareError("give either --model DIR or --other FILE: what the engine's log-probs are compared with")
         if not 0 < self.low < 1 < self.high:
             raise CompareError(f"--low and --high must enclose 1 and be above 0, got {self.low} and {self.high}")
-        if not self.temperature > 0:
-            raise CompareError(f"--temperature must be above 0, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise CompareError(f"--temperature must be above 0 and finite, got {self.temperature}")
         if self.other is not None and self.temperature != 1:
             raise CompareError("--temperature is for --model; log-probs of --other are taken as they are")
         for name, value, least in (

@@ -20,11 +20,12 @@ drawing whole sequences anew.</p></div>"""
 
 
 class Worst(NamedTuple):
-    """A token far from agreement: where, both log-probs, and the text around it (the token in the middle)."""
+    """A token far from agreement: where, both log-probs, log r as the figures count it, and the text around it."""
 
     place: str
     trainer: float
     engine: float
+    log_ratio: float
     before: str
     token: str
     after: str
@@ -83,8 +84,8 @@ def make_page(
 
 
 def _ratio(worst: Worst) -> str:
-    difference = worst.trainer - worst.engine
-    return f"{math.exp(difference):.3g}" if abs(difference) < 20 else ("0" if difference < 0 else "inf")
+    value = worst.log_ratio
+    return f"{math.exp(value):.3g}" if abs(value) < 20 else ("0" if value < 0 else "inf")
 
 
 def _tiles(result: Agreement, rounding: Agreement | None, limits: tuple[float, float]) -> list[Figure]:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..records.pairs import DataError
+from ..records.pairs import DataError, found
 from ..records.sources import Source
+from ..records.tables import written
 
 PROMPT = ("prompt_token_ids", "prompt_ids", "input_ids", "prompts")
 TOKENS = ("token_ids", "completion_ids", "output_ids", "response_ids", "responses")
@@ -34,15 +35,17 @@ def read_rollouts(path: Path, limit: int | None = None) -> list[Rollout]:
     """The sequences of a file: JSON lines, JSON, Parquet, Arrow or CSV.
 
     A record has token ids of the prompt and of what was generated, and a log-prob of each generated token: a number,
-    vLLM's `{token id: {"logprob": x}}`, or SGLang's `[x, token id, text]`. vLLM's `outputs` are looked into.
+    vLLM's `{token id: {"logprob": x}}`, or SGLang's `[x, token id, text]`. vLLM's `outputs` are looked into. A cell of
+    a CSV file holds a list as JSON, or as pandas writes it.
 
     Raises:
         DataError: no such file, a record without these names, or whose lengths differ; the message says which record.
+            No generated token in any of them.
     """
     rows: Iterator[tuple[str, Any]] = itertools.islice(Source(path).rows(), limit)
     rollouts = [_rollout(record, f"{path}, {place}") for place, record in rows]
-    if not rollouts:
-        raise DataError(f"{path}: no records in it")
+    if not any(rollout.tokens for rollout in rollouts):
+        raise DataError(f"{path}: there is no generated token in it")
     return rollouts
 
 
@@ -67,7 +70,7 @@ def _rollout(record: Any, place: str) -> Rollout:
     if not isinstance(record, Mapping):
         raise DataError(f"{place}: expected an object, got {type(record).__name__}")
     fields = dict(record)
-    outputs = fields.get("outputs")
+    outputs = _listed(fields.get("outputs"))
     if isinstance(outputs, list) and len(outputs) == 1 and isinstance(outputs[0], Mapping):
         fields |= outputs[0]
     tokens = _ids(fields, TOKENS, place)
@@ -77,9 +80,18 @@ def _rollout(record: Any, place: str) -> Rollout:
 
 def _field(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> tuple[str, Any]:
     for name in names:
-        if isinstance(fields.get(name), list):
-            return name, fields[name]
-    raise DataError(f"{place}: expected a list {' or '.join(map(repr, names))}; found {', '.join(fields) or 'nothing'}")
+        value = _listed(fields.get(name))
+        if isinstance(value, list):
+            return name, value
+    others = [f"{found(fields[name])} in {name!r}" for name in names if fields.get(name) is not None]
+    raise DataError(
+        f"{place}: expected a list {' or '.join(map(repr, names))}; found {', '.join(others or fields) or 'nothing'}"
+    )
+
+
+def _listed(value: Any) -> Any:
+    """A field's value; of a text, which all cells of a CSV file are, what it writes."""
+    return written(value) if isinstance(value, str) else value
 
 
 def _ids(fields: Mapping[str, Any], names: tuple[str, ...], place: str) -> tuple[int, ...]:
@@ -94,7 +106,7 @@ def _values(fields: Mapping[str, Any], tokens: tuple[int, ...], place: str) -> t
     name, values = _field(fields, LOGPS, place)
     if len(values) != len(tokens):
         raise DataError(f"{place}: {len(values)} log-probs in {name!r} for {len(tokens)} generated tokens")
-    found = []
+    logps = []
     for i, (value, token) in enumerate(zip(values, tokens, strict=True)):
         if isinstance(value, Mapping):  # vLLM: those of several tokens, by id
             value = value.get(str(token), value.get(token))
@@ -105,5 +117,5 @@ def _values(fields: Mapping[str, Any], tokens: tuple[int, ...], place: str) -> t
             value = value[0]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value > 1e-3:
             raise DataError(f"{place}: {name!r} entry {i + 1} must be a log-prob (a number up to 0), got {value!r}")
-        found.append(min(float(value), 0.0))
-    return tuple(found)
+        logps.append(min(float(value), 0.0))
+    return tuple(logps)

@@ -17,10 +17,12 @@ from .._version import __version__
 from ..functional.hidden import linear_token_logps
 from ..functional.logits import shift_labels
 from ..records.pairs import DataError
+from ..report import folders
 from ..report.progress import Progress, quiet_transformers
 from ..score import models
 from ..score.files import as_json, temporary_name
 from ..score.options import ScoreError
+from ..text.lengths import position_limit
 from .agreement import Agreement, Group, agreement, by_position, by_probability, grouped, log_ratio
 from .options import CompareError, CompareOptions
 from .page import Worst, make_page
@@ -78,13 +80,20 @@ def _refuse_folder(options: CompareOptions) -> None:
     out = options.out
     if out.is_dir() and not options.overwrite and any(out.iterdir()):
         raise CompareError(f"--out {out}: the folder has files; replace an earlier comparison with --overwrite")
-    foreign = sorted(set(os.listdir(out)) - {FIGURES, REPORT}) if out.is_dir() else []
+    foreign = folders.foreign(out, _is_own, lambda _: False) if out.is_dir() else []
     if foreign:
-        raise CompareError(f"--out {out}: --overwrite replaces only a comparison; the folder also holds {foreign[0]}")
+        raise CompareError(
+            f"--out {out}: --overwrite replaces only a comparison; the folder also holds {folders.some_of(foreign)}"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CompareError(f"--out {out}: cannot be written ({error.strerror or error})") from None
+
+
+def _is_own(name: str) -> bool:
+    own = (FIGURES, REPORT)
+    return name in own or name in map(temporary_name, own)  # the second of a run that was killed
 
 
 def _tokenizer(options: CompareOptions) -> Any:
@@ -120,12 +129,15 @@ def _of_model(
     except ScoreError as error:
         raise CompareError(str(error)) from None
     head = head_parameters(model)
+    limit = position_limit(model)
     for rollout in rollouts:
-        largest = max((*rollout.prompt, *rollout.tokens))
-        if largest >= head.weight.shape[0]:
-            raise DataError(f"{rollout.place}: token id {largest} is outside of the model's {head.weight.shape[0]}")
         if not rollout.prompt:
             raise DataError(f"{rollout.place}: the prompt has no token, so nothing predicts the first one")
+        length, largest = len(rollout.prompt) + len(rollout.tokens), max((*rollout.prompt, *rollout.tokens))
+        if largest >= head.weight.shape[0]:
+            raise DataError(f"{rollout.place}: token id {largest} is outside of the model's {head.weight.shape[0]}")
+        if limit is not None and length > limit:
+            raise DataError(f"{rollout.place}: {length} tokens, and the model has positions for {limit}")
     narrow = head.weight.dtype if head.weight.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
     how: dict[str, Any] = {"softcap": head.softcap, "logit_scale": head.logit_scale, "temperature": options.temperature}
     exact: list[Tensor] = []
@@ -241,6 +253,7 @@ def _worst(rollouts: Sequence[Rollout], sides: Sides, flat: Tensor, shown: int, 
                 place=f"sequence {n + 1}, token {t + 1}",
                 trainer=float(sides.trainer[n][t]),
                 engine=float(sides.engine[n][t]),
+                log_ratio=float(flat[index]),
                 before=_shown(tokenizer, whole[max(0, at - _AROUND) : at]),
                 token=_shown(tokenizer, [whole[at]]),
                 after=_shown(tokenizer, whole[at + 1 : at + 1 + _AROUND]),

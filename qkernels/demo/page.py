@@ -120,7 +120,7 @@ def _key_figures(metrics: dict[str, Any]) -> str:
 def _heat_intro(shown: list[int], scores: Sequence[tuple[TokenScores, TokenScores]], generated: bool) -> str:
     listing = f"The first {len(shown)} of {len(scores)} held-out pairs"
     if shown != list(range(len(shown))):
-        wrong = sum(not _right(pair) for pair in scores)
+        wrong = sum(map(_is_wrong, scores))
         listing = f"{len(shown)} of {len(scores)} held-out pairs: the first ones, and the first of {wrong} ranked wrong"
     outlined = " A planted error is outlined." if generated else ""
     return (
@@ -131,14 +131,15 @@ def _heat_intro(shown: list[int], scores: Sequence[tuple[TokenScores, TokenScore
 
 def _shown(scores: Sequence[tuple[TokenScores, TokenScores]], count: int) -> list[int]:
     """The first pairs, the last of them giving way to pairs that are ranked wrong, so that failures show."""
-    wrong = [i for i, pair in enumerate(scores) if not _right(pair)]
+    wrong = [i for i, pair in enumerate(scores) if _is_wrong(pair)]
     first = list(range(min(count, len(scores))))
     missing = [i for i in wrong if i not in first][: max(0, max(1, count // 6) - len(set(wrong) & set(first)))]
     return first[: len(first) - len(missing)] + missing
 
 
-def _right(pair: tuple[TokenScores, TokenScores]) -> bool:
-    return sum(pair[0].rewards) > sum(pair[1].rewards)
+def _is_wrong(pair: tuple[TokenScores, TokenScores]) -> bool:
+    """A tie, as before the first step, is neither right nor wrong."""
+    return sum(pair[0].rewards) < sum(pair[1].rewards)
 
 
 def _view(

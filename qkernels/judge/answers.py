@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..records.layouts import preference
+from ..records.layouts import instruction, preference
 from ..records.pairs import DataError, Message, Unusable, conversation, names
 from ..records.sources import Source
 from ..text.characters import first_line
@@ -17,6 +18,7 @@ from ..text.lengths import position_limit
 from .options import JudgeError
 
 PROMPT_FIELDS = ("prompt", "messages", "conversations", "question", "instruction")
+_DIALOGUES = ("messages", "conversations")  # whole ones: where they end with an answer, the prompt is what precedes it
 ANSWER_FIELDS = ("answer", "response", "output", "completion")
 
 Prompt = tuple[Message, ...]
@@ -82,7 +84,8 @@ def read_answers(path: Path) -> dict[str, tuple[Prompt, Answer]]:
     for place, record in Source(path).rows():
         try:
             prompt = _prompt(record)
-            answer = Answer(_answer(record), record.get("finished") is not False)
+            text = _answer(record)
+            answer = Answer(text, record.get("finished") is not False)
         except Unusable as error:
             raise DataError(f"{path}, {place}: {error}") from None
         earlier = found.setdefault(key_of(prompt), (prompt, answer))
@@ -98,18 +101,29 @@ def _prompt(record: Any) -> Prompt:
         record = {"prompt": record}
     if not isinstance(record, dict):
         raise Unusable(f"expected a prompt or an object with one, found a value of type {type(record).__name__}")
-    if "chosen" in record and not any(name in record for name in ANSWER_FIELDS):
-        return preference(record)[0].prompt
+    if not any(name in record for name in ANSWER_FIELDS):
+        try:
+            return preference(record)[0].prompt
+        except Unusable:
+            if "chosen" in record:
+                raise
     for name in PROMPT_FIELDS:
         if record.get(name) is not None:
-            prompt = conversation(record[name], name, "user")
+            prompt = instruction(record) if name == "instruction" else conversation(record[name], name, "user")
+            if name in _DIALOGUES and len(prompt) > 1 and prompt[-1].role == "assistant":
+                prompt = prompt[:-1]
             if not any(message.content.strip() for message in prompt):
                 raise Unusable(f"expected a prompt in {name!r}, found only an empty one")
+            system = record.get("system")
+            if isinstance(system, str) and system.strip() and prompt[0].role != "system":
+                prompt = (Message("system", system), *prompt)
             return tuple(Message(message.role, message.content) for message in prompt)
     raise Unusable(f"expected one of the fields {', '.join(map(repr, PROMPT_FIELDS))}, found {names(record)}")
 
 
-def _answer(record: Mapping[str, Any]) -> str:
+def _answer(record: Any) -> str:
+    if not isinstance(record, dict):
+        raise Unusable(f"expected an object with a prompt and an answer, found a value of type {type(record).__name__}")
     for name in ANSWER_FIELDS:
         if record.get(name) is not None:
             turns = conversation(record[name], name, "assistant")
@@ -187,25 +201,43 @@ class Generator:
             ids[row, longest - len(one) :] = torch.tensor(one)
             mask[row, longest - len(one) :] = 1
         device = next(self.model.parameters()).device
-        # A generation_config's penalties and truncation would make the sides differ in more than their weights.
-        how: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        how: dict[str, Any] = {"do_sample": False, "num_beams": 1}
         if self.temperature:
             how |= {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-            torch.manual_seed((self.seed << 20) + first)
-        found = self.model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=self.max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=sorted(ends) or None,
-            **how,
-        )[:, longest:].cpu()
+            torch.manual_seed(((self.seed << 20) + first) % 2**63)
+        with _plain_generation(self.model):
+            found = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=sorted(ends) or None,
+                **how,
+            )[:, longest:].cpu()
         answers = []
         for row in found.tolist():
             stop = next((i for i, token in enumerate(row) if token in ends), None)
             text = self.tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
             answers.append(Answer(text, stop is not None))
         return answers
+
+
+# Of a generation_config, what is not about which tokens are taken.
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "cache_implementation", "use_cache")
+
+
+@contextlib.contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """A model without the penalties and truncations of its generation_config.
+
+    They would make the sides differ in more than their weights. transformers fills from it whatever a call leaves out.
+    """
+    own = model.generation_config
+    model.generation_config = type(own)(**{name: getattr(own, name) for name in _KEPT if hasattr(own, name)})
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def blocks(missing: Sequence[int], size: int) -> Iterator[list[int]]:

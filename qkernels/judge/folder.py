@@ -10,7 +10,7 @@ from typing import Any
 
 from ..report import folders
 from ..score.files import LOCK, RESTORE, SETTINGS, as_json, read_json, temporary_name
-from ..score.folder import RunLock
+from ..score.folder import RunLock, is_blank
 from ..score.options import ScoreError
 from .options import JudgeError
 
@@ -45,14 +45,14 @@ class Folder:
         if not out.is_dir():
             raise JudgeError(f"--out {out}: exists and is not a folder")
         if resume:
-            if self._settings() is None and any(out.iterdir()):
+            if self._settings() is None and not is_blank(out):
                 raise JudgeError(f"--out {out}: no comparison to resume there; it has no {SETTINGS} of one")
         elif not overwrite:
             raise JudgeError(
                 f"--out {out}: the folder exists; go on with --resume, replace an earlier comparison with --overwrite,"
                 " or choose another one"
             )
-        elif self._settings() is None and any(out.iterdir()):
+        elif self._settings() is None and not is_blank(out):
             raise JudgeError(
                 f"--out {out}: --overwrite replaces only what an earlier comparison has written; the folder holds"
                 f" {folders.some_of(sorted(entry.name for entry in out.iterdir()))}"
@@ -84,8 +84,11 @@ class Folder:
                         f"--out {self.out}: --resume needs the settings that the run began with: {'; '.join(changed)}"
                     )
                 return
-            if overwrite:
-                folders.remove(self.out, lambda name: _is_own(name) and name != LOCK, lambda _: False)
+            if earlier is not None and not overwrite:  # since `refuse` looked, before this process had the lock
+                raise JudgeError(f"--out {self.out}: another run has written a comparison there meanwhile")
+            if overwrite:  # the settings last: by them an interrupted deletion is known for one
+                folders.remove(self.out, lambda name: _is_own(name) and name not in (LOCK, SETTINGS), lambda _: False)
+                folders.remove(self.out, lambda name: name == SETTINGS, lambda _: False)
         except ScoreError as error:
             raise JudgeError(str(error)) from None
         except OSError as error:
@@ -118,7 +121,8 @@ class Folder:
             if len(whole) < len(raw):
                 with path.open("r+b") as file:
                     file.truncate(len(whole))
-            records = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+            # Not splitlines(), which also parts a line at separators that JSON leaves as they are, such as U+2028.
+            records = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
         except OSError as error:
             raise JudgeError(f"{path}: cannot be read ({error.strerror or error})") from None
         except (ValueError, RecursionError):
@@ -130,14 +134,18 @@ class Folder:
 
     def append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Add records to a file; they are on disk when this returns."""
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
             with (self.out / name).open("ab") as file:
-                file.write(text.encode("utf-8"))
+                file.write(as_lines(records).encode("utf-8"))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise JudgeError(f"--out {self.out}: {name} cannot be written ({error.strerror or error})") from None
+
+
+def as_lines(records: Sequence[Mapping[str, Any]]) -> str:
+    """JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _is_own(name: str) -> bool:

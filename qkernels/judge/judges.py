@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -93,6 +94,7 @@ class Scorer:
 
     Attributes:
         compares: whether it sees both answers.
+        fingerprint: its name, and what tells the contents of its file from others.
 
     Raises:
         JudgeError: it cannot be imported, or takes another number of arguments.
@@ -100,7 +102,9 @@ class Scorer:
 
     def __init__(self, name: str):
         self.name = name
-        self._function = _function(name)
+        self._function, source = _function(name)
+        contents = source.read_bytes() if source is not None and source.is_file() else b""
+        self.fingerprint = f"{name}, {hashlib.sha256(contents).hexdigest()[:16]}"
         try:
             parameters = list(inspect.signature(self._function).parameters.values())
         except (TypeError, ValueError) as error:
@@ -159,7 +163,8 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _function(name: str) -> tuple[Callable[..., Any], Path | None]:
+    """The function, and the file that it is in."""
     module_name, colon, function_name = name.rpartition(":")
     if not (colon and module_name and function_name):
         raise JudgeError(f"--scorer {name}: expected module:function or file.py:function")
@@ -171,7 +176,14 @@ def _function(name: str) -> Callable[..., Any]:
             spec = importlib.util.spec_from_file_location(path.stem, path)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            shadowed = sys.modules.get(spec.name)
+            sys.modules[spec.name] = module  # dataclasses look their module up there
+            try:
+                spec.loader.exec_module(module)
+            finally:
+                del sys.modules[spec.name]
+                if shadowed is not None:
+                    sys.modules[spec.name] = shadowed
         else:
             # As `python -m` does: a module in the working directory is found.
             sys.path.insert(0, "")
@@ -188,4 +200,5 @@ def _function(name: str) -> Callable[..., Any]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise JudgeError(f"--scorer {name}: {module_name} has no function {function_name!r}")
-    return function
+    file = getattr(module, "__file__", None)
+    return function, None if file is None else Path(file)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
+import math
 import platform
 import sys
 import time
@@ -28,7 +30,7 @@ from ..score.options import ScoreError
 from ..text.characters import first_line
 from ..text.hub import is_hub_name
 from .answers import Answer, Generator, Prompt, as_records, blocks, key_of, read_answers, read_prompts, text_of
-from .folder import ANSWERS, FIGURES, QUESTIONS, REPORT, VERDICTS, Folder
+from .folder import ANSWERS, FIGURES, QUESTIONS, REPORT, VERDICTS, Folder, as_lines
 from .judges import JUDGE_TEMPLATE, ModelJudge, Scorer, question_text
 from .options import JudgeError, JudgeOptions
 from .page import make_page
@@ -72,7 +74,8 @@ def run_judge(options: JudgeOptions, stream: TextIO | None = None) -> dict[str, 
             _check_models(options)
             scorer = None if options.scorer is None else Scorer(options.scorer)
             prompts, files = _prompts(options, progress)
-            folder.open(_settings(options), options.resume, options.overwrite)
+            settings = _settings(options, scorer, files)
+            folder.open(settings, options.resume, options.overwrite)
             began = time.monotonic()
             answers = {}
             for side in ANSWERS:
@@ -83,14 +86,15 @@ def run_judge(options: JudgeOptions, stream: TextIO | None = None) -> dict[str, 
             comparison = Comparison(prompts, answers)
             extra: dict[str, Any]
             if options.verdicts is not None:
-                verdicts, extra = _verdicts_of_file(options.verdicts, prompts), {}
+                verdicts, extra = _verdicts_of_file(options.verdicts, prompts, progress)
             elif scorer is not None:
-                verdicts, extra = _scored(scorer, comparison, folder, progress)
+                verdicts, extra = _scored(options, scorer, comparison, folder, progress)
             elif options.judge is not None:
                 verdicts, extra = _judged(options, comparison, folder, progress)
             else:
                 return _questions(options, comparison, folder, progress)
-            return _finish(options, comparison, verdicts, {**extra, "seconds": time.monotonic() - began}, folder)
+            extra |= {"seconds": time.monotonic() - began, "settings": settings}
+            return _finish(options, comparison, verdicts, extra, folder)
     except ScoreError as error:  # of what is shared with `qkernels score`: the lock, loading models
         raise JudgeError(str(error)) from error
 
@@ -164,7 +168,13 @@ def _prompts(
         if again:
             progress.say(f"{again} prompts of {options.prompts} occur again and are judged once")
     elif files:
-        prompts = [prompt for prompt, _ in next(iter(files.values())).values()]
+        first, *others = files.values()
+        prompts = [prompt for prompt, _ in first.values()]
+        if others and (more := others[0].keys() - first.keys()):
+            raise JudgeError(
+                f"--a {options.a}: no answer to {len(more)} of {len(others[0])} prompts that --b {options.b} answers;"
+                " give the prompts to be judged with --prompts"
+            )
     else:
         raise JudgeError("give --prompts FILE: models need prompts to answer")
     prompts = prompts[: options.limit]
@@ -178,9 +188,11 @@ def _prompts(
     return prompts, files
 
 
-def _settings(options: JudgeOptions) -> dict[str, Any]:
+def _settings(
+    options: JudgeOptions, scorer: Scorer | None, files: Mapping[str, Mapping[str, tuple[Prompt, Answer]]]
+) -> dict[str, Any]:
     """What results depend on, beside the prompts, which are compared line by line."""
-    settings: dict[str, Any] = {side: _fingerprint(getattr(options, side)) for side in ANSWERS}
+    settings: dict[str, Any] = {side: _fingerprint(getattr(options, side), files.get(side)) for side in ANSWERS}
     if any(is_model(getattr(options, side)) for side in ANSWERS):
         names = ("max_new_tokens", "temperature", "dtype", "batch_size")
         settings |= {name: getattr(options, name) for name in names}
@@ -189,14 +201,20 @@ def _settings(options: JudgeOptions) -> dict[str, Any]:
     if options.judge is not None:
         settings["judge"] = models.fingerprint(options.judge)
         settings["template"] = hashlib.sha256(_template(options).encode()).hexdigest()[:16]
-    elif options.scorer is not None:
-        settings["judge"] = options.scorer
+    elif scorer is not None:
+        settings["judge"] = scorer.fingerprint
     return settings
 
 
-def _fingerprint(name: str) -> str | None:
+def _fingerprint(name: str, answers: Mapping[str, tuple[Prompt, Answer]] | None) -> str | None:
+    """What tells a side from another: a file's contents, the answers in a folder of files, the model."""
     path = Path(name)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else models.fingerprint(name)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    if answers is None:
+        return models.fingerprint(name)
+    texts = [[key, *answer] for key, (_, answer) in answers.items()]
+    return hashlib.sha256(as_json(texts).encode()).hexdigest()[:16]
 
 
 def _template(options: JudgeOptions) -> str:
@@ -281,7 +299,7 @@ def _earlier(folder: Folder, prompts: Sequence[Prompt]) -> dict[tuple[int, str],
     found = {}
     for line in folder.lines(VERDICTS):
         number, order, value = line["number"], line.get("order"), line.get("a_wins")
-        if type(value) not in (int, float) or not isinstance(order, str):
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and isinstance(order, str)):
             raise JudgeError(
                 f"{folder.out / VERDICTS}: damaged (not the lines of a comparison); delete it and run again"
             )
@@ -292,7 +310,7 @@ def _earlier(folder: Folder, prompts: Sequence[Prompt]) -> dict[tuple[int, str],
 
 
 def _scored(
-    scorer: Scorer, comparison: Comparison, folder: Folder, progress: Progress
+    options: JudgeOptions, scorer: Scorer, comparison: Comparison, folder: Folder, progress: Progress
 ) -> tuple[list[Verdict], dict[str, Any]]:
     """Verdicts of a function."""
     prompts, answers = comparison
@@ -321,7 +339,10 @@ def _scored(
     if not scorer.compares:
         means = {
             f"mean_{side}_score": bootstrap_mean(
-                [known[n, "each"][f"{side}_score"] for n in range(len(prompts))]
+                [known[n, "each"][f"{side}_score"] for n in range(len(prompts))],
+                resamples=options.resamples,
+                level=options.level,
+                seed=options.seed,
             )._asdict()
             for side in ANSWERS
         }
@@ -355,6 +376,12 @@ def _judged(
                     first = judge.probabilities(
                         [text_of(prompts[number]) for number, _ in block], [a for a, _ in shown], [b for _, b in shown]
                     )
+                    for (number, _), p in zip(block, first, strict=True):
+                        if not math.isfinite(p):
+                            raise JudgeError(
+                                f"--judge {options.judge}: prompt {number}: its verdict is {p}, no probability; fp16"
+                                " overflows in some models, --dtype bf16 or fp32 does not"
+                            )
                     lines = [
                         {"number": number, "prompt": as_records(prompts[number]), "order": order,
                          "a_wins": p if order == "ab" else 1 - p}
@@ -373,17 +400,31 @@ def _judged(
     return [Verdict(_sign(ab - 0.5), _sign(ba - 0.5)) for ab, ba in values], {"mean_probability": mean._asdict()}
 
 
-def _verdicts_of_file(path: Path, prompts: Sequence[Prompt]) -> list[Verdict]:
+def _verdicts_of_file(
+    path: Path, prompts: Sequence[Prompt], progress: Progress
+) -> tuple[list[Verdict], dict[str, Any]]:
     """Verdicts that were made elsewhere; of several in one order, the mean."""
     numbers = {key_of(prompt): number for number, prompt in enumerate(prompts)}
     found: dict[int, dict[str, list[float]]] = {}
+    orders: set[str] = set()
+    others = 0
     for place, record in Source(path).rows():
         try:
             number, order, a_wins = _verdict(record, numbers)
         except Unusable as error:
             raise DataError(f"{path}, {place}: {error}") from None
-        if number is not None:
-            found.setdefault(number, {}).setdefault(order, []).append(a_wins)
+        if number is None:
+            others += 1
+            continue
+        orders.add(order)
+        if "each" in orders and len(orders) > 1:
+            raise DataError(
+                f"{path}, {place}: expected verdicts with an order, 'ab' or 'ba', or all of them without ('each'),"
+                " found both"
+            )
+        found.setdefault(number, {}).setdefault(order, []).append(a_wins)
+    if others:
+        progress.say(f"{others} verdicts of {path} are on other prompts than those that are judged, and are left out")
     missing = [number for number in range(len(prompts)) if number not in found]
     if missing:
         raise JudgeError(
@@ -391,10 +432,9 @@ def _verdicts_of_file(path: Path, prompts: Sequence[Prompt]) -> list[Verdict]:
             f" {text_of(prompts[missing[0]])[:80]!r}"
         )
     means = [{order: sum(given) / len(given) for order, given in found[n].items()} for n in range(len(prompts))]
-    return [
-        Verdict(mean["each"], mean["each"]) if "each" in mean else Verdict(mean.get("ab"), mean.get("ba"))
-        for mean in means
-    ]
+    if "each" in orders:
+        return [Verdict(mean["each"], mean["each"]) for mean in means], {"ordered": False}
+    return [Verdict(mean.get("ab"), mean.get("ba")) for mean in means], {}
 
 
 def _verdict(record: Any, numbers: Mapping[str, int]) -> tuple[int | None, str, float]:
@@ -434,13 +474,28 @@ def _questions(options: JudgeOptions, comparison: Comparison, folder: Folder, pr
                 "number": number, "prompt": as_records(prompt), "order": order, "first": first, "second": second,
                 "question": question_text(text_of(prompt), first, second), "winner": None,
             })  # fmt: skip
-    (options.out / QUESTIONS).unlink(missing_ok=True)
-    folder.append(QUESTIONS, lines)
+    if _is_filled_in(options.out / QUESTIONS):
+        raise JudgeError(
+            f"{options.out / QUESTIONS}: somebody has given winners there, or changed it; pass the file to --verdicts,"
+            " or delete it to have it written again"
+        )
+    folder.write(QUESTIONS, as_lines(lines))
     progress.say(
         f'No judge was given. {options.out / QUESTIONS} asks every question in both orders: set each "winner" to'
         ' "first", "second" or "tie", and pass the file to --verdicts, with --resume'
     )
     return {"prompts": len(comparison.prompts), "questions": len(lines)}
+
+
+def _is_filled_in(path: Path) -> bool:
+    """Whether a file of questions is there and no longer as it was written."""
+    if not path.exists():
+        return False
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return any(json.loads(line).get("winner") is not None for line in lines if line.strip())
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return True
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -460,6 +515,7 @@ def _finish(
     ]
     rate = win_rate(verdicts, resamples=options.resamples, level=options.level, seed=options.seed)
     extra = dict(extra)
+    settings = extra.pop("settings")
     figures: dict[str, Any] = {
         **rate.as_json(),
         "ordered": extra.pop("ordered", True),
@@ -470,7 +526,7 @@ def _finish(
             "level": options.level,
             "resamples": options.resamples,
             "seed": options.seed,
-            **_settings(options),
+            **settings,
         },
         "sources": {
             "a": options.a,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ _ALL_NAMES = (
     "prompt", "chosen", "rejected", "messages", "conversations", "instruction", "question", "response_j", "response_k",
     "completions",
 )  # fmt: skip
+# A column of ids that was a table's comes as bools, as floats (pandas, beside a null) or as texts (CSV).
+_IDS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 _HH = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
 
 
@@ -68,7 +71,7 @@ def preference(record: Any) -> tuple[Preference, set[str]]:
             raise Unusable(f"expected an answer in {name!r}, found only an empty one")
     context, better, worse = _split(prompt, chosen, rejected, answers.names)
     if "system" in record and string(record["system"], "system").strip():
-        context = (Message("system", record["system"]), *context)
+        context = _with_system(context, record["system"])
     if not any(message.content.strip() for message in context):
         raise Unusable("expected a prompt, found only an empty one")
     if better == worse:
@@ -91,9 +94,10 @@ def _answers(record: dict[str, Any]) -> _Answers:
     if "completions" in record:
         return _best_and_worst(record["completions"])
     if {"response_0", "response_1", "better_response_id"} <= set(record):
-        better = record["better_response_id"]
-        if better not in (0, 1):
-            raise Unusable(f"expected 'better_response_id' to be 0 or 1, found {found(better)}")
+        given = record["better_response_id"]
+        better = _IDS.get(str(given).strip().lower())
+        if better is None:
+            raise Unusable(f"expected 'better_response_id' to be 0 or 1, found {found(given)}")
         pair = (f"response_{better}", f"response_{1 - better}")
         return _Answers(record[pair[0]], record[pair[1]], pair, (*pair, "better_response_id"))
     output = record.get("output")
@@ -124,6 +128,10 @@ def _best_and_worst(completions: Any) -> _Answers:
             f"expected 'completions' to be a list of objects with 'response' and a number 'overall_score', found"
             f" {found(completions)}"
         )
+    for completion in completions:
+        score = completion["overall_score"]
+        if isinstance(score, float) and not math.isfinite(score):  # NaN would end the sorting half-way
+            raise Unusable(f"expected 'completions' with finite overall scores, found {found(score)}")
     ranked = sorted(completions, key=lambda completion: -completion["overall_score"])
     if len(ranked) < 2 or ranked[0]["overall_score"] == ranked[-1]["overall_score"]:
         raise Unusable("expected 'completions' with different overall scores, found fewer than two")
@@ -203,6 +211,11 @@ def _only_text(messages: tuple[Message, ...]) -> str:
     return messages[0].content
 
 
+def instruction(record: dict[str, Any]) -> tuple[Message, ...]:
+    """The prompt of a record in Alpaca's layout: earlier rounds, the instruction and its input."""
+    return _instruction(record).messages or ()
+
+
 def _tools(value: Any) -> str:
     if isinstance(value, str) and value.strip():
         try:
@@ -240,6 +253,15 @@ def _split(
         )
     before = chosen[:shared]
     return _context(prompt, before, called[0]), chosen[shared:], rejected[shared:]
+
+
+def _with_system(context: tuple[Message, ...], system: str) -> tuple[Message, ...]:
+    """The conversation after the system message of a field beside it, which it may repeat."""
+    if not context or context[0].role != "system":
+        return (Message("system", system), *context)
+    if context[0].content.strip() != system.strip():
+        raise Unusable("expected one system message, found 'system' and a different one in the conversation")
+    return context
 
 
 def _context(prompt: _Prompt, before: tuple[Message, ...], side: str) -> tuple[Message, ...]:

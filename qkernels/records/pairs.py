@@ -122,16 +122,23 @@ def conversation(value: Any, name: str, role: str) -> tuple[Message, ...]:
     raise Unusable(f"expected {name!r} to be a string, a message or a list of messages, found {found(value)}")
 
 
+def message_keys(value: dict[str, Any]) -> tuple[str, str] | None:
+    """The names of the fields that tell who speaks and what is said; None of an object that is no message."""
+    for role_key, content_key in (("role", "content"), ("from", "value")):
+        if role_key in value and (content_key in value or value.get("tool_calls")):
+            return role_key, content_key
+    return None
+
+
 def _message(value: Any, name: str) -> Message:
     if not isinstance(value, dict):
         raise Unusable(f"expected {name!r} to be a message, found {found(value)}")
-    for role_key, content_key in (("role", "content"), ("from", "value")):
-        if role_key in value and (content_key in value or value.get("tool_calls")):
-            break
-    else:
+    keys = message_keys(value)
+    if keys is None:
         raise Unusable(
             f"expected {name!r} to have the fields 'role' and 'content' (or 'from' and 'value'), found {names(value)}"
         )
+    role_key, content_key = keys
     said = string(value[role_key], f"{name}.{role_key}")
     if said.lower() not in ROLES:
         raise Unusable(f"expected {name}.{role_key} to be one of {', '.join(ROLES)}, found {found(said)}")

@@ -66,8 +66,16 @@ class Source:
             self._rows = _hub(self.name, split, config)
 
     def rows(self) -> Iterator[Row]:
-        """The records, from the first on."""
-        return self._rows()
+        """The records, from the first on.
+
+        Raises:
+            DataError: what cannot be read; no record at all.
+        """
+        row = None
+        for row in self._rows():
+            yield row
+        if row is None:
+            raise DataError(f"{self.name}: there is no record in it")
 
 
 # --- folders and the hub ----------------------------------------------------------------------------------------------
@@ -177,6 +185,8 @@ def _files(paths: list[Path]) -> Iterator[Row]:
 
 def _file(path: Path) -> Iterator[Row]:
     try:
+        if path.exists() and not path.is_file():  # each reading begins anew, which a pipe cannot do
+            raise DataError(f"{path}: expected a file, found a pipe or a device; write its contents to a file first")
         with path.open("rb") as file:
             start = file.read(8)
     except FileNotFoundError:
@@ -255,7 +265,7 @@ def _json_array(path: Path, file: BinaryIO) -> Iterator[Row]:
         raise DataError(f"{path}: nested too deeply to be preference pairs") from None
     except ValueError as error:
         raise DataError(f"{path}, {_syntax(error)}") from None
-    if isinstance(document, dict) and "chosen" in document:
+    if isinstance(document, dict):
         document = [document]
     if not isinstance(document, list):
         raise DataError(f"{path}: expected an array of records, found {found(document)}")

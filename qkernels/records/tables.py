@@ -6,20 +6,23 @@ import ast
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..text.characters import first_line
-from .pairs import DataError
+from .pairs import DataError, message_keys
 
 _ROWS = 256  # of a table that are in memory at a time
 _LONGEST_CELL = 2**31 - 1
+_OBJECTS = re.compile(r"\s*(\[\s*)?\{")
 
 
 def csv_rows(path: Path, file: BinaryIO, delimiter: str) -> Iterator[tuple[str, Any]]:
     """The rows of a CSV file with a header, each with its line for messages. A cell may hold messages as JSON."""
-    earlier = csv.field_size_limit(_LONGEST_CELL)
+    # All readers of a process share this limit, and several are read in turn: it is raised and never lowered.
+    csv.field_size_limit(_LONGEST_CELL)
     try:
         with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
             reader = csv.DictReader(text, delimiter=delimiter, strict=True)
@@ -30,27 +33,30 @@ def csv_rows(path: Path, file: BinaryIO, delimiter: str) -> Iterator[tuple[str, 
                         f"{path}, {place}: expected {len(reader.fieldnames or ())} cells, as in the header, found"
                         f" {'more' if None in row else 'fewer'}"
                     )
-                yield place, {name: _cell(value) for name, value in row.items() if value != ""}
+                yield place, {name: _cell(name, value) for name, value in row.items() if value != ""}
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}") from None
     except csv.Error as error:
         raise DataError(f"{path}: not valid CSV ({error})") from None
-    finally:
-        csv.field_size_limit(earlier)
 
 
-def _cell(text: str) -> Any:
-    """A cell's text, or the messages that it holds: as JSON, or as pandas writes lists of dicts."""
-    if not text.lstrip().startswith(("[{", "{")):
+def _cell(name: str, text: str) -> Any:
+    """A cell's text, or the messages (or tools) that it holds; other JSON is text, since it may be an answer."""
+    if not _OBJECTS.match(text):
         return text
+    value = written(text)
+    items = value if isinstance(value, list) else [value]
+    are_meant = all(isinstance(item, dict) and (name == "tools" or message_keys(item)) for item in items)
+    return value if items and are_meant else text
+
+
+def written(text: str) -> Any:
+    """The value that a text writes, as JSON or as pandas writes lists and dicts; the text itself if it is neither."""
     for read in (json.loads, ast.literal_eval):
         try:
-            value = read(text)
+            return read(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        items = value if isinstance(value, list) else [value]
-        if items and all(isinstance(item, dict) and ({"role", "from", "type"} & set(item)) for item in items):
-            return value
     return text
 
 
@@ -84,7 +90,7 @@ def _small(batches: Any) -> Iterator[Any]:
 
 
 class _reading:
-    """A context that turns pyarrow's errors into `DataError`."""
+    """A context that turns pyarrow's errors, and those of decoding what it read, into `DataError`."""
 
     def __init__(self, path: Path, what: str) -> None:
         self._path, self._what = path, what
@@ -95,7 +101,7 @@ class _reading:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         import pyarrow
 
-        if isinstance(error, (pyarrow.ArrowException, OSError)):
+        if isinstance(error, (pyarrow.ArrowException, OSError, ValueError, RecursionError)):
             raise DataError(f"{self._path}: cannot be read as {self._what} ({first_line(error)})") from None
 
 

@@ -63,6 +63,7 @@ details .turn { margin-top: .5em; }
 .badge { margin-left: 8px; font-size: .86rem; font-weight: 600; }
 .badge.right { color: var(--good); }
 .badge.wrong { color: var(--bad); }
+.badge.tie { color: var(--soft); }
 .answer { display: grid; grid-template-columns: 92px minmax(0, 1fr); padding: 8px 18px; }
 .answer + .answer { border-top: 1px dashed var(--line); }
 .side { padding-top: 4px; font-variant-numeric: tabular-nums; line-height: 1.3; }

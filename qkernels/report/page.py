@@ -21,6 +21,7 @@ from .assets import SCRIPT, STYLE
 # Of the |rewards| on a page this share is within the colour scale; the rest is shown at full strength.
 _SCALE_QUANTILE = 0.99
 _LONG_PROMPT = 480  # characters; longer ones are folded
+_LONG_ANSWER = 500  # tokens; above it, counterparts in the other answer are looked for in less detail
 
 REWARD_FORMULA = (
     '<p class="formula">token reward = β · ( log π(token | text so far)'
@@ -156,19 +157,25 @@ def _heat_legend(scale: float, with_planted: bool) -> str:
 
 
 def _card(pair: ScoredPair, index: int, scale: float) -> str:
-    right = pair.margin > 0
-    badge = (
-        '<span class="badge right">✓ ranked right</span>'
-        if right
-        else '<span class="badge wrong">✗ ranked wrong</span>'
-    )
     twins = _twins(pair)
     note = f'<p class="note">{escape(pair.note)}</p>' if pair.note else ""
     return f"""<article class="pair" aria-label="Pair {index}">
-<header>{_prompt(pair.prompt)}<div class="verdict">margin <b>{number(pair.margin, 3, True)}</b> {badge}</div></header>
+<header>{_prompt(pair.prompt)}{_verdict(pair.margin)}</header>
 {note}{_answer("chosen", pair.chosen, scale, twins[0])}
 {_answer("rejected", pair.rejected, scale, twins[1])}
 </article>"""
+
+
+def _verdict(margin: float) -> str:
+    """The margin and what it says; a tie, as before the first step of a training, is neither right nor wrong."""
+    if margin > 0:
+        kind, text = "right", "✓ ranked right"
+    elif margin < 0:
+        kind, text = "wrong", "✗ ranked wrong"
+    else:
+        kind, text = "tie", "not ranked" if math.isnan(margin) else "tie"
+    badge = f'<span class="badge {kind}">{text}</span>'
+    return f'<div class="verdict">margin <b>{number(margin, 3, True)}</b> {badge}</div>'
 
 
 def answer_map(
@@ -206,11 +213,25 @@ def _prompt(prompt: Sequence[tuple[str, str]]) -> str:
 def _twins(pair: ScoredPair) -> tuple[list[int | None], list[int | None]]:
     """For each token the number of its counterpart in the other answer, shared by both; None where they differ."""
     chosen, rejected = [t.text for t in pair.chosen], [t.text for t in pair.rejected]
+    start = _shared(chosen, rejected)
+    end = _shared(chosen[start:][::-1], rejected[start:][::-1])
+    middle = (chosen[start : len(chosen) - end], rejected[start : len(rejected) - end])
+    # With `autojunk` no frequent token begins a block; the time is cubic where each may and answers repeat themselves.
+    is_long = max(map(len, middle)) > _LONG_ANSWER
+    matched = SequenceMatcher(None, *middle, autojunk=is_long).get_matching_blocks()
+    blocks = [(0, 0, start), (len(chosen) - end, len(rejected) - end, end)]
+    blocks += [(start + a, start + b, size) for a, b, size in matched]
     marks: tuple[list[int | None], list[int | None]] = ([None] * len(chosen), [None] * len(rejected))
-    for block in SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks():
-        for i in range(block.size):
-            marks[0][block.a + i] = marks[1][block.b + i] = block.a + i
+    for a, b, size in blocks:
+        for i in range(size):
+            marks[0][a + i] = marks[1][b + i] = a + i
     return marks
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many tokens two answers share at their beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _answer(side: str, tokens: Sequence[Token], scale: float, twins: Sequence[int | None]) -> str:
@@ -244,7 +265,8 @@ def _token(token: Token, scale: float, twin: int | None, first: bool) -> str:
     if not token.text.strip() or shown != token.text[len(lead) :]:
         classes.append("ws")
     known = (token.reward, token.logp, token.reference_logp, token.entropy)
-    values = ["" if value is None else f"{value:.6g}" for value in known]
+    # The script reads these by JavaScript's Number, for which "-inf" is no number.
+    values = ["" if value is None else f"{value:.6g}".replace("inf", "Infinity") for value in known]
     link = "" if twin is None else f' data-k="{twin}"'
     stop = "0" if first else "-1"
     after = "<br>" if "\n" in token.text else ""
@@ -256,13 +278,15 @@ def _token(token: Token, scale: float, twin: int | None, first: bool) -> str:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
-    if not high > low:
-        low, high = low - 0.5, low + 0.5
+    size = max(abs(low), abs(high))
+    if not high - low > max(1e-14 * size, 1e-300):  # no step between such numbers could be told from 0
+        around = max(0.5, 1e-9 * size)
+        low, high = low - around, low + around
     rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough * 0.999)
+    exponent = math.floor(math.log10(rough))
+    step = next(10.0**exponent * m for m in (1, 2, 2.5, 5, 10) if 10.0**exponent * m >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, last + 1)]
+    return [round(i * step, 1 - exponent) for i in range(first, last + 1)]
 
 
 _WIDTH, _HEIGHT = 480, 270
@@ -295,8 +319,9 @@ def line_chart(
     y_ticks = ticks(*y_range) if y_range else ticks(min(0.0, *ys), max(0.0, *ys))
     if y_range:
         y_ticks = [y for y in y_ticks if y_range[0] <= y <= y_range[1]]
-    x_ticks = [x for x in ticks(min(xs), max(xs), 6) if min(xs) <= x <= max(xs)]
-    x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+    x_marks = ticks(min(xs), max(xs), 6)
+    x_ticks = [x for x in x_marks if min(xs) <= x <= max(xs)]
+    x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else x_marks[-1]  # above a single x, however large it is
     y_low, y_high = (y_ticks[0], y_ticks[-1]) if y_range is None else y_range
     inner_w, inner_h = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
@@ -354,11 +379,11 @@ def line_chart(
 
 
 def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
-    """Centred running mean over `window` points, fewer at the ends."""
-    half = window // 2
+    """Centred running mean over `window` points, fewer at the ends; if it is even, one more before than after."""
     smoothed = []
     for i, (x, _) in enumerate(points):
-        near = points[max(0, i - half) : i + half + 1]
+        first = i - window // 2
+        near = points[max(0, first) : first + window]
         smoothed.append((x, sum(y for _, y in near) / len(near)))
     return smoothed
 

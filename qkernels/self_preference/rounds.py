@@ -158,8 +158,8 @@ def _finished_pairs(place: Path) -> Pairs | None:
     figures = read_json_object(place / FIGURES)
     if figures is None or not (place / PAIRS).is_file():
         return None
-    lines = (place / PAIRS).read_text(encoding="utf-8").splitlines()
-    return Pairs([json.loads(line) for line in lines], **figures)
+    lines = (place / PAIRS).read_text(encoding="utf-8").split("\n")  # model text may hold what splitlines() parts at
+    return Pairs([json.loads(line) for line in lines if line], **figures)
 
 
 def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> list[Round]:

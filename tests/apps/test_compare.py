@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 
@@ -110,6 +111,12 @@ def test_figures_by_their_definitions():
     assert found.ratio.low <= found.ratio.estimate <= found.ratio.high
 
 
+def test_sequences_without_tokens_are_not_drawn():
+    logps = [torch.tensor([-1.0, -2.0]), torch.tensor([-1.0]), torch.empty(0)]
+    found = agreement(logps, logps)
+    assert found.ratio[:3] == (1, 1, 1) and found.sequences == 3
+
+
 def test_impossible_tokens_leave_the_figures_finite():
     found = agreement([torch.tensor([-math.inf, -1.0])], [torch.tensor([-1.0, -1.0])])
     assert math.isfinite(found.k3.estimate) and found.largest == 20
@@ -134,6 +141,11 @@ def test_impossible_tokens_leave_the_figures_finite():
 def test_layouts(record, tmp_path):
     (found,) = read_rollouts(write(tmp_path / "a.jsonl", [record]))
     assert found[:3] == ((1, 2), (3, 4), (-0.5, -1.25))
+    for name, write_cell in (("json.csv", json.dumps), ("pandas.csv", str)):
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file).writerows([record, map(write_cell, record.values())])
+        (again,) = read_rollouts(tmp_path / name)
+        assert again[:3] == found[:3]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +155,8 @@ def test_layouts(record, tmp_path):
         ({"logprobs": [0.5, -1]}, r"'logprobs' entry 1 must be a log-prob \(a number up to 0\), got 0.5"),
         ({"token_ids": [3, "x"]}, "'token_ids' must hold token ids, entry 2 is 'x'"),
         ({"token_ids": None, "text": "abc"}, "expected a list 'token_ids' or .*found .*text"),
+        ({"token_ids": "3 4"}, "expected a list 'token_ids' or .*found '3 4' in 'token_ids'"),
+        ({"token_ids": [], "logprobs": []}, "there is no generated token in it"),
         ({"logprobs": None, "output_token_logprobs": [[-1, 3], [-1, 5]]}, "entry 2 is of token 5, generated was 4"),
     ],
 )
@@ -170,6 +184,7 @@ def test_the_first_difference_is_named(tmp_path):
         (["--other", "o", "--temperature", "2"], "--temperature is for --model"),
         (["--model", "m", "--low", "1.5"], "--low and --high must enclose 1"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
+        (["--model", "nowhere", "--temperature", "inf"], "--temperature must be above 0 and finite, got inf"),
     ],
 )
 def test_wrong_options(arguments, message, model, tmp_path, capsys):
@@ -178,11 +193,37 @@ def test_wrong_options(arguments, message, model, tmp_path, capsys):
     assert status == 2 and message in capsys.readouterr().err
 
 
-def test_foreign_files_and_tokens_outside_of_the_vocabulary(model, tmp_path, capsys):
-    records = rollouts(model[0], sequences=1)
-    records[0]["token_ids"][0] = VOCAB
-    status, _, out = compare(tmp_path, "--engine", write(tmp_path / "e.jsonl", records), "--model", model[1])
-    assert status == 2 and f"token id {VOCAB} is outside of the model's {VOCAB}" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"token_ids": [VOCAB], "logprobs": [-1.0]}, f"token id {VOCAB} is outside of the model's {VOCAB}"),
+        ({"prompt_token_ids": [], "token_ids": [], "logprobs": []}, "the prompt has no token"),
+        ({"token_ids": [3] * 510, "logprobs": [-1.0] * 510}, "513 tokens, and the model has positions for 512"),
+    ],
+)
+def test_records_that_the_model_cannot_take(change, message, model, tmp_path, capsys):
+    records = rollouts(model[0], sequences=2)
+    records[1] |= change
+    status, _, _ = compare(tmp_path, "--engine", write(tmp_path / "e.jsonl", records), "--model", model[1])
+    assert status == 2 and f"e.jsonl, line 2: {message}" in capsys.readouterr().err
+
+
+def test_only_files_of_a_comparison_are_replaced(model, tmp_path, capsys):
+    engine = write(tmp_path / "e.jsonl", rollouts(model[0], sequences=1))
+    (tmp_path / "out").mkdir()
+    for name in ("compare.json", ".partial-report.html"):  # the second of a run that was killed
+        (tmp_path / "out" / name).write_text("half")
+    status, _, out = compare(tmp_path, "--engine", engine, "--other", engine)
+    assert status == 0 and sorted(path.name for path in out.iterdir()) == ["compare.json", "report.html"]
     (out / "mine.txt").write_text("")
-    status, _, _ = compare(tmp_path, "--engine", tmp_path / "e.jsonl", "--model", model[1])
+    status, _, _ = compare(tmp_path, "--engine", engine, "--other", engine)
     assert status == 2 and "mine.txt" in capsys.readouterr().err
+
+
+def test_a_token_that_neither_can_make_is_shown_as_agreement(model, tmp_path):
+    records = rollouts(model[0], sequences=1)
+    records[0]["logprobs"][0] = -math.inf
+    engine = write(tmp_path / "e.jsonl", records)
+    _, figures, out = compare(tmp_path, "--engine", engine, "--other", engine)
+    assert figures["all"]["largest"] == 0
+    assert "<td>−inf</td><td>−inf</td><td>1</td>" in (out / "report.html").read_text()

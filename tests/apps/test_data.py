@@ -7,6 +7,7 @@ import csv
 import gzip
 import importlib.util
 import json
+import math
 import os
 import tracemalloc
 from pathlib import Path
@@ -105,9 +106,16 @@ def test_earlier_turns_and_system_messages_are_kept(tmp_path: Path) -> None:
     record = {"chosen": [*before, assistant(BETTER)], "rejected": [*before, assistant(WORSE)]}
     (pair,), _ = read_preferences(write(tmp_path / "a.json", record))
     assert [message.fields() for message in pair.prompt] == before
-    record = {**LAYOUTS["ShareGPT"], "system": "Be brief."}
-    (pair,), _ = read_preferences(write(tmp_path / "b.json", record))
-    assert pair.prompt == (Message("system", "Be brief."), *EXPECTED.prompt)
+    system = {"role": "system", "content": "Be brief."}
+    for record in (LAYOUTS["ShareGPT"], {**GOOD, "prompt": [system, user(QUESTION)]}):  # a field may repeat a message
+        (pair,), _ = read_preferences(write(tmp_path / "b.json", {**record, "system": "Be brief."}))
+        assert pair.prompt == (Message("system", "Be brief."), *EXPECTED.prompt)
+
+
+@pytest.mark.parametrize("better", [1, 1.0, True, "1", "1.0", "True"])
+def test_ids_of_the_better_response_come_in_several_types(better: object) -> None:
+    record = {**LAYOUTS["numbered responses"], "better_response_id": better}
+    assert as_preferences([record]) == [EXPECTED]
 
 
 def test_layouts_may_be_mixed_and_other_fields_are_named(tmp_path: Path) -> None:
@@ -127,6 +135,9 @@ def test_blank_lines_a_byte_order_mark_and_a_misleading_ending_do_no_harm(tmp_pa
     ):
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
         assert read_preferences(tmp_path / name).pairs == [EXPECTED] * 2, name
+    alone = tmp_path / "alone.json"  # one record, of a layout without "chosen"
+    alone.write_text(json.dumps(LAYOUTS["response_j and response_k"]) + "\n")
+    assert read_preferences(alone).pairs == [EXPECTED]
 
 
 GOOD = LAYOUTS["strings"]
@@ -159,6 +170,18 @@ BAD_RECORDS = {
     "completions of one score": (
         {"instruction": "a", "completions": [{"response": r, "overall_score": 5} for r in "bc"]},
         "expected 'completions' with different overall scores",
+    ),
+    "completions without an order": (
+        {"instruction": "a", "completions": [{"response": str(s), "overall_score": s} for s in (9.0, math.nan, 1.0)]},
+        "expected 'completions' with finite overall scores, found the number nan",
+    ),
+    "an id that is neither": (
+        {**LAYOUTS["numbered responses"], "better_response_id": 0.5},
+        "expected 'better_response_id' to be 0 or 1, found the number 0.5",
+    ),
+    "two system messages": (
+        {**GOOD, "prompt": [{"role": "system", "content": "Rhyme."}, user(QUESTION)], "system": "Be brief."},
+        "expected one system message, found 'system' and a different one",
     ),
     "a picture": (
         {**GOOD, "prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
@@ -203,9 +226,10 @@ BAD_FILES = {
     "ragged.csv": (b"prompt,chosen,rejected\na,b\n", "line 2: expected 3 cells, as in the header, found fewer"),
     "latin.csv": ("prompt\né".encode("latin-1"), "expected UTF-8 text, found byte 0xe9"),
     "columns.csv": (b"question,answer\na,b\n", "line 2: expected the field 'chosen', found only 'question', 'answer'"),
-    "object.json": (b'{"data": []}', "expected an array of records, found an object with the fields 'data'"),
+    "object.json": (b'{"data": []}', "record 1: expected the field 'chosen', found only 'data'"),
     "number.json": (b"17", "expected an array of records, found the number 17"),
-    "none.json": (b"[]", "expected at least 1 preference pair, found 0"),
+    "none.json": (b"[]", "there is no record in it"),
+    "header.csv": (b"prompt,chosen,rejected\n", "there is no record in it"),
     "deep.json": (b"[" * 100_000, "nested too deeply"),
     "deep.jsonl": (b"[" * 100_000, "line 1: nested too deeply"),
     "digits.jsonl": (b"9" * 5000, "line 1: "),
@@ -239,6 +263,11 @@ def test_a_missing_or_unreadable_file_is_refused(tmp_path: Path) -> None:
         read_preferences(tmp_path)
     with pytest.raises(DataError, match="a file has no splits, and the split 'test' was asked for"):
         read_preferences(write(tmp_path / "a.json", GOOD), split="test")
+    pipe, end = os.pipe()
+    os.close(end)
+    with pytest.raises(DataError, match="expected a file, found a pipe or a device"):
+        read_preferences(f"/dev/fd/{pipe}")
+    os.close(pipe)
     secret = write(tmp_path / "secret.json", GOOD)
     secret.chmod(0)
     if not os.access(secret, os.R_OK):  # root reads everything
@@ -310,12 +339,49 @@ def test_every_kind_of_file_reads_to_the_same_pairs(tmp_path: Path, name: str) -
         read_preferences(tmp_path / name)
 
 
-@pytest.mark.parametrize("write_cell", [json.dumps, str], ids=["JSON", "as pandas writes it"])
+CELLS = {
+    "JSON": json.dumps,
+    "indented JSON": lambda value: json.dumps(value, indent=1),
+    "JSON with spaces": lambda value: json.dumps(value).replace("[", " [ "),
+    "as pandas writes it": str,
+}
+
+
+@pytest.mark.parametrize("write_cell", CELLS.values(), ids=CELLS)
 def test_a_cell_of_a_csv_file_may_hold_messages(tmp_path: Path, write_cell) -> None:
-    as_csv(tmp_path / "a.csv", [{name: write_cell(value) for name, value in row.items()} for row in CHATS])
-    assert read_preferences(tmp_path / "a.csv").pairs == PAIRS[:3]
-    as_csv(tmp_path / "b.csv", [{**GOOD, "prompt": "[{"}])
-    assert read_preferences(tmp_path / "b.csv").pairs[0].prompt[0].content == "[{"
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    rows = [{**row, "tools": tools} for row in CHATS]
+    as_csv(tmp_path / "a.csv", [{name: write_cell(value) for name, value in row.items()} for row in rows])
+    assert read_preferences(tmp_path / "a.csv").pairs == as_preferences(rows)
+
+
+@pytest.mark.parametrize(
+    "text", ["[{", '{"type": "object"}', '[{"type": "text", "text": "a"}]', '{"from": "a", "to": "b"}', "[ {} ]"]
+)
+def test_a_text_of_a_csv_file_may_be_json(tmp_path: Path, text: str) -> None:
+    as_csv(tmp_path / "a.csv", [{**GOOD, "prompt": text, "chosen": text}])
+    (pair,), _ = read_preferences(tmp_path / "a.csv")
+    assert pair.prompt[0].content == pair.chosen == text
+
+
+def test_csv_files_read_in_turn_have_one_limit_for_their_cells(tmp_path: Path) -> None:
+    as_csv(tmp_path / "short.csv", [GOOD])
+    as_csv(tmp_path / "long.csv", [GOOD, {**GOOD, "rejected": "x" * 200_000}])  # csv stops at 131072 by itself
+    short, long = (iter(open_preferences(tmp_path / name)) for name in ("short.csv", "long.csv"))
+    assert next(short) == next(long) == EXPECTED
+    assert not list(short)
+    assert len(next(long).rejected) == 200_000
+
+
+def test_text_of_a_table_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    ends = pa.py_buffer((0).to_bytes(4, "little") + (2).to_bytes(4, "little"))
+    column = pa.Array.from_buffers(pa.string(), 1, [None, ends, pa.py_buffer(b"\xff\xfe")])
+    pq.write_table(pa.table({"prompt": ["a"], "chosen": column, "rejected": ["b"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: cannot be read as a Parquet file .*0xff"):
+        read_preferences(tmp_path / "a.parquet")
 
 
 def test_folders_of_files_and_their_splits(tmp_path: Path) -> None:
@@ -499,6 +565,8 @@ def test_invalid_records_are_left_out_and_counted(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="line 1: expected two different answers"):
         list(open_preferences(path))
+    with pytest.raises(DataError, match="there is no record in it"):
+        list(open_preferences(write(tmp_path / "none.json")))
     with pytest.raises(DataError, match="no record can be used; left out 1 record: 1 x expected two different"):
         list(open_preferences(write(tmp_path / "b.json", bad), skip_invalid=True))
 

@@ -17,8 +17,10 @@ pytest.importorskip("filelock")
 
 from qkernels.cli import main
 from qkernels.intervals import Interval, bootstrap, bootstrap_mean, unseen, wilson
-from qkernels.judge import JudgeError, JudgeOptions, ModelJudge, Verdict, run_judge, win_rate
+from qkernels.judge import JudgeError, JudgeOptions, ModelJudge, Verdict, run, run_judge, win_rate
+from qkernels.judge.answers import Generator, Prompt, read_answers, read_prompts, text_of
 from qkernels.judge.statistics import _fit
+from qkernels.records.pairs import DataError, Message
 from score_runs import folders, models  # noqa: F401  fixtures
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ def test_an_interrupted_comparison_goes_on(sides: Path, monkeypatch):
     status, _, err = judge(*usual(sides, "--scorer", "slow:f"))
     assert status == 2 and "go on with --resume" in err
     status, _, err = judge(*usual(sides, "--scorer", "scorers:half", "--resume"))
-    assert status == 2 and "judge was 'slow:f' and is 'scorers:half'" in err
+    assert status == 2 and "judge was 'slow:f, " in err and "and is 'scorers:half, " in err
     status, _, err = judge(*usual(sides, "--scorer", "slow:f", "--resume"))
     import slow
 
@@ -294,6 +296,148 @@ def test_an_interrupted_comparison_goes_on(sides: Path, monkeypatch):
     (sides / "out/verdicts.jsonl").write_text("[1]\n")
     status, _, err = judge(*usual(sides, "--scorer", "slow:f", "--resume"))
     assert status == 2 and "damaged" in err
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x0c"])
+def test_separators_in_texts_do_not_damage_the_folder(sides: Path, separator: str):
+    for name, answer in (("a", "one"), ("b", "two")):
+        write(sides / f"{name}.jsonl", [{"prompt": f"Count{separator}to 1.", "answer": answer + separator + "end"}])
+    scorer = ["--scorer", f"{sides}/scorers.py:half"]
+    for more in ([], ["--resume"], ["--resume"]):
+        status, _, err = judge(*usual(sides, *scorer, *more))
+        assert status == 0, err
+
+
+def test_winners_that_somebody_gave_are_not_written_over(sides: Path):
+    assert judge(*usual(sides))[0] == 0
+    file = sides / "out/questions.jsonl"
+    written = file.read_text()
+    assert judge(*usual(sides, "--resume"))[0] == 0 and file.read_text() == written
+    for filled in (written.replace('"winner": null', '"winner": "first"', 1), written[:-5]):
+        file.write_text(filled)
+        status, _, err = judge(*usual(sides, "--resume"))
+        assert status == 2 and "somebody has given winners there" in err and file.read_text() == filled
+
+
+def test_another_scorer_and_other_answers_are_told_from_what_was_judged(sides: Path):
+    """By their contents: the name of a file says nothing of the function in it, nor a folder's of its answers."""
+    (sides / "a").mkdir()
+    (sides / "a.jsonl").rename(sides / "a/part.jsonl")
+    where = ["--a", sides / "a", "--scorer", f"{sides}/scorers.py:numbers"]
+    assert judge(*usual(sides, *where))[0] == 0
+    rows = [json.loads(line) for line in (sides / "a/part.jsonl").read_text().splitlines()]
+    write(sides / "a/part.jsonl", [{**row, "answer": "nothing"} for row in rows])
+    status, _, err = judge(*usual(sides, *where, "--resume"))
+    assert status == 2 and "--resume needs the settings that the run began with: a was" in err, err
+    write(sides / "a/part.jsonl", rows)
+    assert judge(*usual(sides, *where, "--resume"))[0] == 0
+    scorers = sides / "scorers.py"
+    scorers.write_text(scorers.read_text().replace("return sum", "return -sum"))
+    status, _, err = judge(*usual(sides, *where, "--resume"))
+    assert status == 2 and "judge was" in err, err
+
+
+def test_prompts_of_the_usual_layouts(tmp_path: Path):
+    rows = [
+        {"instruction": "Translate", "input": "Hallo"},
+        {"instruction": "Translate", "input": "Tag", "history": [["Hi", "Hello"]], "system": "Be brief."},
+        {"instruction": "Translate", "input": "Welt", "chosen_response": "world", "rejected_response": "word"},
+        {"messages": [{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]},
+        {"prompt": "Sing.", "chosen": "La", "rejected": "Lo"},
+        {"question": "Why?", "system": ""},
+    ]
+    prompts, again = read_prompts(write(tmp_path / "prompts.jsonl", rows))
+    assert again == 1, "the last message is the answer, not a part of the prompt"
+    assert [text_of(prompt) for prompt in prompts] == [
+        "Translate\nHallo",
+        "system: Be brief.\n\nuser: Hi\n\nassistant: Hello\n\nuser: Translate\nTag",
+        "Translate\nWelt",
+        "Sing.",
+        "Why?",
+    ]
+    answered = [{**row, "output": str(i)} for i, row in enumerate(rows[:2])]
+    assert [answer.text for _, answer in read_answers(write(tmp_path / "a.jsonl", answered)).values()] == ["0", "1"]
+    with pytest.raises(DataError, match="expected an object with a prompt and an answer, found a value of type str"):
+        read_answers(write(tmp_path / "b.jsonl", ["hello", "there"]))
+
+
+def test_verdicts_without_an_order(sides: Path):
+    """They are one verdict each: nothing is known of what the other order would have brought."""
+    verdicts = write(sides / "v.jsonl", [{"number": n, "order": "each", "winner": "ab"[n % 2]} for n in range(6)])
+    status, out, err = judge(*usual(sides, "--verdicts", verdicts))
+    assert status == 0 and "(3 won, 0 tied, 3 lost)" in out and "orders" not in out, out + err
+    assert json.loads((sides / "out/judge.json").read_text())["ordered"] is False
+    write(verdicts, [{"number": n, "order": order, "winner": "a"} for n in range(6) for order in ("each", "ab")])
+    status, _, err = judge(*usual(sides, "--verdicts", verdicts, "--overwrite"))
+    assert status == 2 and "line 2: expected verdicts with an order" in err and "found both" in err
+    rows = [{"number": n, "winner": "a"} for n in range(6)]
+    write(verdicts, [*rows, *({"prompt": f"Kount to {i}.", "order": "ba", "winner": "b"} for i in range(6))])
+    status, _, err = judge(*usual(sides, "--verdicts", verdicts, "--overwrite"))
+    assert status == 0 and "6 verdicts of" in err and "on other prompts" in err
+
+
+def test_both_sides_answer_the_same_prompts(sides: Path):
+    with (sides / "b.jsonl").open("a") as file:
+        file.write('{"prompt": "Count to 7.", "answer": "no"}\n')
+    scorer = ["--scorer", f"{sides}/scorers.py:numbers"]
+    status, _, err = judge(*usual(sides, *scorer))
+    assert status == 2 and "no answer to 1 of 7 prompts that --b" in err and "--prompts" in err
+    prompts = write(sides / "prompts.jsonl", [f"Count to {i}." for i in range(1, 7)])
+    assert judge(*usual(sides, *scorer, "--prompts", prompts))[0] == 0
+
+
+def test_scorers_with_dataclasses_and_the_options_of_intervals(sides: Path):
+    (sides / "typed.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Found:\n    value: int\n"
+        "def f(prompt, answer):\n    return Found(len(answer)).value\n"
+    )
+    status, _, err = judge(*usual(sides, "--scorer", f"{sides}/typed.py:f", "--level", 0.5))
+    assert status == 0, err
+    figures = json.loads((sides / "out/judge.json").read_text())
+    assert figures["mean_a_score"]["level"] == figures["win_rate"]["level"] == 0.5
+
+
+def test_a_folder_that_was_struck_at_its_beginning_or_its_end(sides: Path):
+    scorer = ["--scorer", f"{sides}/scorers.py:numbers"]
+    for more in (["--resume"], ["--overwrite"]):
+        (sides / "out").mkdir()
+        (sides / "out/.lock").touch()
+        status, _, err = judge(*usual(sides, *scorer, *more))
+        assert status == 0, err
+        shutil.rmtree(sides / "out")
+
+
+def test_two_runs_at_once_do_not_share_a_folder(sides: Path, monkeypatch):
+    """The second one has looked before the first one began, and has its turn when that is ready."""
+    options = {"a": str(sides / "a.jsonl"), "b": str(sides / "b.jsonl"), "out": sides / "out", "resamples": 200}
+    real, turns = run._prompts, []
+
+    def prompts(given, progress):
+        if not turns:
+            turns.append(1)
+            run_judge(JudgeOptions(**options, scorer=f"{sides}/scorers.py:numbers"), io.StringIO())
+        return real(given, progress)
+
+    monkeypatch.setattr(run, "_prompts", prompts)
+    with pytest.raises(JudgeError, match="another run has written a comparison there meanwhile"):
+        run_judge(JudgeOptions(**options, scorer=f"{sides}/scorers.py:longer"), io.StringIO())
+
+
+def test_an_interrupted_overwrite_leaves_a_comparison(sides: Path, monkeypatch):
+    scorer = ["--scorer", f"{sides}/scorers.py:numbers"]
+    assert judge(*usual(sides, *scorer))[0] == 0
+    real = Path.unlink
+
+    def unlink(self, *arguments, **options):
+        if self.name == "verdicts.jsonl":
+            raise KeyboardInterrupt
+        real(self, *arguments, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "unlink", unlink)
+        assert judge(*usual(sides, *scorer, "--overwrite"))[0] == 130
+    assert judge(*usual(sides, *scorer, "--overwrite"))[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -445,3 +589,30 @@ def test_prompts_that_do_not_fit_are_named(folders: Path, tmp_path: Path):  # no
         run_judge(JudgeOptions(**options, out=tmp_path / "out"), io.StringIO())
     with pytest.raises(JudgeError, match="give --prompts FILE"):
         run_judge(JudgeOptions(**{**options, "prompts": None}, out=tmp_path / "other"), io.StringIO())
+
+
+@pytest.mark.parametrize("option", [{"min_p": 0.99}, {"typical_p": 0.01}, {"suppress_tokens": list(range(20, 400))}])
+def test_a_models_own_truncation_is_off(models: tuple, option: dict):  # noqa: F811
+    """Whatever it is: transformers fills from a model's generation_config what a call leaves out."""
+    model, _, tokenizer = models
+    prompts: list[Prompt] = [(Message("user", f"Tell me about place {i}, please."),) for i in range(3)]
+    found = []
+    for changed in ({}, option):
+        own = model.generation_config
+        model.generation_config = type(own)(**{**own.to_diff_dict(), **changed})
+        before = model.generation_config
+        generator = Generator("--a", model, tokenizer, max_new_tokens=8, temperature=1.0, seed=2**44)
+        try:
+            found.append([answer.text for answer in generator.answers(0, prompts)])
+            assert model.generation_config is before
+        finally:
+            model.generation_config = own
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_judge_without_a_probability_is_named(folders: Path, sides: Path, monkeypatch, value: float):  # noqa: F811
+    monkeypatch.setattr(ModelJudge, "probabilities", lambda self, prompts, a, b: [0.5] * (len(prompts) - 1) + [value])
+    status, _, err = judge(*usual(sides, "--judge", folders / "policy"))
+    assert status == 2 and "prompt 5: its verdict is" in err and "no probability" in err, err
+    assert not (sides / "out/verdicts.jsonl").exists()

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import re
+from difflib import SequenceMatcher
 
 import pytest
 
@@ -93,7 +94,38 @@ def test_a_tie_and_a_reward_that_is_no_number_are_shown_as_such() -> None:
     html = page(heat_map([pair([token("a", float("nan"))], [token("b", 0.0)])]))
     (broken,) = Tree(html).of("nan")
     assert "style" not in broken
-    assert "ranked wrong" in page(heat_map([pair([token("a", 0.1)], [token("b", 0.1)])]))
+    tie = page(heat_map([pair([token("a", 0.1)], [token("b", 0.1)])]))
+    assert [[e["text"] for e in Tree(shown).of("badge")] for shown in (html, tie)] == [["not ranked"], ["tie"]]
+
+
+def test_numbers_that_are_not_finite_are_written_as_the_script_reads_them() -> None:
+    html = heat_map([pair([Token("a", float("inf"), float("-inf"), float("nan"))], [token("b")])])
+    assert 'data-v="Infinity -Infinity nan"' in html
+
+
+def test_counterparts_are_what_both_answers_share() -> None:
+    def numbers(chosen: list[str], rejected: list[str]) -> list[list[str | None]]:
+        tree = Tree(heat_map([pair([token(t) for t in chosen], [token(t) for t in rejected])]))
+        marks = [e.get("data-k") for e in tree.of("t") if "data-v" in e]
+        return [marks[: len(chosen)], marks[len(chosen) :]]
+
+    assert numbers(list("abcde"), list("axcyye")) == [["0", None, "2", None, "4"], ["0", None, "2", None, None, "4"]]
+    assert numbers(list("aa"), list("aaa")) == [["0", "1"], ["0", "1", None]]  # no token is of the start and of the end
+
+
+def test_counterparts_in_long_answers_that_repeat_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+    longest = SequenceMatcher.find_longest_match
+
+    def counting(self: SequenceMatcher, alo: int, ahi: int, *rest: int) -> object:
+        looked_at.append(sum(len(self.b2j.get(text, ())) for text in self.a[alo:ahi]))
+        return longest(self, alo, ahi, *rest)
+
+    monkeypatch.setattr(SequenceMatcher, "find_longest_match", counting)
+    length = 600
+    chosen, rejected = ([token("ab"[i % n == 0]) for i in range(length)] for n in (3, 4))
+    heat_map([pair(chosen, rejected)])
+    assert looked_at and sum(looked_at) <= length**2  # once each token of one beside each of the other
 
 
 @pytest.mark.parametrize(
@@ -134,14 +166,15 @@ def test_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-0.37, 0.03), (0.5, 1), (0, 200), (1, 1), (-1e-7, 3e-7), (0, 12345), (-3, -1)]
+    ("low", "high"),
+    [(0, 1), (-0.37, 0.03), (0.5, 1), (0, 200), (1, 1), (-1e-7, 3e-7), (0, 12345), (-3, -1), (0, 3e-12), (1e17, 1e17)],
 )
 def test_ticks_are_round_and_cover_the_range(low: float, high: float) -> None:
     marks = ticks(low, high)
     assert marks == sorted(marks) and 3 <= len(marks) <= 9
     assert marks[0] <= low and marks[-1] >= high
-    steps = {round(b - a, 9) for a, b in itertools.pairwise(marks)}
-    assert len(steps) == 1
+    steps = [b - a for a, b in itertools.pairwise(marks)]
+    assert steps[0] > 0 and steps == pytest.approx([steps[0]] * len(steps), rel=1e-9)
 
 
 def test_a_chart_draws_the_points_it_is_given() -> None:
@@ -162,8 +195,11 @@ def test_a_chart_draws_the_points_it_is_given() -> None:
 
 
 def test_a_chart_survives_empty_and_broken_series() -> None:
-    for series in ([Series("a", [])], [Series("a", [(1, 5.0)])], [Series("a", [(0, float("nan")), (1, 1.0)])]):
-        html = line_chart("A", series, x_label="x", y_label="y", percent=True)
+    for points in (
+        [], [(1, 5.0)], [(0, float("nan")), (1, 1.0)], [(0, 1e-12), (1, 3e-12)], [(0, 5e-324)], [(1e17, 1.0)],
+        [(1e17, 1.0), (1e17 + 16, 1.0)],
+    ):  # fmt: skip
+        html = line_chart("A", [Series("a", points)], x_label="x", y_label="y", percent=True)
         assert "nan" not in html and "inf" not in html
         Tree(html)
 
@@ -175,3 +211,5 @@ def test_the_running_mean_keeps_its_length_and_a_straight_line() -> None:
     assert [x for x, _ in smoothed] == [x for x, _ in line]
     assert [y for _, y in smoothed[2:-2]] == pytest.approx([y for _, y in line[2:-2]])
     assert smoothed[0][1] == pytest.approx(2.0)  # of the first three
+    for window in (4, 5):
+        assert smooth(line, window)[10][1] == pytest.approx(sum(y for _, y in line[8 : 8 + window]) / window)

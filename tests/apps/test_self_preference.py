@@ -16,7 +16,7 @@ import tiny_models
 from qkernels.cli import main
 from qkernels.data import read_preferences
 from qkernels.preference_classifier import PreferenceClassifier
-from qkernels.self_preference import Prompt, SelfPreferenceError, build_pairs, improve, read_prompts, train_dpo
+from qkernels.self_preference import Prompt, SelfPreferenceError, build_pairs, improve, read_prompts, rounds, train_dpo
 
 PROMPTS = ["Tell me about Peru.", "Why is the sky blue?", "Say no."]
 SAMPLING = {"samples": 3, "temperature": 1.2, "max_new_tokens": 6}
@@ -255,6 +255,16 @@ def test_rounds_go_on_where_they_stopped(model, tokenizer, tmp_path):
         assert pairs == (tmp_path / f"whole/round-{number}/pairs.jsonl").read_text()
     again = improve(copy.deepcopy(start), tokenizer, PROMPTS, out, rounds=2, trainer=stopping, resume=True, **options)
     assert len(again.rounds) == 3 and len(seeds) == 4, "nothing is left to do"
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\x0c"])
+def test_separators_in_answers_do_not_damage_a_rounds_pairs(tmp_path, separator):
+    """What str.splitlines() takes for the end of a line, and JSON does not."""
+    record = {"prompt": "p", "chosen": f"one{separator}two", "rejected": "three"}
+    figures = {"skipped": {}, "mean_score": 0.5, "mean_gap": 0.1}
+    (tmp_path / rounds.PAIRS).write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / rounds.FIGURES).write_text(json.dumps(figures), encoding="utf-8")
+    assert rounds._finished_pairs(tmp_path).records == [record]
 
 
 def test_errors_of_rounds(model, tokenizer, tmp_path):
