@@ -14,6 +14,7 @@ method, the squared loss of Azar et al. `qkernels.self_preference` makes prefere
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,7 +120,7 @@ def yes_no_scores(
 
 
 def _ids(value: Any, name: str, vocabulary: int) -> list[int]:
-    ids = [int(i) for i in value]
+    ids = [operator.index(i) for i in value]
     if not ids:
         raise ValueError(f"{name} must hold at least one token id")
     if len(set(ids)) < len(ids):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .core import checks
+from .core.sequences import log_ratios
 
 # A tree of this many states is solved in a fraction of a second; larger ones are a slip of the pen.
 _MAX_STATES = 2_000_000
@@ -61,10 +62,14 @@ class TabularMDP:
     def implicit_rewards(self) -> tuple[Tensor, ...]:
         """beta log(pi* / pi_ref) = r + V*(s') - V*(s) (10)."""
         pairs = zip(self.logps, self.reference_logps, strict=True)
-        return tuple(self.beta * (logp - reference) for logp, reference in pairs)
+        return tuple(self.beta * log_ratios(logp, reference) for logp, reference in pairs)
 
     def states(self, tokens: Tensor) -> Tensor:
         """Rows of the tables along sequences: `[..., T]` int64 tokens to `[..., T]` int64, the state before each."""
+        return self._states(tokens)[..., :-1]
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        """The state before each token and, last, the one after all of them: `[..., T + 1]`."""
         tokens = checks.tensor(tokens, "tokens")
         if tokens.dtype != torch.int64 or tokens.dim() == 0 or tokens.shape[-1] > self.horizon:
             raise ValueError(
@@ -73,12 +78,10 @@ class TabularMDP:
             )
         if bool(((tokens < 0) | (tokens >= self.vocab)).any()):
             raise ValueError(f"tokens must lie in [0, {self.vocab}), got {tokens.min()} to {tokens.max()}")
-        state = tokens.new_zeros(tokens.shape[:-1])
-        before = []
+        states = [tokens.new_zeros(tokens.shape[:-1])]
         for t in range(tokens.shape[-1]):
-            before.append(state)
-            state = state * self.vocab + tokens[..., t]
-        return torch.stack(before, -1) if before else tokens
+            states.append(states[-1] * self.vocab + tokens[..., t])
+        return torch.stack(states, -1)
 
     def along(self, tables: Sequence[Tensor], tokens: Tensor) -> Tensor:
         """Look a table up along sequences.
@@ -105,14 +108,8 @@ class TabularMDP:
 
     def value_after(self, tokens: Tensor) -> Tensor:
         """V* of the state after the sequences, `[..., T]` to `[...]`; 0 where T is the horizon."""
-        length = tokens.shape[-1]
-        last = torch.zeros(tokens.shape[:-1], dtype=torch.float64)
-        if length == self.horizon:
-            return last
-        state = last.long()
-        for t in range(length):
-            state = state * self.vocab + tokens[..., t]
-        return self.V[length][state]
+        after, length = self._states(tokens)[..., -1], tokens.shape[-1]
+        return torch.zeros_like(after, dtype=torch.float64) if length == self.horizon else self.V[length][after]
 
     def plan_values(self, tokens: Tensor) -> Tensor:
         """What planning maximises (12): the sum of r + beta log pi_ref over the sequence, plus V* after it, `[...]`.

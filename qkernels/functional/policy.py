@@ -61,7 +61,8 @@ def fused_policy_loss(
         logits: `[S, T, V]`, or packed `[N, V]` with `cu_seqlens`; fp32, bf16, fp16 or fp64.
         labels: int64 `[S, T]` or `[N]`, aligned with the rows (see `shift_labels`); `ignore_index` marks prompts,
             padding and whatever else was not sampled, such as the output of tools.
-        advantages: `[S]` per sequence, or shaped like `labels` per token; a constant.
+        advantages: `[S]` per sequence, or shaped like `labels` per token (which a packed batch of as many rows as
+            sequences is read as); a constant.
         old_logps: log-probs under the policy that sampled, shaped like `labels`; a constant.
         on_policy: instead, that this is the policy itself: every ratio is 1, with the gradient of rho.
         reference_logits: like `logits`, any floating dtype; a constant. For `beta`, and for `kl` of the metrics.

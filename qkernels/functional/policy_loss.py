@@ -239,7 +239,9 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         if not options.objective.scaled or options.beta or options.entropy_coef:
             return None
         active = self.advantages != 0
-        return active if self.importance is None else active & (self.importance != 0)
+        # A loss that takes the correction itself does not multiply by it: of importance 0 it has a gradient, too.
+        inside = options.objective.name in CORRECTED_INSIDE
+        return active if self.importance is None or inside else active & (self.importance != 0)
 
     def _importance(self, old: Tensor, part: Part) -> Tensor | None:
         """exp(old - sampling) per token or of the sequence, truncated or masked; 1 where sampling has a NaN."""
@@ -342,7 +344,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
                 compared = entropy.float().masked_fill(~valid, torch.nan)
             # Of no valid tokens it is NaN, which selects none.
             self.threshold = compared.nanquantile(share) if compared.numel() else entropy.new_zeros(())
-        return valid & (entropy >= self.threshold)
+        return valid & (entropy.float() >= self.threshold)  # as it was compared: fp64 might lie below its own rounding
 
     def everywhere(self, value: Tensor) -> Tensor:
         """The sum over the ranks of `sp_group`; the value itself without."""
@@ -418,7 +420,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         )
 
     def _range(self, ratios: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest of valid tokens."""
+        """The smallest and the largest of valid tokens; NaN if there is none."""
         valid, shard = self.batch.valid, self.batch.sequences.shard
         none = torch.nan if shard is None else -torch.inf
         lowest, highest = (
@@ -427,6 +429,7 @@ class PolicyLoss(UnitLoss[PolicyOutput]):
         )
         if shard is not None:
             lowest, highest = shard.largest(lowest), shard.largest(highest)
+        lowest, highest = (x.masked_fill(x == -torch.inf, torch.nan) for x in (lowest, highest))
         return -lowest, highest
 
     def _clips(self, scores: PolicyScores) -> tuple[Tensor | None, Tensor | None]:
@@ -554,6 +557,8 @@ def _check_combination(options: PolicyOptions, given: Mapping[str, Any]) -> None
     inside = options.objective.name in CORRECTED_INSIDE
     if inside and options.correction is not None and options.correction.startswith("sequence"):
         raise ValueError(f"loss_type {name} takes a correction per token, got {options.correction!r}")
+    if options.corrected_kl and not options.beta:
+        raise ValueError("loss_kwargs['corrected_kl'] has no meaning with beta=0, which leaves the KL penalty out")
     items = given["num_items_in_batch"]
     if items is not None and options.reduction != "items":
         raise ValueError(f"num_items_in_batch has no meaning for reduction={options.reduction!r}")

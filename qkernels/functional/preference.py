@@ -420,6 +420,8 @@ def loss_gradient(
         summed = loss._replace(reduction="sum")
         shape = batch.labels.shape
         total = loss_and_rewards({**stats, **leaves}, batch, reference, summed, backend, shape=shape).loss
+    if not total.requires_grad:  # a caller's loss that is a constant
+        return {"logps": torch.zeros_like(stats["logps"])}
     gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
     return {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..integrations.transformers.generation import plain_generation
 from ..records.layouts import instruction, preference
 from ..records.pairs import DataError, Message, Unusable, conversation, names
 from ..records.sources import Source
@@ -205,7 +205,7 @@ class Generator:
         if self.temperature:
             how |= {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
             torch.manual_seed(((self.seed << 20) + first) % 2**63)
-        with _plain_generation(self.model):
+        with plain_generation(self.model):
             found = self.model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -220,24 +220,6 @@ class Generator:
             text = self.tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
             answers.append(Answer(text, stop is not None))
         return answers
-
-
-# Of a generation_config, what is not about which tokens are taken.
-_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "cache_implementation", "use_cache")
-
-
-@contextlib.contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """A model without the penalties and truncations of its generation_config.
-
-    They would make the sides differ in more than their weights. transformers fills from it whatever a call leaves out.
-    """
-    own = model.generation_config
-    model.generation_config = type(own)(**{name: getattr(own, name) for name in _KEPT if hasattr(own, name)})
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def blocks(missing: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from numbers import Real
 from typing import Any
@@ -199,7 +199,9 @@ class LossSpec:
                 )
             if not term.name and term.unit == "pair":
                 again = partial(_call, term, beta=beta, options=options)
-                check_once(term.function, "pair", again, scores, loss)
+                # `chosen_nll` is a pair's own but for this mean over the batch, which stays what it is.
+                mean = scores.chosen_counts.mean() if scores.chosen_mean_count is None else scores.chosen_mean_count
+                check_once(term.function, "pair", again, replace(scores, chosen_mean_count=mean), loss)
             if pair_weights is not None:
                 loss = torch.where(pair_weights == 0, 0.0, loss * pair_weights)  # the loss may be inf
             loss = loss if weight == 1.0 else loss * weight

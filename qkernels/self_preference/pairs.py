@@ -197,6 +197,8 @@ def _sample(
     """`count` answers, drawn with random numbers that depend on the seed and the prompt's number alone."""
     import torch
 
+    from ..integrations.transformers.generation import plain_generation
+
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     inputs = torch.tensor([list(ids)], device=device)
@@ -204,12 +206,12 @@ def _sample(
     model.eval()
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), plain_generation(model):
             # torch's generator on the CPU takes 32 bits of a seed.
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{place[0]} {place[1]}".encode()).digest()[:4], "big"))
             written = model.generate(
                 input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=True, temperature=temperature,
-                top_k=0, top_p=1.0, repetition_penalty=1.0, num_beams=1, num_return_sequences=count,
+                top_k=0, top_p=1.0, num_beams=1, num_return_sequences=count,
                 max_new_tokens=new, pad_token_id=pad if pad is not None else 0,
             )  # fmt: skip
     finally:

@@ -194,18 +194,25 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> list[Round]:
 
 
 def _reload(model: Any, folder: Path) -> Any:
-    """The weights of a finished round in the model that was given; an adapter of PEFT alone if it is one."""
+    """The weights of a finished round in the model that was given; an adapter of PEFT alone if it is one.
+
+    In the dtype that they were saved in: 16-bit weights would round away what a round has changed.
+    """
     from safetensors.torch import load_file
 
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise SelfPreferenceError(f"{folder}: the finished round's weights are missing; delete that round's folder")
+    state = {name: value for file in files for name, value in load_file(file).items()}
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    for parameter in model.parameters():
+        if parameter.requires_grad and len(dtypes) == 1:
+            parameter.data = parameter.data.to(*dtypes)
     if hasattr(model, "peft_config"):
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, {name: value for file in files for name, value in load_file(file).items()})
+        set_peft_model_state_dict(model, state)
         return model
-    state = {name: value for file in files for name, value in load_file(file).items()}
     wrong = model.load_state_dict(state, strict=False)
     tied = {key for name in ("all_tied_weights_keys", "_tied_weights_keys") for key in getattr(model, name, None) or ()}
     missing = set(wrong.missing_keys) - tied
@@ -264,11 +271,12 @@ def train_dpo(
             f"training needs {error.name}: pip install 'qkernels[trl]'", name=error.name
         ) from None
     limit = position_limit(model)
-    reference = None if hasattr(model, "peft_config") else copy.deepcopy(model).eval()
     device, half = next(model.parameters()).device, False
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data, half = parameter.data.float(), True
+    # After that: a reference in 16 bits would differ from the policy before the first step.
+    reference = None if hasattr(model, "peft_config") else copy.deepcopy(model).eval()
     bf16 = half and device.type == "cuda" and torch.cuda.is_bf16_supported()  # autocast; the weights are in fp32
     shown = not are_progress_bars_disabled()
     disable_progress_bars()

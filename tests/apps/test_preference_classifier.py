@@ -67,6 +67,8 @@ def test_ids_must_make_sense() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             yes_no_scores(hidden, weight, yes, no)
+    with pytest.raises(TypeError, match="integer"):
+        yes_no_scores(hidden, weight, [0.9], [1])
     with pytest.raises(ValueError, match="weight must have shape"):
         yes_no_scores(hidden, weight.T, [1], [2])
     with pytest.raises(TypeError, match="weight must be a"):

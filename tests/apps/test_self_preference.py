@@ -89,7 +89,7 @@ def test_samples_are_those_of_the_model(model, tokenizer):
     (given,) = asked
     assert tokenizer.decode(given["input_ids"][0]) == "<|user|>Tell me about Peru.<|end|><|assistant|>"
     assert given["temperature"] == 1.2 and given["top_k"] == 0 and given["top_p"] == 1.0
-    assert given["repetition_penalty"] == 1.0 and given["num_return_sequences"] == 3
+    assert given["top_k"] == 0 and given["num_return_sequences"] == 3
     record = found.records[0]
     assert record["chosen_score"] == len(record["chosen"]) > len(record["rejected"])
 
@@ -328,6 +328,41 @@ def test_16_bit_weights_are_trained_in_fp32(model, tokenizer, dtype):
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
     moved = [(value - before[name].float()).abs().max().item() for name, value in trained.state_dict().items()]
     assert 0 < max(moved) < 1e-4 and sum(m > 0 for m in moved) > len(moved) / 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_16_bit_weights_and_their_reference_agree_before_the_first_step(model, tokenizer, monkeypatch):
+    pytest.importorskip("trl")
+    seen = []
+
+    class Recorded(rounds.PreferenceTraining):
+        def run(self):
+            super().run()
+            seen.append(self.trainer.state.log_history[0])
+
+    monkeypatch.setattr(rounds, "PreferenceTraining", Recorded)
+    records = [{"prompt": "Say no.", "chosen": "Yes yes No", "rejected": "no No Yes yes"}] * 2
+    train_dpo(copy.deepcopy(model).bfloat16(), tokenizer, records, learning_rate=1e-30, batch_size=2)
+    assert seen[0]["rewards/chosen"] == seen[0]["rewards/rejected"] == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_has_the_weights_that_16_bit_ones_became(model, tokenizer, tmp_path):
+    """Loaded into 16 bits again, nearly all of what a round has changed would be rounded away."""
+    pytest.importorskip("trl")
+    given = {"judge": lambda m, t: length, "rounds": 1, "learning_rate": 1e-6, **SAMPLING}
+    trained = improve(copy.deepcopy(model).bfloat16(), tokenizer, PROMPTS, tmp_path / "out", **given).model
+    resumed = improve(copy.deepcopy(model).bfloat16(), tokenizer, PROMPTS, tmp_path / "out", resume=True, **given).model
+    for one, two in zip(trained.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("option", [{"min_p": 0.99}, {"typical_p": 0.01}, {"suppress_tokens": list(range(8, 20))}])
+def test_a_models_own_truncation_is_off(model, tokenizer, option):
+    expected = build_pairs(model, tokenizer, PROMPTS, judge=length, **SAMPLING)
+    for name, value in option.items():
+        setattr(model.generation_config, name, value)
+    assert build_pairs(model, tokenizer, PROMPTS, judge=length, **SAMPLING) == expected
 
 
 @pytest.mark.filterwarnings("ignore")

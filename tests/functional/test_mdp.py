@@ -104,6 +104,19 @@ def test_bellman_rewards_recover_the_rewards(backend, dtype, beta):
         assert_within(mdp_of(tree, backend, dtype).bellman_rewards, rewards, 10 * unit(dtype), "Bellman rewards")
 
 
+def test_forbidden_actions_and_states_out_of_range():
+    """An action that the reference forbids has no reward, as in the engine; a token outside is no other state's."""
+    forbidding = torch.tensor([[0.0, -torch.inf]])
+    mdp = solve_mdp([torch.zeros(1, 2), torch.zeros(2, 2)], [forbidding, torch.full((2, 2), 0.5).log()], 0.5)
+    assert mdp.implicit_rewards[0].tolist() == [[0.0, 0.0]]
+    assert mdp.value_after(torch.tensor([[0]])).shape == (1,) and mdp.value_after(torch.zeros(3, 0).long()).shape == (
+        3,
+    )
+    for tokens in (torch.tensor([[7]]), torch.tensor([[0, 2]]), torch.tensor([[-1]])):
+        with pytest.raises(ValueError, match=r"tokens must lie in \[0, 2\)"):
+            mdp.value_after(tokens)
+
+
 @pytest.mark.dtypes(*EXACT)
 @pytest.mark.parametrize("beta", BETAS)
 def test_implicit_rewards_are_rewards_shaped_by_the_value(backend, dtype, beta):

@@ -385,6 +385,34 @@ def test_advantages_of_tokens():
             check(case, {**case.arguments(loss_type), "advantages": advantages}, **way)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_token_at_the_entropy_quantile_is_one_of_the_highest(dtype):
+    """Alone it is the quantile itself; rounding must not put it below."""
+    for seed in range(20):
+        logits = torch.randn(1, 1, 8, generator=generator(seed), dtype=torch.float64).to(dtype).requires_grad_()
+        options = {"advantages": torch.ones(1), "on_policy": True, "loss_kwargs": {"entropy_quantile": 0.5}}
+        assert fused_policy_loss(logits, torch.tensor([[3]]), **options).loss.item() == -1
+
+
+@pytest.mark.parametrize("how", ["auto", "recompute", "logits"])
+def test_a_correction_inside_the_loss_leaves_no_row_without_a_gradient(how):
+    """VESPO takes the masked importance into its weight, which is not 0 then."""
+    case = Case(9)
+    arguments = case.arguments("vespo", importance_correction="token_mask", correction_max=2.0)
+    arguments |= {"sampling_logps": case.old - 3, "loss_kwargs": {"k_pos": 0.01, "lambda_pos": 1.0, "k_neg": 0.01}}
+    _, expected = run(case, arguments, "logits")
+    _, found = run(case, arguments, how)
+    assert expected["dh"].any()
+    torch.testing.assert_close(found["dh"], expected["dh"])
+
+
+def test_ratios_of_a_batch_without_valid_tokens():
+    case = Case(10)
+    case.labels[:] = IGNORE
+    metrics = run(case, case.arguments("grpo"), "logits")[0].metrics
+    assert math.isnan(metrics.ratio_min) and math.isnan(metrics.ratio_max)
+
+
 def test_a_second_backward():
     case = Case(8)
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
@@ -523,6 +551,7 @@ def test_wrong_arguments():
         ({"on_policy": True}, ValueError, ["old_logps", "on_policy"]),
         ({"old_logps": case.old[:, :3]}, ValueError, ["old_logps", r"\(5, 7\)"]),
         ({"beta": 0.1}, ValueError, ["beta=0.1", "reference_logps"]),
+        ({"loss_kwargs": {"corrected_kl": True}}, ValueError, ["corrected_kl", "beta=0"]),
         ({"beta": -0.1}, ValueError, ["beta", "0 or more"]),
         ({"loss_type": "ppo"}, ValueError, ["'ppo'", "grpo"]),
         ({"loss_type": 3}, TypeError, ["loss_type", "int"]),

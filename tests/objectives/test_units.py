@@ -81,6 +81,31 @@ def test_units_are_refused_by_name():
         objectives.objective(unit="sequence")
 
 
+@pytest.mark.parametrize("how", ["auto", "recompute", "logits", "none"])
+def test_a_callers_likelihood_term_is_a_pairs_own(how):
+    """Whatever computes the loss, and in whatever order: its mean over the batch does not count as other pairs."""
+
+    def likelihood(scores, beta):
+        return scores.chosen_nll - beta * scores.margins
+
+    loss = fresh(likelihood, "pair")
+    if how == "logits":
+        fused_token_dpo(torch.randn(6, 4, 9), torch.ones(6, 4, dtype=torch.long), reference_logps=0.0, loss_type=loss)
+    elif how == "none":
+        batch = make_head_batch(3, 6, 12, 31, torch.float64, bias=False)
+        options = {"reference_logps": 0.0, "loss_type": loss, "reduction": "none"}
+        fused_linear_token_dpo(batch.hidden, batch.weight, batch.labels, **options)
+    else:
+        call(loss, plan=how)
+    with pytest.raises(ValueError, match="depends on other pairs"):
+        call(fresh(lambda scores, beta: likelihood(scores, beta) + scores.chosen_counts.sum(), "pair"))
+
+
+def test_a_constant_of_a_pair_has_no_gradient():
+    out, *gradients = call(fresh(lambda scores, beta: scores.chosen_counts * 0 + 1.0, "pair"))
+    assert out.loss.item() == 1 and not any(gradient.any() for gradient in gradients)
+
+
 def test_likelihood_terms_are_known_pair_by_pair():
     """Tokens of the batch are counted before: ORPO and CPO take three GEMMs, over several chunks too."""
     for name in ("orpo", "cpo", "alphapo"):
