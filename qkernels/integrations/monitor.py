@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,13 +183,21 @@ class RewardMonitorCallback(TrainerCallback):
         """Keep the observations in the checkpoint, so that a resumed run has them, and finds what it would have."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._monitor is not None and state.is_world_process_zero and folder.is_dir():
-            (folder / _STATE).write_text(json.dumps(self._monitor.state_dict()), encoding="utf-8")
+            # Complete or not there: a run that is killed now must still be resumed.
+            partial = folder / f".{_STATE}.partial"
+            partial.write_text(json.dumps(self._monitor.state_dict()), encoding="utf-8")
+            partial.replace(folder / _STATE)
 
     def _restore(self, args: Any, state: Any) -> None:
         path = Path(str(getattr(args, "output_dir", ""))) / f"checkpoint-{state.global_step}" / _STATE
         if not state.global_step or self.monitor.history or not path.is_file():
             return
-        self.monitor.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            observations = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{path} cannot be read ({error}): the reward monitor begins anew", stacklevel=2)
+            return
+        self.monitor.load_state_dict(observations)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         every = self.every or max(1, int(getattr(args, "logging_steps", 1) or 1))

@@ -35,6 +35,7 @@ class Prepared(NamedTuple):
     split: how the held-out pairs were chosen, in words.
     ignored_fields, skipped: of the data: fields that no layout has; in words, records that were left out.
     longer, dropped: training pairs that are cut to the most tokens, and those whose prompt alone has as many.
+    unanswered: held-out pairs whose prompt alone has as many: nothing of their answers could be measured in training.
     trajectories: whether some answers have several turns.
     digest: of everything that is trained on.
     """
@@ -47,6 +48,7 @@ class Prepared(NamedTuple):
     skipped: str
     longer: int
     dropped: int
+    unanswered: int
     trajectories: bool
     digest: str
 
@@ -108,7 +110,7 @@ def prepare(
             " out; --held-out 0 holds none out"
         )
     folder.mkdir(exist_ok=True)
-    counts = {"longer": 0, "dropped": 0, "train": 0}
+    counts = {"longer": 0, "dropped": 0, "train": 0, "unanswered": 0}
     hasher = hashlib.sha256()
     with ExitStack() as stack:
         writers = {
@@ -119,11 +121,18 @@ def prepare(
                 *([(CHOSEN, ("input_ids", "labels"))] if options.wants_sft else []),
             )
         }
+
+        def hold(chosen: EncodedAnswer, rejected: EncodedAnswer) -> None:
+            if max_length is not None and len(chosen.prompt) >= max_length:
+                counts["unanswered"] += 1
+            else:
+                writers[HELD_OUT].add(row(chosen, rejected, trajectories))
+
         pairs = itertools.islice(sources.train.numbered(), options.limit)
         for number, pair, (chosen, rejected) in _encoded(encoder, pairs):
             if number in outside:
                 held_out[number] = pair
-                writers[HELD_OUT].add(row(chosen, rejected, trajectories))
+                hold(chosen, rejected)
                 continue
             if max_length is not None:
                 counts["longer"] += max(chosen.length, rejected.length) > max_length
@@ -138,7 +147,7 @@ def prepare(
                 writers[CHOSEN].add(_labelled(chosen, max_length))
         if sources.evaluation is not None:
             for _, _, (chosen, rejected) in _encoded(encoder, held_out.items()):
-                writers[HELD_OUT].add(row(chosen, rejected, trajectories))
+                hold(chosen, rejected)
     if not counts["train"]:
         raise DataError(
             f"{sources.train.name}: no pair is left to train on: the prompt alone of all {counts['dropped']} fills"
@@ -146,7 +155,7 @@ def prepare(
         )
     return Prepared(
         folder, held_out, counts["train"], split, sources.train.ignored_fields, skipped, counts["longer"],
-        counts["dropped"], trajectories, hasher.hexdigest()[:16],
+        counts["dropped"], counts["unanswered"], trajectories, hasher.hexdigest()[:16],
     )  # fmt: skip
 
 

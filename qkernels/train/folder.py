@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from .options import TrainError
 RUN, METRICS, REPORT, CARD, CONFIG = "train.json", "metrics.json", "report.html", "README.md", "train.yaml"
 SFT, BASE, DATA = "sft", "base", "data"
 _FORMAT = 1
-_FOLDERS = re.compile(rf"({SFT}|{BASE}|{DATA}|runs)(/.*)?|checkpoint-\d+(/.*)?")
+# Tokenised data, by machine: where machines share the folder, none writes over another's.
+_DATA = rf"{DATA}(-\d+)?"
+_FOLDERS = re.compile(rf"({SFT}|{BASE}(\.partial)?|{_DATA}|runs)(/.*)?|checkpoint-\d+(/.*)?")
+# What there is before a run's settings are written.
+_PREPARATIONS = re.compile(
+    rf"\.lock|\.{re.escape(RUN)}\.[0-9a-f]+|{_DATA}/\.?(train|held_out|chosen)\.arrow(\.partial)?|{BASE}\.partial/.*"
+)
 _FILES = re.compile(
     rf"({RUN}|{METRICS}|{REPORT}|{CARD}|{CONFIG}|\.lock|config\.json|generation_config\.json|training_args\.bin"
     r"|(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_config\.json"
@@ -49,7 +56,7 @@ def refuse(out: Path, resume: bool, overwrite: bool) -> None:
         raise TrainError(f"--out {out}: exists and is not a folder")
     held = sorted(entry.name for entry in out.iterdir() if entry.name != ".lock")
     is_run = (out / RUN).is_file()
-    if not held:
+    if not is_run and is_blank(out):
         return
     if resume:
         if not is_run:
@@ -68,9 +75,38 @@ def refuse(out: Path, resume: bool, overwrite: bool) -> None:
         )
 
 
-def clear(out: Path) -> None:
-    """Delete what an earlier run has written, by name; the lock stays."""
-    folders.remove(out, lambda name: is_own(name) and name != ".lock", is_own_folder)
+def is_blank(out: Path) -> bool:
+    """Whether a folder is empty, or holds no more than a run that was struck while it prepared its data.
+
+    Such a run has left its lock: a user's own folder of data has none.
+    """
+    if not (out / ".lock").is_file():
+        return not any(out.iterdir())
+    return not folders.foreign(out, lambda name: bool(_PREPARATIONS.fullmatch(name)), is_own_folder)
+
+
+def data_of(out: Path, machine: int) -> Path:
+    """Where a machine's processes have their tokenised data; `machine` counts from 0."""
+    return out / (f"{DATA}-{machine}" if machine else DATA)
+
+
+def clear(out: Path, spared: Collection[str]) -> None:
+    """Delete what an earlier run has written, by name; the lock stays, and so do the subfolders named in `spared`."""
+
+    def goes(name: str) -> bool:
+        return is_own(name) and name != ".lock" and name.partition("/")[0] not in spared
+
+    # The settings last: by them an interrupted deletion is known for one.
+    folders.remove(out, lambda name: goes(name) and name != RUN, is_own_folder)
+    folders.remove(out, lambda name: name == RUN, lambda _: False)
+
+
+def discard_preparations(out: Path) -> None:
+    """Delete what a run without settings has prepared."""
+    with contextlib.suppress(OSError):
+        folders.remove(
+            out, lambda name: bool(_FOLDERS.fullmatch(name)) and name.startswith((DATA, BASE)), is_own_folder
+        )
 
 
 def write(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,12 +67,15 @@ def check_folder(name: str) -> Path | None:
     return gguf[0]
 
 
-def from_gguf(file: Path, out: Path) -> str:
-    """A GGUF file as a folder in transformers format, which training and its reference are loaded from."""
+def from_gguf(file: Path, out: Path, anew: bool) -> str:
+    """A GGUF file as a folder in transformers format, which training and its reference are loaded from.
+
+    anew: in place of the folder that an earlier run has left.
+    """
     import transformers
 
     folder = out / BASE
-    if (folder / "config.json").is_file():
+    if not anew and (folder / "config.json").is_file():
         return str(folder)
     partial = out / f"{BASE}.partial"
     try:
@@ -88,6 +92,8 @@ def from_gguf(file: Path, out: Path) -> str:
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if anew:
+            shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
         raise TrainError(f"--out {out}: cannot be written ({error.strerror or error})") from None

@@ -181,7 +181,7 @@ def parse(argv: Sequence[str]) -> tuple[TrainOptions, TokenDPOConfig, ModelConfi
         parser.set_defaults(output_dir=given["out"])
     try:
         ours, args, model = parser.parse_args_into_dataclasses(args=argv)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         text = str(error).strip()
         if isinstance(error, ImportError) and given.get("deepspeed"):  # of which transformers says "for The 'deepspeed"
             text = f"--deepspeed: its package cannot be used ({text}); pip install deepspeed, for ZeRO-2"
@@ -280,6 +280,14 @@ def as_yaml(given: dict[str, Any]) -> str:
 def is_main_process() -> bool:
     """Whether this is the process that speaks and writes, known before anything distributed is set up."""
     return int(os.environ.get("RANK", "0") or 0) == 0
+
+
+def machine_rank() -> int:
+    """The number of this process's machine, from 0: as torchrun and accelerate say it."""
+    if "GROUP_RANK" in os.environ:
+        return int(os.environ["GROUP_RANK"])
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0)
+    return int(os.environ.get("RANK", "0") or 0) // each if each else 0
 
 
 def speaks() -> Any:

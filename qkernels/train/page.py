@@ -57,7 +57,7 @@ def write_page(path: Path, metrics: Mapping[str, Any], monitor: RewardMonitor | 
     page = Page("What training has rewarded", printable(subtitle + "."), lead=_tiles(metrics))
     page.sections.append(Section("What the reward monitor found", _findings(monitor)))
     if scores is not None and shown:
-        pairs = _chosen(scores, shown)
+        pairs, numbers = _chosen(scores, shown), data["held_out_numbers"]
         intro = (
             f"{len(pairs)} of {data['held_out_pairs']} held-out pairs: those with the lowest margins, which contradict"
             " their labels most, then those with the highest. Point at a token, tap it, or move through an answer with"
@@ -65,7 +65,11 @@ def write_page(path: Path, metrics: Mapping[str, Any], monitor: RewardMonitor | 
         )
         page.sections.append(Section("What a token reward is", _EXPLANATION))
         page.sections.append(
-            Section("Held-out answers", heat_map([scores.scored_pair(pair, f"Pair {pair}.") for pair in pairs]), intro)
+            Section(
+                "Held-out answers",
+                heat_map([scores.scored_pair(pair, f"Pair {numbers[pair]}.") for pair in pairs]),
+                intro,
+            )
         )
     curves = _curves(metrics, monitor)
     if curves:
@@ -174,4 +178,6 @@ def _left_out(data: Mapping[str, Any], max_length: int | None) -> str:
     parts = [data["skipped"].removeprefix("left out ")] if data["skipped"] else []
     if data["dropped_pairs"]:
         parts.append(f"{data['dropped_pairs']} pairs, whose prompt alone has {max_length} tokens or more")
+    if data["held_out_unanswered"]:
+        parts.append(f"of evaluation and monitor {data['held_out_unanswered']} held-out pairs, for the same reason")
     return "; ".join(parts) or "nothing"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 import warnings
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .._version import __version__
 from ..data import DataError
 from ..integrations.training import PreferenceTraining
-from ..report import folders
 from ..report.progress import Progress, quiet_transformers
 from ..score.encode import Encoder
 from ..score.folder import RunLock
@@ -28,7 +28,7 @@ from ..score.options import ScoreError
 from ..text.characters import first_line, printable
 from . import dataset, folder
 from .model import Start, check_folder, from_gguf, load_start
-from .options import TrainError, TrainOptions, as_yaml, is_main_process, parse, speaks
+from .options import TrainError, TrainOptions, as_yaml, is_main_process, machine_rank, parse, speaks
 from .processes import check_launcher, check_sharding, fsdp_version, save_model, sharding_on_cpus
 
 if TYPE_CHECKING:
@@ -87,11 +87,47 @@ def run_train(argv: Sequence[str], stream: TextIO | None = None) -> dict[str, An
     gguf = check_folder(options.model)
     _check_out(options)
     progress = Progress(stream or speaks())
-    with _locked(options.folder):
-        if is_main_process() and options.overwrite and options.folder.is_dir():
-            folder.clear(options.folder)
-        with quiet_transformers(), _quiet_warnings(), _errors(options.folder), sharding_on_cpus():
-            return _Run(options, args, model_args, given, progress).run(gguf)
+    _check_arguments(args)
+    _spare_inputs(options, args)
+    with (
+        _locked(options.folder), quiet_transformers(), _quiet_warnings(), _errors(options.folder), sharding_on_cpus()
+    ):  # fmt: skip
+        return _Run(options, args, model_args, given, progress).run(gguf)
+
+
+def _check_arguments(args: Any) -> None:
+    """Refuse what transformers would refuse with a traceback, and only after the model has been loaded."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise TrainError(f"--{name.replace('_', '-')} must be 1 or more, got {getattr(args, name)}")
+    checkpoint = _named_checkpoint(args)
+    if checkpoint is not None and not (checkpoint / "trainer_state.json").is_file():
+        raise TrainError(f"--resume-from-checkpoint {checkpoint}: no checkpoint; it has no trainer_state.json")
+
+
+def _named_checkpoint(args: Any) -> Path | None:
+    """The checkpoint to go on from, where the user has named one."""
+    given = args.resume_from_checkpoint
+    return Path(given) if isinstance(given, str) and given not in ("True", "true") else None
+
+
+def _spare_inputs(options: TrainOptions, args: Any) -> None:
+    """Not to delete what is to be read."""
+    if not options.overwrite:
+        return
+    for flag, value in (
+        ("--model", options.model),
+        ("--data", options.data),
+        ("--eval-data", options.eval_data),
+        ("--resume-from-checkpoint", args.resume_from_checkpoint),
+    ):
+        if not isinstance(value, str) or not Path(value).exists():
+            continue
+        place = Path(value).resolve()
+        if options.folder.resolve() in (place, *place.parents):
+            raise TrainError(
+                f"{flag} {value}: lies in --out {options.folder}, whose files --overwrite deletes; choose another --out"
+            )
 
 
 def _require_packages() -> None:
@@ -230,14 +266,23 @@ class _Run:
 
         self.state = PartialState()
         check_launcher(self.state.num_processes)
-        start = self._start(gguf)
-        prepared, encoder = self._data(start)
-        peft_config = self._peft_config()
-        settings = self._settings(prepared)
+        is_first = not (self.out / folder.RUN).is_file()
+        try:
+            start = self._start(gguf)
+            prepared, encoder = self._data(start)
+            peft_config = self._peft_config()
+            settings = self._settings(prepared)
+        except BaseException:
+            if is_first and self.state.is_main_process:
+                folder.discard_preparations(self.out)
+            raise
         if self.state.is_main_process:
             if self.options.resume and (self.out / folder.RUN).is_file():
                 folder.check_same(self.out, settings)
             else:
+                if self.options.overwrite:  # not before the new run's data are known to be usable
+                    machines = {folder.data_of(self.out, i).name for i in range(self.state.num_processes)}
+                    folder.clear(self.out, machines if gguf is None else {*machines, folder.BASE})
                 folder.begin(self.out, settings)
             folder.write(self.out / folder.CONFIG, as_yaml(self.given))
         self.state.wait_for_everyone()
@@ -254,7 +299,7 @@ class _Run:
         assert name is not None
         if gguf is not None:
             with self.state.main_process_first():
-                name = from_gguf(gguf, self.out)
+                name = from_gguf(gguf, self.out, anew=self.options.overwrite and self.state.is_main_process)
         args, model_args = self.args, self.model_args
         given = dict(args.model_init_kwargs or {})
         given.setdefault("dtype", model_args.dtype)
@@ -284,19 +329,16 @@ class _Run:
         # Without a cut by TRL, what the model cannot take is refused.
         limit = start.limit if self.args.max_length is None else None
         encoder = Encoder(start.tokenizer, self.options.prompt_format, None, limit)
+        place = folder.data_of(self.out, machine_rank())
         found: list[Any] = [None]
         with self.state.local_main_process_first():
             if self.state.is_local_main_process:
                 self.progress.say(f"Reading and tokenising {self.options.data}")
                 sources = dataset.open_sources(self.options)
-                found = [
-                    dataset.prepare(
-                        self.options, sources, encoder, self.args.max_length, self.args.seed, self.out / folder.DATA
-                    )
-                ]
+                found = [dataset.prepare(self.options, sources, encoder, self.args.max_length, self.args.seed, place)]
         if self.state.num_processes > 1:
             broadcast_object_list(found)
-        prepared = found[0]
+        prepared = found[0]._replace(folder=place)
         for line in _data_lines(self.options, prepared, self.args.max_length):
             self.progress.say(line)
         return prepared, encoder
@@ -342,8 +384,13 @@ class _Run:
         args.output_dir = str(self.out)
         evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
         held_out = dataset.load(prepared.folder / dataset.HELD_OUT) if prepared.held_out else None
+        if held_out is not None and not len(held_out):
+            held_out = None
         if evaluates and held_out is None:
-            raise TrainError("--eval-strategy needs held-out pairs, and --held-out 0 leaves none")
+            raise TrainError(
+                "--eval-strategy needs held-out pairs, and "
+                + ("max_length leaves no answer of any" if prepared.held_out else "--held-out 0 leaves none")
+            )
         training = PreferenceTraining(
             self.progress,
             "training",
@@ -369,8 +416,8 @@ class _Run:
         checkpoint = None
         if self.options.resume:
             checkpoint, broken = folder.last_checkpoint(self.out)
-            if isinstance(args.resume_from_checkpoint, str) and args.resume_from_checkpoint not in ("True", "true"):
-                checkpoint, broken = Path(args.resume_from_checkpoint), []
+            if (named := _named_checkpoint(args)) is not None:
+                checkpoint, broken = named, []
             for path in broken:
                 self.progress.say(f"{path.name} is incomplete and left aside")
             self.progress.say("No checkpoint yet: from the start" if checkpoint is None else f"From {checkpoint.name}")
@@ -450,6 +497,8 @@ class _Run:
                 "split": prepared.split,
                 "ignored_fields": list(prepared.ignored_fields),
                 "skipped": prepared.skipped,
+                "held_out_numbers": list(prepared.held_out),
+                "held_out_unanswered": prepared.unanswered,
                 "cut_pairs": prepared.longer,
                 "dropped_pairs": prepared.dropped,
                 "trajectories": prepared.trajectories,
@@ -465,9 +514,9 @@ class _Run:
             write_page(self.out / folder.REPORT, metrics, monitor, table, self.options.shown)
             write_card(self.out / folder.CARD, metrics, monitor)
             folder.write(self.out / folder.METRICS, json.dumps(_finite(metrics), indent=1, default=str) + "\n")
-            folders.remove(self.out / folder.DATA, lambda name: True, lambda name: True)
-            with contextlib.suppress(OSError):
-                (self.out / folder.DATA).rmdir()
+        self.state.wait_for_everyone()
+        if self.state.is_local_main_process:
+            shutil.rmtree(prepared.folder, ignore_errors=True)
         self.state.wait_for_everyone()
         return {**metrics, "out": str(self.out)}
 
@@ -535,6 +584,11 @@ def _data_lines(options: TrainOptions, prepared: dataset.Prepared, max_length: i
         yield f"{prepared.longer} pairs are longer than max_length={max_length} and are cut to it (--truncation-mode)"
     if prepared.dropped:
         yield f"Left out {prepared.dropped} pairs: their prompt alone has max_length={max_length} tokens or more"
+    if prepared.unanswered:
+        yield (
+            f"{prepared.unanswered} of the held-out pairs have prompts of max_length={max_length} tokens or more: they"
+            " are left out of evaluation and reward monitor"
+        )
 
 
 def _results(table: Any) -> dict[str, Any]:

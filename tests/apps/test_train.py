@@ -26,7 +26,7 @@ from qkernels.data import as_preferences
 from qkernels.integrations.trl import TokenDPOTrainer
 from qkernels.score.rows import row as columns_of
 from qkernels.train import TrainError, callbacks, dataset, folder, processes, run, sft
-from qkernels.train.options import parse
+from qkernels.train.options import machine_rank, parse
 
 TOWNS = ("Lima", "Oslo", "Rome", "Quito")
 
@@ -292,6 +292,12 @@ BAD_OPTIONS = {
     "two lengths of SFT": (["--sft-steps", "1", "--sft-epochs", "1"], "either --sft-epochs or --sft-steps"),
     "an unknown loss": (["--loss-type", "sigmod"], "sigmod"),
     "no file": (["--config", "absent.yaml"], r"--config absent\.yaml: cannot be read"),
+    "no pairs a step": (
+        ["--per-device-train-batch-size", "0"],
+        "--per-device-train-batch-size must be 1 or more, got 0",
+    ),
+    "no checkpoint": (["--resume-from-checkpoint", "absent"], "--resume-from-checkpoint absent: no checkpoint"),
+    "no file of FSDP": (["--fsdp", "full_shard", "--fsdp-config", "absent.json"], r"absent\.json"),
     "nowhere to report to": (["--report-to", "somewhere"], r"--report-to somewhere: not known to transformers; known"),
     "a package that is missing": (
         ["--report-to", "clearml"],
@@ -407,7 +413,7 @@ def test_a_gguf_file_becomes_a_folder_with_the_same_weights(given: Path, tmp_pat
     writer.close()
     file = check_folder(str(folder_))
     assert file == folder_ / "tiny.gguf"
-    converted = AutoModelForCausalLM.from_pretrained(from_gguf(file, tmp_path))
+    converted = AutoModelForCausalLM.from_pretrained(from_gguf(file, tmp_path, anew=False))
     assert all(torch.equal(converted.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -453,8 +459,109 @@ def test_a_folder_is_written_to_by_one_run_and_cleared_only_of_its_own(
         folder.refuse(out, False, True)
     (out / "notes.txt").unlink()
     folder.refuse(out, False, True)
-    folder.clear(out)
-    assert list(out.iterdir()) == []
+    (out / "data").mkdir()
+    (out / "data/train.arrow").write_text("x")
+    folder.clear(out, ["data"])
+    assert [path.name for path in out.iterdir()] == ["data"]
+    with pytest.raises(TrainError, match="the folder exists"):  # without a lock it is somebody's data
+        folder.refuse(out, False, False)
+
+
+def test_an_earlier_run_stays_until_the_new_one_can_begin(given: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for more, message in (
+        (("--data", tmp_path / "typo.json"), "typo.json: no such file"),
+        (("--max-length", 4), "the prompt alone of all 16 fills max_length=4"),
+        (("--model", out), f"--model {out}: lies in --out"),
+        (("--data", out / "metrics.json"), "lies in --out"),
+    ):
+        status, _, err = train(given, out, *more, "--overwrite")
+        assert status == 2 and message in err, err
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    status, _, err = train(given, out, "--overwrite", "--max-steps", 1)
+    assert status == 0 and metrics(out)["training"]["steps"] == 1, err
+    assert not (out / "checkpoint-6").exists() and not (out / "data").exists()
+
+
+def test_a_run_that_was_stopped_while_it_tokenised_is_none(given: Path, tmp_path: Path, monkeypatch) -> None:
+    """After an error nothing is left; what a killed one leaves stands in no run's way."""
+
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(dataset, "_encoded", stopped)
+        assert train(given, tmp_path / "out")[0] == 130
+    assert not (tmp_path / "out").exists()
+    for more in ((), ("--resume",), ("--overwrite",)):
+        (tmp_path / "out/data").mkdir(parents=True)
+        for name in (".lock", "data/train.arrow", "data/.held_out.arrow.partial"):
+            (tmp_path / "out" / name).write_text("x")
+        folder.refuse(tmp_path / "out", *(flag in more for flag in ("--resume", "--overwrite")))
+        if not more:
+            status, _, err = train(given, tmp_path / "out", "--max-steps", 1)
+            assert status == 0 and not (tmp_path / "out/data").exists(), err
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("variables", "machine"),
+    [
+        ({}, 0),
+        ({"RANK": "3", "LOCAL_WORLD_SIZE": "2"}, 1),
+        ({"RANK": "3"}, 0),
+        ({"RANK": "5", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}, 1),
+    ],
+)
+def test_machines_that_share_a_folder_have_data_of_their_own(tmp_path: Path, monkeypatch, variables, machine) -> None:
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert machine_rank() == machine
+    name = folder.data_of(tmp_path, machine).name
+    assert name == ("data-1" if machine else "data") and folder.is_own_folder(name)
+
+
+def test_observations_that_were_cut_off_do_not_end_a_resumed_run(given: Path, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "metrics.json").unlink()
+    shutil.rmtree(out / "checkpoint-6")
+    kept = out / "checkpoint-3/reward_monitor.json"
+    assert len(json.loads(kept.read_text())["history"]) == 4 and not list(kept.parent.glob("*.partial"))
+    kept.write_bytes(kept.read_bytes()[:20])
+    with pytest.warns(UserWarning, match="the reward monitor begins anew"):
+        status, _, err = train(given, out, "--seed", 5, "--resume")
+    assert status == 0 and "From checkpoint-3" in err
+    assert [one["step"] for one in metrics(out)["monitor"]["history"]] == [3, 4, 5, 6]
+
+
+def test_held_out_pairs_without_an_answer_measure_nothing(given: Path, tmp_path: Path, capsys) -> None:
+    """Cut to max_length, their two sides are equal."""
+    rows = records(3)
+    rows[0]["prompt"] *= 12
+    (tmp_path / "eval.json").write_text(json.dumps(rows))
+    more = ("--eval-data", tmp_path / "eval.json", "--max-length", 60, "--max-steps", 1)
+    usual = arguments(given, tmp_path / "out", *more)
+    place = usual.index("--held-out")
+    del usual[place : place + 2]
+    assert main(usual) == 0
+    err = capsys.readouterr().err
+    assert "1 of the held-out pairs have prompts of max_length=60 tokens or more" in err
+    assert "Reward monitor: 2 held-out pairs" in err
+    figures = metrics(tmp_path / "out")["data"]
+    assert figures["held_out_unanswered"] == 1 and figures["held_out_pairs"] == 3
+    assert "1 held-out pairs, for the same reason" in (tmp_path / "out/report.html").read_text()
+
+
+def test_pairs_of_the_report_have_the_numbers_of_their_records(finished: Path) -> None:
+    numbers = metrics(finished)["data"]["held_out_numbers"]
+    assert len(numbers) == 4 and numbers != [0, 1, 2, 3]
+    report = (finished / "report.html").read_text()
+    assert all(f"Pair {number}." in report for number in numbers)
 
 
 def test_a_full_disk_ends_in_one_sentence_and_the_checkpoint_stays(given: Path, tmp_path: Path, monkeypatch) -> None:
