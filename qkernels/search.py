@@ -24,6 +24,7 @@ from .core import checks
 from .core.printed import summarised
 from .core.sequences import log_ratios
 from .integrations.transformers import compute_token_stats, head_parameters, hidden_states, unwrap
+from .integrations.transformers.generation import plain_generation
 from .planning.planner import Leaves, Planner, Settings, prefix_models
 from .report.progress import Phase, Progress
 from .text.padding import left_padding
@@ -33,7 +34,13 @@ from .text.padding import left_padding
 _PLAIN = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 _PLAIN_BEAMS = {"length_penalty": 0.0, "early_stopping": "never"}
 _PLAIN_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-# generate scores a beam that does not exist with -1e9 or less.
+# What would make samples of `scan_beta` another distribution's, with the values that do not.
+_CHANGING = {
+    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0, "top_h": None, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None,
+    "bad_words_ids": None, "logits_processor": None,
+}  # fmt: skip
+# generate begins a beam that does not exist with -1e9, which its score, a sum over its length, stays below.
 _NO_BEAM = -1e8
 
 
@@ -169,6 +176,7 @@ def beam_search(
     if generate_kwargs.get("do_sample"):
         kwargs.update(_PLAIN_SAMPLING)
     kwargs.update(generate_kwargs, num_beams=num_beams, max_new_tokens=max_new_tokens)
+    _check_processors(logits_processor)
     found = _generate(model, input_ids, attention_mask, num_return_sequences, logits_processor, kwargs)
     return _beams(found, attention_mask, model, reference_model, beta, batch_size)
 
@@ -231,15 +239,23 @@ def best_of(
     if by == "reward" and reference is None:
         raise ValueError('by="reward" needs a reference: the implicit reward is beta * log(pi / pi_ref)')
     sampler = policy if sampler is None else sampler
+    _check_processors(logits_processor)
     kwargs = _sampling(sampler, generate_kwargs, max_new_tokens, "best_of")
     _check_models(policy=policy, reference=reference, sampler=sampler)
     with Progress(progress or _Nowhere()).phase("sampling", len(input_ids) * n) as phase:
 
         def write(prompts: Tensor, count: int) -> _Generated:
             given = (input_ids[prompts], attention_mask[prompts])
+            for processor in chosen:
+                processor.choose_prompts(prompts)
             return _generate(sampler, *given, count, logits_processor, kwargs)
 
-        drawn = _in_batches(write, len(input_ids), n, batch_size, _pad(sampler, kwargs), phase)
+        chosen = [one for one in logits_processor or () if hasattr(one, "choose_prompts")]
+        try:
+            drawn = _in_batches(write, len(input_ids), n, batch_size, _pad(sampler, kwargs), phase)
+        finally:
+            for processor in chosen:
+                processor.choose_prompts(None)
     found = _beams(drawn, attention_mask, policy, reference, beta, batch_size)
     if callable(by):
         return _ranked(found, _scores_of(by, found, "by"))
@@ -331,11 +347,19 @@ def scan_beta(
     beta = checks.positive(beta, "beta")
     for name, value in (("n", n), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         _at_least_one(value, name)
+    if not isinstance(strengths, (Sequence, Tensor)):
+        raise TypeError(f"strengths must be a sequence of numbers, got {type(strengths).__name__}")
     strengths = tuple(checks.positive(value, f"strengths[{i}]") for i, value in enumerate(strengths))
     if not strengths:
         raise ValueError("strengths must hold at least one value of b, got none")
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1 or -1, got {sign!r}")
+    changing = sorted(name for name, value in generate_kwargs.items() if name in _CHANGING and value != _CHANGING[name])
+    if changing:
+        raise ValueError(
+            "scan_beta samples from pi_b itself, whose divergence it reports, which these would change: "
+            + ", ".join(changing)
+        )
     kwargs = _sampling(policy, generate_kwargs, max_new_tokens, "scan_beta")
     _check_models(policy=policy, reference=reference)
     found, divergences = [], []
@@ -558,7 +582,7 @@ def _generate(
                 processor.for_prompt(attention_mask)
         kwargs["logits_processor"] = _processor_list(processors)
     several = kwargs["num_beams"] > 1
-    with torch.no_grad():
+    with torch.no_grad(), plain_generation(model):
         output = model.generate(  # type: ignore[operator]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -572,7 +596,8 @@ def _generate(
     exists = torch.ones(len(sequences), dtype=torch.bool, device=sequences.device)
     scores = None
     if several:
-        exists = output.sequences_scores > _NO_BEAM
+        lengths = (output.beam_indices >= 0).sum(1).clamp(min=1)
+        exists = output.sequences_scores * lengths ** kwargs["length_penalty"] > _NO_BEAM
         mask &= exists[:, None]
         scores = output.sequences_scores.masked_fill(~exists, -torch.inf)
     shape = (len(input_ids), count)
@@ -835,6 +860,11 @@ def _processor_list(processors: Sequence[Any]) -> Any:
     return LogitsProcessorList(processors)
 
 
+def _check_processors(processors: Any) -> None:
+    if processors is not None and not isinstance(processors, Sequence):
+        raise TypeError(f"logits_processor must be a list of processors, got {type(processors).__name__}")
+
+
 def _completion_mask(output: Any, completions: Tensor, model: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Which of `[S, T]` are tokens of the completion, and whether an end token is among them, `[S]`."""
 
@@ -856,9 +886,13 @@ def _completion_mask(output: Any, completions: Tensor, model: Any, kwargs: dict[
 
 
 def _token_ids(model: Any, kwargs: dict[str, Any], name: str) -> list[int]:
-    """The ids that `generate` takes for an end or a pad token: those it is handed, or the model's."""
+    """The ids that `generate` takes for an end or a pad token: those it is handed, or the model's.
+
+    None stands for no end token, if it is handed, and for the model's pad token.
+    """
     value = kwargs.get(name)
-    value = getattr(model.generation_config, name) if value is None else value
+    if value is None and not (name == "eos_token_id" and name in kwargs):
+        value = getattr(model.generation_config, name)
     return torch.as_tensor([] if value is None else value).reshape(-1).tolist()
 
 

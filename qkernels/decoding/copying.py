@@ -130,6 +130,7 @@ class CopyMixture(PromptProcessor):
             if source_mask.dim() != 2 or source_mask.dtype not in (torch.bool, torch.int64):
                 raise ValueError(f"source_mask must be bool [B, P], got {source_mask.dtype} {tuple(source_mask.shape)}")
         self._source_mask, self._warned = source_mask, False
+        self._chosen: Tensor | None = None  # prompts of the source mask that are worked on
         self._never = sorted({*pads, *special, *(int(i) for i in special_ids)})
         self.normalise = bool(normalise)
         self._norm = None
@@ -178,6 +179,20 @@ class CopyMixture(PromptProcessor):
     def for_prompt(self, attention_mask: Tensor | None) -> None:
         super().for_prompt(attention_mask)
         self._prompt_length = None if self._attention_mask is None else self._attention_mask.shape[1]
+
+    def choose_prompts(self, prompts: Tensor | None) -> None:
+        """Say which rows of `source_mask` the next prompts have, where a batch is generated in parts.
+
+        Args:
+            prompts: int64 `[b]`, their places in the batch; None for the whole of it.
+
+        Raises:
+            ValueError: the mask has no such rows.
+        """
+        rows = self._source_mask
+        if rows is not None and prompts is not None and int(prompts.max()) >= len(rows):
+            raise ValueError(f"source_mask has {len(rows)} rows; expected one for each prompt")
+        self._chosen = prompts
 
     def reset(self) -> None:
         self._auxiliary.reset()
@@ -244,6 +259,7 @@ class CopyMixture(PromptProcessor):
         """float `[R, P]`, 1 in the source as it was given; and without what is never copied."""
         given, never = self._source_mask, torch.tensor(self._never, dtype=torch.int64, device=ids.device)
         if given is not None:
+            given = given if self._chosen is None else given[self._chosen.to(given.device)]
             if len(ids) % len(given) or ids.shape[1] < given.shape[1]:
                 raise ValueError(
                     f"source_mask {tuple(given.shape)} is of another batch than the {tuple(ids.shape)} token ids that"

@@ -308,6 +308,12 @@ def _numbers(function: Callable[[Leaves], Tensor], leaves: Leaves, name: str) ->
 def prefix_models(
     policy: nn.Module, reference: nn.Module | None, use_cache: bool
 ) -> tuple[PrefixModel, PrefixModel | None]:
-    """The models of a search; a reference that is the policy is a PEFT model without its adapter."""
+    """The models of a search; a reference that is the policy is a PEFT model without its adapter.
+
+    Raises:
+        ValueError: it is the policy, and has no adapter.
+    """
+    if reference is policy and not callable(getattr(policy, "disable_adapter", None)):
+        raise ValueError("reference_model is model itself, which has no PEFT adapter to switch off; pass a frozen copy")
     other = None if reference is None else PrefixModel(reference, adapter_off=reference is policy, use_cache=use_cache)
     return PrefixModel(policy, use_cache=use_cache), other

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -83,8 +84,16 @@ def temporary_name(name: str) -> str:
 
 
 def as_json(value: Any) -> str:
-    """A value as the text of a file."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """A value as the text of a file; numbers that JSON does not have, NaN and the infinite ones, as null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_json(path: Path, advice: str = RESTORE) -> dict[str, Any]:

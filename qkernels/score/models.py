@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import io
+import itertools
 import json
 import math
 import pickle
@@ -88,10 +89,7 @@ def load_tokenizers(options: ScoreOptions) -> Tokenizers:
     refuse_absent("--reference", options.reference)
     tokenizer = load_tokenizer("--model", tokenizer_folder(options.model), options.trust_remote_code)
     if options.chat_template is not None:
-        try:
-            tokenizer.chat_template = options.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ScoreError(f"--chat-template {options.chat_template}: cannot be read ({error})") from None
+        tokenizer.chat_template = read_template(options.chat_template)
     if options.reference is None and options.reference_logps is None and not is_adapter(options.model):
         raise ScoreError(
             f"--model {options.model} is no PEFT adapter that could be switched off: give --reference DIR (the model"
@@ -104,6 +102,21 @@ def load_tokenizers(options: ScoreOptions) -> Tokenizers:
         if other is not None:
             _same_vocabulary(tokenizer, other)
     return Tokenizers(tokenizer, other)
+
+
+def read_template(path: Path) -> str:
+    """The chat template that `--chat-template` names.
+
+    Raises:
+        ScoreError: it cannot be read, or is blank: transformers take a blank one for none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScoreError(f"--chat-template {path}: cannot be read ({error})") from None
+    if not text.strip():
+        raise ScoreError(f"--chat-template {path}: the file is blank; expected a chat template in Jinja")
+    return text
 
 
 def load(options: ScoreOptions, tokenizers: Tokenizers) -> Loaded:
@@ -186,13 +199,19 @@ def tokenizer_folder(name: str, needed: bool = True) -> str | None:
     folder = Path(name)
     if not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return name  # a name on the hub, or a folder with a tokenizer
-    if is_adapter(name):
-        base = read_json(folder / _ADAPTER, "save the adapter again").get("base_model_name_or_path")
-        if isinstance(base, str) and base:
-            return tokenizer_folder(base, needed)
+    if (base := _base(name)) is not None:
+        return tokenizer_folder(base, needed)
     if needed:
         raise ScoreError(f"--model {name}: the folder has no tokenizer; save it there with tokenizer.save_pretrained")
     return None
+
+
+def _base(name: str) -> str | None:
+    """The model that an adapter was trained on; None if the folder holds no adapter, or it does not say."""
+    if not is_adapter(name):
+        return None
+    base = read_json(Path(name) / _ADAPTER, "save the adapter again").get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
 
 
 def load_tokenizer(option: str, name: str | None, trusted: bool) -> Any:
@@ -349,12 +368,13 @@ def fingerprint(name: str | None) -> str | None:
     """What tells a model's folder from another: names and sizes of its files and samples of their contents.
 
     Of each tensor of a safetensors file 16 blocks of 4 KiB are read, of other files as many in all: training may
-    change a few tensors alone. A name that is no folder stands for itself.
+    change a few tensors alone. An adapter's files are followed by those of its base. A name that is no folder stands
+    for itself.
     """
     if name is None or not Path(name).is_dir():
         return name
     digest = hashlib.sha256()
-    for file in _model_files(Path(name)):
+    for file in itertools.chain.from_iterable(map(_model_files, _with_bases(name))):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with file.open("rb") as content:
             for begin, end in _parts(file, content):
@@ -362,6 +382,19 @@ def fingerprint(name: str | None) -> str | None:
                     content.seek(begin + max(0, end - begin - _BLOCK) * i // (_BLOCKS - 1))
                     digest.update(content.read(min(_BLOCK, end - begin)))
     return digest.hexdigest()[:16]
+
+
+def _with_bases(name: str) -> list[Path]:
+    """A model's folder and, after an adapter's, that of its base, if it is a folder too."""
+    found: list[Path] = []
+    base: str | None = name
+    while base is not None and Path(base).is_dir() and Path(base) not in found:
+        found.append(Path(base))
+        try:
+            base = _base(base)
+        except ScoreError:  # a damaged adapter: loading it says what is wrong
+            break
+    return found
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -74,6 +74,8 @@ class ScoreOptions:
             raise ScoreError("give either --reference or --reference-logps, not both")
         if self.resume and self.overwrite:
             raise ScoreError("give either --resume or --overwrite, not both")
+        if self.prompt_format == "plain" and self.chat_template is not None:
+            raise ScoreError("--prompt-format plain uses no chat template: leave out --chat-template, or the format")
         for name, value, least in (
             ("--batch-tokens", self.batch_tokens, 1),
             ("--max-length", self.max_length, _MIN_LENGTH),

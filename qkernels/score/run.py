@@ -321,11 +321,14 @@ def _score_into(options: ScoreOptions, progress: Progress, ranks: Ranks | None) 
         began = time.monotonic()
         prepared = _prepare(options)
         data, loaded, scorer = prepared.data, prepared.loaded, prepared.scorer
-        skipped = data.skipped_line()
+        # Each pass over the data counts anew, and with --limit the next ones stop early.
+        skipped, reasons = data.skipped_line(), dict(data.skipped)
         results = Results(options.out, prepared.settings, lock)
         if options.resume:
             results.open(options.resume, options.overwrite)
-            results.check(data.numbered(), options.max_length)
+            results.check(data.numbered(), prepared.encoder)
+            if prepared.cached is not None:
+                results.check_reference(prepared.cached)
             for text in results.notes:
                 progress.say(text)
         ignored = f"; ignored fields: {', '.join(data.ignored_fields)}" if data.ignored_fields else ""
@@ -349,7 +352,7 @@ def _score_into(options: ScoreOptions, progress: Progress, ranks: Ranks | None) 
         device = next(loaded.model.parameters()).device
         facts = {
             "note": prepared.note,
-            "skipped": dict(data.skipped),
+            "skipped": reasons,
             "sources": {
                 "model": options.model,
                 "reference": _reference_name(options),
@@ -574,36 +577,42 @@ def _note(pair: int, cut: Sequence[int] | None) -> str:
 
 def _settings(options: ScoreOptions, scorer: TokenScorer, loaded: models.Loaded, encoder: Encoder) -> dict[str, Any]:
     """What results depend on. Not the folders' names: a model may have moved."""
-    reference = "none"
+    reference, dtype = "none", None
     if options.reference is not None:
+        dtype = _dtype(loaded.reference)
         reference = f"model {models.fingerprint(options.reference)}"
     elif options.reference_logps is not None:
-        reference = f"log-probs of {options.reference_logps}"
+        reference = "log-probs"  # `Results.check_reference` compares them one by one: more may have come
     elif loaded.reference is loaded.model:
         reference = "adapter switched off"
     return {
         "model": models.fingerprint(options.model),
         "reference": reference,
+        "reference_dtype": dtype,
         "beta": options.beta,
         "outputs": list(scorer.outputs),
         "prompt_format": "chat" if encoder.chat else "plain",
         "chat_template": None
         if options.chat_template is None
         else hashlib.sha256(options.chat_template.read_bytes()).hexdigest()[:16],
-        "dtype": str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": _dtype(loaded.model),
         "special_ids": sorted(loaded.tokenizer.all_special_ids),
     }
 
 
+def _dtype(model: torch.nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
 def _model_line(loaded: models.Loaded, scorer: TokenScorer) -> str:
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    first = next(loaded.model.parameters())
+    device = next(loaded.model.parameters()).device
     reference = "its adapter switched off" if loaded.reference is loaded.model else "another model"
     if loaded.reference is None:
         reference = "cached log-probs (no KL divergences)"
     return (
         f"Model: {type(loaded.model).__name__}, {parameters / 1e6:.1f} M parameters,"
-        f" {str(first.dtype).removeprefix('torch.')} on {first.device}; reference: {reference}"
+        f" {_dtype(loaded.model)} on {device}; reference: {reference}"
     )
 
 

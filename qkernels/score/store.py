@@ -17,18 +17,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..data import Preference
 from ..report import folders
-from .encode import EncodedAnswer
+from .encode import EncodedAnswer, Encoder
 from .files import (
     CHECKSUMS,
     FORMAT,
@@ -175,7 +176,7 @@ class Results:
             raise ScoreError(f"{self.out / CHECKSUMS}: damaged (says nothing of {SETTINGS}); {RESTORE}")
         now = json.loads(as_json(self.settings))
         changed = [
-            f"{name} was {earlier.get(name)!r} and is {now.get(name)!r}"
+            f"{name} was {repr(earlier[name]) if name in earlier else 'not noted'} and is {now.get(name)!r}"
             for name in sorted({*earlier, *now})
             if earlier.get(name) != now.get(name)
         ]
@@ -238,17 +239,17 @@ class Results:
     def _again(self, name: str, consequence: str) -> None:
         self.notes.append(f"{self.out / name} is missing, though the run wrote it: {consequence}")
 
-    def check(self, pairs: Iterable[tuple[int, Preference]], max_length: int | None) -> None:
+    def check(self, pairs: Iterable[tuple[int, Preference]], encoder: Encoder) -> None:
         """Whether what was scored before would be scored the same way now.
 
         Args:
             pairs: all of the data, with their numbers.
-            max_length: of the run.
+            encoder: of the run.
 
         Raises:
             ScoreError: naming the first pair that would not.
         """
-        last, found = -1, 0
+        last, found, is_cut, max_length = -1, 0, False, encoder.max_length
         for number, pair in pairs:
             last = number
             if number not in self.info:
@@ -259,13 +260,36 @@ class Results:
                 raise ScoreError(f"{where}, and its texts in the data have changed since")
             if any(info.cuts) if max_length is None else info.longest > max_length:
                 raise ScoreError(f"{where} with another --max-length ({info.longest} tokens); it must stay as it was")
-            if any(info.cuts) and info.longest != max_length:
-                raise ScoreError(f"{where} cut to {info.longest} tokens; --max-length must stay as it was")
+            if any(info.cuts) and not is_cut:
+                # Lengths do not tell where the cut was: what is not scored at the end of a trajectory goes after it.
+                is_cut = True  # one pair tells, and encoding takes its time
+                if _info(pair, encoder.pairs({number: pair})[0]) != info:
+                    raise ScoreError(f"{where} cut to {info.longest} tokens; --max-length must stay as it was")
         if found < len(self.info):
             beyond = [number for number in sorted(self.info) if number > last]
             what = f"the data has only {last + 1} pairs now" if beyond else "some records of the data are left out now"
             where = f"pair {beyond[0]} has" if beyond else f"{len(self.info) - found} pairs have"
             raise ScoreError(f"--out {self.out}: --resume: {where} been scored, and {what}")
+
+    def check_reference(self, cached: CachedReference) -> None:
+        """Whether what was scored before was scored with these log-probs; there may be more of them now.
+
+        Raises:
+            ScoreError: naming the first pair that was not.
+        """
+        import numpy as np
+
+        for name in filter(lambda name: name == TOKENS or is_part(name), self._checksums.files):
+            with TokenFile(self.out / name, [*KEYS, "reference_logps"]) as file:
+                for table in map(file.table, range(file.groups)):
+                    for pair, side in itertools.product(table.pairs(), SIDES):
+                        rows, where = table.select(pair, side), f"--resume: pair {pair}, {side} answer"
+                        known = cached.logps(where, pair, side, rows["token_id"].tolist()).astype(np.float32)
+                        if not np.array_equal(known, rows["reference_logps"], equal_nan=True):
+                            raise ScoreError(
+                                f"--out {self.out}: --resume: pair {pair} has been scored, and its log-probs in"
+                                f" --reference-logps {cached.path} are others now"
+                            )
 
     # --- adding -----------------------------------------------------------------------------------------------------
 
@@ -273,15 +297,7 @@ class Results:
         """Keep a scored pair; it is on disk after the next `flush`, which comes by itself every 20 seconds."""
         answers = list(answers)
         encoded = [tokens for _, tokens, _ in answers]
-        self._waiting[number] = (
-            answers,
-            PairInfo(
-                digest(pair),
-                max(tokens.length for tokens in encoded),
-                (max(tokens.cut_prompt for tokens in encoded), *(tokens.cut_answer for tokens in encoded)),
-                tuple(len(tokens.ids) for tokens in encoded),
-            ),
-        )
+        self._waiting[number] = answers, _info(pair, encoded)
         self._tokens_waiting += sum(len(tokens.ids) for tokens in encoded)
         if self._tokens_waiting >= _FLUSH_TOKENS or time.monotonic() - self._flushed >= _FLUSH_SECONDS:
             self.flush()
@@ -382,6 +398,15 @@ class Results:
         """
         with TokenFile(self.out / TOKENS, self._columns) as file:
             yield from windows_of(file, self.info)
+
+
+def _info(pair: Preference, encoded: Sequence[EncodedAnswer]) -> PairInfo:
+    return PairInfo(
+        digest(pair),
+        max(tokens.length for tokens in encoded),
+        (max(tokens.cut_prompt for tokens in encoded), *(tokens.cut_answer for tokens in encoded)),
+        tuple(len(tokens.ids) for tokens in encoded),
+    )
 
 
 def rank_folders(out: Path) -> list[Path]:

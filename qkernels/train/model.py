@@ -8,7 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from ..score.models import is_adapter, weights_problem
+from ..score.models import is_adapter, read_template, weights_problem
+from ..score.options import ScoreError
 from ..text.characters import first_line
 from ..text.hub import is_hub_name
 from ..text.lengths import position_limit
@@ -120,9 +121,9 @@ def load_start(name: str, chat_template: str | None, prompt_format: str, trusted
     notes = []
     if chat_template is not None:
         try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrainError(f"--chat-template {chat_template}: cannot be read ({error})") from None
+            tokenizer.chat_template = read_template(Path(chat_template))
+        except ScoreError as error:
+            raise TrainError(str(error)) from None
     elif not getattr(tokenizer, "chat_template", None) and prompt_format == "auto":
         notes.append(
             "The tokenizer has no chat template: prompt, answer and end token are written one after the other."

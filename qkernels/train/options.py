@@ -119,6 +119,8 @@ class TrainOptions:
             raise TrainError(f"--sft-learning-rate must be above 0, got {self.sft_learning_rate}")
         if self.prompt_format not in ("auto", "chat", "plain"):
             raise TrainError(f"--prompt-format must be one of auto, chat, plain; got {self.prompt_format!r}")
+        if self.prompt_format == "plain" and self.chat_template is not None:
+            raise TrainError("--prompt-format plain uses no chat template: leave out --chat-template, or the format")
         if self.held_out and (self.eval_data or self.eval_split):
             raise TrainError("give either --held-out or --eval-data / --eval-split, not both")
 

@@ -37,7 +37,7 @@ from qkernels.score.folder import RunLock
 from qkernels.score.store import CachedReference, Results
 from qkernels.score.summary import Overview
 from qkernels.score.table import prompt_of
-from score_runs import score, started, usual
+from score_runs import resign, score, started, usual
 
 OUTPUTS = ["logps", "reference_logps", "implicit_rewards", "entropy"]
 SETTINGS = {"model": "m", "reference": "r", "beta": 0.1, "outputs": OUTPUTS, "special_ids": [4]}
@@ -515,15 +515,6 @@ def test_a_folder_of_an_earlier_version_is_read_and_not_continued(copies: dict[s
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------
-
-
-def resign(out: Path) -> None:
-    """Make the checksums fit, as somebody who knows of them would."""
-    noted = json.loads((out / CHECKSUMS).read_text())
-    for name in noted["files"]:
-        if (out / name).is_file():
-            noted["files"][name] = [hashlib.sha256((out / name).read_bytes()).hexdigest()]
-    (out / CHECKSUMS).write_text(json.dumps(noted))
 
 
 def settings(**changes: object) -> Callable[[Path], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -45,7 +46,7 @@ from qkernels.score import (
     store,
 )
 from qkernels.text.lengths import batches_by_length, default_batch_tokens
-from score_runs import BETA, REAL_PAIRS, ROOT, llama, records, score, started, usual, write_data
+from score_runs import BETA, REAL_PAIRS, ROOT, llama, records, resign, score, started, usual, write_data
 
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
@@ -767,6 +768,116 @@ def test_resuming_takes_the_same_settings_and_data(folders: Path, tmp_path: Path
     assert status == 2 and "no run to resume there" in err
 
 
+@pytest.fixture
+def cached(folders: Path, tmp_path: Path) -> list[object]:
+    """The arguments of a run that takes the log-probs of another one; 6 of its 8 pairs are scored."""
+    assert score(*usual(folders, tmp_path / "refs", "--limit", 8))[0] == 0
+    arguments = [
+        "--model", folders / "policy", "--data", folders / "data.json", "--out", tmp_path / "out", "--beta", BETA,
+        "--reference-logps", tmp_path / "refs",
+    ]  # fmt: skip
+    status, _, err = score(*arguments, "--limit", 6)
+    assert status == 0, err
+    return arguments
+
+
+def test_resuming_takes_the_same_log_probs_wherever_they_lie(
+    folders: Path, cached: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place in ("refs", "./refs", "refs/tokens.parquet"):
+        status, _, err = score(*cached, "--reference-logps", place, "--limit", 6, "--resume")
+        assert status == 0, err
+    status, _, err = score(*usual(folders, tmp_path / "refs", "--limit", 12, "--resume"))
+    assert status == 0, err
+    interrupt_after(monkeypatch, 20, KeyboardInterrupt())  # more of them; what is scored lies in a part as well now
+    assert score(*cached, "--limit", 12, "--resume")[0] == 130 and any((tmp_path / "out/parts").iterdir())
+    monkeypatch.undo()
+    status, _, err = score(*cached, "--limit", 12, "--resume")
+    assert status == 0 and re.search(r"([7-9]|1\d) scored before", err), err
+    assert np.array_equal(read_scores(tmp_path / "out")["logps"], read_scores(tmp_path / "refs")["logps"])
+
+
+def test_resuming_refuses_log_probs_of_another_reference(folders: Path, cached: list[object], tmp_path: Path) -> None:
+    more = ["--reference", folders / "policy", "--overwrite"]
+    assert score(*usual(folders, tmp_path / "refs", "--limit", 8), *more)[0] == 0
+    before = (tmp_path / "out/tokens.parquet").read_bytes()
+    status, _, err = score(*cached, "--limit", 8, "--resume")
+    assert status == 2 and "pair 0 has been scored, and its log-probs in --reference-logps" in err
+    assert (tmp_path / "out/tokens.parquet").read_bytes() == before
+
+
+def test_resuming_notices_another_dtype_of_the_reference(folders: Path, models: tuple, tmp_path: Path) -> None:
+    half = copy.deepcopy(models[1]).bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    models[2].save_pretrained(tmp_path / "half")
+    arguments = usual(folders, tmp_path / "out", "--reference", tmp_path / "half")
+    assert score(*arguments, "--limit", 2)[0] == 0
+    status, _, err = score(*arguments, "--dtype", "float32", "--resume")
+    assert status == 2 and "reference_dtype was 'bfloat16' and is 'float32'" in err
+    # A folder of a version that did not note it says so, and can still be read.
+    settings = tmp_path / "out/settings.json"
+    known = json.loads(settings.read_text())
+    del known["reference_dtype"]
+    settings.write_text(json.dumps(known))
+    resign(tmp_path / "out")
+    status, _, err = score(*arguments, "--resume")
+    assert status == 2 and "reference_dtype was not noted and is 'bfloat16'" in err
+    assert read_scores(tmp_path / "out").pairs() == [0, 1]
+
+
+def test_an_adapter_on_another_base_is_another_model(folders: Path, tmp_path: Path) -> None:
+    from qkernels.score.models import fingerprint
+
+    base, adapter, other = (tmp_path / name for name in ("base", "adapter", "other"))
+    shutil.copytree(folders / "policy", base)
+    for folder, on in ((adapter, base), (other, other)):  # the second one is its own base
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(on)}))
+    before, own = fingerprint(str(adapter)), fingerprint(str(other))
+    assert before != own and fingerprint(str(adapter)) == before
+    shutil.copy(folders / "reference/model.safetensors", base)
+    assert fingerprint(str(adapter)) != before and fingerprint(str(other)) == own
+    (other / "adapter_config.json").write_text("{")  # damaged: loading it says so
+    assert fingerprint(str(other)) not in (None, own)
+
+
+def test_resuming_cuts_trajectories_where_they_were_cut(folders: Path, tmp_path: Path) -> None:
+    """The cut falls into what a tool returned, whose tokens at the end are dropped: no length tells of it."""
+    rows = []
+    for i in range(6):
+        tool = {"role": "tool", "content": "and so on " * 8}
+        turns = [
+            [{"role": "assistant", "content": text}, tool, {"role": "assistant", "content": last}]
+            for text, last in (("Its capital is Lima.", "It is old."), ("It is Oslo.", "Yes."))
+        ]
+        prompt = [{"role": "user", "content": f"Tell me about place {i}"}]
+        rows.append({"prompt": prompt, "chosen": turns[0], "rejected": turns[1]})
+    data = write_data(tmp_path / "data.json", rows)
+    arguments = usual(folders, tmp_path / "out", "--data", data)
+    status, _, err = score(*arguments, "--max-length", 40, "--limit", 3)
+    assert status == 0, err
+    pairs = pq.read_table(tmp_path / "out/pairs.parquet").to_pydict()
+    longest = max(pairs["longest"])
+    assert min(pairs["chosen_cut"]) > 0 and longest < 40, "the case needs such a cut"
+    for length in (longest, 39, 41):
+        status, _, err = score(*arguments, "--max-length", length, "--resume")
+        assert status == 2 and "pair 0 has been scored" in err and "--max-length" in err
+    status, _, err = score(*arguments, "--max-length", 40, "--resume")
+    assert status == 0 and "3 scored before" in err, err
+
+
+def test_what_a_limit_leaves_out_of_the_data_is_told_all_the_same(folders: Path, tmp_path: Path) -> None:
+    """With a limit, passes over the data stop before the bad records."""
+    bad = {"prompt": "Why?", "chosen": "So.", "rejected": "So."}
+    data = write_data(tmp_path / "data.json", [*records(4), bad, bad])
+    status, _, err = score(*usual(folders, tmp_path / "out", "--data", data, "--skip-invalid", "--limit", 2))
+    assert status == 0 and "left out 2 records" in err, err
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["pairs"] == 2 and summary["skipped"] == {"expected two different answers": 2}
+    assert "2 x expected two different answers" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+
 def test_a_damaged_part_is_named(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt_after(monkeypatch, 13, KeyboardInterrupt())
     out = tmp_path / "out"
@@ -828,6 +939,8 @@ def test_an_existing_folder_is_left_alone_unless_told_otherwise(folders: Path, t
         (["--outputs", ","], "--outputs: outputs must be names out of"),
         (["--prompt-format", "poem"], "--prompt-format must be one of auto, chat, plain, got 'poem'"),
         (["--chat-template", "absent.jinja"], "--chat-template absent.jinja: cannot be read"),
+        (["--chat-template", os.devnull], f"--chat-template {os.devnull}: the file is blank"),
+        (["--prompt-format", "plain", "--chat-template", "any"], "leave out --chat-template, or the format"),
         (["--data", "absent.json"], "absent.json: no such file"),
         (["--model", "./absent/model"], "--model ./absent/model: no such folder"),
         (["--reference", "/absent/model"], "--reference /absent/model: no such folder"),
@@ -1155,8 +1268,12 @@ def test_rewards_that_are_no_numbers_reach_summary_and_report(models: tuple, fol
     status, out, err = score(*usual(folders, tmp_path / "out", "--model", tmp_path / "broken", "--limit", 2))
     assert status == 0, err
     assert "token rewards are infinite or NaN" in out
-    summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["rewards_not_finite"] == summary["tokens"]
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    summary = json.loads((tmp_path / "out/summary.json").read_text(), parse_constant=refuse)
+    assert summary["rewards_not_finite"] == summary["tokens"] and summary["mean_margin"] is None
     assert "rewards that are no numbers" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
 
 

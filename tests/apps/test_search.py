@@ -666,6 +666,85 @@ def test_copying_from_a_given_source(models):
     assert_within(nothing(ids, scores), scores.double().log_softmax(-1), 1e-6, "nothing to copy")
 
 
+class Only:
+    """Leaves one token."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, ids, scores):
+        return torch.full_like(scores, -torch.inf).index_copy(1, torch.tensor([self.token]), scores[:, [self.token]])
+
+
+@pytest.mark.parametrize("penalty", [1.0, 2.0])
+def test_beams_that_do_not_exist_are_none_under_a_length_penalty(models, penalty):
+    options = {"num_beams": 3, "max_new_tokens": 16, "length_penalty": penalty, "logits_processor": [Only(5)]}
+    found = beam_search(models[0], torch.tensor([[2, 3, 4]]), eos_token_id=None, **options)
+    assert found.lengths.tolist() == [[16, 0, 0]] and found.scores.isinf().tolist() == [[False, True, True]]
+
+
+def test_groups_of_prompts_have_their_own_source(models):
+    """best_of generates for some prompts at a time; the mask is of all of them."""
+    ids = torch.randint(2, 13, (4, 6), generator=generator(3))
+    source = torch.zeros_like(ids, dtype=torch.bool)
+    for row in range(4):
+        source[row, row : row + 2] = True
+
+    class Greedy:
+        def __call__(self, ids, scores):
+            return torch.zeros_like(scores).scatter(1, scores.argmax(1, keepdim=True), 1.0).log()
+
+    def texts(batch_size):
+        copying = CopyMixture(models[0], source, normalise=True, scale=100.0, cap=1.0)
+        options = {"n": 3, "max_new_tokens": 5, "batch_size": batch_size, "logits_processor": [copying, Greedy()]}
+        return best_of(models[0], None, ids, **options).sequences
+
+    whole = texts(12)
+    assert all(len(set(map(tuple, samples.tolist()))) == 1 for samples in whole)
+    for batch_size in (6, 3, 2):
+        assert torch.equal(texts(batch_size), whole)
+    with pytest.raises(ValueError, match="source_mask has 3 rows"):
+        best_of(models[0], None, ids, n=1, max_new_tokens=1, batch_size=1,
+                logits_processor=[CopyMixture(models[0], source[:3])])  # fmt: skip
+
+
+@pytest.mark.parametrize("option", [{"min_p": 0.9}, {"typical_p": 0.01}, {"epsilon_cutoff": 0.3}])
+def test_a_models_own_truncation_is_off(models, option):
+    model, ids = models[0], torch.tensor([[2, 3, 4]])
+    own = model.generation_config
+    found = []
+    for changed in ({}, option):
+        model.generation_config = type(own)(**{**own.to_diff_dict(), **changed})
+        try:
+            torch.manual_seed(0)
+            found.append(best_of(model, None, ids, n=16, max_new_tokens=2).sequences)
+        finally:
+            model.generation_config = own
+    assert torch.equal(*found)
+
+
+def test_what_would_change_the_scanned_distribution_is_refused(models):
+    arguments = (models[0], models[1], torch.tensor([[2, 3, 4]]))
+    for option in ({"temperature": 0.3}, {"top_k": 5}, {"min_p": 0.1}, {"logits_processor": [Only(5)]}):
+        with pytest.raises(ValueError, match=f"which these would change: {next(iter(option))}"):
+            scan_beta(*arguments, strengths=(1.0,), n=2, max_new_tokens=2, **option)
+    scan_beta(*arguments, strengths=(1.0,), n=2, max_new_tokens=2, temperature=1.0)
+    with pytest.raises(TypeError, match="strengths must be a sequence"):
+        scan_beta(*arguments, strengths=0.5, n=2, max_new_tokens=2)
+
+
+def test_no_end_token_means_none(models):
+    """`generate` goes on then, past the model's own."""
+    model, ids = models[0], torch.tensor([[2, 3, 4]])
+    own = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = 5
+    try:
+        found = best_of(model, None, ids, n=2, max_new_tokens=6, eos_token_id=None, logits_processor=[Only(5)])
+    finally:
+        model.generation_config.eos_token_id = own
+    assert found.lengths.tolist() == [[6, 6]] and not found.finished.any()
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
 def test_a_last_hidden_state_that_is_not_what_the_head_reads(models, monkeypatch, size):
     """Refused whatever the size of the logits; an error as of a GEMM in bf16 is not."""
@@ -695,6 +774,7 @@ def test_errors(models):
         ({"attention_mask": mask.flip(1)}, ValueError, "padded on the left"),
         ({"beta": 0.0}, ValueError, "beta must be finite"),
         ({"num_beams": 0}, ValueError, "num_beams must be 1 or more"),
+        ({"logits_processor": torch.relu}, TypeError, "logits_processor must be a list of processors"),
         ({"batch_size": 1.5}, TypeError, "batch_size must be an int"),
         ({"model": torch.nn.Linear(2, 2)}, TypeError, "has no generate"),
         ({"output_scores": True}, ValueError, "output_scores is beam_search's own"),

@@ -292,6 +292,8 @@ BAD_OPTIONS = {
     "two lengths of SFT": (["--sft-steps", "1", "--sft-epochs", "1"], "either --sft-epochs or --sft-steps"),
     "an unknown loss": (["--loss-type", "sigmod"], "sigmod"),
     "no file": (["--config", "absent.yaml"], r"--config absent\.yaml: cannot be read"),
+    "a blank template": (["--chat-template", os.devnull], "the file is blank; expected a chat template"),
+    "a template for nothing": (["--chat-template", "x", "--prompt-format", "plain"], "plain uses no chat template"),
     "no pairs a step": (
         ["--per-device-train-batch-size", "0"],
         "--per-device-train-batch-size must be 1 or more, got 0",

@@ -198,6 +198,12 @@ def test_errors():
         ),
         ({"value": lambda leaves: leaves.prompts[:1] + float("nan")}, ValueError, "value must return one number"),
         ({"reference_model": llama(2).train()}, ValueError, "reference_model is in training mode"),
+        ({"reference_model": policy}, ValueError, "is model itself, which has no PEFT adapter"),
+        (
+            {"reference_model": policy, "reward": lambda leaves: torch.zeros(leaves.prompts.shape)},
+            ValueError,
+            "is model itself, which has no PEFT adapter",
+        ),
         ({"attention_mask": MASK.flip(1)}, ValueError, "padded on the left"),
     ):
         given = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 2, "simulations": 2, **arguments}

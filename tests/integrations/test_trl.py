@@ -570,6 +570,19 @@ def test_token_caches(tmp_path):
     assert chosen.shape == rejected.shape == (4,)
 
 
+def test_token_caches_without_the_whole_prompt_are_not_taken_for_those_with_it(tmp_path):
+    """Where the prompt is cut off whole, the first token of the answer has no log-prob; later it is one of many."""
+    rows = [{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 10, 11], "rejected_ids": [12, 13, 14, 15]}] * 4
+    cut = {"max_length": 4, "truncation_mode": "keep_end"}
+    trainer = train(TokenDPOTrainer, tmp_path, data=Dataset.from_list(rows), precompute_ref_log_probs=True, steps=1,
+                    evaluate=False, **cut)  # fmt: skip
+    cached = trainer.train_dataset[0]["ref_chosen_token_logps"]
+    assert math.isnan(cached[0]) and not any(map(math.isnan, cached[1:]))
+    with pytest.raises(ValueError, match="lack tokens that this batch scores"):
+        train(TokenDPOTrainer, tmp_path, data=trainer.train_dataset, precompute_ref_log_probs=True, steps=1,
+              evaluate=False, max_length=32)  # fmt: skip
+
+
 def test_collator():
     tokens = {"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [10]}
     other = {"prompt_ids": [5], "chosen_ids": [7], "rejected_ids": [10, 11]}
@@ -593,6 +606,8 @@ def test_collator():
         TokenPreferenceCollator(pad_token_id=0)([first, second])
     with pytest.raises(ValueError, match="chosen_token_weights has 1 numbers and the answer 3 tokens"):
         TokenPreferenceCollator(pad_token_id=0)([{**first, "chosen_token_weights": [1.0]}])
+    with pytest.raises(ValueError, match="chosen_token_weights is None in an example"):
+        TokenPreferenceCollator(pad_token_id=0)([{**first, "chosen_token_weights": None}])
     with pytest.raises(ValueError, match="needs both of"):
         TokenPreferenceCollator(pad_token_id=0)([{**tokens, "chosen_token_weights": [1.0] * 3}])
     for bad in (-1.0, float("nan"), None):
@@ -834,6 +849,11 @@ def test_patch_is_taken_off_exactly():
         del sys.modules[late.__name__]
     assert state() == before and late.add_fused_lm_head is utils.add_fused_lm_head
     unpatch_trl()
+    for _ in range(2):
+        patch = patch_trl()
+        assert state() != before
+        patch.undo()
+        assert state() == before
     with patch_trl() as outer:
         with patch_trl() as inner:
             assert outer is not inner

@@ -63,6 +63,8 @@ class TokenPreferenceCollator(DataCollatorForPreference):
         """A column's numbers of one example, for the whole sequence, truncated as its tokens are."""
         answer = "chosen_ids" if "chosen" in column else "rejected_ids"
         numbers, tokens = example[column], example[answer]
+        if numbers is None:
+            raise ValueError(f"{column} is None in an example; expected a number for each token of every answer")
         if len(numbers) != len(tokens):
             raise ValueError(
                 f"{column} has {len(numbers)} numbers and the answer {len(tokens)} tokens (the end-of-sequence token"

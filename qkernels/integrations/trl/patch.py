@@ -50,9 +50,13 @@ class _TRLPatch(Patch):
         self.original: Any = None
         self.heads: list[Callable[..., None]] = []
 
-    def __exit__(self, *exception: object) -> None:
+    def undo(self) -> None:
         if self.owner:
             unpatch_trl()
+
+    def put_back(self) -> None:
+        """What `unpatch_trl` does first."""
+        super().undo()
 
 
 def _models_with_head_of(add_head: Any) -> int:
@@ -118,7 +122,7 @@ def unpatch_trl() -> None:
     if _active is None:
         return
     patch, _active = _active, None
-    patch.undo()
+    patch.put_back()
     for head in patch.heads:
         for module in holders(head, "add_fused_lm_head", ("trl",)):
             vars(module)["add_fused_lm_head"] = patch.original

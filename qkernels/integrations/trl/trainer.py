@@ -251,8 +251,9 @@ class TokenDPOTrainer(FasterSteps, DPOTrainer):
             lengths = batch.pop("answers")
             with self._as_reference():
                 logps = self._reference_logps(model, batch, self._labelled(batch).labels)
-            # Aligned with the tokens again; the first token of a sequence has none.
-            logps = nn.functional.pad(logps[:, :-1], (1, 0)).cpu()
+            # Aligned with the tokens again. The first token of a sequence has none: a batch in which that token is not
+            # the first, because less of the prompt is cut off, must not take 0 for it.
+            logps = nn.functional.pad(logps[:, :-1], (1, 0), value=torch.nan).cpu()
             is_answer = (batch["completion_mask"] != 0).cpu()
             answers = _answer_values(logps, is_answer, lengths, self.args.truncation_mode == "keep_end")
             pairs = list(zip(answers[: len(answers) // 2], answers[len(answers) // 2 :], strict=True))
