@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -22,6 +21,7 @@ from ..data import DataError
 from ..integrations.training import PreferenceTraining
 from ..report.progress import Progress, quiet_transformers
 from ..score.encode import Encoder
+from ..score.files import finite
 from ..score.folder import RunLock
 from ..score.models import fingerprint
 from ..score.options import ScoreError
@@ -513,7 +513,7 @@ class _Run:
         if self.state.is_main_process:
             write_page(self.out / folder.REPORT, metrics, monitor, table, self.options.shown)
             write_card(self.out / folder.CARD, metrics, monitor)
-            folder.write(self.out / folder.METRICS, json.dumps(_finite(metrics), indent=1, default=str) + "\n")
+            folder.write(self.out / folder.METRICS, json.dumps(finite(metrics), indent=1, default=str) + "\n")
         self.state.wait_for_everyone()
         if self.state.is_local_main_process:
             shutil.rmtree(prepared.folder, ignore_errors=True)
@@ -597,15 +597,6 @@ def _results(table: Any) -> dict[str, Any]:
     overview = Overview()
     overview.add(table)
     return overview.figures()
-
-
-def _finite(value: Any) -> Any:
-    """The same with numbers that JSON does not have as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _versions() -> dict[str, str]:
