@@ -29,9 +29,9 @@ from .planning.planner import Leaves, Planner, Settings, prefix_models
 from .report.progress import Phase, Progress
 from .text.padding import left_padding
 
-# What keeps `generate` to the policy's own distribution, whatever the model's generation_config says, unless the caller
-# does: the sum of log-probs as the score, and no processors that change it.
-_PLAIN = {"do_sample": False, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+# What keeps `generate` to the policy's own distribution, unless the caller says otherwise: its own defaults are others.
+# (The model's generation_config has no say: see `plain_generation`.)
+_PLAIN = {"do_sample": False}
 _PLAIN_BEAMS = {"length_penalty": 0.0, "early_stopping": "never"}
 _PLAIN_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 # What would make samples of `scan_beta` another distribution's, with the values that do not.
@@ -333,13 +333,15 @@ def scan_beta(
         judge: of `Beams`, returns `[B, n]` scores.
         n: samples per prompt and strength.
         beta: of the policy's training; the unit of the values and rewards in `found`.
-        max_new_tokens, batch_size, progress, generate_kwargs: as in `best_of`.
+        max_new_tokens, batch_size, progress: as in `best_of`.
+        generate_kwargs: anything else that `generate` takes and that leaves the distribution alone.
 
     Returns:
         `BetaScan`.
 
     Raises:
-        TypeError, ValueError: as `best_of`; strengths that are not above 0; a sign other than 1 and -1.
+        TypeError, ValueError: as `best_of`; strengths that are not above 0; a sign other than 1 and -1; a temperature,
+            a truncation or a processor, since `divergences` are of pi_b itself.
     """
     from .decoding import MeasuredGuidance
 

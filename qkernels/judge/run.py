@@ -22,6 +22,7 @@ from ..core.memory import collect
 from ..intervals import Interval, bootstrap_mean
 from ..records.pairs import DataError, Unusable, conversation
 from ..records.sources import Source
+from ..report import folders
 from ..report.progress import Progress, quiet_transformers
 from ..score import models
 from ..score.files import as_json
@@ -105,7 +106,7 @@ def _spare_inputs(options: JudgeOptions) -> None:
         return
     for name in ("a", "b", "prompts", "verdicts"):
         value = getattr(options, name)
-        if value is not None and options.out.resolve() in Path(value).resolve().parents:
+        if value is not None and folders.lies_in(value, options.out):
             raise JudgeError(
                 f"--{name} {value}: lies in --out {options.out}, whose files --overwrite deletes; go on with --resume,"
                 " or choose another --out"

@@ -50,6 +50,12 @@ def foreign(folder: Path, is_own: Callable[[str], bool], is_own_folder: Callable
     return [name for name in files if not (is_own(name) and is_plain_file(folder / name))]
 
 
+def lies_in(path: str | os.PathLike[str], folder: Path) -> bool:
+    """Whether a file or folder that is there is this folder, or in it: what a run is to read must not be deleted."""
+    place = Path(path)
+    return place.exists() and folder.resolve() in (place.resolve(), *place.resolve().parents)
+
+
 def some_of(names: list[str]) -> str:
     """The first few of a list of names, for a message."""
     return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

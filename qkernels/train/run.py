@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .._version import __version__
 from ..data import DataError
 from ..integrations.training import PreferenceTraining
+from ..report import folders
 from ..report.progress import Progress, quiet_transformers
 from ..score.encode import Encoder
 from ..score.files import finite
@@ -121,10 +122,7 @@ def _spare_inputs(options: TrainOptions, args: Any) -> None:
         ("--eval-data", options.eval_data),
         ("--resume-from-checkpoint", args.resume_from_checkpoint),
     ):
-        if not isinstance(value, str) or not Path(value).exists():
-            continue
-        place = Path(value).resolve()
-        if options.folder.resolve() in (place, *place.parents):
+        if isinstance(value, str) and folders.lies_in(value, options.folder):
             raise TrainError(
                 f"{flag} {value}: lies in --out {options.folder}, whose files --overwrite deletes; choose another --out"
             )
